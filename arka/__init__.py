@@ -1,0 +1,1 @@
+"""Arka: Arrow Flight ingestion with an acknowledgement at every durability tier."""

@@ -1,0 +1,1 @@
+"""The Cython hot path: buffers, framing, LSNs, partition transforms and the wire."""

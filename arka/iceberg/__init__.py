@@ -1,0 +1,1 @@
+"""What runs in the worker processes: Parquet encoding and the Iceberg commit."""

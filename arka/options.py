@@ -1,0 +1,135 @@
+"""The options of every component: frozen data with a unit and bounds for each, no behaviour.
+
+Owns: names, defaults, units, bounds. Does not own where values come from (``arka.settings``).
+
+Each field's metadata holds ``help`` and, for numbers, ``at_least`` / ``at_most``; ``arka.settings``
+checks them once. The unit stands last in each name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+KIB = 1024
+MIB = 1024 * KIB
+GIB = 1024 * MIB
+
+
+def option(default: Any, help: str, *, at_least: float | None = None, at_most: float | None = None) -> Any:  # noqa: A002
+    """Declare one option: its default, one sentence of help, and bounds if it is a number."""
+    return field(default=default, metadata={"help": help, "at_least": at_least, "at_most": at_most})
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """Where the server listens and what it calls itself."""
+
+    data_dir: str = option("./arka_data", "Directory of the WAL, the lock file and the embedded defaults.")
+    host: str = option("127.0.0.1", "Address that Flight listens on.")
+    port: int = option(8815, "Flight port; 0 takes a free one.", at_least=0, at_most=65535)
+    http_port: int = option(8816, "Operations HTTP port; 0 takes a free one.", at_least=0, at_most=65535)
+    node_id: str = option("arka-0", "This node's name in the object store.")
+    drain_s: float = option(10.0, "Longest time from SIGTERM to exit.", at_least=0.1, at_most=3600)
+    demo_tables: bool = option(False, "Register the example tables at start.")
+
+
+@dataclass(frozen=True, slots=True)
+class LogOptions:
+    """How the server logs."""
+
+    format: str = option("console", "console or json.")
+    level: str = option("info", "debug, info, warning or error.")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one client, and all of them together, may use."""
+
+    memory_bytes: int = option(GIB, "Ledger of received bytes not yet on disk.", at_least=16 * MIB)
+    disk_bytes: int = option(64 * GIB, "WAL bytes that may wait for later tiers.", at_least=64 * MIB)
+    disk_free_bytes: int = option(GIB, "Free space below which new writes are refused.", at_least=0)
+    message_bytes: int = option(
+        256 * MIB, "Largest gRPC message; a larger one ends its stream.", at_least=64 * KIB
+    )
+    batch_bytes: int = option(
+        128 * MIB, "Largest batch body; a larger one gets an error ack.", at_least=64 * KIB
+    )
+    batch_rows: int = option(2**24, "Most rows of one batch.", at_least=1)
+    dictionary_bytes: int = option(64 * MIB, "Most dictionary bytes held for one stream.", at_least=64 * KIB)
+    streams: int = option(10_000, "Open RPCs of all connections together.", at_least=1)
+    streams_per_connection: int = option(1_000, "Open RPCs of one connection.", at_least=1)
+    connections: int = option(10_000, "Open connections.", at_least=1)
+    unread_acks: int = option(
+        1_000_000, "Acks a client may leave unread before its stream is no longer read.", at_least=1_000
+    )
+    unread_acks_timeout_s: float = option(60.0, "How long a stream may stay over unread_acks.", at_least=0.1)
+    message_stall_s: float = option(60.0, "Longest pause inside one granted message.", at_least=0.1)
+    idle_s: float = option(300.0, "Longest silence of a connection without RPCs.", at_least=0.1)
+    handshake_s: float = option(
+        10.0, "Longest time to the end of the HTTP/2 preface and SETTINGS.", at_least=0.1
+    )
+    keepalive_s: float = option(60.0, "Silence after which a PING is sent.", at_least=0.1)
+    keepalive_timeout_s: float = option(20.0, "How long a PING may stay unanswered.", at_least=0.1)
+
+
+@dataclass(frozen=True, slots=True)
+class WalOptions:
+    """The log on the local disk."""
+
+    segment_bytes: int = option(128 * MIB, "Preallocated size of a segment.", at_least=MIB)
+    group_bytes: int = option(16 * MIB, "Most bytes of one group commit.", at_least=64 * KIB)
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectStoreOptions:
+    """The object tier."""
+
+    url: str = option("", "Object store URL: file:///path, s3://bucket/prefix; empty: DATA/objects.")
+    linger_s: float = option(
+        0.05, "How long frames wait for company before an upload.", at_least=0, at_most=60
+    )
+    bytes: int = option(32 * MIB, "Size at which an upload starts without waiting.", at_least=64 * KIB)
+    uploads: int = option(4, "Uploads at a time.", at_least=1, at_most=64)
+    retry_s: float = option(0.2, "First pause after a failed request; doubles up to 5 s.", at_least=0.001)
+
+
+@dataclass(frozen=True, slots=True)
+class IcebergOptions:
+    """The Iceberg tier."""
+
+    catalog_uri: str = option("", "SqlCatalog or REST URI; empty: sqlite:///DATA/catalog.db.")
+    warehouse: str = option("", "Warehouse URL; empty: file://DATA/warehouse.")
+    commit_interval_s: float = option(0.5, "Pause between the commits of one table.", at_least=0.01)
+    commit_bytes: int = option(256 * MIB, "Most Arrow bytes of one commit.", at_least=MIB)
+    target_file_bytes: int = option(
+        64 * MIB, "Arrow bytes after which an encoder starts a new file.", at_least=MIB
+    )
+    job_deadline_s: float = option(120.0, "Longest time of one job in a worker.", at_least=1)
+    encode_workers: int = option(1, "Worker processes that encode Parquet.", at_least=1, at_most=64)
+    commit_workers: int = option(1, "Worker processes that commit.", at_least=1, at_most=64)
+    retry_s: float = option(0.2, "First pause after a failed commit; doubles up to 5 s.", at_least=0.001)
+    keep_snapshots: int = option(100, "Snapshots kept by the expiry inside each commit.", at_least=2)
+    stock_commit: bool = option(False, "Commit through pyiceberg's public path (slower).")
+
+
+@dataclass(frozen=True, slots=True)
+class IdempotencyOptions:
+    """How long a write's key is remembered."""
+
+    retention_s: float = option(86_400.0, "Kept at least this long after iceberg_committed.", at_least=0)
+
+
+__all__ = [
+    "GIB",
+    "KIB",
+    "MIB",
+    "IcebergOptions",
+    "IdempotencyOptions",
+    "Limits",
+    "LogOptions",
+    "ObjectStoreOptions",
+    "ServerOptions",
+    "WalOptions",
+    "option",
+]

@@ -1,0 +1,300 @@
+"""What the tiers need from the world: a disk, an object store and an Iceberg catalog.
+
+Owns: the protocols and the plain records that cross them. Each protocol has two implementations: the
+real adapter beside this module and the simulated one in ``arka.testing``; one conformance suite holds
+both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+from uuid import UUID
+
+from arka.records import TableDefinition, TableInfo, TableName
+
+Buffer = bytes | bytearray | memoryview
+
+
+class ObjectExists(Exception):
+    """A create-only put found the key taken."""
+
+
+class StoreUnavailable(Exception):
+    """A request failed in a way that may pass: timeout, 5xx, connection refused.
+
+    The outcome of a put that raised this is unknown.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectMeta:
+    """One object of a listing: key relative to the store's prefix, size in bytes."""
+
+    key: str
+    size: int
+
+
+class ObjectStore(Protocol):
+    """Keys to immutable bytes. All keys are relative to the prefix that the store was opened with."""
+
+    @property
+    def url(self) -> str:
+        """Where the store is, for people."""
+        ...
+
+    async def put_new(self, key: str, parts: Sequence[Buffer]) -> None:
+        """Create an object from ``parts`` joined; durable on return.
+
+        Raises:
+            ObjectExists: the key is taken (perhaps by an earlier attempt of ours whose response was lost).
+            StoreUnavailable: outcome unknown.
+
+        Cancellation: the object may or may not come to be.
+        """
+        ...
+
+    async def get(self, key: str) -> bytes:
+        """Read a whole object.
+
+        Raises:
+            KeyError: no such object.
+            StoreUnavailable: it may pass.
+        """
+        ...
+
+    async def list_keys(self, prefix: str, *, start_after: str | None = None) -> list[ObjectMeta]:
+        """List objects whose key begins with ``prefix``, in key order; read-after-write consistent.
+
+        Raises:
+            StoreUnavailable: it may pass.
+        """
+        ...
+
+    async def delete(self, keys: Sequence[str]) -> None:
+        """Delete objects; those that do not exist are no error.
+
+        Raises:
+            StoreUnavailable: some may be gone.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class CommitMark:
+    """What a table remembers of one log, in its own properties (R15)."""
+
+    log_uuid: UUID
+    committed_lsn: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogTable:
+    """A table as loaded from the catalog: its definition and where each log stands in it."""
+
+    info: TableInfo
+    marks: tuple[CommitMark, ...]
+    snapshot_id: int | None
+
+    def committed_lsn(self, log_uuid: UUID) -> int:
+        """The last LSN of ``log_uuid`` that the table holds; 0 for none."""
+        return next((mark.committed_lsn for mark in self.marks if mark.log_uuid == log_uuid), 0)
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentSlice:
+    """The frames of one table in one segment file.
+
+    Attributes:
+        path: the segment file.
+        segment: its number; with the log's UUID and the epoch it seeds the frames' CRCs (R8).
+        epoch: the epoch in the segment's header.
+        offsets: native-endian unsigned 64-bit file offsets of batch frames, LSN order.
+    """
+
+    path: str
+    segment: int
+    epoch: int
+    offsets: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeJob:
+    """Turn the frames in ``(after_lsn, through_lsn]`` of one table into Parquet files.
+
+    Attributes:
+        table: the table at its current schema.
+        schemas: IPC schema bytes by schema id, for each schema that the frames use (R24).
+    """
+
+    table: TableInfo
+    schemas: dict[int, bytes]
+    log_uuid: UUID
+    after_lsn: int
+    through_lsn: int
+    slices: tuple[SegmentSlice, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StagedFile:
+    """One Parquet file that is written and not yet in any snapshot.
+
+    Attributes:
+        path: URL as Iceberg will name it.
+        partition: one value per partition field, in Iceberg's internal representation.
+        rows: row count.
+        size: file size in bytes.
+        stats: keyword arguments of pyiceberg's DataFile that describe columns.
+    """
+
+    path: str
+    partition: tuple[object, ...]
+    spec_id: int
+    rows: int
+    size: int
+    stats: dict[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class StagedFiles:
+    """What an encode job made; its commit covers ``(after_lsn, through_lsn]``."""
+
+    after_lsn: int
+    through_lsn: int
+    files: tuple[StagedFile, ...]
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class CommitJob:
+    """Put staged files into one snapshot, if the table still stands at ``staged.after_lsn`` (R15)."""
+
+    table: TableInfo
+    log_uuid: UUID
+    epoch: int
+    commit_id: UUID
+    staged: StagedFiles
+
+
+class CommitOutcome(Enum):
+    """How a commit ended; every one of them is definite."""
+
+    #: the table holds ``through_lsn``, by this commit or by an earlier attempt whose response was lost.
+    COMMITTED = "committed"
+    #: the table stands at another LSN (``committed_lsn``) than ``after_lsn``: discard, re-cut.
+    RECUT = "recut"
+    #: a newer epoch of this log has committed.
+    FENCED = "fenced"
+    #: no table with this UUID under this name any more.
+    TABLE_GONE = "table_gone"
+
+
+@dataclass(frozen=True, slots=True)
+class CommitResult:
+    """The outcome, and where the table stands now."""
+
+    outcome: CommitOutcome
+    committed_lsn: int
+    snapshot_id: int | None
+
+
+class CatalogUnavailable(Exception):
+    """The catalog or the warehouse did not answer; whether a commit happened is unknown (R16)."""
+
+
+class TableExists(Exception):
+    """CreateTable found another table under the name."""
+
+
+class TableMissing(Exception):
+    """No such table."""
+
+
+class CatalogConflict(Exception):
+    """The catalog refused a definition; the message is for the client."""
+
+
+class Catalog(Protocol):
+    """The Iceberg catalog and the workers that encode and commit.
+
+    All calls may raise CatalogUnavailable. Cancellation: a call that was running in a worker may still
+    happen there unless it says otherwise.
+    """
+
+    async def create_table(self, definition: TableDefinition, location_suffix: str) -> CatalogTable:
+        """Create a table whose location ends in ``-<location_suffix>`` (8 hex digits); makes the namespace.
+
+        Raises:
+            TableExists: the name is taken.
+            CatalogConflict: the definition cannot be an Iceberg table.
+        """
+        ...
+
+    async def drop_table(self, info: TableInfo, *, purge: bool) -> None:
+        """Drop the table if it is still the one with ``info.uuid``; with ``purge`` delete its files too.
+
+        Raises:
+            TableMissing: no table with that UUID under that name.
+        """
+        ...
+
+    async def load_table(self, name: TableName) -> CatalogTable:
+        """Load one table, fresh.
+
+        Raises:
+            TableMissing: no such table.
+        """
+        ...
+
+    async def list_tables(self) -> list[CatalogTable]:
+        """Load every table of every namespace, sorted by name."""
+        ...
+
+    async def encode(self, job: EncodeJob) -> StagedFiles:
+        """Write the job's rows as Parquet into the warehouse; durable on return.
+
+        Raises:
+            DataCorruption: a frame's CRC does not hold (R9).
+        """
+        ...
+
+    async def commit(self, job: CommitJob) -> CommitResult:
+        """Commit staged files; see CommitOutcome. Durable on return of COMMITTED."""
+        ...
+
+    async def scan(self, info: TableInfo, columns: Sequence[str] | None, limit: int | None, path: str) -> int:
+        """Write the current snapshot's rows as an Arrow IPC stream to the local file ``path``.
+
+        Returns:
+            The number of rows.
+
+        Raises:
+            TableMissing: no such table.
+        """
+        ...
+
+
+__all__ = [
+    "Buffer",
+    "Catalog",
+    "CatalogConflict",
+    "CatalogTable",
+    "CatalogUnavailable",
+    "CommitJob",
+    "CommitMark",
+    "CommitOutcome",
+    "CommitResult",
+    "EncodeJob",
+    "ObjectExists",
+    "ObjectMeta",
+    "ObjectStore",
+    "SegmentSlice",
+    "StagedFile",
+    "StagedFiles",
+    "StoreUnavailable",
+    "TableExists",
+    "TableMissing",
+]

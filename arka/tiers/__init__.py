@@ -1,0 +1,1 @@
+"""The durability tiers: a write goes down them, watermarks come back up."""

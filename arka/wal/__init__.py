@@ -1,0 +1,1 @@
+"""The write-ahead log: segments, group commit and recovery. FORMAT.md beside this file is normative."""
