@@ -1,0 +1,369 @@
+"""One write stream: what DoExchange and DoPut have in common, without a socket.
+
+Owns: the stream's defaults, its sequences and keys, and the order "decode, accept, ack". Does not own
+LSNs (``arka.tiers``), the bytes' validity (``arka.flight.decode``) nor when acks may be sent (the
+transport pulls them through ``take``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Final, Protocol
+
+import trio
+
+from arka._core import ipc
+from arka._core.wire import FlightMessage
+from arka.errors import ArkaError, ErrorCode, InvalidRequest, Unavailable
+from arka.flight import messages
+from arka.flight.acks import AckForm, AckQueue
+from arka.flight.decode import BatchDecoder, DecodedBatch
+from arka.options import Limits
+from arka.records import Operation, TableName, TableType, Tier, WriteRequest, parse_write_request
+from arka.storage.threads import run_compute
+from arka.tiers.pipeline import Pipeline
+from arka.tiers.table import Ending, Table
+from arka.tiers.watermarks import Advance
+
+#: Longest idempotency key in UTF-8 bytes (protocol 3).
+_MAX_KEY_BYTES: Final = 256
+_FORMS: Final = {"metadata": AckForm.METADATA, "batch": AckForm.BATCH}
+
+
+class Outbound(Protocol):
+    """What a stream needs of its RPC: a way to say that acks may be due."""
+
+    def wake(self) -> None:
+        """Let the connection's writer ask for acks."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Defaults:
+    """What holds for a write that says nothing itself."""
+
+    requested: Tier = Tier.DISK
+    operation: Operation = Operation.UPSERT
+
+
+@dataclass(frozen=True, slots=True)
+class _WriteOptions:
+    """What holds for one write."""
+
+    requested: Tier
+    operation: Operation
+    key: bytes
+
+
+class Exchange:
+    """The state machine of one write stream. Used from trio's thread only, by one task.
+
+    ``take`` is called by the connection's writer between the steps of that task.
+    """
+
+    def __init__(self, pipeline: Pipeline, limits: Limits, outbound: Outbound, *, form: AckForm) -> None:
+        self._pipeline = pipeline
+        self._limits = limits
+        self._outbound = outbound
+        self._table: Table | None = None
+        self._decoder: BatchDecoder | None = None
+        self._schema_header: bytes | None = None
+        self._schema_metadata: bytes | None = None
+        self._defaults = _Defaults()
+        self._key_prefix: str | None = None
+        self._key_next = 0
+        self.acks = AckQueue(pipeline.durable_marks())
+        self.acks.form = form
+        self._form_fixed = form is AckForm.PUT_RESULT
+        self._moved = trio.Event()
+
+    # -- the transport's side ---------------------------------------------------------------------
+
+    def take(self, budget: int) -> bytes:
+        """Give acks that are due, about ``budget`` bytes of them (see ``AckQueue.take``)."""
+        out = self.acks.take(budget)
+        if out or self.acks.settled:
+            self._moved.set()
+        return out
+
+    async def wait_settled(self) -> None:
+        """Wait until every write has had its last ack. Cancellation: nothing changes."""
+        while not self.acks.settled:
+            self._moved = trio.Event()
+            self._outbound.wake()
+            await self._moved.wait()
+
+    async def wait_readable(self) -> None:
+        """Wait until the client has few enough unread acks to send more (T6).
+
+        Raises:
+            ArkaError: ``too_large``: it did not read them in ``limits.unread_acks_timeout_s``.
+
+        Cancellation: nothing changes.
+        """
+        limit = self._limits.unread_acks
+        if self.acks.unsent < limit:
+            return
+        # Only a client that does not read is timed; one that waits for a slow tier is merely held back.
+        while self.acks.unsent >= limit:
+            timeout_s = self._limits.unread_acks_timeout_s
+            self._moved = trio.Event()
+            with trio.move_on_after(timeout_s) as scope:
+                await self._moved.wait()
+            if scope.cancelled_caught and self.acks.unread >= limit:
+                raise ArkaError(
+                    f"{self.acks.unread} acks are unread and none was read for {timeout_s:g} s: "
+                    "read acks while writing",
+                    code=ErrorCode.TOO_LARGE,
+                )
+
+    def close(self) -> None:
+        """Stop listening to the tiers. To be called once, however the stream ends."""
+        self._pipeline.unlisten(self._on_advance, self._on_failure)
+        if self._table is not None:
+            self._table.committed.unlisten(self._on_advance)
+            self._table.unlisten_end(self._on_end)
+        if self._decoder is not None:
+            self._decoder.close()
+
+    # -- messages ---------------------------------------------------------------------------------
+
+    async def handle(self, message: FlightMessage) -> None:
+        """Take one message of the stream.
+
+        Raises:
+            ArkaError: the stream ends with it: a protocol error, an unknown table, a schema that does not
+                match. What befalls a single write is an error ack instead (protocol 3.4).
+
+        Cancellation: the message is either a write with an LSN or was never there.
+        """
+        kept = False
+        try:
+            if message.descriptor is not None and self._schema_header is None:
+                await self._take_descriptor(message.descriptor)
+            kind = ipc.message_type(message.header) if message.header else ipc.NONE
+            if kind == ipc.RECORD_BATCH:
+                kept = await self._take_batch(message)
+                return
+            if kind == ipc.NONE:
+                await self._settle_schema_metadata(None)
+                if message.app_metadata:
+                    await self._take_defaults(message.app_metadata)
+            elif kind == ipc.SCHEMA:
+                await self._take_schema(message)
+            elif kind == ipc.DICTIONARY_BATCH:
+                self._require_decoder().add_dictionary(message)
+            else:
+                raise InvalidRequest(f"IPC message of type {kind} in a write stream: expected schema, dictionary or batch")
+        except ValueError as error:
+            raise InvalidRequest(f"Malformed IPC message: {error}") from error
+        finally:
+            if not kept:
+                message.charge.release()
+
+    async def _take_descriptor(self, data: bytes) -> None:
+        descriptor = messages.parse("FlightDescriptor", data)
+        if descriptor.type == messages.DESCRIPTOR_PATH or descriptor.path:
+            await self._bind(TableName.from_parts(list(descriptor.path)))
+        elif descriptor.type == messages.DESCRIPTOR_CMD and descriptor.cmd:
+            raise InvalidRequest("The descriptor must be a path that names the table, found a command")
+
+    async def _take_schema(self, message: FlightMessage) -> None:
+        """Bind the stream's schema; its metadata sets defaults unless the next batch repeats it (T18)."""
+        assert message.header is not None
+        metadata = message.app_metadata
+        if metadata:
+            request = parse_write_request(metadata)
+            if request.table_name is not None:
+                await self._bind(TableName.parse(request.table_name))
+            self._schema_metadata = metadata
+        self._schema_header = message.header
+        if self._table is not None:
+            self._require_decoder()
+
+    async def _settle_schema_metadata(self, next_metadata: bytes | None) -> None:
+        """Apply what stood on the schema message, unless the first batch says the same (arrow-go repeats it)."""
+        pending, self._schema_metadata = self._schema_metadata, None
+        if pending is not None and pending != next_metadata:
+            await self._take_defaults(pending)
+
+    async def _take_defaults(self, metadata: bytes) -> None:
+        """Read a WriteRequest that holds for the batches to come."""
+        request = parse_write_request(metadata)
+        if request.table_name is not None:
+            await self._bind(TableName.parse(request.table_name))
+        defaults = self._defaults
+        if request.requested_durability is not None:
+            defaults = replace(defaults, requested=Tier.parse(request.requested_durability))
+        if request.operation is not None:
+            defaults = replace(defaults, operation=self._parse_operation(request.operation))
+        self._defaults = defaults
+        self._take_ack_form(request)
+        if request.idempotency_key is not None:
+            _check_key(request.idempotency_key)
+            if request.resume_after_lsn is not None and request.key_start is None:
+                raise InvalidRequest("resume_after_lsn with an idempotency_key needs key_start: the next batch's number")
+            self._key_prefix = request.idempotency_key
+            self._key_next = request.key_start or 0
+        if request.resume_after_lsn is not None:
+            self.acks.handshake(self._pipeline.resume_marks(self._bound_table(), request.resume_after_lsn))
+            self._outbound.wake()
+
+    def _take_ack_form(self, request: WriteRequest) -> None:
+        """Choose how acks travel; it belongs to the stream, so it cannot change after the first write."""
+        form, coalesce = self.acks.form, self.acks.coalesce
+        if request.ack_as is not None:
+            if request.ack_as.lower() not in _FORMS:
+                raise InvalidRequest(f"Unknown ack_as {request.ack_as!r}: expected metadata or batch")
+            if not self._form_fixed:
+                form = _FORMS[request.ack_as.lower()]
+        if request.acks is not None:
+            if request.acks.lower() not in ("each", "watermark"):
+                raise InvalidRequest(f"Unknown acks {request.acks!r}: expected each or watermark")
+            coalesce = request.acks.lower() == "watermark"
+        if (form, coalesce) != (self.acks.form, self.acks.coalesce):
+            if self.acks.writes:
+                raise InvalidRequest("ack_as and acks belong to the whole stream: send them before the first batch")
+            self.acks.form, self.acks.coalesce = form, coalesce
+
+    # -- the table --------------------------------------------------------------------------------
+
+    async def _bind(self, name: TableName) -> None:
+        """Choose the stream's table; it may change until the first batch."""
+        if self._table is not None and self._table.info.name == name:
+            return
+        if self.acks.writes:
+            assert self._table is not None
+            raise InvalidRequest(f"The stream writes to {self._table.info.name}: {name} needs a stream of its own")
+        table = await self._pipeline.find_table(name)
+        if self._table is not None:
+            self._table.committed.unlisten(self._on_advance)
+            self._table.unlisten_end(self._on_end)
+            if self._decoder is not None:
+                self._decoder.close()
+        else:
+            self._pipeline.listen(self._on_advance, self._on_failure)
+        self._table, self._decoder = table, None
+        self.acks.advance(table.committed.latest)
+        table.committed.listen(self._on_advance)
+        table.listen_end(self._on_end)
+        if self._schema_header is not None:
+            self._require_decoder()
+
+    def _bound_table(self) -> Table:
+        if self._table is None:
+            raise InvalidRequest(
+                "No table is named: put it into the descriptor's path or into table_name before the first batch"
+            )
+        return self._table
+
+    def _require_decoder(self) -> BatchDecoder:
+        if self._schema_header is None:
+            raise InvalidRequest("A batch or dictionary came before the schema")
+        table = self._bound_table()
+        if self._decoder is None:
+            self._decoder = BatchDecoder(table.info, self._limits)
+        self._decoder.set_schema(self._schema_header)
+        return self._decoder
+
+    # -- writes -----------------------------------------------------------------------------------
+
+    async def _take_batch(self, message: FlightMessage) -> bool:
+        """Accept one write or reject it; returns whether the message's charge was handed on."""
+        await self._settle_schema_metadata(message.app_metadata)
+        decoder = self._decoder if self._decoder is not None else self._require_decoder()
+        number, self._key_next = self._key_next, self._key_next + 1
+        try:
+            options = self._write_options(message.app_metadata, number)
+            if message.oversized:
+                raise ArkaError(
+                    f"The batch's body has {message.body_bytes} bytes, the limit is {self._limits.batch_bytes} "
+                    "(limits.batch_bytes): send smaller batches",
+                    code=ErrorCode.TOO_LARGE,
+                )
+            if decoder.needs_thread(message):
+                decoded = await run_compute(decoder.decode, message)
+            else:
+                decoded = decoder.decode(message)
+            self._accept(decoded, options, message)
+        except (Unavailable, trio.Cancelled):
+            raise
+        except ArkaError as error:
+            self.acks.reject(error.code, error.detail)
+            self._outbound.wake()
+            return False
+        self._outbound.wake()
+        return True
+
+    def _accept(self, decoded: DecodedBatch, options: _WriteOptions, message: FlightMessage) -> None:
+        appended = self._pipeline.append(
+            self._bound_table(),
+            decoded.buffer,
+            rows=decoded.rows,
+            operation=options.operation,
+            key=options.key,
+            charge=message.charge,
+        )
+        if appended.duplicate:
+            code = ErrorCode.KEY_REUSED if appended.key_reused else None
+            self.acks.duplicate(appended.lsn, decoded.rows, options.requested, code)
+        else:
+            self.acks.accept(appended.lsn, decoded.rows, options.requested)
+
+    def _write_options(self, metadata: bytes | None, number: int) -> _WriteOptions:
+        """Resolve what holds for one write from its own WriteRequest and the stream's defaults."""
+        requested, operation = self._defaults.requested, self._defaults.operation
+        key = "" if self._key_prefix is None else f"{self._key_prefix}#{number}"
+        if metadata:
+            request = parse_write_request(metadata)
+            table = self._bound_table()
+            if request.table_name is not None and TableName.parse(request.table_name) != table.info.name:
+                raise InvalidRequest(
+                    f"The stream writes to {table.info.name}: a batch cannot go to {request.table_name}"
+                )
+            if request.requested_durability is not None:
+                requested = Tier.parse(request.requested_durability)
+            if request.operation is not None:
+                operation = self._parse_operation(request.operation)
+            if request.idempotency_key is not None:
+                _check_key(request.idempotency_key)
+                key = request.idempotency_key
+            self._take_ack_form(request)
+        return _WriteOptions(requested, operation, key.encode())
+
+    def _parse_operation(self, word: str) -> Operation:
+        try:
+            operation = Operation[word.upper()]
+        except KeyError:
+            raise InvalidRequest(f"Unknown operation {word!r}: expected upsert or delete") from None
+        table = self._bound_table()
+        if operation is Operation.DELETE and table.info.table_type is not TableType.PRIMARY_KEY:
+            raise InvalidRequest(f"operation delete needs a primary-key table; {table.info.name} is append-only")
+        return operation
+
+    # -- what comes back up -----------------------------------------------------------------------
+
+    def _on_advance(self, advance: Advance) -> None:
+        self.acks.advance(advance)
+        if self.acks.unsent:
+            self._outbound.wake()
+
+    def _on_end(self, ending: Ending) -> None:
+        self.acks.fail(ending.code, ending.detail)
+        self._outbound.wake()
+
+    def _on_failure(self, code: ErrorCode, detail: str) -> None:
+        self.acks.fail(code, detail)
+        self._outbound.wake()
+
+
+def _check_key(key: str) -> None:
+    length = len(key.encode())
+    if not 1 <= length <= _MAX_KEY_BYTES:
+        raise InvalidRequest(f"idempotency_key has {length} bytes: expected 1 to {_MAX_KEY_BYTES}")
+
+
+FailureListener = Callable[[ErrorCode, str], None]
+
+__all__ = ["Exchange", "FailureListener", "Outbound"]

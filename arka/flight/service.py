@@ -1,0 +1,367 @@
+"""The Flight RPCs: each takes one call from the transport and turns it into calls on the pipeline.
+
+Owns: the mapping of RPCs, actions and tickets. Does not own streams' writes (``arka.flight.exchange``),
+bytes on the wire (``arka.flight.http2``) nor tables (``arka.tiers``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+from uuid import uuid4
+
+import msgspec
+import pyarrow as pa
+import trio
+
+from arka.errors import ArkaError, ErrorCode, InvalidRequest, Unavailable
+from arka.flight import messages
+from arka.flight.acks import AckForm
+from arka.flight.exchange import Exchange
+from arka.flight.grpc import Call, Route
+from arka.flight.schemas import describe_partition, describe_schema, parse_create_table
+from arka.options import Limits
+from arka.records import FIELD_ID_KEY, TableName, Tier
+from arka.storage.threads import run_compute
+from arka.tiers.pipeline import Pipeline
+from arka.tiers.table import Table
+
+#: Longest action body in bytes: a CreateTable of a few thousand columns fits.
+_MAX_TICKET_BYTES: Final = 1 << 20
+
+_ACTIONS: Final = {
+    "CreateTable": "Create a table. Body: name, schema_json, table_type, primary_key, partition_spec, properties.",
+    "ListTables": "List the full names of all tables, sorted. Body: empty.",
+    "DropTable": "Drop a table. Body: name, purge.",
+    "DescribeTable": "Describe a table and how far each tier is. Body: name.",
+    "Flush": "Wait until all that was accepted has reached a tier. Body: name, durability.",
+}
+
+
+class _NameBody(msgspec.Struct, frozen=True):
+    """The body of the actions that name one table."""
+
+    name: str
+    purge: bool = False
+    durability: str = Tier.ICEBERG_COMMITTED.word
+
+
+class _Ticket(msgspec.Struct, frozen=True):
+    """A DoGet ticket in its JSON form (protocol 4)."""
+
+    table_name: str
+    at_lsn: int | None = None
+    wait_for_lsn: int | None = None
+    columns: list[str] | None = None
+    limit: int | None = None
+
+
+class FlightService:
+    """Arrow Flight's RPCs over a pipeline."""
+
+    def __init__(self, pipeline: Pipeline, limits: Limits, spill_dir: Path) -> None:
+        """Join the service to the engine.
+
+        Args:
+            pipeline: where tables are and writes go.
+            limits: what one stream may use.
+            spill_dir: local directory for the results of DoGet while they are sent.
+        """
+        self._pipeline = pipeline
+        self._limits = limits
+        self._spill_dir = spill_dir
+        self._draining = False
+        self._drain_deadline = 0.0
+        # The scopes in which write streams read, cancelled when the server drains.
+        self._readers: dict[trio.CancelScope, None] = {}
+
+    def start_drain(self, deadline: float) -> None:
+        """Read no write stream any more; deliver acks until ``deadline`` (trio's clock), then end them (T19)."""
+        self._draining = True
+        self._drain_deadline = deadline
+        for reading in tuple(self._readers):
+            reading.cancel()
+
+    def routes(self) -> Mapping[str, Route]:
+        """Return the handlers by gRPC path."""
+        handlers: dict[str, tuple[Callable[[Call], Awaitable[None]], bool]] = {
+            "DoExchange": (self.do_exchange, True),
+            "DoPut": (self.do_put, True),
+            "DoGet": (self.do_get, False),
+            "DoAction": (self.do_action, False),
+            "ListActions": (self.list_actions, False),
+            "ListFlights": (self.list_flights, False),
+            "GetFlightInfo": (self.get_flight_info, False),
+            "GetSchema": (self.get_schema, False),
+            "Handshake": (self.handshake, False),
+        }
+        return {
+            messages.SERVICE + name: Route(handler, flight_data=flight_data)
+            for name, (handler, flight_data) in handlers.items()
+        }
+
+    # -- writing ----------------------------------------------------------------------------------
+
+    async def do_exchange(self, call: Call) -> None:
+        """Take writes and give acks until the client half-closes and all acks are out."""
+        await self._write_stream(call, AckForm.METADATA)
+
+    async def do_put(self, call: Call) -> None:
+        """Take writes like DoExchange; acks travel as PutResult."""
+        await self._write_stream(call, AckForm.PUT_RESULT)
+
+    async def _write_stream(self, call: Call, form: AckForm) -> None:
+        exchange = Exchange(self._pipeline, self._limits, call, form=form)
+        call.attach_outbox(exchange)
+        try:
+            if await self._read_writes(call, exchange):
+                await exchange.wait_settled()
+                return
+            # Draining: the acks that come in time go out, the client resumes for the rest (protocol 3.4).
+            with trio.move_on_at(self._drain_deadline):
+                await exchange.wait_settled()
+            raise Unavailable("The server is draining: reconnect to the same node and resume")
+        finally:
+            exchange.close()
+
+    async def _read_writes(self, call: Call, exchange: Exchange) -> bool:
+        """Handle messages until the client half-closes (True) or the server drains (False)."""
+        with trio.CancelScope() as reading:
+            if self._draining:
+                return False
+            self._readers[reading] = None
+            try:
+                while True:
+                    await exchange.wait_readable()
+                    message = await call.receive()
+                    if message is None:
+                        return True
+                    assert not isinstance(message, bytes)
+                    await exchange.handle(message)
+            finally:
+                del self._readers[reading]
+        return False
+
+    # -- reading ----------------------------------------------------------------------------------
+
+    async def do_get(self, call: Call) -> None:
+        """Send the table's current Iceberg snapshot as record batches."""
+        ticket = _parse_ticket(bytes(messages.parse("Ticket", await _request(call)).ticket))
+        table = await self._pipeline.find_table(TableName.parse(ticket.table_name))
+        if ticket.columns is not None:
+            known = set(table.info.schema.names)
+            unknown = [column for column in ticket.columns if column not in known]
+            if unknown:
+                raise InvalidRequest(f"Unknown columns in {table.info.name}: {', '.join(unknown)}")
+        if ticket.limit is not None and ticket.limit < 0:
+            raise InvalidRequest(f"limit must not be negative: {ticket.limit}")
+        if ticket.wait_for_lsn is not None:
+            table.hurry()
+            await table.committed.wait_reached(ticket.wait_for_lsn)
+        if ticket.at_lsn is not None and ticket.at_lsn != table.committed.lsn:
+            raise ArkaError(
+                f"{table.info.name} holds LSN {table.committed.lsn} in Iceberg; at_lsn {ticket.at_lsn} is not retained",
+                code=ErrorCode.OUT_OF_RANGE,
+            )
+        with self._spill() as path:
+            await self._pipeline.catalog.scan(table.info, ticket.columns, ticket.limit, str(path))
+            source = await run_compute(pa.memory_map, str(path), "r")
+        # The file is unlinked here: the map keeps its bytes until the last of them is sent.
+        with source:
+            reader = pa.ipc.MessageReader.open_stream(source)
+            while (message := await run_compute(_next_message, reader)) is not None:
+                header = message.metadata.to_pybytes()
+                body = message.body
+                size = body.size if body is not None else 0
+                head = messages.flight_data_head(header, size)
+                if size:
+                    await call.send(head, memoryview(body).cast("B"))
+                else:
+                    await call.send(head)
+
+    @contextmanager
+    def _spill(self) -> Iterator[Path]:
+        path = self._spill_dir / f"{uuid4()}.arrows"
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+    async def get_schema(self, call: Call) -> None:
+        """Send a table's schema as an encapsulated IPC message."""
+        table = await self._named_table(await _request(call))
+        await call.send(messages.build("SchemaResult", schema=_public_schema(table).serialize().to_pybytes()))
+
+    async def get_flight_info(self, call: Call) -> None:
+        """Send where a table is read from: one endpoint, this server."""
+        data = await _request(call)
+        table = await self._named_table(data)
+        info = _flight_info(table, messages.parse("FlightDescriptor", data))
+        await call.send(info.SerializeToString())
+
+    async def list_flights(self, call: Call) -> None:
+        """Send the FlightInfo of each table; criteria, if any, are a prefix of its full name."""
+        prefix = bytes(messages.parse("Criteria", await _request(call)).expression).decode("utf-8", "replace")
+        for table in self._pipeline.tables():
+            if str(table.info.name).startswith(prefix):
+                path = [table.info.name.namespace, table.info.name.name]
+                descriptor = messages.make("FlightDescriptor", type=messages.DESCRIPTOR_PATH, path=path)
+                await call.send(_flight_info(table, descriptor).SerializeToString())
+
+    async def _named_table(self, data: bytes) -> Table:
+        descriptor = messages.parse("FlightDescriptor", data)
+        if not descriptor.path:
+            raise InvalidRequest("The descriptor must be a path that names a table")
+        return await self._pipeline.find_table(TableName.from_parts(list(descriptor.path)))
+
+    async def handshake(self, call: Call) -> None:
+        """Answer each handshake request; no credentials are asked for."""
+        while (data := await call.receive()) is not None:
+            assert isinstance(data, bytes)
+            request = messages.parse("HandshakeRequest", data)
+            await call.send(messages.build("HandshakeResponse", protocol_version=request.protocol_version))
+
+    # -- actions ----------------------------------------------------------------------------------
+
+    async def list_actions(self, call: Call) -> None:
+        """Send the actions that ``do_action`` knows."""
+        await _request(call)
+        for name, description in _ACTIONS.items():
+            await call.send(messages.build("ActionType", type=name, description=description))
+
+    async def do_action(self, call: Call) -> None:
+        """Run one action; body and result are JSON."""
+        action = messages.parse("Action", await _request(call))
+        body = bytes(action.body)
+        match action.type:
+            case "CreateTable":
+                result = await self._create_table(body)
+            case "ListTables":
+                result = [str(table.info.name) for table in self._pipeline.tables()]
+            case "DropTable":
+                result = await self._drop_table(body)
+            case "DescribeTable":
+                result = await self._describe_table(body)
+            case "Flush":
+                result = await self._flush(body)
+            case unknown:
+                raise ArkaError(
+                    f"Unknown action {unknown!r}: expected one of {', '.join(_ACTIONS)}", code=ErrorCode.UNIMPLEMENTED
+                )
+        await call.send(messages.build("Result", body=json.dumps(result).encode()))
+
+    async def _create_table(self, body: bytes) -> Any:
+        table, created = await self._pipeline.create_table(parse_create_table(body))
+        return {"name": str(table.info.name), "table_uuid": str(table.info.uuid), "created": created}
+
+    async def _drop_table(self, body: bytes) -> Any:
+        request = _parse_body(body)
+        name = await self._pipeline.drop_table(TableName.parse(request.name), purge=request.purge)
+        return {"name": str(name), "dropped": True}
+
+    async def _describe_table(self, body: bytes) -> Any:
+        table = await self._pipeline.find_table(TableName.parse(_parse_body(body).name))
+        info = table.info
+        marks = self._pipeline.table_marks(table)
+        return {
+            "name": str(info.name),
+            "table_uuid": str(info.uuid),
+            "table_type": info.table_type.value,
+            "primary_key": list(info.key_columns),
+            "schema": describe_schema(_public_schema(table)),
+            "schema_id": info.schema_id,
+            "partition_spec": describe_partition(info),
+            "location": info.location,
+            "properties": dict(info.properties),
+            "state": table.state.value,
+            "reason": table.ending.detail if table.ending is not None else None,
+            "watermarks": {tier.word: lsn for tier, lsn in marks.items()},
+            "lag": {
+                "writes_from_lsn": table.backlog.first_lsn,
+                "frame_bytes": table.backlog.frame_bytes,
+            },
+            "snapshot_id": None if table.committed.latest.snapshot_id is None else str(table.committed.latest.snapshot_id),
+            "survives": self._pipeline.survival,
+        }
+
+    async def _flush(self, body: bytes) -> Any:
+        request = _parse_body(body)
+        tier = Tier.parse(request.durability)
+        table = await self._pipeline.find_table(TableName.parse(request.name))
+        lsn = await self._pipeline.flush(table, tier)
+        return {"name": str(table.info.name), "durability": tier.word, "lsn": lsn}
+
+
+async def _request(call: Call) -> bytes:
+    """Receive the one message of a unary request."""
+    data = await call.receive()
+    if data is None:
+        raise InvalidRequest(f"{call.method}: the request message is missing")
+    assert isinstance(data, bytes)
+    return data
+
+
+def _next_message(reader: pa.ipc.MessageReader) -> pa.ipc.Message | None:
+    try:
+        return reader.read_next_message()
+    except StopIteration:
+        return None
+
+
+def _parse_body(body: bytes) -> _NameBody:
+    try:
+        return msgspec.json.decode(body, type=_NameBody)
+    except msgspec.MsgspecError as error:
+        raise InvalidRequest(f"Malformed action body: {error}; expected JSON with 'name'") from error
+
+
+def _parse_ticket(data: bytes) -> _Ticket:
+    """Read a ticket: JSON or a bare table name."""
+    if len(data) > _MAX_TICKET_BYTES:
+        raise InvalidRequest(f"The ticket has {len(data)} bytes, the limit is {_MAX_TICKET_BYTES}")
+    if data.lstrip()[:1] == b"{":
+        try:
+            return msgspec.json.decode(data, type=_Ticket)
+        except msgspec.MsgspecError as error:
+            raise InvalidRequest(f"Malformed ticket: {error}") from error
+    try:
+        return _Ticket(data.decode())
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"The ticket is neither JSON nor a table name: {error}") from error
+
+
+def _strip_field_id(field: pa.Field) -> pa.Field:
+    metadata = {key: value for key, value in (field.metadata or {}).items() if key != FIELD_ID_KEY}
+    return field.with_metadata(metadata or None)
+
+
+def _public_schema(table: Table) -> pa.Schema:
+    """The table's schema as clients see it: without the Iceberg field ids of its columns."""
+    return pa.schema([_strip_field_id(field) for field in table.info.schema])
+
+
+def _flight_info(table: Table, descriptor: Any) -> Any:
+    ticket = messages.make("Ticket", ticket=str(table.info.name).encode())
+    return messages.make(
+        "FlightInfo",
+        schema=_public_schema(table).serialize().to_pybytes(),
+        flight_descriptor=descriptor,
+        endpoint=[messages.make("FlightEndpoint", ticket=ticket)],
+        total_records=-1,
+        total_bytes=-1,
+    )
+
+
+def prepare_spill_dir(path: Path) -> None:
+    """Make the directory of DoGet's results and remove what a crash left in it."""
+    path.mkdir(parents=True, exist_ok=True)
+    for left in os.scandir(path):
+        if left.name.endswith(".arrows"):
+            os.unlink(left.path)
+
+
+__all__ = ["FlightService", "prepare_spill_dir"]

@@ -1,0 +1,115 @@
+"""A table's backlog: where its frames lie in the log, from the disk watermark until Iceberg has them.
+
+Owns: which frames of one table are not committed yet. Does not own the files. Per write it keeps two
+integers, so that hours of an outage cost disk and not memory.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_right
+from collections import deque
+from dataclasses import dataclass
+
+from arka.errors import InternalError
+from arka.storage.ports import SegmentSlice
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """Frames of the table in one segment, LSN order."""
+
+    path: str
+    segment: int
+    epoch: int
+    lsns: array[int]
+    offsets: array[int]
+    # Invariant: ends[i] is the number of frame bytes of frames 0..i.
+    ends: array[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Frames chosen for one commit: everything of the table up to ``through_lsn``."""
+
+    through_lsn: int
+    slices: tuple[SegmentSlice, ...]
+    frames: int
+    frame_bytes: int
+
+
+class Backlog:
+    """The uncommitted frames of one table. Used from trio's thread only."""
+
+    def __init__(self) -> None:
+        self._chunks: deque[_Chunk] = deque()
+        # Invariant: LSNs in the backlog rise strictly and all lie above the table's committed LSN.
+        self._last_lsn = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._chunks)
+
+    @property
+    def first_lsn(self) -> int | None:
+        """The least LSN that the table still needs; None when it needs none."""
+        return self._chunks[0].lsns[0] if self._chunks else None
+
+    @property
+    def frame_bytes(self) -> int:
+        """Bytes of all uncommitted frames."""
+        return sum(chunk.ends[-1] for chunk in self._chunks)
+
+    def add(self, path: str, segment: int, epoch: int, lsn: int, offset: int, frame_bytes: int) -> None:
+        """Note one frame at ``offset`` of a segment; LSN order."""
+        if lsn <= self._last_lsn:
+            raise InternalError(f"frame {lsn} came to the backlog after {self._last_lsn}")
+        self._last_lsn = lsn
+        if not self._chunks or self._chunks[-1].path != path:
+            self._chunks.append(_Chunk(path, segment, epoch, array("q"), array("Q"), array("Q")))
+        chunk = self._chunks[-1]
+        chunk.lsns.append(lsn)
+        chunk.offsets.append(offset)
+        chunk.ends.append((chunk.ends[-1] if chunk.ends else 0) + frame_bytes)
+
+    def cut(self, through_lsn: int, limit_bytes: int) -> Cut | None:
+        """Choose the frames of the next commit, oldest first.
+
+        Args:
+            through_lsn: nothing above it may be taken (R4).
+            limit_bytes: about how many frame bytes; at least one frame is taken if any may be.
+
+        Returns:
+            The cut, or None when nothing may be taken.
+        """
+        slices: list[SegmentSlice] = []
+        frames = taken = last = 0
+        for chunk in self._chunks:
+            count = bisect_right(chunk.lsns, through_lsn)
+            within = bisect_right(chunk.ends, max(limit_bytes - taken, 0))
+            if not slices:
+                within = max(within, 1)
+            count = min(count, within)
+            if count == 0:
+                break
+            slices.append(SegmentSlice(chunk.path, chunk.segment, chunk.epoch, chunk.offsets[:count].tobytes()))
+            frames += count
+            taken += chunk.ends[count - 1]
+            last = chunk.lsns[count - 1]
+            if count < len(chunk.lsns):
+                break
+        return Cut(last, tuple(slices), frames, taken) if slices else None
+
+    def discard_through(self, lsn: int) -> None:
+        """Forget the frames up to ``lsn``: the table holds them."""
+        while self._chunks and self._chunks[0].lsns[-1] <= lsn:
+            self._chunks.popleft()
+        if self._chunks:
+            chunk = self._chunks[0]
+            count = bisect_right(chunk.lsns, lsn)
+            if count:
+                del chunk.lsns[:count], chunk.offsets[:count]
+                base = chunk.ends[count - 1]
+                chunk.ends = array("Q", (end - base for end in chunk.ends[count:]))
+
+
+__all__ = ["Backlog", "Cut"]

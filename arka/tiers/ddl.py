@@ -1,0 +1,224 @@
+"""Creating and dropping tables: log first, catalog second (R5).
+
+Owns: the payloads of create and drop records, and what "the same table" means. Does not own the list of
+tables (``arka.tiers.pipeline``).
+"""
+
+from __future__ import annotations
+
+import secrets
+from uuid import UUID
+
+import msgspec
+import pyarrow as pa
+
+from arka._core.framing import KIND_CREATE, KIND_DROP
+from arka.errors import ArkaError, ErrorCode, InvalidRequest, Unavailable
+from arka.records import TableDefinition, TableInfo, TableName, TableType
+from arka.storage.ports import (
+    Catalog,
+    CatalogConflict,
+    CatalogTable,
+    CatalogUnavailable,
+    TableExists,
+    TableMissing,
+)
+from arka.tiers.memory import MemoryTier
+from arka.tiers.table import Ending, TableState
+
+
+class CreateRecord(msgspec.Struct, frozen=True):
+    """Payload of a CREATE record: which table was about to be made, and where."""
+
+    namespace: str
+    name: str
+    location_suffix: str
+
+
+class DropRecord(msgspec.Struct, frozen=True):
+    """Payload of a DROP record."""
+
+    namespace: str
+    name: str
+    table_uuid: str
+    purge: bool
+
+
+def parse_drop(payload: bytes) -> DropRecord:
+    """Read a DROP record's payload.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return msgspec.msgpack.decode(payload, type=DropRecord)
+    except msgspec.MsgspecError as error:
+        raise ValueError(f"not a drop record: {error}") from error
+
+
+def log_create(memory: MemoryTier, definition: TableDefinition, location_suffix: str) -> int:
+    """Put a CREATE record into the log; returns its LSN."""
+    record = CreateRecord(definition.name.namespace, definition.name.name, location_suffix)
+    return memory.append_control(KIND_CREATE, msgspec.msgpack.encode(record))
+
+
+def log_drop(memory: MemoryTier, info: TableInfo, *, purge: bool) -> int:
+    """Put a DROP record into the log; returns its LSN."""
+    record = DropRecord(info.name.namespace, info.name.name, str(info.uuid), purge)
+    return memory.append_control(KIND_DROP, msgspec.msgpack.encode(record))
+
+
+def new_location_suffix() -> str:
+    """Eight hex digits that no other table of this name will have (R5)."""
+    return secrets.token_hex(4)
+
+
+def check_supported(definition: TableDefinition) -> None:
+    """Refuse what this version cannot keep.
+
+    Raises:
+        ArkaError: ``unimplemented``.
+    """
+    if definition.table_type is TableType.PRIMARY_KEY:
+        raise ArkaError(
+            f"Cannot create {definition.name}: primary-key tables are not supported yet; use append_only",
+            code=ErrorCode.UNIMPLEMENTED,
+        )
+
+
+def check_identical(definition: TableDefinition, info: TableInfo) -> None:
+    """Check that a table which exists is the one that is asked for (field ids and metadata aside).
+
+    Raises:
+        ArkaError: ``table_exists``, naming the first difference.
+    """
+    difference = _difference(definition, info)
+    if difference is not None:
+        raise ArkaError(f"Table already exists: {info.name} ({difference})", code=ErrorCode.TABLE_EXISTS)
+
+
+def _difference(definition: TableDefinition, info: TableInfo) -> str | None:
+    if definition.table_type is not info.table_type:
+        return f"it is {info.table_type.value}, not {definition.table_type.value}"
+    if definition.key_columns != info.key_columns:
+        return f"its key is {list(info.key_columns)}, not {list(definition.key_columns)}"
+    ours, theirs = _bare(definition.schema), _bare(info.schema)
+    if not ours.equals(theirs):
+        return f"its schema is {_spell(theirs)}, not {_spell(ours)}"
+    names = {_field_id(field): field.name for field in info.schema}
+    asked = [(definition.schema.field(f.source_index).name, f.transform, f.name) for f in definition.partition]
+    kept = [(names.get(f.source_id, "?"), f.transform, f.name) for f in info.partition]
+    if asked != kept:
+        return f"its partition spec is {kept}, not {asked}"
+    for key, value in definition.properties.items():
+        if info.properties.get(key) != value:
+            return f"its property {key} is {info.properties.get(key)!r}, not {value!r}"
+    return None
+
+
+def _field_id(field: pa.Field) -> int:
+    return int((field.metadata or {}).get(b"PARQUET:field_id", b"-1"))
+
+
+def _bare_type(kind: pa.DataType) -> pa.DataType:
+    """A type without its fields' metadata and without the names that Arrow gives list items."""
+    if pa.types.is_struct(kind):
+        return pa.struct([_bare_field(kind.field(i)) for i in range(kind.num_fields)])
+    if pa.types.is_map(kind):
+        return pa.map_(_bare_type(kind.key_type), pa.field("value", _bare_type(kind.item_type), kind.item_field.nullable))
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return pa.list_(pa.field("element", _bare_type(kind.value_type), kind.value_field.nullable))
+    return kind
+
+
+def _bare_field(field: pa.Field) -> pa.Field:
+    return pa.field(field.name, _bare_type(field.type), field.nullable)
+
+
+def _bare(schema: pa.Schema) -> pa.Schema:
+    return pa.schema([_bare_field(field) for field in schema])
+
+
+def _spell(schema: pa.Schema) -> str:
+    return ", ".join(f"{f.name} {f.type}{'' if f.nullable else ' not null'}" for f in schema)
+
+
+def dropped(info: TableInfo) -> Ending:
+    """The ending of a dropped table."""
+    return Ending(TableState.DROPPED, ErrorCode.TABLE_DROPPED, f"Table was dropped: {info.name}")
+
+
+async def load_table(catalog: Catalog, name: TableName) -> CatalogTable | None:
+    """Load a table, or None when there is none.
+
+    Raises:
+        Unavailable: the catalog does not answer.
+    """
+    try:
+        return await catalog.load_table(name)
+    except TableMissing:
+        return None
+    except CatalogUnavailable as error:
+        raise Unavailable(f"The catalog does not answer, so {name} cannot be looked up: {error}") from error
+
+
+async def create_table(
+    catalog: Catalog, definition: TableDefinition, suffix: str
+) -> tuple[CatalogTable, bool]:
+    """Create a table in the catalog; one that appeared meanwhile and is the same will do.
+
+    Returns:
+        The table, and whether it is the one that this call made (also when its response was lost).
+
+    Raises:
+        ArkaError: ``table_exists`` or ``invalid_request``.
+        Unavailable: the catalog does not answer; whether the table exists is unknown, ask again.
+    """
+    try:
+        return await catalog.create_table(definition, suffix), True
+    except TableExists:
+        found = await load_table(catalog, definition.name)
+        if found is None:
+            raise Unavailable(f"{definition.name} was created and dropped by others meanwhile: try again") from None
+        check_identical(definition, found.info)
+        return found, found.info.location.endswith(f"-{suffix}")
+    except CatalogConflict as error:
+        raise InvalidRequest(f"Cannot create {definition.name}: {error}") from error
+    except CatalogUnavailable as error:
+        raise Unavailable(f"The catalog does not answer, so {definition.name} may not exist: {error}") from error
+
+
+async def drop_table(catalog: Catalog, info: TableInfo, *, purge: bool) -> None:
+    """Drop a table from the catalog; one that is gone is no error.
+
+    Raises:
+        Unavailable: the catalog does not answer.
+    """
+    try:
+        await catalog.drop_table(info, purge=purge)
+    except TableMissing:
+        return
+    except CatalogUnavailable as error:
+        raise Unavailable(f"The catalog does not answer, so {info.name} may still be there: {error}") from error
+
+
+def parse_table_uuid(record: DropRecord) -> UUID:
+    """The dropped table's UUID."""
+    return UUID(record.table_uuid)
+
+
+__all__ = [
+    "CreateRecord",
+    "DropRecord",
+    "check_identical",
+    "check_supported",
+    "create_table",
+    "drop_table",
+    "dropped",
+    "load_table",
+    "log_create",
+    "log_drop",
+    "new_location_suffix",
+    "parse_drop",
+    "parse_table_uuid",
+]

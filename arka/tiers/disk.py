@@ -1,0 +1,65 @@
+"""The disk tier: groups of frames go to the WAL, one group commit at a time.
+
+Owns: the disk watermark. Does not own bytes on disk (``arka.wal``). There is no timer: while one group
+is being written and fsynced, everything that arrives becomes the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from arka.tiers.memory import MemoryTier
+from arka.tiers.watermarks import Watermark
+from arka.wal.writer import AppendedRange, WalWriter
+
+
+class DiskTier:
+    """Moves frames from the memory tier to the WAL and raises the disk watermark."""
+
+    def __init__(
+        self,
+        memory: MemoryTier,
+        writer: WalWriter,
+        watermark: Watermark,
+        *,
+        group_bytes: int,
+        on_durable: Callable[[AppendedRange], None],
+    ) -> None:
+        """Join the tiers.
+
+        Args:
+            memory: where the groups come from.
+            writer: the WAL.
+            watermark: the ``disk`` mark; this tier alone raises it.
+            group_bytes: most bytes of one group.
+            on_durable: told of each range of a segment that is fsynced, in LSN order, before the mark rises.
+        """
+        self._memory = memory
+        self._writer = writer
+        self._watermark = watermark
+        self._group_bytes = group_bytes
+        self._on_durable = on_durable
+
+    async def run(self) -> None:
+        """Write groups until the memory tier is closed and empty.
+
+        Raises:
+            WalPoisoned: a write or fsync failed; nothing above the watermark can be called safe or lost (R6).
+
+        Cancellation: a group that is being written is finished first; its writes keep their frames.
+        """
+        while await self._memory.wait_pending():
+            group = self._memory.take_group(self._group_bytes)
+            ranges = await self._writer.append(group.frames)
+            last_lsn = group.last_lsn
+            for appended in ranges:
+                self._on_durable(appended)
+            # The heap buffers go before the ledger hears of it: a grant must never outrun the memory.
+            charges = group.charges
+            del group, ranges
+            for charge in charges:
+                charge.release()
+            self._watermark.advance(last_lsn)
+
+
+__all__ = ["DiskTier"]

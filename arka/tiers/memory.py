@@ -1,0 +1,176 @@
+"""The memory tier: where a write gets its LSN and waits for the disk.
+
+Owns: the order of the log. One call, without an ``await``, looks the key up, gives the LSN, remembers
+the key and queues the frame (R21), so that LSN order, key order and log order are one order. Does not
+own the disk (``arka.tiers.disk`` takes groups from here) nor admission by bytes (the transport charged
+the message before it invited it).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Protocol
+
+import trio
+
+from arka._core.buffers import FrameBuffer
+from arka._core.framing import KIND_BATCH, Frame
+from arka._core.lsn import LsnAllocator
+from arka.records import Operation, TableInfo
+from arka.tiers.keys import KeyIndex
+from arka.tiers.watermarks import now_us
+
+
+class Releasable(Protocol):
+    """What is given back when a frame's heap bytes are gone: a ledger's charge."""
+
+    def release(self) -> None:
+        """Give it back."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Appended:
+    """What became of a write: its LSN, or the first write's when the key was known."""
+
+    lsn: int
+    duplicate: bool = False
+    key_reused: bool = False
+
+
+@dataclass(slots=True)
+class Group:
+    """Frames that go to disk together, and what to release once they are there."""
+
+    frames: list[Frame]
+    charges: list[Releasable]
+
+    @property
+    def last_lsn(self) -> int:
+        """The group's last LSN."""
+        return self.frames[-1].lsn
+
+
+class MemoryTier:
+    """The write buffer: accepted frames in LSN order until the disk tier takes them.
+
+    Used from trio's thread only.
+    """
+
+    def __init__(self, allocator: LsnAllocator, keys: KeyIndex) -> None:
+        self._allocator = allocator
+        self._keys = keys
+        self._frames: deque[tuple[Frame, Releasable | None]] = deque()
+        self._queued_bytes = 0
+        self._arrived = trio.Event()
+        self._closed = False
+
+    @property
+    def last_lsn(self) -> int:
+        """The last LSN given; the memory watermark."""
+        return self._allocator.last
+
+    @property
+    def queued_bytes(self) -> int:
+        """Frame bytes that wait for the disk."""
+        return self._queued_bytes
+
+    def append(
+        self,
+        table: TableInfo,
+        payload: FrameBuffer,
+        *,
+        rows: int,
+        operation: Operation,
+        key: bytes,
+        digest: int,
+        charge: Releasable | None,
+    ) -> Appended:
+        """Accept one write: atomic, ordered, in the buffer on return.
+
+        Args:
+            table: its table; the frame carries the UUID and the schema id (R5, R24).
+            payload: the batch in canonical form; must not be changed any more.
+            rows: its row count.
+            operation: upsert or delete.
+            key: the idempotency key, empty for none.
+            digest: a checksum of the payload, compared when the key is known.
+            charge: released when the frame's heap bytes are gone. For a duplicate at once.
+
+        Returns:
+            The LSN; for a known key the first write's, and nothing was added.
+
+        Raises:
+            LsnExhausted: the reserved LSNs are used up before the ceiling was raised.
+        """
+        if key:
+            first = self._keys.find(table.uuid, key)
+            if first is not None:
+                if charge is not None:
+                    charge.release()
+                return Appended(first.lsn, duplicate=True, key_reused=first.digest != digest)
+        lsn = self._allocator.allocate()
+        if key:
+            self._keys.insert(table.uuid, key, lsn, digest)
+        frame = Frame(
+            KIND_BATCH,
+            lsn,
+            table=table,
+            schema_id=table.schema_id,
+            operation=int(operation),
+            rows=rows,
+            key=key,
+            payload=payload,
+            accepted_us=now_us(),
+        )
+        self._push(frame, charge)
+        return Appended(lsn)
+
+    def append_control(self, kind: int, payload: bytes, table: TableInfo | None = None) -> int:
+        """Put a control record (create, drop, lost range) into the log's order; returns its LSN."""
+        lsn = self._allocator.allocate()
+        self._push(Frame(kind, lsn, table=table, payload=payload, accepted_us=now_us()), None)
+        return lsn
+
+    def take_group(self, group_bytes: int) -> Group:
+        """Take what waits, in order: at least one frame if any waits, about ``group_bytes`` at most."""
+        frames: list[Frame] = []
+        charges: list[Releasable] = []
+        taken = 0
+        while self._frames and taken < group_bytes:
+            frame, charge = self._frames.popleft()
+            taken += frame.frame_bytes
+            frames.append(frame)
+            if charge is not None:
+                charges.append(charge)
+        self._queued_bytes -= taken
+        return Group(frames, charges)
+
+    async def wait_pending(self) -> bool:
+        """Wait until frames wait, or until the tier is closed and empty.
+
+        Returns:
+            Whether frames wait; False means that there will be no more.
+
+        Cancellation: nothing changes.
+        """
+        while not self._frames:
+            if self._closed:
+                return False
+            self._arrived = trio.Event()
+            await self._arrived.wait()
+        return True
+
+    def close(self) -> None:
+        """Say that nothing more comes: the disk tier ends once the buffer is empty."""
+        self._closed = True
+        self._arrived.set()
+
+    def _push(self, frame: Frame, charge: Releasable | None) -> None:
+        self._frames.append((frame, charge))
+        self._queued_bytes += frame.frame_bytes
+        self._arrived.set()
+
+
+__all__ = ["Appended", "Group", "MemoryTier", "Releasable"]

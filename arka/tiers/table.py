@@ -1,0 +1,314 @@
+"""One table's way from the log into Iceberg: its state, its backlog and its committer.
+
+Owns: the table's ``iceberg_committed`` watermark and the cutting of commits ``(after, through]``. Does
+not own the compare-and-swap (``arka.iceberg.commit``, in a worker) nor the log. A table's trouble stays
+in the table: outages are waited for, a table that cannot be committed for good is stopped (R18).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from uuid import UUID, uuid4
+
+import structlog
+import trio
+
+from arka.errors import ArkaError, ErrorCode, Fenced
+from arka.options import IcebergOptions
+from arka.records import TableInfo, Tier
+from arka.storage.ports import (
+    Catalog,
+    CatalogUnavailable,
+    CommitJob,
+    CommitOutcome,
+    CommitResult,
+    EncodeJob,
+    StagedFiles,
+)
+from arka.tiers.backlog import Backlog, Cut
+from arka.tiers.watermarks import Watermark
+
+log = structlog.get_logger(__name__)
+
+#: Longest pause between two attempts of a commit, in seconds.
+_MAX_RETRY_S = 5.0
+#: A commit may cost at most this share of the interval before commits are spread out.
+_COST_SHARE = 0.5
+#: Consecutive definite failures (not outages) after which a table is stopped.
+_MAX_FAILURES = 5
+
+
+class TableState(Enum):
+    """Whether a table takes writes."""
+
+    ACTIVE = "active"
+    #: dropped: writes in flight end with ``table_dropped``.
+    DROPPED = "dropped"
+    #: cannot be committed: refuses writes, keeps what it has (R18).
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """Why a table takes no more writes, as its clients hear it."""
+
+    state: TableState
+    code: ErrorCode
+    detail: str
+
+
+class Table:
+    """A table of this node: what streams, the log's tiers and the committer share about it.
+
+    Used from trio's thread only.
+    """
+
+    def __init__(self, info: TableInfo, committed_lsn: int, snapshot_id: int | None) -> None:
+        self.info = info
+        self.committed = Watermark(Tier.ICEBERG_COMMITTED, committed_lsn, snapshot_id)
+        self.backlog = Backlog()
+        #: The last LSN given to a write of this table; recovery raises it.
+        self.last_lsn = committed_lsn
+        self.ending: Ending | None = None
+        self.hurried_lsn = 0
+        self.changed = trio.Event()
+        self._end_listeners: dict[Callable[[Ending], None], None] = {}
+
+    @property
+    def state(self) -> TableState:
+        """Whether the table takes writes."""
+        return self.ending.state if self.ending is not None else TableState.ACTIVE
+
+    def check_active(self) -> None:
+        """Refuse a write to a table that takes none.
+
+        Raises:
+            ArkaError: ``table_dropped`` or ``table_stopped``.
+        """
+        if self.ending is not None:
+            code = self.ending.code
+            if code is ErrorCode.OUTCOME_UNKNOWN:
+                code = ErrorCode.TABLE_STOPPED
+            raise ArkaError(self.ending.detail, code=code)
+
+    def note_durable(self, path: str, segment: int, epoch: int, lsn: int, offset: int, frame_bytes: int) -> None:
+        """Take a frame that is on disk into the backlog."""
+        if self.state is not TableState.DROPPED:
+            self.backlog.add(path, segment, epoch, lsn, offset, frame_bytes)
+
+    def hurry(self) -> None:
+        """Commit what there is without waiting for the interval."""
+        self.hurried_lsn = self.last_lsn
+        self.wake()
+
+    def wake(self) -> None:
+        """Let the committer look again."""
+        changed, self.changed = self.changed, trio.Event()
+        changed.set()
+
+    def end(self, ending: Ending) -> None:
+        """Take no more writes, and tell the streams; the first ending stands."""
+        if self.ending is not None:
+            return
+        self.ending = ending
+        for listener in tuple(self._end_listeners):
+            listener(ending)
+        self.wake()
+
+    def listen_end(self, listener: Callable[[Ending], None]) -> None:
+        """Call ``listener`` if the table ends; it must not raise or wait."""
+        self._end_listeners[listener] = None
+
+    def unlisten_end(self, listener: Callable[[Ending], None]) -> None:
+        """Stop calling ``listener``."""
+        self._end_listeners.pop(listener, None)
+
+
+class TableCommitter:
+    """Brings one table's frames into Iceberg, in LSN order, one commit at a time."""
+
+    def __init__(
+        self,
+        table: Table,
+        catalog: Catalog,
+        objects: Watermark,
+        *,
+        log_uuid: UUID,
+        epoch: int,
+        options: IcebergOptions,
+        rng: random.Random,
+        on_committed: Callable[[Table], None],
+    ) -> None:
+        """Join a table to the catalog.
+
+        Args:
+            table: the table; this committer alone raises its ``committed`` mark.
+            catalog: encodes and commits in worker processes.
+            objects: the ``object_storage`` mark; a commit holds nothing above it (R4).
+            log_uuid: the log whose mark the table keeps (R15).
+            epoch: this process's epoch of it.
+            options: cadence and sizes.
+            rng: for the jitter of retries.
+            on_committed: told after the mark rose.
+        """
+        self._table = table
+        self._catalog = catalog
+        self._objects = objects
+        self._log_uuid = log_uuid
+        self._epoch = epoch
+        self._options = options
+        self._rng = rng
+        self._on_committed = on_committed
+        self._failures = 0
+        # The pause before the next attempt while the catalog is away; 0 while it answers.
+        self._outage_pause_s = 0.0
+
+    async def run(self) -> None:
+        """Commit until the table is dropped or stopped.
+
+        Raises:
+            Fenced: a newer epoch of the log has committed to the table.
+
+        Cancellation: a commit that is under way may or may not land; the table's own mark says which (R16).
+        """
+        table = self._table
+        earliest = trio.current_time()
+        while table.state is TableState.ACTIVE:
+            if not await self._wait_work(earliest):
+                continue
+            cut = table.backlog.cut(self._objects.lsn, self._options.commit_bytes)
+            if cut is None:
+                continue
+            started = trio.current_time()
+            try:
+                result = await self._commit(cut)
+            except Fenced:
+                raise
+            except CatalogUnavailable as error:
+                self._failures = 0
+                earliest = trio.current_time() + self._note_outage(str(error))
+                continue
+            except ArkaError as error:
+                earliest = trio.current_time() + self._note_failure(error)
+                continue
+            self._failures = 0
+            self._outage_pause_s = 0.0
+            if result is not None:
+                self._apply(cut, result)
+            now = trio.current_time()
+            earliest = max(
+                started + self._options.commit_interval_s, now + (now - started) * (1 / _COST_SHARE - 1) / 2
+            )
+
+    async def _wait_work(self, earliest: float) -> bool:
+        """Wait until there is something to commit and it is time; False: look at the state again."""
+        table = self._table
+        changed = table.changed
+        first = table.backlog.first_lsn
+        if first is None:
+            await changed.wait()
+            return False
+        if first > self._objects.lsn:
+            with trio.move_on_after(self._options.commit_interval_s):
+                await self._objects.wait_reached(first)
+            return False
+        if table.hurried_lsn >= first and self._outage_pause_s == 0.0:
+            return True
+        if trio.current_time() < earliest:
+            with trio.move_on_at(earliest):
+                await changed.wait()
+            return False
+        return True
+
+    async def _commit(self, cut: Cut) -> CommitResult:
+        """Encode and commit one cut."""
+        table = self._table
+        after_lsn = table.committed.lsn
+        staged = await self._catalog.encode(
+            EncodeJob(
+                table=table.info,
+                schemas={table.info.schema_id: table.info.schema.serialize().to_pybytes()},
+                log_uuid=self._log_uuid,
+                after_lsn=after_lsn,
+                through_lsn=cut.through_lsn,
+                slices=cut.slices,
+            )
+        )
+        return await self._commit_staged(staged)
+
+    async def _commit_staged(self, staged: StagedFiles) -> CommitResult:
+        job = CommitJob(
+            table=self._table.info,
+            log_uuid=self._log_uuid,
+            epoch=self._epoch,
+            commit_id=uuid4(),
+            staged=staged,
+        )
+        return await self._catalog.commit(job)
+
+    def _apply(self, cut: Cut, result: CommitResult) -> None:
+        """Act on a definite outcome."""
+        table = self._table
+        match result.outcome:
+            case CommitOutcome.COMMITTED:
+                self._advance(max(result.committed_lsn, cut.through_lsn), result.snapshot_id)
+                log.info(
+                    "iceberg.committed",
+                    table=str(table.info.name),
+                    through_lsn=cut.through_lsn,
+                    frames=cut.frames,
+                    frame_bytes=cut.frame_bytes,
+                    snapshot_id=result.snapshot_id,
+                )
+            case CommitOutcome.RECUT if result.committed_lsn > table.committed.lsn:
+                # An attempt whose response was lost has landed: the table itself says how far it is (R16).
+                self._advance(result.committed_lsn, result.snapshot_id)
+            case CommitOutcome.RECUT:
+                self._stop(
+                    f"Table {table.info.name} stands at LSN {result.committed_lsn}, but {table.committed.lsn} was "
+                    "committed: it was rolled back or replaced by others. Nothing is replayed (R20); drop it or "
+                    "move it back, then restart"
+                )
+            case CommitOutcome.TABLE_GONE:
+                self._stop(
+                    f"Table {table.info.name} ({table.info.uuid}) is no longer in the catalog under that name: it "
+                    "was renamed or dropped by others. Its uncommitted writes are kept"
+                )
+            case CommitOutcome.FENCED:
+                raise Fenced(
+                    f"a newer epoch than {self._epoch} has committed to {table.info.name}: this process is fenced"
+                )
+
+    def _advance(self, lsn: int, snapshot_id: int | None) -> None:
+        self._table.backlog.discard_through(lsn)
+        self._table.committed.advance(lsn, snapshot_id=snapshot_id)
+        self._on_committed(self._table)
+
+    def _stop(self, detail: str) -> None:
+        log.error("table.stopped", table=str(self._table.info.name), reason=detail)
+        self._table.end(Ending(TableState.STOPPED, ErrorCode.OUTCOME_UNKNOWN, detail))
+
+    def _note_outage(self, reason: str) -> float:
+        """Say once that the catalog is away; returns the pause before the next attempt in seconds."""
+        if self._outage_pause_s == 0.0:
+            log.warning("iceberg.stalled", table=str(self._table.info.name), reason=reason)
+            self._outage_pause_s = self._options.retry_s
+        else:
+            self._outage_pause_s = min(self._outage_pause_s * 2, _MAX_RETRY_S)
+        return self._outage_pause_s * self._rng.uniform(0.5, 1.0)
+
+    def _note_failure(self, error: ArkaError) -> float:
+        """Count a definite failure; stops the table when it does not pass. Returns the pause in seconds."""
+        self._failures += 1
+        log.error(
+            "iceberg.failed", table=str(self._table.info.name), failures=self._failures, reason=error.detail
+        )
+        if self._failures >= _MAX_FAILURES:
+            self._stop(f"Table {self._table.info.name} cannot be committed: {error.detail}")
+        return min(self._options.retry_s * 2**self._failures, _MAX_RETRY_S)
+
+
+__all__ = ["Ending", "Table", "TableCommitter", "TableState"]

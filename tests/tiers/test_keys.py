@@ -1,0 +1,32 @@
+"""Idempotency keys: kept from the write until retention after its commit has passed."""
+
+from __future__ import annotations
+
+from uuid import uuid4
+
+from arka.tiers.keys import KeyedWrite, KeyIndex
+
+
+def test_retention_counts_from_the_commit() -> None:
+    """A key never goes before its write is committed, and goes a retention after that (R21)."""
+    keys, table = KeyIndex(100.0), uuid4()
+    keys.insert(table, b"a", 1, 7)
+    keys.insert(table, b"b", 5, 8)
+    keys.note_committed(table, 1, 1_000.0)
+    keys.note_committed(table, 1, 1_099.0)
+    assert keys.find(table, b"a") == KeyedWrite(1, 7)
+    keys.note_committed(table, 1, 1_100.0)
+    assert keys.find(table, b"a") is None
+    assert keys.find(table, b"b") == KeyedWrite(5, 8)
+    assert len(keys) == 1
+
+
+def test_keys_belong_to_the_table() -> None:
+    """The same key in two tables is two keys; dropping one table forgets its own only."""
+    keys, one, other = KeyIndex(10.0), uuid4(), uuid4()
+    keys.insert(one, b"k", 1, 0)
+    assert keys.find(other, b"k") is None
+    keys.insert(other, b"k", 2, 0)
+    keys.drop_table(one)
+    assert keys.find(one, b"k") is None
+    assert keys.find(other, b"k") == KeyedWrite(2, 0)
