@@ -110,6 +110,10 @@ class DataCorruption(ArkaError):
         self.expected = expected
         self.found = found
 
+    def __reduce__(self) -> tuple[type[DataCorruption], tuple[str, int, str, str]]:
+        # Worker processes hand it over: an exception is rebuilt from its arguments, and these are not ours.
+        return type(self), (self.path, self.offset, self.expected, self.found)
+
 
 class ConfigurationError(ArkaError):
     """The settings, or what they point at, cannot work; the process must not start."""

@@ -2,12 +2,14 @@
 
 Owns: names, defaults, units, bounds. Does not own where values come from (``arka.settings``).
 
-Each field's metadata holds ``help`` and, for numbers, ``at_least`` / ``at_most``; ``arka.settings``
-checks them once. The unit stands last in each name.
+Each field's metadata holds ``help`` and its bounds: ``at_least`` / ``at_most`` for numbers, ``one_of`` or
+``matches`` (a regular expression for the whole value) for strings; ``arka.settings`` checks them once.
+The unit stands last in each name.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +18,23 @@ MIB = 1024 * KIB
 GIB = 1024 * MIB
 
 
-def option(default: Any, help: str, *, at_least: float | None = None, at_most: float | None = None) -> Any:  # noqa: A002
-    """Declare one option: its default, one sentence of help, and bounds if it is a number."""
-    return field(default=default, metadata={"help": help, "at_least": at_least, "at_most": at_most})
+def option(
+    default: Any,
+    help: str,  # noqa: A002
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    one_of: tuple[str, ...] | None = None,
+    matches: str | None = None,
+) -> Any:
+    """Declare one option: its default, one sentence of help, and its bounds."""
+    bounds = {"at_least": at_least, "at_most": at_most, "one_of": one_of, "matches": matches}
+    return field(default=default, metadata={"help": help, **bounds})
+
+
+def pass_through(help: str) -> Any:  # noqa: A002
+    """Declare a table of settings that Arka hands on unread: strings to strings."""
+    return field(default_factory=dict, metadata={"help": help})
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +45,9 @@ class ServerOptions:
     host: str = option("127.0.0.1", "Address that Flight listens on.")
     port: int = option(8815, "Flight port; 0 takes a free one.", at_least=0, at_most=65535)
     http_port: int = option(8816, "Operations HTTP port; 0 takes a free one.", at_least=0, at_most=65535)
-    node_id: str = option("arka-0", "This node's name in the object store.")
+    node_id: str = option(
+        "arka-0", "This node's name in the object store.", matches=r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+    )
     drain_s: float = option(10.0, "Longest time from SIGTERM to exit.", at_least=0.1, at_most=3600)
     demo_tables: bool = option(False, "Register the example tables at start.")
 
@@ -38,8 +56,12 @@ class ServerOptions:
 class LogOptions:
     """How the server logs."""
 
-    format: str = option("console", "console or json.")
-    level: str = option("info", "debug, info, warning or error.")
+    format: str = option(
+        "console", "Lines for people, or one JSON object a line.", one_of=("console", "json")
+    )
+    level: str = option(
+        "info", "The least severe event that is logged.", one_of=("debug", "info", "warning", "error")
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +114,9 @@ class ObjectStoreOptions:
     bytes: int = option(32 * MIB, "Size at which an upload starts without waiting.", at_least=64 * KIB)
     uploads: int = option(4, "Uploads at a time.", at_least=1, at_most=64)
     retry_s: float = option(0.2, "First pause after a failed request; doubles up to 5 s.", at_least=0.001)
+    config: Mapping[str, str] = pass_through(
+        "The store's own settings, as obstore names them (credentials, region)."
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +136,9 @@ class IcebergOptions:
     retry_s: float = option(0.2, "First pause after a failed commit; doubles up to 5 s.", at_least=0.001)
     keep_snapshots: int = option(100, "Snapshots kept by the expiry inside each commit.", at_least=2)
     stock_commit: bool = option(False, "Commit through pyiceberg's public path (slower).")
+    catalog: Mapping[str, str] = pass_through(
+        "The catalog's own properties, as pyiceberg names them (type, credentials, s3.*)."
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +146,19 @@ class IdempotencyOptions:
     """How long a write's key is remembered."""
 
     retention_s: float = option(86_400.0, "Kept at least this long after iceberg_committed.", at_least=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All options of one server; a field's name is its TOML table and the first part of its key."""
+
+    server: ServerOptions = field(default_factory=ServerOptions)
+    log: LogOptions = field(default_factory=LogOptions)
+    limits: Limits = field(default_factory=Limits)
+    wal: WalOptions = field(default_factory=WalOptions)
+    object_store: ObjectStoreOptions = field(default_factory=ObjectStoreOptions)
+    iceberg: IcebergOptions = field(default_factory=IcebergOptions)
+    idempotency: IdempotencyOptions = field(default_factory=IdempotencyOptions)
 
 
 __all__ = [
@@ -130,6 +171,8 @@ __all__ = [
     "LogOptions",
     "ObjectStoreOptions",
     "ServerOptions",
+    "Settings",
     "WalOptions",
     "option",
+    "pass_through",
 ]

@@ -1,4 +1,4 @@
-"""The server: listeners, connections, and the order in which everything ends.
+"""The server: how its components are put together, its listeners, and the order in which everything ends.
 
 Owns: the three nurseries (tiers, around connections, around streams) and the drain. Does not own what
 runs in them. Shutdown, whatever the clients do, ends within ``drain_s``: stop accepting, tell clients,
@@ -7,16 +7,31 @@ bring down what is accepted, then cancel.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
+from urllib.parse import unquote, urlsplit
 
 import structlog
 import trio
 
+from arka.errors import ArkaError, ConfigurationError, ErrorCode
+from arka.flight.grpc import health_routes
 from arka.flight.http2 import ConnectionFactory
-from arka.flight.service import FlightService
+from arka.flight.service import FlightService, prepare_spill_dir
+from arka.options import Settings
+from arka.storage.catalog import open_catalog
+from arka.storage.datadir import announce, free_bytes, lock_data_dir
+from arka.storage.disk import PosixDisk
+from arka.storage.objects import open_object_store, read_range
+from arka.tiers.admission import Ledger
+from arka.tiers.demo import demo_definitions
 from arka.tiers.pipeline import Pipeline
+from arka.tiers.startup import OpenLog, open_pipeline
 
 log = structlog.get_logger(__name__)
 
@@ -24,6 +39,8 @@ log = structlog.get_logger(__name__)
 _ACK_SHARE: Final = 0.7
 #: Share of drain_s after which connections are cancelled.
 _CONNECTION_SHARE: Final = 0.8
+#: Share of drain_s that sealing the log may take.
+_SEAL_SHARE: Final = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +60,7 @@ class Server:
 
     def __init__(
         self,
-        pipeline: Pipeline,
+        opened: OpenLog,
         service: FlightService,
         connections: ConnectionFactory,
         listeners: list[trio.SocketListener],
@@ -53,28 +70,28 @@ class Server:
         """Join what is served with where.
 
         Args:
-            pipeline: the tiers; run by this server.
+            opened: the log's tiers; run by this server.
             service: its write streams are told of the drain.
             connections: serves one accepted stream.
             listeners: open sockets; closed by this server.
-            drain_s: longest time from ``stop`` to the end of ``run``.
+            drain_s: longest time from the stop to the end of ``run``.
         """
-        self._pipeline = pipeline
+        self._pipeline = opened.pipeline
+        self._reservation = opened.reservation
         self._service = service
         self._connections = connections
         self._listeners = listeners
         self._drain_s = drain_s
-        self._stopping = trio.Event()
 
-    def stop(self) -> None:
-        """Begin to drain; ``run`` returns within ``drain_s``. A second call does nothing."""
-        self._stopping.set()
-
-    async def run(self, *, on_ready: Callable[[], None]) -> None:
-        """Serve until ``stop``.
+    async def run(
+        self, stop: trio.Event, *, on_ready: Callable[[], Awaitable[None]], started: Callable[[], None]
+    ) -> None:
+        """Serve until ``stop`` is set.
 
         Args:
-            on_ready: called once connections are accepted.
+            stop: begins the drain; this returns within ``drain_s`` of it.
+            on_ready: awaited once the tiers run, before connections are accepted.
+            started: called once connections are accepted.
 
         Raises:
             WalPoisoned: the log's disk failed.
@@ -84,13 +101,18 @@ class Server:
         """
         async with trio.open_nursery() as tiers:
             await tiers.start(self._pipeline.run)
+            tiers.start_soon(self._reservation.run)
+            await on_ready()
             async with trio.open_nursery() as connections:
                 accepting = trio.CancelScope()
                 connections.start_soon(self._accept, accepting, connections)
-                on_ready()
-                await self._stopping.wait()
+                started()
+                await stop.wait()
                 await self._drain(accepting, connections.cancel_scope)
-            await self._pipeline.close()
+            with trio.move_on_after(self._drain_s * _SEAL_SHARE) as sealing:
+                await self._pipeline.close()
+            if sealing.cancelled_caught:
+                log.warning("server.not_sealed", reason="the disk is slow; the next start recovers the log")
             tiers.cancel_scope.cancel()
 
     async def _accept(self, accepting: trio.CancelScope, connections: trio.Nursery) -> None:
@@ -120,4 +142,103 @@ class Server:
         connections.cancel()
 
 
-__all__ = ["Address", "Server"]
+async def serve(
+    settings: Settings, *, stop: trio.Event, task_status: trio.TaskStatus[Address] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Run a server with these settings until ``stop`` is set.
+
+    Args:
+        settings: all options; relative paths are taken from the working directory.
+        stop: set it to drain; this returns within ``server.drain_s``.
+        task_status: started with the Flight address once connections are accepted.
+
+    Raises:
+        ConfigurationError: the settings cannot work, or another server holds the data directory.
+        DataCorruption: stored data is damaged; nothing was started.
+        Fenced: another process owns this node's log now.
+        WalPoisoned: the log's disk failed.
+
+    Cancellation: as a crash at that moment: nothing acked is lost.
+    """
+    data_dir = Path(settings.server.data_dir).absolute()
+    with lock_data_dir(data_dir):
+        listeners = await _listen(settings.server.host, settings.server.port)
+        async with _engine(settings, data_dir) as opened:
+            ledger = Ledger(settings.limits.memory_bytes)
+            spill_dir = data_dir / "spill"
+            prepare_spill_dir(spill_dir)
+            service = FlightService(opened.pipeline, settings.limits, spill_dir)
+            connections = ConnectionFactory({**service.routes(), **health_routes()}, ledger, settings.limits)
+            server = Server(opened, service, connections, listeners, drain_s=settings.server.drain_s)
+            address = Address(*listeners[0].socket.getsockname()[:2])
+
+            async def ready() -> None:
+                if settings.server.demo_tables:
+                    await _register_demo_tables(opened.pipeline)
+                log.info("server.ready", flight=f"grpc://{address}", data_dir=str(data_dir), epoch=opened.epoch)
+
+            with announce(data_dir, flight=f"grpc://{address}", http=None):
+                await server.run(stop, on_ready=ready, started=lambda: task_status.started(address))
+    log.info("server.stopped")
+
+
+async def _listen(host: str, port: int) -> list[trio.SocketListener]:
+    try:
+        return await trio.open_tcp_listeners(port, host=host)
+    except (OSError, socket.gaierror) as error:
+        raise ConfigurationError(f"Cannot listen on {host}:{port}: {error}") from error
+
+
+@asynccontextmanager
+async def _engine(settings: Settings, data_dir: Path) -> AsyncIterator[OpenLog]:
+    """Open catalog, store and log."""
+    survival = _survival(settings, data_dir)
+    for tier, survives in survival.items():
+        if not survives:
+            log.warning(
+                "server.local_only",
+                tier=tier,
+                hint="it lies in the data directory: its acks do not survive the loss of this disk",
+            )
+    rng = random.Random()  # noqa: S311  (jitter of retries)
+    async with open_catalog(settings.iceberg, data_dir, settings.iceberg.catalog) as catalog:
+        await catalog.start()
+        yield await open_pipeline(
+            settings,
+            data_dir,
+            disk=PosixDisk(),
+            store=open_object_store(settings.object_store),
+            catalog=catalog,
+            read_range=read_range,
+            read_free=lambda: free_bytes(data_dir),
+            survival=survival,
+            rng=rng,
+        )
+
+
+def _survival(settings: Settings, data_dir: Path) -> dict[str, bool]:
+    """Say for the two last tiers whether they survive the loss of the data directory's disk (R14)."""
+
+    def outside(url: str) -> bool:
+        parts = urlsplit(url)
+        if parts.scheme in ("file", "sqlite"):
+            path = Path(unquote(parts.path)).absolute() if parts.scheme == "file" else Path("/", parts.path.lstrip("/"))
+            return not path.is_relative_to(data_dir)
+        return True
+
+    objects = outside(settings.object_store.url)
+    iceberg = outside(settings.iceberg.warehouse) and outside(settings.iceberg.catalog_uri)
+    return {"object_storage": objects, "iceberg_committed": iceberg}
+
+
+async def _register_demo_tables(pipeline: Pipeline) -> None:
+    for definition in demo_definitions():
+        try:
+            await pipeline.create_table(definition)
+        except ArkaError as error:
+            if error.code is not ErrorCode.TABLE_EXISTS:
+                raise
+            log.warning("table.demo_exists", table=str(definition.name), reason=error.detail)
+
+
+__all__ = ["Address", "Server", "serve"]

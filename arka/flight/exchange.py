@@ -282,6 +282,7 @@ class Exchange:
                     "(limits.batch_bytes): send smaller batches",
                     code=ErrorCode.TOO_LARGE,
                 )
+            decoder.check_operation(options.operation)
             if decoder.needs_thread(message):
                 decoded = await run_compute(decoder.decode, message)
             else:

@@ -7,15 +7,18 @@ both.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, TypeVar
 from uuid import UUID
 
+from arka._core.framing import Group
 from arka.records import TableDefinition, TableInfo, TableName
 
 Buffer = bytes | bytearray | memoryview
+T = TypeVar("T")
 
 
 class ObjectExists(Exception):
@@ -277,6 +280,109 @@ class Catalog(Protocol):
         ...
 
 
+class DiskFile(Protocol):
+    """A file open for reading and writing. Blocking: used only inside a job given to ``Disk.run``.
+
+    All methods may raise OSError. After one that writes or fsyncs did, nothing may be concluded about the
+    file's unsynced bytes, whatever later calls say (R6).
+    """
+
+    @property
+    def path(self) -> Path:
+        """Where it was opened; ``Disk.rename`` does not change it."""
+        ...
+
+    def write(self, offset: int, parts: Sequence[Buffer]) -> None:
+        """Write ``parts`` joined at ``offset``; the file grows if they reach beyond its end."""
+        ...
+
+    def sync(self) -> None:
+        """Make the file's bytes and its size durable; not its name (``Disk.sync_directory``)."""
+        ...
+
+    def commit(self, group: Group) -> None:
+        """Seal a group, write it at its offset and make it durable, in one step."""
+        ...
+
+    def release_tail(self, offset: int) -> None:
+        """Give the blocks from ``offset`` on back, if the file system can.
+
+        The file keeps its length, so that whoever has mapped it is safe (R9), and reads as zeros there.
+        """
+        ...
+
+    def close(self) -> None:
+        """Close it; what was not synced may be lost in a crash. A second call does nothing."""
+        ...
+
+
+class Disk(Protocol):
+    """The local file system, as far as the log needs it.
+
+    All methods but ``run`` block: they are called only inside a job given to ``run``, and may raise OSError.
+    """
+
+    async def run(self, job: Callable[[], T]) -> T:
+        """Run a blocking job, which may call the other methods, without holding trio's thread up.
+
+        Returns:
+            What the job returns; raises what it raises.
+
+        Cancellation: before the job begins it does not run; once it runs it is finished first, and its
+        result is returned although a cancellation waits.
+        """
+        ...
+
+    def make_directory(self, directory: Path) -> None:
+        """Make a directory and its missing parents, durably; one that exists is no error."""
+        ...
+
+    def list_names(self, directory: Path) -> list[str]:
+        """List the files of a directory by name, sorted; a missing directory is empty."""
+        ...
+
+    def create(self, path: Path, size: int) -> DiskFile:
+        """Create a file of ``size`` zeros whose blocks are set aside already.
+
+        Raises:
+            FileExistsError: the name is taken.
+            OSError: ENOSPC and others; the file may exist then.
+        """
+        ...
+
+    def open(self, path: Path) -> DiskFile:
+        """Open a file that exists.
+
+        Raises:
+            FileNotFoundError: it does not.
+        """
+        ...
+
+    def map(self, path: Path) -> memoryview:
+        """Map a whole file for reading; it must not be shortened while the view lives (R9).
+
+        Raises:
+            FileNotFoundError: it does not exist.
+        """
+        ...
+
+    def rename(self, old: Path, new: Path) -> None:
+        """Rename within one directory, replacing ``new``; atomic, durable by ``sync_directory``."""
+        ...
+
+    def remove(self, path: Path) -> None:
+        """Unlink a file; durable by ``sync_directory``. One that does not exist is no error."""
+        ...
+
+    def sync_directory(self, directory: Path) -> None:
+        """Make the creations, renames and removals in ``directory`` durable."""
+        ...
+
+    def free_bytes(self, directory: Path) -> int:
+        """How many bytes may still be written to the file system that holds ``directory``."""
+        ...
+
+
 __all__ = [
     "Buffer",
     "Catalog",
@@ -287,6 +393,8 @@ __all__ = [
     "CommitMark",
     "CommitOutcome",
     "CommitResult",
+    "Disk",
+    "DiskFile",
     "EncodeJob",
     "ObjectExists",
     "ObjectMeta",

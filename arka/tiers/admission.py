@@ -43,6 +43,25 @@ class Charge:
         if ledger is not None:
             ledger._release(self)
 
+    def split(self, amount: int) -> Charge:
+        """Carve a granted charge in two.
+
+        Args:
+            amount: bytes for the new charge, at most this one's; this one keeps the rest.
+
+        Returns:
+            The new charge: granted, and released on its own.
+
+        Raises:
+            InternalError: this charge is not granted, is released already, or is smaller than ``amount``.
+        """
+        if self._ledger is None or not self.granted or not 0 <= amount <= self.amount:
+            raise InternalError(f"cannot split {amount} bytes off a charge of {self.amount}")
+        part = Charge(self._ledger, amount, None)
+        part.granted = True
+        self.amount -= amount
+        return part
+
 
 class Ledger:
     """A limit on bytes, granted all or nothing, first come first served.

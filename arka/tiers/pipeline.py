@@ -136,6 +136,7 @@ class Pipeline:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             nursery.start_soon(self._run_disk)
+            nursery.start_soon(self._writer.keep_spare)
             nursery.start_soon(self._objects.run)
             nursery.start_soon(self._space.run)
             for table in self._by_uuid.values():
@@ -287,7 +288,9 @@ class Pipeline:
             return known
         table = Table(found.info, found.committed_lsn(self.identity.log_uuid), found.snapshot_id)
         self._by_uuid[found.info.uuid] = table
-        self._by_name[found.info.name] = table
+        named = self._by_name.get(found.info.name)
+        if named is None or named.state is not TableState.ACTIVE:
+            self._by_name[found.info.name] = table
         if self._nursery is not None:
             self._start_committer(table)
         return table
@@ -355,7 +358,7 @@ class Pipeline:
             table.end(ddl.dropped(table.info))
             await ddl.drop_table(self.catalog, table.info, purge=purge)
             del self._by_name[name]
-            del self._by_uuid[table.info.uuid]
+            self._by_uuid.pop(table.info.uuid, None)
             self._keys.drop_table(table.info.uuid)
             return name
 

@@ -1,0 +1,70 @@
+# Everything a developer or CI runs. `make help` lists the targets.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+VENV ?= .venv
+BASE_PYTHON ?= python3
+PYTHON := $(VENV)/bin/python
+PIP := $(PYTHON) -m pip --disable-pip-version-check --quiet
+
+CORE := $(wildcard arka/_core/*.pyx arka/_core/*.pxd)
+CORE_MODULES := $(patsubst arka/_core/%.pyx,arka._core.%,$(wildcard arka/_core/*.pyx))
+PYTHON_DIRS := arka tests examples bench docs setup.py
+PYTHON_SOURCES = $(wildcard $(PYTHON_DIRS))
+
+# Extra arguments for pytest, as in: make test PYTEST_ARGS="tests/wal -x"
+PYTEST_ARGS ?=
+# A file that gets pytest's exit status; `make` then succeeds and adds no line of its own (.ci/run).
+PYTEST_STATUS ?=
+
+# The stamps say what the environment was built from. A changed .pyx rebuilds the extensions in place,
+# changed packaging reinstalls.
+define install
+	@test -x $(PYTHON) || $(BASE_PYTHON) -m venv $(VENV)
+	$(if $(filter pyproject.toml setup.py,$?),$(PIP) install --editable '.[$(1)]' 'setuptools>=77' 'cython>=3.1',$(PYTHON) setup.py --quiet build_ext --inplace)
+	@touch $@
+endef
+
+$(VENV)/.installed-test: pyproject.toml setup.py $(CORE)
+	$(call install,test)
+	@touch $(VENV)/.installed-demo
+
+$(VENV)/.installed-demo: pyproject.toml setup.py $(CORE)
+	$(call install,demo)
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: venv
+venv: $(VENV)/.installed-test ## make the virtual environment and build the extensions
+
+.PHONY: demo
+demo: $(VENV)/.installed-demo ## stream 336,776 real flights to Iceberg and read them back
+	$(PYTHON) examples/demo.py
+
+.PHONY: test
+test: lint ## everything that CI runs: all checks of `make lint`, then pytest with coverage
+	@status=0; \
+	$(PYTHON) -m pytest --cov --cov-report=term:skip-covered $(PYTEST_ARGS) || status=$$?; \
+	if [ -n "$(PYTEST_STATUS)" ]; then echo $$status > "$(PYTEST_STATUS)"; else exit $$status; fi
+
+.PHONY: lint
+lint: $(VENV)/.installed-test ## formatting, types, stubs, Cython, import layers
+	$(PYTHON) -m ruff check $(PYTHON_SOURCES)
+	$(PYTHON) -m ruff format --check $(PYTHON_SOURCES)
+	$(PYTHON) -m mypy
+	$(PYTHON) -m mypy.stubtest $(CORE_MODULES)
+	$(VENV)/bin/cython-lint arka/_core
+	$(VENV)/bin/lint-imports
+
+.PHONY: docs
+docs: $(VENV)/.installed-test ## write the generated pages and tables again
+	$(PYTHON) docs/generate_configuration.py
+	$(PYTHON) examples/measure_tiers.py --write README.md
+
+.PHONY: clean
+clean: ## remove what was built, not the virtual environment
+	rm -rf build dist *.egg-info .coverage .coverage.* htmlcov .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -f arka/_core/*.so arka/_core/*.c $(VENV)/.installed-*

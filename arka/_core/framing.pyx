@@ -1,0 +1,816 @@
+# cython: language_level=3
+"""Frames of the log: their 128-byte header, their CRC-32C, and a group of them on its way to the disk.
+
+Owns: every byte of a frame (arka/wal/FORMAT.md, "Frames"), the checksum, and the one GIL-free stretch
+in which a group is sealed, written and fsynced. Does not own segments, nor what a payload means.
+"""
+
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from libc.errno cimport EINTR, EIO, errno
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcpy, memset
+
+import os
+
+from arka._core.buffers cimport FrameBuffer
+
+# CRC-32C (Castagnoli, reflected, polynomial 0x82F63B78): the SSE4.2 instruction has a latency of three
+# cycles and a throughput of one, so three lanes are run at once and joined by tables that say what a
+# register becomes after a lane's worth of zero bytes. Elsewhere: slicing by eight.
+cdef extern from *:
+    """
+    #include <stddef.h>
+    #include <stdint.h>
+    #include <string.h>
+
+    #define ARKA_LONG_LANE 4096u
+    #define ARKA_SHORT_LANE 256u
+
+    static uint32_t arka_crc_table[8][256];
+    static uint32_t arka_crc_long[4][256];
+    static uint32_t arka_crc_short[4][256];
+    static int arka_crc_hardware = 0;
+
+    static uint64_t arka_load_le64(const uint8_t *data) {
+        uint64_t word;
+        memcpy(&word, data, 8);
+    #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+        word = __builtin_bswap64(word);
+    #endif
+        return word;
+    }
+
+    /* All of these work on the bare register: inverting it is the caller's business. */
+    static uint32_t arka_crc_software(uint32_t crc, const uint8_t *data, size_t size) {
+        while (size >= 8) {
+            uint64_t word = arka_load_le64(data) ^ crc;
+            crc = arka_crc_table[7][word & 0xff] ^ arka_crc_table[6][(word >> 8) & 0xff]
+                ^ arka_crc_table[5][(word >> 16) & 0xff] ^ arka_crc_table[4][(word >> 24) & 0xff]
+                ^ arka_crc_table[3][(word >> 32) & 0xff] ^ arka_crc_table[2][(word >> 40) & 0xff]
+                ^ arka_crc_table[1][(word >> 48) & 0xff] ^ arka_crc_table[0][word >> 56];
+            data += 8;
+            size -= 8;
+        }
+        while (size--)
+            crc = (crc >> 8) ^ arka_crc_table[0][(crc ^ *data++) & 0xff];
+        return crc;
+    }
+
+    static void arka_crc_lane_table(uint32_t table[4][256], size_t lane) {
+        static const uint8_t zeros[256];
+        uint32_t bit[32];
+        for (int i = 0; i < 32; i++) {
+            uint32_t crc = (uint32_t)1 << i;
+            for (size_t done = 0; done < lane; done += sizeof zeros)
+                crc = arka_crc_software(crc, zeros, sizeof zeros);
+            bit[i] = crc;
+        }
+        for (int byte = 0; byte < 4; byte++)
+            for (int value = 0; value < 256; value++) {
+                uint32_t crc = 0;
+                for (int i = 0; i < 8; i++)
+                    if (value >> i & 1)
+                        crc ^= bit[8 * byte + i];
+                table[byte][value] = crc;
+            }
+    }
+
+    static void arka_crc_prepare(void) {
+        for (uint32_t value = 0; value < 256; value++) {
+            uint32_t crc = value;
+            for (int i = 0; i < 8; i++)
+                crc = crc & 1 ? crc >> 1 ^ 0x82f63b78u : crc >> 1;
+            arka_crc_table[0][value] = crc;
+        }
+        for (int slice = 1; slice < 8; slice++)
+            for (int value = 0; value < 256; value++) {
+                uint32_t crc = arka_crc_table[slice - 1][value];
+                arka_crc_table[slice][value] = crc >> 8 ^ arka_crc_table[0][crc & 0xff];
+            }
+        arka_crc_lane_table(arka_crc_long, ARKA_LONG_LANE);
+        arka_crc_lane_table(arka_crc_short, ARKA_SHORT_LANE);
+    #if defined(__x86_64__) && defined(__GNUC__)
+        __builtin_cpu_init();
+        arka_crc_hardware = __builtin_cpu_supports("sse4.2") != 0;
+    #endif
+    }
+
+    #if defined(__x86_64__) && defined(__GNUC__)
+    #include <nmmintrin.h>
+
+    static inline uint32_t arka_crc_skip(uint32_t table[4][256], uint32_t crc) {
+        return table[0][crc & 0xff] ^ table[1][crc >> 8 & 0xff] ^ table[2][crc >> 16 & 0xff] ^ table[3][crc >> 24];
+    }
+
+    #define ARKA_CRC_LANES(LANE, TABLE)                                              \
+        while (size >= 3 * LANE) {                                                   \
+            uint64_t second = 0, third = 0;                                          \
+            const uint8_t *end = data + LANE;                                        \
+            do {                                                                     \
+                first = _mm_crc32_u64(first, arka_load_le64(data));                  \
+                second = _mm_crc32_u64(second, arka_load_le64(data + LANE));         \
+                third = _mm_crc32_u64(third, arka_load_le64(data + 2 * LANE));       \
+                data += 8;                                                           \
+            } while (data < end);                                                    \
+            first = arka_crc_skip(TABLE, (uint32_t)first) ^ second;                  \
+            first = arka_crc_skip(TABLE, (uint32_t)first) ^ third;                   \
+            data += 2 * LANE;                                                        \
+            size -= 3 * LANE;                                                        \
+        }
+
+    __attribute__((target("sse4.2")))
+    static uint32_t arka_crc_sse42(uint32_t crc, const uint8_t *data, size_t size) {
+        uint64_t first = crc;
+        ARKA_CRC_LANES(ARKA_LONG_LANE, arka_crc_long)
+        ARKA_CRC_LANES(ARKA_SHORT_LANE, arka_crc_short)
+        while (size >= 8) {
+            first = _mm_crc32_u64(first, arka_load_le64(data));
+            data += 8;
+            size -= 8;
+        }
+        while (size--)
+            first = _mm_crc32_u8((uint32_t)first, *data++);
+        return (uint32_t)first;
+    }
+    #else
+    #define arka_crc_sse42 arka_crc_software
+    #endif
+    """
+    int arka_crc_hardware
+    void arka_crc_prepare() noexcept nogil
+    uint32_t arka_crc_software(uint32_t crc, const uint8_t *data, size_t size) noexcept nogil
+    uint32_t arka_crc_sse42(uint32_t crc, const uint8_t *data, size_t size) noexcept nogil
+
+cdef extern from *:
+    """
+    #ifndef _GNU_SOURCE
+    #define _GNU_SOURCE
+    #endif
+    #include <fcntl.h>
+    #include <limits.h>
+    #include <sys/types.h>
+    #include <sys/uio.h>
+    #include <unistd.h>
+
+    #ifndef IOV_MAX
+    #define IOV_MAX 1024
+    #endif
+
+    static int arka_punch_hole(int fd, long long offset, long long size) {
+    #if defined(FALLOC_FL_PUNCH_HOLE) && defined(FALLOC_FL_KEEP_SIZE)
+        return fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)size);
+    #else
+        (void)fd; (void)offset; (void)size;
+        return -1;
+    #endif
+    }
+    """
+    int IOV_MAX
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+    ctypedef Py_ssize_t ssize_t
+    ctypedef long long off_t
+    ssize_t pwritev(int fd, const iovec *iov, int count, off_t offset) noexcept nogil
+    int fdatasync(int fd) noexcept nogil
+    int arka_punch_hole(int fd, long long offset, long long size) noexcept nogil
+
+cdef enum:
+    HEADER = 128
+    #: "ARKF", little-endian.
+    MAGIC = 0x464B5241
+    BATCH = 1
+    TABLE = 2
+    CREATE = 3
+    DROP = 4
+    LOST = 5
+    GROUP = 6
+    FOOTER = 7
+    #: Size of every GROUP and FOOTER frame, so that a search for them needs no trust in lengths.
+    MARK = 192
+    #: Frames up to this size are copied next to their neighbours: below it, a copy costs less than an iovec.
+    COALESCE = 16384
+    #: Checksums of less than this keep the GIL: giving it away costs more.
+    KEEP_GIL = 16384
+
+KIND_BATCH = BATCH
+KIND_TABLE = TABLE
+KIND_CREATE = CREATE
+KIND_DROP = DROP
+KIND_LOST = LOST
+KIND_GROUP = GROUP
+KIND_FOOTER = FOOTER
+MARK_BYTES = MARK
+
+arka_crc_prepare()
+#: Whether checksums use the processor's instruction.
+CRC32C_HARDWARE = bool(arka_crc_hardware)
+
+
+cdef uint32_t crc32c_update(uint32_t crc, const uint8_t *data, size_t size) noexcept nogil:
+    if arka_crc_hardware:
+        return ~arka_crc_sse42(~crc, data, size)
+    return ~arka_crc_software(~crc, data, size)
+
+
+cdef inline void put16(uint8_t *at, uint16_t value) noexcept nogil:
+    at[0] = value & 0xFF
+    at[1] = value >> 8
+
+
+cdef inline void put32(uint8_t *at, uint32_t value) noexcept nogil:
+    cdef int i
+    for i in range(4):
+        at[i] = (value >> (8 * i)) & 0xFF
+
+
+cdef inline void put64(uint8_t *at, uint64_t value) noexcept nogil:
+    cdef int i
+    for i in range(8):
+        at[i] = (value >> (8 * i)) & 0xFF
+
+
+cdef inline uint32_t get32(const uint8_t *at) noexcept nogil:
+    return at[0] | (<uint32_t> at[1] << 8) | (<uint32_t> at[2] << 16) | (<uint32_t> at[3] << 24)
+
+
+cdef inline uint64_t get64(const uint8_t *at) noexcept nogil:
+    return get32(at) | (<uint64_t> get32(at + 4) << 32)
+
+
+def crc32c(data, uint32_t crc=0):
+    """Checksum ``data`` with CRC-32C.
+
+    Args:
+        data: any contiguous buffer.
+        crc: the checksum of what stood before it: ``crc32c(b, crc32c(a)) == crc32c(a + b)``.
+
+    Returns:
+        The checksum, 32 bits.
+    """
+    cdef Py_buffer view
+    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+    try:
+        if view.len < KEEP_GIL:
+            return crc32c_update(crc, <const uint8_t *> view.buf, view.len)
+        # SAFETY: the exported view keeps the bytes in place; others may change them, which a checksum shows.
+        with nogil:
+            crc = crc32c_update(crc, <const uint8_t *> view.buf, view.len)
+        return crc
+    finally:
+        PyBuffer_Release(&view)
+
+
+def crc32c_portable(data, uint32_t crc=0):
+    """Compute ``crc32c`` without the processor's instruction: what machines without it use."""
+    cdef Py_buffer view
+    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+    try:
+        return <uint32_t> ~arka_crc_software(~crc, <const uint8_t *> view.buf, view.len)
+    finally:
+        PyBuffer_Release(&view)
+
+
+def crc_seed(log_uuid, uint64_t epoch, uint64_t segment):
+    """Compute what the CRCs of a segment's frames start from, so that no other segment's bytes pass (R8).
+
+    Args:
+        log_uuid: the log.
+        epoch: the epoch in the segment's header.
+        segment: the segment's number.
+
+    Returns:
+        The CRC-32C of the three as 32 little-endian bytes (the UUID in its network order).
+    """
+    cdef uint8_t block[32]
+    cdef bytes identity = log_uuid.bytes
+    memcpy(block, PyBytes_AS_STRING(identity), 16)
+    put64(block + 16, epoch)
+    put64(block + 24, segment)
+    return crc32c_update(0, block, 32)
+
+
+class FrameError(ValueError):
+    """What stands at an offset is not a whole, intact frame.
+
+    Attributes:
+        offset: where in the buffer.
+        expected: what should stand there.
+        found: what stands there.
+    """
+
+    def __init__(self, offset, expected, found):
+        super().__init__(f"no frame at byte {offset}: expected {expected}, found {found}")
+        self.offset = offset
+        self.expected = expected
+        self.found = found
+
+
+cdef class Frame:
+    """One frame before it is written.
+
+    Args:
+        kind: one of the KIND constants.
+        lsn: its LSN; 0 for the kinds that take none (TABLE, GROUP, FOOTER).
+        payload: a FrameBuffer (a batch: its first 128 bytes become the header, in place) or bytes.
+        accepted_us: when it was accepted, microseconds since the Unix epoch.
+        table: the table it belongs to, if any.
+        schema_id: the Iceberg schema that a batch's columns are bound to (R24).
+        operation: ``Operation`` as an integer, 0 .. 255.
+        rows: row count.
+        key: idempotency key, at most 65535 bytes.
+
+    ``offset`` is the place in the segment file once a Group was made of it. ``payload`` is None after
+    ``drop_payload``.
+    """
+
+    def __cinit__(
+        self,
+        uint8_t kind,
+        uint64_t lsn,
+        *,
+        payload not None,
+        uint64_t accepted_us,
+        table=None,
+        uint32_t schema_id=0,
+        uint8_t operation=0,
+        uint64_t rows=0,
+        bytes key not None=b"",
+    ):
+        if PyBytes_GET_SIZE(key) > 0xFFFF:
+            raise ValueError(f"a key has at most 65535 bytes, found {len(key)}")
+        self.kind = kind
+        self.lsn = lsn
+        self.accepted_us = accepted_us
+        self.table = table
+        self.schema_id = schema_id
+        self.operation = operation
+        self.rows = rows
+        self.key = key
+        self.payload = payload
+        if isinstance(payload, FrameBuffer):
+            self.payload_bytes = (<FrameBuffer> payload).size - HEADER
+        elif type(payload) is bytes:
+            self.payload_bytes = PyBytes_GET_SIZE(payload)
+        else:
+            raise TypeError(f"payload must be a FrameBuffer or bytes, found {type(payload).__name__}")
+        self.frame_bytes = (HEADER + self.payload_bytes + PyBytes_GET_SIZE(key) + 63) & ~(<uint64_t> 63)
+
+    def drop_payload(self):
+        """Let the payload's bytes go: they are in the segment. The frame cannot be written again."""
+        self.payload = None
+
+    cdef void write_header(self, uint8_t *header) except *:
+        """Write all of the header but its CRC."""
+        cdef bytes identity
+        memset(header, 0, HEADER)
+        put32(header, MAGIC)
+        put64(header + 8, self.frame_bytes)
+        put64(header + 16, self.lsn)
+        put64(header + 24, self.accepted_us)
+        put64(header + 32, self.payload_bytes)
+        put64(header + 40, self.rows)
+        header[48] = self.kind
+        header[49] = self.operation
+        put16(header + 50, <uint16_t> PyBytes_GET_SIZE(self.key))
+        put32(header + 52, self.schema_id)
+        if self.table is not None:
+            identity = self.table.uuid.bytes
+            memcpy(header + 56, PyBytes_AS_STRING(identity), 16)
+
+
+cdef class FrameHeader:
+    """A frame's header as it was read; see FORMAT.md for the fields."""
+
+    def __repr__(self):
+        return f"FrameHeader(kind={self.kind}, lsn={self.lsn}, frame_bytes={self.frame_bytes})"
+
+
+# -- reading ------------------------------------------------------------------------------------------
+
+
+cdef FrameHeader parse(const uint8_t *data, Py_ssize_t size, Py_ssize_t offset):
+    """Read the header at ``offset``, checking all that can be checked without the frame's other bytes."""
+    cdef const uint8_t *at
+    cdef FrameHeader header
+    cdef uint64_t expected
+    if offset < 0 or offset > size or size - offset < HEADER:
+        raise FrameError(offset, "a frame header of 128 bytes", f"{max(size - offset, 0)} bytes")
+    at = data + offset
+    if get32(at) != MAGIC:
+        raise FrameError(offset, "frame magic 'ARKF'", f"{PyBytes_FromStringAndSize(<char *> at, 4)!r}")
+    header = FrameHeader.__new__(FrameHeader)
+    header.crc = get32(at + 4)
+    header.frame_bytes = get64(at + 8)
+    header.lsn = get64(at + 16)
+    header.accepted_us = get64(at + 24)
+    header.payload_bytes = get64(at + 32)
+    header.rows = get64(at + 40)
+    header.kind = at[48]
+    header.operation = at[49]
+    header.key_bytes = at[50] | (<uint16_t> at[51] << 8)
+    header.schema_id = get32(at + 52)
+    header.table_uuid = PyBytes_FromStringAndSize(<char *> (at + 56), 16)
+    if header.frame_bytes > <uint64_t> (size - offset):
+        raise FrameError(offset, f"a frame that ends within {size} bytes", f"{header.frame_bytes} bytes")
+    # Cannot overflow: payload_bytes is checked against the size of the file first.
+    if header.payload_bytes <= <uint64_t> size:
+        expected = (HEADER + header.payload_bytes + header.key_bytes + 63) & ~(<uint64_t> 63)
+    else:
+        expected = 0
+    if header.frame_bytes != expected:
+        raise FrameError(
+            offset,
+            f"a length that fits payload ({header.payload_bytes}) and key ({header.key_bytes})",
+            f"{header.frame_bytes} bytes",
+        )
+    return header
+
+
+def parse_header(buffer, Py_ssize_t offset):
+    """Read a frame's header; its CRC is not checked.
+
+    Args:
+        buffer: the segment file, or any part of it that holds the frame whole.
+        offset: where the frame begins in it.
+
+    Raises:
+        FrameError: no frame can begin there.
+    """
+    cdef Py_buffer view
+    PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE)
+    try:
+        return parse(<const uint8_t *> view.buf, view.len, offset)
+    finally:
+        PyBuffer_Release(&view)
+
+
+def verify_frame(buffer, Py_ssize_t offset, uint32_t seed):
+    """Read a frame's header and check the frame's CRC.
+
+    Args:
+        buffer: the segment file, or any part of it that holds the frame whole.
+        offset: where the frame begins in it.
+        seed: ``crc_seed`` of the segment.
+
+    Raises:
+        FrameError: it is not an intact frame of that segment.
+    """
+    cdef Py_buffer view
+    cdef FrameHeader header
+    cdef const uint8_t *at
+    cdef size_t covered
+    cdef uint32_t crc
+    PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE)
+    try:
+        header = parse(<const uint8_t *> view.buf, view.len, offset)
+        at = <const uint8_t *> view.buf + offset + 8
+        covered = header.frame_bytes - 8
+        if covered < KEEP_GIL:
+            crc = crc32c_update(seed, at, covered)
+        else:
+            # SAFETY: the exported view keeps the bytes in place; ``parse`` checked that the frame ends in it.
+            with nogil:
+                crc = crc32c_update(seed, at, covered)
+    finally:
+        PyBuffer_Release(&view)
+    if crc != header.crc:
+        raise FrameError(offset, f"CRC-32C {crc:#010x} over {covered + 8} bytes", f"{header.crc:#010x}")
+    return header
+
+
+def reseal_header(buffer, Py_ssize_t offset, uint32_t seed):
+    """Make the header that a frame has in another segment: the same but for its CRC.
+
+    Args:
+        buffer: holds the frame whole; verified before.
+        offset: where the frame begins in it.
+        seed: ``crc_seed`` of the segment that it goes to.
+
+    Returns:
+        128 bytes, to be followed by the frame's bytes from 128 on.
+
+    Raises:
+        FrameError: no frame can begin there.
+    """
+    cdef Py_buffer view
+    cdef FrameHeader header
+    cdef bytes resealed
+    cdef uint32_t crc
+    PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE)
+    try:
+        header = parse(<const uint8_t *> view.buf, view.len, offset)
+        # SAFETY: the exported view keeps the bytes in place; ``parse`` checked that the frame ends in it.
+        with nogil:
+            crc = crc32c_update(seed, <const uint8_t *> view.buf + offset + 8, header.frame_bytes - 8)
+        resealed = PyBytes_FromStringAndSize(<char *> view.buf + offset, HEADER)
+        put32(<uint8_t *> PyBytes_AS_STRING(resealed) + 4, crc)
+        return resealed
+    finally:
+        PyBuffer_Release(&view)
+
+
+cdef Py_ssize_t next_mark(const uint8_t *data, Py_ssize_t size, Py_ssize_t at, uint32_t seed) noexcept nogil:
+    # Cost: one look per 64 bytes; a CRC only over 192 bytes, so hostile payloads cannot make it quadratic.
+    while at + MARK <= size:
+        if (
+            get32(data + at) == MAGIC
+            and get64(data + at + 8) == MARK
+            and (data[at + 48] == GROUP or data[at + 48] == FOOTER)
+            and crc32c_update(seed, data + at + 8, MARK - 8) == get32(data + at + 4)
+        ):
+            return at
+        at += 64
+    return -1
+
+
+def find_mark(buffer, Py_ssize_t start, uint32_t seed):
+    """Find the first intact GROUP or FOOTER frame at or after ``start``, whatever lies between.
+
+    Args:
+        buffer: the segment file.
+        start: a multiple of 64.
+        seed: ``crc_seed`` of the segment.
+
+    Returns:
+        Its offset, or -1.
+    """
+    cdef Py_buffer view
+    cdef Py_ssize_t found
+    PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE)
+    try:
+        # SAFETY: the exported view keeps the bytes in place.
+        with nogil:
+            found = next_mark(<const uint8_t *> view.buf, view.len, start, seed)
+        return found
+    finally:
+        PyBuffer_Release(&view)
+
+
+cdef Py_ssize_t scan_nonzero(const uint8_t *data, Py_ssize_t size, Py_ssize_t at) noexcept nogil:
+    cdef uint64_t word
+    while at + 8 <= size:
+        memcpy(&word, data + at, 8)
+        if word:
+            break
+        at += 8
+    while at < size and data[at] == 0:
+        at += 1
+    return at if at < size else -1
+
+
+cdef Py_ssize_t scan_nonzero_back(const uint8_t *data, Py_ssize_t size, Py_ssize_t start) noexcept nogil:
+    cdef uint64_t word
+    while size - 8 >= start:
+        memcpy(&word, data + size - 8, 8)
+        if word:
+            break
+        size -= 8
+    while size > start and data[size - 1] == 0:
+        size -= 1
+    return size - 1 if size > start else -1
+
+
+def first_nonzero(buffer, Py_ssize_t start):
+    """Find the first byte at or after ``start`` that is not zero; -1 for none."""
+    cdef Py_buffer view
+    cdef Py_ssize_t found
+    PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE)
+    try:
+        # SAFETY: the exported view keeps the bytes in place.
+        with nogil:
+            found = scan_nonzero(<const uint8_t *> view.buf, view.len, start)
+        return found
+    finally:
+        PyBuffer_Release(&view)
+
+
+def last_nonzero(buffer, Py_ssize_t start):
+    """Find the last byte at or after ``start`` that is not zero; -1 for none."""
+    cdef Py_buffer view
+    cdef Py_ssize_t found
+    PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE)
+    try:
+        # SAFETY: the exported view keeps the bytes in place.
+        with nogil:
+            found = scan_nonzero_back(<const uint8_t *> view.buf, view.len, start)
+        return found
+    finally:
+        PyBuffer_Release(&view)
+
+
+# -- writing ------------------------------------------------------------------------------------------
+
+
+cdef struct Item:
+    uint8_t *payload        # of a frame buffer: from its header on
+    size_t payload_bytes
+    const uint8_t *key
+    size_t key_bytes
+    size_t frame_bytes
+    uint8_t *arena          # where this frame's copied part goes
+    bint in_buffer          # the header stands before the payload
+    bint copied             # all of the frame goes through the arena
+
+
+cdef class Group:
+    """Frames that are written together: laid out at an offset, sealed, written and fsynced as one.
+
+    Args:
+        frames: in file order; each gets its ``offset``. Their payloads must not change any more.
+        offset: where the group begins in the segment file, a multiple of 64.
+        seed: ``crc_seed`` of the segment.
+
+    Small frames are copied into one allocation so that neighbours leave as one iovec; of large ones only
+    key and padding are. The headers of frame buffers are written in place.
+    """
+
+    cdef readonly list frames
+    cdef readonly uint64_t offset
+    cdef readonly uint64_t size
+    cdef uint32_t seed
+    cdef bint sealed
+    cdef Py_ssize_t count
+    cdef Item *items
+    cdef uint8_t *arena
+    cdef iovec *iov
+    cdef Py_ssize_t iov_count
+
+    def __cinit__(self, list frames not None, uint64_t offset, uint32_t seed):
+        cdef Py_ssize_t i
+        cdef Frame frame
+        cdef size_t arena_bytes = 0
+        cdef uint8_t *arena
+        self.frames = frames
+        self.offset = offset
+        self.seed = seed
+        self.count = len(frames)
+        self.items = <Item *> calloc(self.count + 1, sizeof(Item))
+        self.iov = <iovec *> malloc((2 * self.count + 1) * sizeof(iovec))
+        if self.items == NULL or self.iov == NULL:
+            raise MemoryError(f"cannot lay out a group of {self.count} frames")
+        for i in range(self.count):
+            frame = <Frame?> frames[i]
+            arena_bytes += self.describe(&self.items[i], frame)
+            frame.offset = offset + self.size
+            self.size += frame.frame_bytes
+        self.arena = <uint8_t *> malloc(arena_bytes + 1)
+        if self.arena == NULL:
+            raise MemoryError(f"cannot allocate {arena_bytes} bytes for a group of {self.count} frames")
+        arena = self.arena
+        for i in range(self.count):
+            frame = <Frame> frames[i]
+            self.items[i].arena = arena
+            frame.write_header(self.items[i].payload if self.items[i].in_buffer else arena)
+            if self.items[i].copied:
+                arena += self.items[i].frame_bytes
+            else:
+                arena += self.items[i].frame_bytes - self.items[i].payload_bytes
+
+    def __dealloc__(self):
+        free(self.items)
+        free(self.iov)
+        free(self.arena)
+
+    cdef size_t describe(self, Item *item, Frame frame) except? 0:
+        """Point ``item`` at the frame's bytes; returns how many bytes of arena it takes."""
+        cdef FrameBuffer buffer
+        item.key = <const uint8_t *> PyBytes_AS_STRING(frame.key)
+        item.key_bytes = PyBytes_GET_SIZE(frame.key)
+        item.frame_bytes = frame.frame_bytes
+        item.in_buffer = isinstance(frame.payload, FrameBuffer)
+        if item.in_buffer:
+            buffer = <FrameBuffer> frame.payload
+            item.payload = buffer.data
+            item.payload_bytes = buffer.size
+            item.copied = item.frame_bytes <= COALESCE
+        elif frame.payload is None:
+            raise ValueError(f"the frame with LSN {frame.lsn} was written before: its payload is gone")
+        else:
+            item.payload = <uint8_t *> PyBytes_AS_STRING(frame.payload)
+            item.payload_bytes = PyBytes_GET_SIZE(frame.payload)
+            item.copied = True
+        return item.frame_bytes if item.copied else item.frame_bytes - item.payload_bytes
+
+    cdef void add_iovec(self, uint8_t *data, size_t size) noexcept nogil:
+        cdef iovec *last
+        if size == 0:
+            return
+        if self.iov_count:
+            last = &self.iov[self.iov_count - 1]
+            if <uint8_t *> last.iov_base + last.iov_len == data:
+                last.iov_len += size
+                return
+        self.iov[self.iov_count].iov_base = data
+        self.iov[self.iov_count].iov_len = size
+        self.iov_count += 1
+
+    cdef void seal_nogil(self) noexcept nogil:
+        cdef Py_ssize_t i
+        cdef Item *item
+        cdef uint8_t *tail
+        cdef size_t tail_bytes
+        cdef uint32_t crc
+        self.iov_count = 0
+        for i in range(self.count):
+            item = &self.items[i]
+            tail = item.arena
+            if item.copied:
+                if item.in_buffer:
+                    memcpy(tail, item.payload, item.payload_bytes)
+                    tail += item.payload_bytes
+                else:
+                    memcpy(tail + HEADER, item.payload, item.payload_bytes)
+                    tail += HEADER + item.payload_bytes
+                tail_bytes = item.frame_bytes - (tail - item.arena)
+            else:
+                tail_bytes = item.frame_bytes - item.payload_bytes
+            memcpy(tail, item.key, item.key_bytes)
+            memset(tail + item.key_bytes, 0, tail_bytes - item.key_bytes)
+            if item.copied:
+                put32(item.arena + 4, crc32c_update(self.seed, item.arena + 8, item.frame_bytes - 8))
+                self.add_iovec(item.arena, item.frame_bytes)
+            else:
+                crc = crc32c_update(self.seed, item.payload + 8, item.payload_bytes - 8)
+                put32(item.payload + 4, crc32c_update(crc, tail, tail_bytes))
+                self.add_iovec(item.payload, item.payload_bytes)
+                self.add_iovec(tail, tail_bytes)
+        self.sealed = True
+
+    cdef int write_nogil(self, int fd) noexcept nogil:
+        """Write all of it; returns 0 or an errno. Consumes the iovecs."""
+        cdef iovec *iov = self.iov
+        cdef Py_ssize_t left = self.iov_count
+        cdef uint64_t offset = self.offset
+        cdef ssize_t written
+        cdef size_t step
+        self.sealed = False
+        while left:
+            written = pwritev(fd, iov, <int> min(left, IOV_MAX), <off_t> offset)
+            if written < 0:
+                if errno == EINTR:
+                    continue
+                return errno
+            if written == 0:
+                return EIO
+            offset += written
+            while written:
+                step = min(<size_t> written, iov.iov_len)
+                iov.iov_base = <uint8_t *> iov.iov_base + step
+                iov.iov_len -= step
+                written -= step
+                if iov.iov_len == 0:
+                    iov += 1
+                    left -= 1
+        return 0
+
+    def seal(self):
+        """Compute every frame's CRC, and lay the group out for writing."""
+        # SAFETY: ``frames`` holds the frames, they hold payloads and keys, and nobody changes those any more.
+        with nogil:
+            self.seal_nogil()
+
+    def to_bytes(self):
+        """Return the group's bytes as they go to the file."""
+        cdef Py_ssize_t i
+        if not self.sealed:
+            self.seal()
+        return b"".join(
+            [
+                PyBytes_FromStringAndSize(<char *> self.iov[i].iov_base, self.iov[i].iov_len)
+                for i in range(self.iov_count)
+            ]
+        )
+
+    def commit(self, int fd):
+        """Seal the group, write it at its offset and fsync the file's data, all without the GIL.
+
+        Args:
+            fd: the segment file, open for writing.
+
+        Raises:
+            OSError: any of it failed; what the file holds then is unknown (R6).
+
+        Durability: on return the group is on disk.
+        """
+        cdef int error
+        # SAFETY: as in ``seal``; the caller keeps ``fd`` open.
+        with nogil:
+            self.seal_nogil()
+            error = self.write_nogil(fd)
+            while error == 0 and fdatasync(fd) != 0:
+                if errno != EINTR:
+                    error = errno
+        if error:
+            raise OSError(error, os.strerror(error))
+
+
+def punch_hole(int fd, long long offset, long long size):
+    """Give the blocks of a file's range back to the file system; the file keeps its length.
+
+    Returns:
+        Whether the file system could.
+    """
+    return size > 0 and arka_punch_hole(fd, offset, size) == 0

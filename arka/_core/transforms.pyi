@@ -1,0 +1,36 @@
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple, final
+
+import pyarrow as pa
+
+MAX_PARAMETER: Final[int]
+MAX_SPLIT_ROWS: Final[int]
+
+@final
+class ExportedArray:
+    def __new__(cls, array: pa.Array) -> ExportedArray: ...
+
+@final
+class Transform:
+    @property
+    def name(self) -> str: ...
+    @property
+    def parameter(self) -> int | None: ...
+    def __init__(self, name: str, parameter: int | None = None) -> None: ...
+    def __eq__(self, other: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
+    def check_source(self, type: pa.DataType) -> None: ...  # noqa: A002
+    def result_type(self, type: pa.DataType) -> pa.DataType: ...  # noqa: A002
+    def apply(self, array: pa.Array) -> pa.Array: ...
+    def check_values(self, array: pa.Array) -> None: ...
+
+@final
+class Grouping:
+    def __new__(cls, batch: pa.RecordBatch, fields: Sequence[tuple[int, Transform]]) -> Grouping: ...
+
+class Partition(NamedTuple):
+    values: tuple[Any, ...]
+    batch: pa.RecordBatch
+
+def parse_transform(text: str) -> Transform: ...
+def split_batch(batch: pa.RecordBatch, fields: Sequence[tuple[int, Transform]]) -> list[Partition]: ...

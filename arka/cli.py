@@ -1,0 +1,282 @@
+"""The commands ``arka-server`` and ``arka``: flags, signals, exit codes.
+
+Owns: what the process does with settings, signals and errors. The components are built by
+``arka.server.serve``; a program that embeds the server calls that itself.
+
+Exit codes of both commands:
+    0    stopped as asked, everything accepted is as safe as its last ack said
+    1    any other failure; the last log lines say which
+    2    usage or configuration: nothing was started
+    3    stored data is damaged; the message names file and offset
+    4    fenced: another process owns this node's log now
+    128+n  a second signal n came during the drain, which was cut short
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Final, NoReturn
+
+import click
+import structlog
+import trio
+
+from arka.errors import ArkaError, ConfigurationError, DataCorruption, Fenced, InternalError
+from arka.logs import configure_logging
+from arka.options import Settings
+from arka.settings import Given, load_settings, show_settings
+
+EXIT_FAILURE: Final = 1
+EXIT_CONFIGURATION: Final = 2
+EXIT_DAMAGED: Final = 3
+EXIT_FENCED: Final = 4
+EXIT_SIGNAL: Final = 128
+
+#: In the order in which one of several errors decides the exit code.
+_EXIT_CODES: Final[tuple[tuple[type[ArkaError], int], ...]] = (
+    (DataCorruption, EXIT_DAMAGED),
+    (Fenced, EXIT_FENCED),
+    (ConfigurationError, EXIT_CONFIGURATION),
+)
+
+#: The flags of ``arka-server`` and the settings that they give.
+_FLAGS: Final = {
+    "data_dir": ("--data-dir", "server.data_dir"),
+    "host": ("--host", "server.host"),
+    "port": ("--port", "server.port"),
+    "http_port": ("--http-port", "server.http_port"),
+    "node_id": ("--node-id", "server.node_id"),
+    "object_store": ("--object-store", "object_store.url"),
+    "catalog_uri": ("--catalog-uri", "iceberg.catalog_uri"),
+    "warehouse": ("--warehouse", "iceberg.warehouse"),
+    "demo_tables": ("--demo-tables", "server.demo_tables"),
+    "log_format": ("--log-format", "log.format"),
+    "log_level": ("--log-level", "log.level"),
+}
+
+log = structlog.get_logger(__name__)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--config", metavar="FILE.toml", type=click.Path(path_type=Path), help="Settings in TOML.")
+@click.option("--data-dir", metavar="DIR", help="WAL, lock file and embedded defaults.  [./arka_data]")
+@click.option("--host", metavar="ADDRESS", help="Address that Flight listens on.  [127.0.0.1]")
+@click.option("--port", metavar="PORT", help="Flight port; 0 takes a free one.  [8815]")
+@click.option("--http-port", metavar="PORT", help="Operations HTTP port; 0 takes a free one.  [8816]")
+@click.option("--node-id", metavar="NAME", help="This node's name in the object store.  [arka-0]")
+@click.option("--object-store", metavar="URL", help="Object store.  [file://DATA/objects]")
+@click.option("--catalog-uri", metavar="URI", help="Iceberg catalog.  [sqlite:///DATA/catalog.db]")
+@click.option("--warehouse", metavar="URL", help="Iceberg warehouse.  [file://DATA/warehouse]")
+@click.option("--demo-tables", is_flag=True, default=None, help="Register the example tables at start.")
+@click.option("--log-format", metavar="console|json", help="Log lines for people or for machines.  [console]")
+@click.option("--log-level", metavar="LEVEL", help="debug, info, warning or error.  [info]")
+@click.option("--show-config", is_flag=True, help="Print every setting with its origin and exit.")
+@click.version_option(package_name="arka", prog_name="arka-server")
+def main_server(config: Path | None, show_config: bool, **flags: str | bool | None) -> None:
+    """Take Arrow batches over Flight and acknowledge each at every durability tier, down to Iceberg.
+
+    Every setting can stand in the TOML file ([server] drain_s = 5.0), in the environment
+    (ARKA_SERVER_DRAIN_S=5.0) and, for those below, in a flag; the later wins. SIGTERM and SIGINT drain;
+    a second one ends the process at once.
+
+    Exit codes: 0 clean, 2 usage or configuration, 3 damaged data, 4 fenced, 1 any other failure.
+    """
+    given = [Given(key, flags[name], flag) for name, (flag, key) in _FLAGS.items() if flags[name] is not None]
+    try:
+        loaded = load_settings(config=config, flags=given)
+    except ConfigurationError as error:
+        _fail(error, EXIT_CONFIGURATION)
+    if show_config:
+        for line in show_settings(loaded):
+            click.echo(line)
+        return
+    configure_logging(loaded.settings.log)
+    sys.exit(run_server(loaded.settings))
+
+
+def run_server(settings: Settings) -> int:
+    """Run the server until a signal or a failure ends it.
+
+    Returns:
+        The exit code. What the error was has been said on stderr: one line for an error that the person
+        at the keyboard can act on, a logged traceback for any other.
+    """
+    ready = trio.Event()
+    try:
+        trio.run(_serve_until_signalled, settings, ready)
+    except BaseException as error:
+        return _report(error, ready=ready.is_set(), debug=settings.log.level == "debug")
+    return 0
+
+
+async def _serve_until_signalled(settings: Settings, ready: trio.Event) -> None:
+    # Here, so that --help, --version and --show-config do not pay for pyarrow and pyiceberg.
+    from arka.server import serve
+
+    stop = trio.Event()
+    async with trio.open_nursery() as signals:
+        await signals.start(_watch_signals, stop)
+        async with trio.open_nursery() as serving:
+            await serving.start(partial(serve, settings, stop=stop))
+            ready.set()
+        signals.cancel_scope.cancel()
+
+
+async def _watch_signals(
+    stop: trio.Event, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Ask for a drain at the first signal and end the process at the second."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
+        async for number in signals:
+            if stop.is_set():
+                log.warning("server.killed", signal=signal.Signals(number).name)
+                # Not sys.exit: whatever hangs the drain would hang the unwinding too. A crash is safe.
+                os._exit(EXIT_SIGNAL + number)
+            log.info("server.stopping", signal=signal.Signals(number).name)
+            stop.set()
+
+
+def _report(error: BaseException, *, ready: bool, debug: bool) -> int:
+    """Say what ended the server and return the exit code that fits.
+
+    Args:
+        error: what ``trio.run`` raised.
+        ready: whether the server had been serving: an OSError is then no matter of its settings.
+        debug: whether a traceback is wanted for an expected error too.
+    """
+    leaves = list(_leaves(error))
+    if any(isinstance(leaf, KeyboardInterrupt) for leaf in leaves):  # before our handlers were in place
+        return EXIT_SIGNAL + signal.SIGINT
+    expected: tuple[type[BaseException], ...] = (ArkaError,) if ready else (ArkaError, OSError)
+    if any(isinstance(leaf, InternalError) or not isinstance(leaf, expected) for leaf in leaves):
+        log.error("server.failed", exc_info=error)
+        return EXIT_FAILURE
+    if debug:
+        traceback.print_exception(error)
+    for kind, code in _EXIT_CODES:
+        decisive = next((leaf for leaf in leaves if isinstance(leaf, kind)), None)
+        if decisive is not None:
+            _complain(decisive)
+            return code
+    _complain(leaves[0])
+    return EXIT_FAILURE
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    """Yield the errors in a tree of exception groups, or the error itself."""
+    if isinstance(error, BaseExceptionGroup):
+        for child in error.exceptions:
+            yield from _leaves(child)
+    else:
+        yield error
+
+
+def _complain(error: BaseException) -> None:
+    program = Path(sys.argv[0]).name
+    for line in str(error).splitlines() or [type(error).__name__]:
+        click.echo(f"{program}: {line}", err=True)
+
+
+def _fail(error: BaseException, code: int) -> NoReturn:
+    _complain(error)
+    sys.exit(code)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="arka", prog_name="arka")
+def main() -> None:
+    """Look after an Arka server's data."""
+
+
+@main.group()
+def wal() -> None:
+    """Look at a log without changing it. DIR is a data directory, or the log's own in it."""
+
+
+_LOG_DIRECTORY: Final = click.argument(
+    "directory", metavar="DIR", type=click.Path(path_type=Path, exists=True, file_okay=False)
+)
+
+
+@wal.command()
+@_LOG_DIRECTORY
+@click.option("--damaged", is_flag=True, help="Only what is damaged.")
+def dump(directory: Path, damaged: bool) -> None:
+    """Print a line for each frame: file, offset, kind, LSN, rows, bytes, table, notes.
+
+    Exit codes: 0 every CRC holds, 3 something is damaged.
+    """
+    from arka.storage.disk import PosixDisk
+    from arka.wal.dump import dump_log
+
+    broken = 0
+    # Lines, not a table: a log has millions of frames, and a table is laid out when its last row is known.
+    for frame in dump_log(_log_directory(directory), PosixDisk()):
+        broken += not frame.crc_ok
+        if frame.crc_ok and damaged:
+            continue
+        click.echo(
+            f"{frame.file} {frame.offset:>10} {frame.kind:<7} lsn={frame.lsn} rows={frame.rows} "
+            f"bytes={frame.size} {frame.table} {frame.note}".rstrip()
+        )
+    if broken:
+        click.echo(f"arka: {broken} damaged places", err=True)
+        sys.exit(EXIT_DAMAGED)
+
+
+@wal.command()
+@_LOG_DIRECTORY
+def verify(directory: Path) -> None:
+    """Judge a log as the next start would; no server should be writing to it.
+
+    Torn bytes were never acknowledged: the next start copies them aside and goes on.
+
+    Exit codes: 0 a start would accept it, 3 it is damaged.
+    """
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    from arka.storage.disk import PosixDisk
+    from arka.wal.dump import verify_log
+
+    report = verify_log(_log_directory(directory), PosixDisk())
+    table = Table(
+        Column("segment", no_wrap=True),
+        "epoch",
+        "state",
+        "LSNs",
+        "frames",
+        "torn",
+        title=f"log {report.log_uuid}",
+    )
+    for segment in report.segments:
+        lsns = f"{segment.first_lsn}..{segment.last_lsn}" if segment.first_lsn else "none"
+        torn = f"{segment.torn.start}..{segment.torn.end}" if segment.torn else ""
+        state = f"{segment.state}, damaged" if segment.problem else segment.state
+        table.add_row(segment.file, str(segment.epoch), state, lsns, str(segment.frames), torn)
+    Console().print(table)
+    for problem in report.problems:
+        click.echo(f"arka: {problem}", err=True)
+    if not report.ok:
+        sys.exit(EXIT_DAMAGED)
+
+
+def _log_directory(directory: Path) -> Path:
+    inner = directory / "wal"
+    log_directory = inner if inner.is_dir() else directory
+    if not any(log_directory.glob("*.wal")):
+        _fail(
+            ConfigurationError(f"No log in {directory}: expected a data directory or its wal/"),
+            EXIT_CONFIGURATION,
+        )
+    return log_directory
+
+
+__all__ = ["main", "main_server", "run_server"]

@@ -1,0 +1,311 @@
+"""A stream's schema held against its table's: every difference, or the way from one to the other.
+
+Owns: which streams a table takes (protocol 6) and the plan of their conversion. Does not own the
+conversion of arrays (``convert``) nor the bytes (``decode``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from arka.errors import ErrorCode, InvalidRequest
+from arka.flight.canonical import UnsupportedType, canonical_type, widens
+from arka.flight.convert import Converter, Dictionaries, How, Step, invalid_batch
+from arka.flight.datatypes import type_name
+from arka.flight.properties import PARTIAL, PARTIAL_NULL
+from arka.records import Operation, TableInfo, TableName, TableType
+
+
+@dataclass(frozen=True, slots=True)
+class Conformance:
+    """The way from a stream's batches to the table's.
+
+    Attributes:
+        name: the table's name, for messages.
+        schema: what ``apply`` returns: the table's schema.
+        identical: the stream's bytes are what the table's batches would be made of: same columns, order
+            and physical types. Values may still have to be checked.
+        columns: per column of the table, its index in the stream (None: filled with nulls) and its step.
+        fillable_nulls: indices of required columns that a stream of keys alone fills with nulls.
+        missing: what a stream of keys alone lacks for anything but deletes; empty for other streams.
+        dictionary_types: the value type of each dictionary-encoded field of the stream, depth first.
+    """
+
+    name: TableName
+    schema: pa.Schema
+    identical: bool
+    columns: tuple[tuple[int | None, Step], ...]
+    fillable_nulls: frozenset[int]
+    missing: tuple[str, ...]
+    dictionary_types: tuple[pa.DataType, ...]
+
+    def check_operation(self, operation: Operation) -> None:
+        """Check that the stream's columns suffice for an operation.
+
+        Raises:
+            InvalidRequest: ``schema_mismatch``: it has the key columns alone, which only deletes may.
+        """
+        if self.missing and operation is not Operation.DELETE:
+            raise _mismatch(self.name, self.missing)
+
+    def apply(
+        self,
+        batch: pa.RecordBatch,
+        *,
+        limit_bytes: int = 2**62,
+        dictionaries: Dictionaries | None = None,
+    ) -> pa.RecordBatch:
+        """Convert one batch.
+
+        Args:
+            batch: in the stream's schema, or with indices in the place of dictionary-encoded columns;
+                valid in Arrow's sense. Buffers are shared where nothing changes.
+            limit_bytes: most bytes that the result may have.
+            dictionaries: by slot, the values of dictionary-encoded columns of which only indices are here.
+
+        Raises:
+            InvalidRequest: ``invalid_batch``, naming the column whose values do not fit.
+        """
+        converter = Converter(limit_bytes, dictionaries) if dictionaries else Converter(limit_bytes)
+        columns = []
+        for position, (index, step) in enumerate(self.columns):
+            field = self.schema.field(position)
+            if index is None:
+                column = converter.nulls(batch.num_rows, step)
+            else:
+                column = converter.convert(batch.column(index), step)
+                if not field.nullable and column.null_count:
+                    raise invalid_batch(
+                        field.name, f"is required but {column.null_count} of its values are null"
+                    )
+            columns.append(column)
+        return pa.RecordBatch.from_arrays(columns, schema=self.schema)
+
+
+def _mismatch(name: TableName, differences: Sequence[str]) -> InvalidRequest:
+    return InvalidRequest(
+        f"Schema mismatch for {name}: {'; '.join(differences)}", code=ErrorCode.SCHEMA_MISMATCH
+    )
+
+
+def plan_conformance(stream: pa.Schema, table: TableInfo, *, allow_missing: bool = True) -> Conformance:
+    """Hold a stream's schema against a table's.
+
+    A stream may have fewer nullable columns (of a primary-key table only if its property ``arka.partial``
+    is ``null``), another order, and types whose values all fit the table's. One that has exactly the key
+    columns of a primary-key table is taken as well; ``Conformance.check_operation`` then lets deletes pass.
+
+    Args:
+        stream: as the client sent it.
+        table: canonical types.
+        allow_missing: whether nullable columns may be missing at all.
+
+    Raises:
+        InvalidRequest: ``schema_mismatch``, with every difference.
+    """
+    return _Planner(stream, table).plan(allow_missing)
+
+
+class _Planner:
+    """Collects the differences and steps of one stream."""
+
+    def __init__(self, stream: pa.Schema, table: TableInfo) -> None:
+        self._stream = stream
+        self._table = table
+        self._differences: list[str] = []
+        self._dictionary_types: list[pa.DataType] = []
+
+    def plan(self, allow_missing: bool) -> Conformance:
+        schema = self._table.schema
+        names = self._stream.names
+        places = {field.name: position for position, field in enumerate(schema)}
+        if not names:
+            self._differences.append("the stream has no columns, expected at least one")
+        steps: dict[int, tuple[int, Step]] = {}
+        # In the stream's order: dictionary-encoded fields are numbered as they are met.
+        for index, field in enumerate(self._stream):
+            place = places.get(field.name)
+            if place is None:
+                self._differences.append(
+                    f"column {field.name!r} is not in the table{_near(field.name, places)}"
+                )
+            elif place in steps:
+                self._differences.append(f"column {field.name!r} appears twice")
+            else:
+                steps[place] = index, self._step(field.type, schema.field(place), field.name)
+        absent = [place for place in range(len(schema)) if place not in steps]
+        lacking = self._lacking(absent, allow_missing)
+        keys = self._table.key_columns
+        keys_alone = bool(keys) and sorted(names) == sorted(keys)
+        if not keys_alone:
+            self._differences += lacking
+        if self._differences:
+            raise _mismatch(self._table.name, self._differences)
+        columns: list[tuple[int | None, Step]] = []
+        for place, field in enumerate(schema):
+            columns.append(steps.get(place, (None, Step(How.NULLS, field.type, field.name))))
+        return Conformance(
+            name=self._table.name,
+            schema=schema,
+            identical=not absent
+            and all(
+                steps[place][0] == place and same_bytes(self._stream.field(place).type, field.type)
+                for place, field in enumerate(schema)
+            ),
+            columns=tuple(columns),
+            fillable_nulls=frozenset(absent) if keys_alone else frozenset(),
+            missing=tuple(lacking) if keys_alone else (),
+            dictionary_types=tuple(self._dictionary_types),
+        )
+
+    def _lacking(self, absent: Sequence[int], allow_missing: bool) -> list[str]:
+        """Say which absent columns cannot be filled with nulls, and why."""
+        partial = self._table.table_type is not TableType.PRIMARY_KEY or (
+            self._table.properties.get(PARTIAL) == PARTIAL_NULL
+        )
+        found = []
+        for place in absent:
+            field = self._table.schema.field(place)
+            if not field.nullable:
+                found.append(f"required column {field.name!r} ({type_name(field.type)}) is missing")
+            elif not allow_missing:
+                found.append(f"column {field.name!r} ({type_name(field.type)}) is missing")
+            elif not partial:
+                found.append(
+                    f"column {field.name!r} ({type_name(field.type)}) is missing: an upsert replaces the "
+                    f"whole row unless the table has the property {PARTIAL!r}: {PARTIAL_NULL!r}"
+                )
+        return found
+
+    def _step(self, source: pa.DataType, target: pa.Field, path: str) -> Step:
+        """Plan one field; what cannot be is noted as a difference."""
+        types = pa.types
+        if isinstance(source, pa.BaseExtensionType) and source != target.type:
+            source = source.storage_type
+        if types.is_dictionary(source):
+            return self._dictionary_step(source, target, path)
+        if types.is_null(source):
+            if not target.nullable:
+                self._differ(path, source, target.type)
+            return Step(How.NULLS, target.type, path)
+        if types.is_struct(target.type) and types.is_struct(source):
+            return self._struct_step(source, target, path)
+        if types.is_list(target.type) and (
+            types.is_list(source) or types.is_large_list(source) or types.is_fixed_size_list(source)
+        ):
+            element = self._step(source.value_type, target.type.value_field, f"{path}.element")
+            return self._nested(How.LIST, source, target, path, ((0, element),))
+        if types.is_map(target.type) and types.is_map(source):
+            key = self._step(source.key_type, target.type.key_field, f"{path}.key")
+            value = self._step(source.item_type, target.type.item_field, f"{path}.value")
+            return self._nested(How.MAP, source, target, path, ((0, key), (1, value)))
+        self._check_scalar(source, source, target.type, path)
+        return Step(How.KEEP if source == target.type else How.CAST, target.type, path)
+
+    def _dictionary_step(self, source: pa.DataType, target: pa.Field, path: str) -> Step:
+        slot = len(self._dictionary_types)
+        self._dictionary_types.append(source.value_type)
+        self._check_scalar(source, source.value_type, target.type, path)
+        return Step(How.DICTIONARY, target.type, path, slot=slot)
+
+    def _check_scalar(self, source: pa.DataType, values: pa.DataType, target: pa.DataType, path: str) -> None:
+        try:
+            canonical = canonical_type(source)
+        except UnsupportedType:
+            self._differ(path, source, target)
+            return
+        nested = pa.types.is_nested(values) or pa.types.is_nested(target)
+        if nested or not widens(canonical, target):
+            self._differ(path, source, target)
+
+    def _struct_step(self, source: pa.DataType, target: pa.Field, path: str) -> Step:
+        places = {child.name: place for place, child in enumerate(target.type)}
+        steps: dict[int, tuple[int | None, Step]] = {}
+        for index, child in enumerate(source):
+            below = f"{path}.{child.name}"
+            place = places.get(child.name)
+            if place is None:
+                self._differences.append(f"column {below!r} is not in the table{_near(child.name, places)}")
+            elif place in steps:
+                self._differences.append(f"column {below!r} appears twice")
+            else:
+                steps[place] = index, self._step(child.type, target.type.field(place), below)
+        for place, child in enumerate(target.type):
+            below = f"{path}.{child.name}"
+            if place not in steps:
+                if not child.nullable:
+                    self._differences.append(
+                        f"required column {below!r} ({type_name(child.type)}) is missing"
+                    )
+                steps[place] = None, Step(How.NULLS, child.type, below)
+        children = tuple(steps[place] for place in range(len(places)))
+        return self._nested(How.STRUCT, source, target, path, children)
+
+    def _nested(
+        self,
+        how: How,
+        source: pa.DataType,
+        target: pa.Field,
+        path: str,
+        children: tuple[tuple[int | None, Step], ...],
+    ) -> Step:
+        """Make a nested field's step: kept whole only where nothing below can need a change."""
+        kept = source == target.type and not _has_required(target.type)
+        return Step(How.KEEP if kept else how, target.type, path, children)
+
+    def _differ(self, path: str, source: pa.DataType, target: pa.DataType) -> None:
+        self._differences.append(f"column {path!r} is {type_name(source)}, expected {type_name(target)}")
+
+
+def _near(name: str, places: dict[str, int]) -> str:
+    """Name the column that differs in case alone, if there is one."""
+    same = [other for other in places if other.lower() == name.lower()]
+    return f" (names are case-sensitive: expected {same[0]!r})" if same else ""
+
+
+def _has_required(type_: pa.DataType) -> bool:
+    """Tell whether a struct below has a required field, whose nulls under a null parent must be hidden."""
+    types = pa.types
+    if types.is_struct(type_):
+        return any(not child.nullable or _has_required(child.type) for child in type_)
+    if types.is_map(type_):
+        return (
+            not type_.item_field.nullable or _has_required(type_.key_type) or _has_required(type_.item_type)
+        )
+    if types.is_list(type_):
+        return not type_.value_field.nullable or _has_required(type_.value_type)
+    return False
+
+
+def same_bytes(source: pa.DataType, target: pa.DataType) -> bool:
+    """Tell whether arrays of two types have the same buffers for the same values.
+
+    Names of list elements and map entries, nullability, time zones (instants are UTC whatever the zone)
+    and the uuid type's name do not matter to them; names and order of struct fields do.
+    """
+    types = pa.types
+    if source == target:
+        return True
+    if types.is_timestamp(source) and types.is_timestamp(target):
+        return bool(source.unit == target.unit and (source.tz is None) == (target.tz is None))
+    if isinstance(source, pa.BaseExtensionType) or isinstance(target, pa.BaseExtensionType):
+        return same_bytes(
+            source.storage_type if isinstance(source, pa.BaseExtensionType) else source,
+            target.storage_type if isinstance(target, pa.BaseExtensionType) else target,
+        )
+    if types.is_list(source) and types.is_list(target):
+        return same_bytes(source.value_type, target.value_type)
+    if types.is_map(source) and types.is_map(target):
+        return same_bytes(source.key_type, target.key_type) and same_bytes(source.item_type, target.item_type)
+    if types.is_struct(source) and types.is_struct(target):
+        return source.num_fields == target.num_fields and all(
+            ours.name == theirs.name and same_bytes(ours.type, theirs.type)
+            for ours, theirs in zip(source, target, strict=True)
+        )
+    return False
+
+
+__all__ = ["Conformance", "plan_conformance", "same_bytes"]

@@ -1,0 +1,299 @@
+"""Arrays as clients send them, turned into arrays as tables hold them.
+
+Owns: casts, decoded dictionaries, rebuilt nested arrays, and a limit on what they may grow to (T14). Does
+not own which conversions are legal (``conform``).
+
+Everything here is safe in Arrow's sense: a value that would change is an error. What stands under a null
+parent is no value: it is neither cast nor counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, NoReturn
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from arka._core import ipc
+from arka.errors import ErrorCode, InvalidRequest
+
+
+class How(Enum):
+    """How one field is converted."""
+
+    #: nothing to do: type and content are the target's.
+    KEEP = "keep"
+    #: the source is of Arrow's null type.
+    NULLS = "nulls"
+    #: one safe cast.
+    CAST = "cast"
+    #: decode a dictionary, then cast its values.
+    DICTIONARY = "dictionary"
+    STRUCT = "struct"
+    LIST = "list"
+    MAP = "map"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The conversion of one field and what is below it.
+
+    Attributes:
+        how: what to do.
+        target: the canonical type to arrive at.
+        path: the field's name for people, such as ``s.x``.
+        children: a struct's target fields in order, each with the source's index (None: filled with
+            nulls); a list's element; a map's key and value.
+        slot: a dictionary's number among the stream's dictionary-encoded fields, depth first.
+    """
+
+    how: How
+    target: pa.DataType
+    path: str
+    children: tuple[tuple[int | None, Step], ...] = ()
+    slot: int = -1
+
+
+class DictionaryValues:
+    """A dictionary's values, with what is found out about them once for many batches."""
+
+    def __init__(self, values: pa.Array) -> None:
+        self._values = values
+        self._known: dict[pa.DataType, tuple[pa.Array, pa.Array | None, int]] = {}
+
+    def as_type(self, target: pa.DataType, cast: Callable[[pa.Array], pa.Array]) -> tuple[pa.Array, int]:
+        """Return the values in a table's type, and the longest one's bytes where they vary (else 0).
+
+        Args:
+            target: a canonical type.
+            cast: makes it of the values, if need be.
+        """
+        known = self._known.get(target)
+        if known is None:
+            values = self._values if self._values.type == target else cast(self._values)
+            varies = pa.types.is_string(target) or pa.types.is_binary(target)
+            lengths = pc.binary_length(values).cast(pa.int64()) if varies else None
+            known = values, lengths, (pc.max(lengths).as_py() or 0) if varies else 0
+            self._known[target] = known
+        return known[0], known[2]
+
+    def total_length(self, target: pa.DataType, indices: pa.Array) -> int:
+        """Sum the bytes of the values that indices name; ``as_type`` comes first."""
+        return pc.sum(pc.take(self._known[target][1], indices)).as_py() or 0
+
+
+#: Gives the dictionary of a slot, or None when none has come.
+Dictionaries = Callable[[int], "DictionaryValues | None"]
+
+
+def invalid_batch(path: str, problem: str) -> InvalidRequest:
+    """Make the error of a batch whose column ``path`` cannot be accepted."""
+    return InvalidRequest(f"Invalid batch: column {path!r}: {problem}", code=ErrorCode.INVALID_BATCH)
+
+
+def _no_dictionaries(_slot: int) -> None:
+    return None
+
+
+class Converter:
+    """Converts the columns of one batch, counting the bytes that they become.
+
+    Args:
+        limit_bytes: most bytes of all results together.
+        dictionaries: for arrays of indices; arrays that carry their dictionary need none.
+    """
+
+    def __init__(self, limit_bytes: int, dictionaries: Dictionaries = _no_dictionaries) -> None:
+        self._limit = limit_bytes
+        self._left = limit_bytes
+        self._dictionaries = dictionaries
+
+    def convert(self, array: pa.Array, step: Step) -> pa.Array:
+        """Convert one column.
+
+        Raises:
+            InvalidRequest: ``invalid_batch``: a value does not fit, a required field is null, or the
+                results would grow over the limit.
+        """
+        try:
+            return self._convert(array, step)
+        except (pa.ArrowException, ValueError, IndexError, OverflowError) as error:
+            raise invalid_batch(step.path, str(error)) from error
+
+    def nulls(self, rows: int, step: Step) -> pa.Array:
+        """Make a column of nulls."""
+        self._spend(rows * _width(step.target), step)
+        return pa.nulls(rows, step.target)
+
+    def _spend(self, size: int, step: Step) -> None:
+        self._left -= size
+        if self._left < 0:
+            self._too_large(step)
+
+    def _too_large(self, step: Step) -> NoReturn:
+        raise invalid_batch(
+            step.path,
+            f"the batch decodes to more than {self._limit} bytes (limits.batch_bytes); send smaller batches",
+        )
+
+    def _convert(self, array: pa.Array, step: Step) -> pa.Array:
+        if isinstance(array, pa.ExtensionArray) and step.how is not How.KEEP:
+            array = array.storage
+        match step.how:
+            case How.KEEP:
+                self._spend(array.nbytes, step)
+                return array
+            case How.NULLS:
+                return self.nulls(len(array), step)
+            case How.CAST:
+                return self._cast(array, step)
+            case How.DICTIONARY:
+                return self._decode(array, step)
+            case How.STRUCT:
+                return self._struct(array, step)
+            case How.LIST:
+                lists, offsets, mask = self._lists(array, step)
+                element = step.children[0][1]
+                values = self._required(self._convert(lists, element), step.target.value_field, element)
+                return pa.ListArray.from_arrays(offsets, values, type=step.target, mask=mask)
+            case How.MAP:
+                entries, offsets, mask = self._lists(map_as_list(array), step)
+                (_, key), (_, value) = step.children
+                keys = self._required(self._convert(entries.field(0), key), step.target.key_field, key)
+                items = self._required(self._convert(entries.field(1), value), step.target.item_field, value)
+                return pa.MapArray.from_arrays(offsets, keys, items, type=step.target, mask=mask)
+
+    def _cast(self, array: pa.Array, step: Step) -> pa.Array:
+        types = pa.types
+        target = step.target
+        if types.is_string_view(array.type) or types.is_binary_view(array.type):
+            validity, views = array.buffers()[:2]
+            bits = validity if array.null_count else None
+            self._spend(ipc.view_bytes(views, bits, array.offset, len(array)) if views else 0, step)
+        elif types.is_large_string(array.type) or types.is_large_binary(array.type):
+            self._spend(array.nbytes, step)
+        self._spend(len(array) * _width(target), step)
+        if isinstance(target, pa.BaseExtensionType):
+            return pa.ExtensionArray.from_storage(target, array)
+        return array if array.type == target else pc.cast(array, target, safe=True)
+
+    def _decode(self, array: pa.Array, step: Step) -> pa.Array:
+        """Replace indices by their values, once it is known how long those are together."""
+        held: DictionaryValues | None
+        if isinstance(array, pa.DictionaryArray):
+            indices, held = array.indices, DictionaryValues(array.dictionary)
+        else:
+            indices, held = array, self._dictionaries(step.slot)
+        if indices.null_count == len(indices):
+            return self.nulls(len(indices), step)
+        if held is None:
+            raise invalid_batch(step.path, "its dictionary has not been sent")
+        # The values' own conversion has the limit to itself: it is done once for many batches.
+        values, longest = held.as_type(step.target, lambda it: Converter(self._limit)._cast(it, step))
+        self._spend(len(indices) * _width(step.target), step)
+        most = len(indices) * longest
+        if most > self._left:
+            # The exact sum costs a pass over the rows: taken only where it can matter.
+            most = held.total_length(step.target, indices)
+        self._spend(most, step)
+        return values.take(indices)
+
+    def _struct(self, array: pa.Array, step: Step) -> pa.Array:
+        # flatten() gives the children with the parent's nulls in them; without nulls it is the same.
+        sources = array.flatten()
+        rows = len(array)
+        fields = list(step.target)
+        children = []
+        for field, (index, below) in zip(fields, step.children, strict=True):
+            child = self.nulls(rows, below) if index is None else self._convert(sources[index], below)
+            if not field.nullable and child.null_count:
+                child = _hide_nulls(child, array, below.path)
+            children.append(child)
+        self._spend(rows // 8, step)
+        mask = array.is_null() if array.null_count else None
+        return pa.StructArray.from_arrays(children, fields=fields, mask=mask)
+
+    def _lists(self, array: pa.Array, step: Step) -> tuple[pa.Array, pa.Array, pa.Array | None]:
+        """Take a list array apart: the values of its valid lists, their offsets, and which are null."""
+        rows = len(array)
+        self._spend(4 * (rows + 1), step)
+        lengths = pc.fill_null(pc.list_value_length(array).cast(pa.int64()), 0)
+        sums = pc.cumulative_sum(lengths)
+        offsets = pa.concat_arrays([pa.array([0], pa.int64()), sums]).cast(pa.int32())
+        return array.flatten(), offsets, array.is_null() if array.null_count else None
+
+    def _required(self, values: pa.Array, field: pa.Field, step: Step) -> pa.Array:
+        """Check the children of lists, all of which can be seen."""
+        if not field.nullable and values.null_count:
+            raise invalid_batch(step.path, f"is required but {values.null_count} of its values are null")
+        return values
+
+
+def _width(type_: pa.DataType) -> int:
+    """Bytes per row that a column of this type has at least."""
+    types = pa.types
+    if isinstance(type_, pa.BaseExtensionType):
+        return _width(type_.storage_type)
+    if types.is_struct(type_):
+        return 1 + sum(_width(child.type) for child in type_)
+    if types.is_nested(type_) or types.is_string(type_) or types.is_binary(type_):
+        return 4
+    return max(1, int(type_.bit_width) // 8)
+
+
+def map_as_list(array: pa.MapArray) -> pa.ListArray:
+    """View a map array as a list of its entries; no copy."""
+    entries = pa.StructArray.from_arrays([array.keys, array.items], names=["key", "value"])
+    buffers = array.buffers()[:2]
+    return pa.Array.from_buffers(
+        pa.list_(entries.type), len(array), buffers, array.null_count, array.offset, children=[entries]
+    )
+
+
+def _hide_nulls(child: pa.Array, parent: pa.Array, path: str) -> pa.Array:
+    """Give a required field some value where its parent is null.
+
+    Arrow's own builders leave such nulls behind, and Parquet's writer refuses them although nobody can
+    see them.
+    """
+    seen = pc.and_(child.is_null(), parent.is_valid())
+    count = pc.sum(seen).as_py() or 0
+    if count:
+        raise invalid_batch(path, f"is required but {count} of its values are null")
+    return without_nulls(child)
+
+
+def without_nulls(array: pa.Array) -> pa.Array:
+    """Drop an array's validity: what stands in a null's place becomes a value."""
+    if not array.null_count:
+        return array
+    if isinstance(array, pa.ExtensionArray):
+        return pa.ExtensionArray.from_storage(array.type, without_nulls(array.storage))
+    children: list[Any] | None = None
+    if pa.types.is_struct(array.type):
+        children = [array.field(index) for index in range(array.type.num_fields)]
+        return pa.StructArray.from_arrays(children, fields=list(array.type))
+    buffers = [None, *array.buffers()[1:]]
+    if pa.types.is_map(array.type):
+        entry = pa.struct([array.type.key_field, array.type.item_field])
+        children = [pa.StructArray.from_arrays([array.keys, array.items], fields=list(entry))]
+        buffers = buffers[:2]
+    elif pa.types.is_list(array.type):
+        children = [array.values]
+        buffers = buffers[:2]
+    return pa.Array.from_buffers(array.type, len(array), buffers, 0, array.offset, children=children)
+
+
+__all__ = [
+    "Converter",
+    "Dictionaries",
+    "DictionaryValues",
+    "How",
+    "Step",
+    "invalid_batch",
+    "map_as_list",
+    "without_nulls",
+]

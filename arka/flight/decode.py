@@ -1,0 +1,366 @@
+"""A stream's IPC messages, turned into batches that a table can hold (T12 to T16, R17).
+
+Owns: the stream's schema and dictionaries, the checks before and after Arrow reads a batch, and the choice
+between the wire's own bytes and a rewritten frame. Does not own the message's charge, LSNs, or threads:
+``needs_thread`` only says when one is due.
+
+The fast path keeps the frame as the client filled it. Anything else (another column order, wider types,
+dictionaries, compression) is decoded and written into a new frame with the same rows, so that whatever
+stands in the log is one uncompressed RecordBatch in the table's schema.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, NoReturn, Protocol
+
+import pyarrow as pa
+
+from arka._core import ipc
+from arka._core.buffers import FRAME_HEADER_BYTES, FrameBuffer
+from arka.errors import ErrorCode, InternalError, InvalidRequest
+from arka.flight.conform import Conformance, plan_conformance
+from arka.flight.convert import invalid_batch
+from arka.flight.dictionaries import REFUSALS, StreamDictionaries
+from arka.flight.layout import Layout, describe_finding, plan_layout, wire_schema
+from arka.flight.storable import Storable
+from arka.options import Limits
+from arka.records import Operation, TableInfo
+
+#: Variable-width bytes above which validation belongs into a thread: 1 MiB takes some 0.2 ms (T16).
+THREAD_BYTES: Final = 1024 * 1024
+#: The same for batches that are rewritten: casts and copies are several times slower.
+THREAD_REWRITE_BYTES: Final = 256 * 1024
+#: Longest schema message: one of 10,000 columns has about 2 MiB.
+MAX_SCHEMA_BYTES: Final = 16 * 1024 * 1024
+
+
+class IpcMessage(Protocol):
+    """What the decoder needs of a FlightData message."""
+
+    @property
+    def header(self) -> bytes | None:
+        """The IPC message's flatbuffer."""
+        ...
+
+    @property
+    def buffer(self) -> FrameBuffer | None:
+        """The frame with the same flatbuffer and the body."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedBatch:
+    """A batch that the table can hold.
+
+    Attributes:
+        batch: in the table's schema; a view of ``buffer``, which it keeps alive.
+        buffer: the frame that goes to the log.
+        rows: row count.
+        fast: whether ``buffer`` is the frame that the message came in.
+    """
+
+    batch: pa.RecordBatch
+    buffer: FrameBuffer
+    rows: int
+    fast: bool
+
+
+class BatchDecoder:
+    """Decodes one stream for one table.
+
+    Not thread-safe: one call at a time, from whatever thread.
+
+    Args:
+        table: canonical types with field ids.
+        limits: ``batch_bytes``, ``batch_rows`` and ``dictionary_bytes`` are used.
+    """
+
+    def __init__(self, table: TableInfo, limits: Limits) -> None:
+        self._table = table
+        self._limits = limits
+        self._storable = Storable(table)
+        self._header: bytes | None = None
+        self._stream: pa.Schema | None = None
+        self._conformance: Conformance | None = None
+        self._table_layout: Layout | None = None
+        self._wire: pa.Schema | None = None
+        self._wire_layout: Layout | None = None
+        self._dictionary_ids: tuple[int, ...] = ()
+        self._dictionaries: StreamDictionaries | None = None
+        # The layout of the message that was looked at last: needs_thread and decode share it.
+        self._parsed: tuple[bytes, ipc.BatchLayout] | None = None
+
+    @property
+    def dictionary_bytes(self) -> int:
+        """Bytes of dictionaries held now; never over ``limits.dictionary_bytes``."""
+        return 0 if self._dictionaries is None else self._dictionaries.held_bytes
+
+    @property
+    def conformance(self) -> Conformance:
+        """The plan from stream to table.
+
+        Raises:
+            InvalidRequest: no schema has come.
+        """
+        if self._conformance is None:
+            raise InvalidRequest("A record batch came before the stream's schema: send the schema first")
+        return self._conformance
+
+    def close(self) -> None:
+        """Forget the dictionaries. May be called more than once."""
+        if self._dictionaries is not None:
+            self._dictionaries.clear()
+        self._parsed = None
+
+    # -- schema -----------------------------------------------------------------------------------
+
+    def set_schema(self, header: bytes) -> None:
+        """Take the stream's schema.
+
+        Args:
+            header: an IPC Schema message. The same schema may come again.
+
+        Raises:
+            InvalidRequest: not a schema, big-endian, or a second, different one; ``schema_mismatch`` with
+                every difference where the table does not take it. The decoder stays as it was.
+        """
+        if header == self._header:
+            return
+        stream, ids = self._read_schema(header)
+        if self._stream is not None:
+            if not stream.equals(self._stream) or ids != self._dictionary_ids:
+                raise InvalidRequest(
+                    "A second, different schema came on this stream: open another stream for it"
+                )
+            return
+        conformance = plan_conformance(stream, self._table)
+        dictionaries = StreamDictionaries(ids, conformance.dictionary_types, self._limits)
+        wire = wire_schema(stream)
+        self._table_layout = plan_layout(
+            self._relaxed(conformance), required=True, ranges=self._storable.ranges
+        )
+        self._wire_layout = plan_layout(wire)
+        self._stream, self._wire, self._header = stream, wire, header
+        self._dictionary_ids, self._dictionaries = ids, dictionaries
+        self._conformance = conformance
+
+    def _read_schema(self, header: bytes) -> tuple[pa.Schema, tuple[int, ...]]:
+        """Read a schema message; an unknown header type would skip Arrow's verifier (T13)."""
+        if len(header) > MAX_SCHEMA_BYTES:
+            raise InvalidRequest(
+                f"The stream's schema has {len(header)} bytes, at most {MAX_SCHEMA_BYTES} are legal"
+            )
+        try:
+            if ipc.message_type(header) != ipc.SCHEMA:
+                raise InvalidRequest(f"IPC message of type {ipc.message_type(header)}, expected a schema")
+            if ipc.schema_endianness(header) != 0:
+                raise InvalidRequest("The stream is big-endian: send little-endian Arrow data")
+            stream = pa.ipc.read_schema(pa.py_buffer(FrameBuffer(header, 0)).slice(FRAME_HEADER_BYTES))
+            # Names are decoded when they are first asked for.
+            _ = stream.names
+            return stream, tuple(ipc.schema_dictionary_ids(header))
+        except REFUSALS as error:
+            raise InvalidRequest(f"Malformed schema message: {error}") from error
+
+    def _relaxed(self, conformance: Conformance) -> pa.Schema:
+        """The table's schema, with room for nulls where a stream of keys alone leaves them."""
+        return pa.schema(
+            [
+                field.with_nullable(field.nullable or index in conformance.fillable_nulls)
+                for index, field in enumerate(self._table.schema)
+            ]
+        )
+
+    def check_operation(self, operation: Operation) -> None:
+        """Check that the stream's columns suffice for an operation.
+
+        Raises:
+            InvalidRequest: ``schema_mismatch``: the stream has the key columns alone, which only deletes
+                may; or no schema has come.
+        """
+        self.conformance.check_operation(operation)
+
+    def add_dictionary(self, message: IpcMessage) -> None:
+        """Take a dictionary, or what a delta adds to one.
+
+        Args:
+            message: a DictionaryBatch. Its values are copied, so its frame may go.
+
+        Raises:
+            InvalidRequest: before the schema, malformed, of an id that the schema does not have;
+                ``too_large`` when the stream would hold more than ``limits.dictionary_bytes``.
+        """
+        if self._dictionaries is None:
+            raise InvalidRequest("A dictionary came before the stream's schema: send the schema first")
+        if message.header is None or message.buffer is None:
+            raise InvalidRequest("A dictionary message has no data header")
+        self._dictionaries.add(message.header, message.buffer)
+
+    # -- batches ----------------------------------------------------------------------------------
+
+    def needs_thread(self, message: IpcMessage) -> bool:
+        """Tell whether decoding this batch takes long enough to be done in a thread (T16).
+
+        Args:
+            message: a RecordBatch; one that is malformed needs none.
+        """
+        frame = message.buffer
+        conformance = self._conformance
+        if frame is None or message.header is None or conformance is None or self._wire_layout is None:
+            return False
+        try:
+            layout = self._layout(message.header)
+            if conformance.identical and layout.codec == ipc.CODEC_NONE:
+                if frame.body_bytes <= THREAD_BYTES:
+                    return False
+                return layout.variable_bytes(self._wire_layout.plan) > THREAD_BYTES
+            if conformance.dictionary_types and layout.rows * 16 > THREAD_REWRITE_BYTES:
+                return True
+            return layout.uncompressed_bytes(frame) > THREAD_REWRITE_BYTES
+        except ValueError:
+            return False
+
+    def decode(self, message: IpcMessage) -> DecodedBatch:
+        """Decode, check and, where need be, rewrite one batch.
+
+        Args:
+            message: a RecordBatch. On the fast path its frame becomes the result's and must not be written
+                to any more.
+
+        Returns:
+            The batch and its frame. Nothing in its values can be refused later (see ``storable``).
+
+        Raises:
+            InvalidRequest: ``invalid_batch``, naming the column; or no schema has come.
+        """
+        conformance = self.conformance
+        header, frame = message.header, message.buffer
+        if header is None or frame is None:
+            raise InvalidRequest("Invalid batch: it has no data header", code=ErrorCode.INVALID_BATCH)
+        try:
+            layout = self._layout(header)
+        except ValueError as error:
+            raise InvalidRequest(f"Invalid batch: {error}", code=ErrorCode.INVALID_BATCH) from error
+        self._parsed = None
+        if layout.body_bytes != frame.body_bytes:
+            raise InvalidRequest(
+                f"Invalid batch: a body of {frame.body_bytes} bytes, its header says {layout.body_bytes}",
+                code=ErrorCode.INVALID_BATCH,
+            )
+        if layout.rows > self._limits.batch_rows:
+            raise InvalidRequest(
+                f"Invalid batch: {layout.rows} rows, the limit is {self._limits.batch_rows} "
+                "(limits.batch_rows); send smaller batches",
+                code=ErrorCode.INVALID_BATCH,
+            )
+        if conformance.identical and layout.codec == ipc.CODEC_NONE:
+            batch = self._accept(layout, frame)
+            if batch is not None:
+                return DecodedBatch(batch, frame, layout.rows, fast=True)
+        return self._rewrite(layout, frame)
+
+    def _layout(self, header: bytes) -> ipc.BatchLayout:
+        if self._parsed is not None and self._parsed[0] is header:
+            return self._parsed[1]
+        layout = ipc.BatchLayout(header)
+        self._parsed = header, layout
+        return layout
+
+    def _accept(self, layout: ipc.BatchLayout, frame: FrameBuffer) -> pa.RecordBatch | None:
+        """Check a frame in the table's own layout; None: a required field's nulls must be hidden first."""
+        assert self._table_layout is not None
+        finding = layout.check(self._table_layout.plan, frame, self._longest())
+        if finding is not None and finding[0] == ipc.FOUND_REQUIRED_NULLS:
+            if self._table_layout.is_column(finding[1]):
+                self._refuse(finding, self._table_layout)
+            return None
+        if finding is not None and finding[0] != ipc.FOUND_OUT_OF_RANGE:
+            self._refuse(finding, self._table_layout)
+        batch = _read(frame, self._table.schema)
+        if finding is not None or self._storable.always:
+            self._storable.check(batch)
+        return batch
+
+    def _longest(self) -> int:
+        """The longest that a nested field may be: an element takes a byte, booleans and nulls less."""
+        return max(self._limits.batch_rows, self._limits.batch_bytes)
+
+    def _refuse(self, finding: tuple[int, int, int, int], layout: Layout) -> NoReturn:
+        if finding[1] < 0:
+            raise InvalidRequest(
+                f"Invalid batch: {finding[3]} field nodes, the schema has {finding[2]}; or not the buffers "
+                "that go with them",
+                code=ErrorCode.INVALID_BATCH,
+            )
+        raise invalid_batch(layout.paths[finding[1]], describe_finding(finding))
+
+    def _rewrite(self, layout: ipc.BatchLayout, frame: FrameBuffer) -> DecodedBatch:
+        """Decode a batch as the stream has it and write it again as the table has it."""
+        assert self._wire_layout is not None
+        assert self._wire is not None
+        limit = self._limits.batch_bytes
+        finding = layout.check(self._wire_layout.plan, frame, self._longest())
+        if finding is not None:
+            self._refuse(finding, self._wire_layout)
+        try:
+            size = layout.uncompressed_bytes(frame)
+        except ValueError as error:
+            raise InvalidRequest(f"Invalid batch: {error}", code=ErrorCode.INVALID_BATCH) from error
+        if size > limit:
+            raise InvalidRequest(
+                f"Invalid batch: it decompresses to {size} bytes, the limit is {limit} (limits.batch_bytes); "
+                "send smaller batches",
+                code=ErrorCode.INVALID_BATCH,
+            )
+        batch = _read(frame, self._wire)
+        dictionaries = self._dictionaries.values if self._dictionaries is not None else None
+        made = self.conformance.apply(batch, limit_bytes=limit, dictionaries=dictionaries)
+        rewritten = write_frame(made)
+        accepted = self._accept(ipc.BatchLayout(rewritten.header), rewritten.frame)
+        if accepted is None:
+            raise InternalError("A rewritten batch still has nulls in a required field")
+        return DecodedBatch(accepted, rewritten.frame, layout.rows, fast=False)
+
+
+def _read(frame: FrameBuffer, schema: pa.Schema) -> pa.RecordBatch:
+    """Read a frame's message without a copy, and validate it.
+
+    Raises:
+        InvalidRequest: ``invalid_batch``, naming the column.
+    """
+    try:
+        batch = pa.ipc.read_record_batch(pa.py_buffer(frame).slice(FRAME_HEADER_BYTES), schema)
+    except REFUSALS as error:
+        raise InvalidRequest(f"Invalid batch: {error}", code=ErrorCode.INVALID_BATCH) from error
+    try:
+        batch.validate(full=True)
+    except REFUSALS as error:
+        for field, column in zip(schema, batch.columns, strict=True):
+            try:
+                column.validate(full=True)
+            except REFUSALS as cause:
+                raise invalid_batch(field.name, str(cause)) from cause
+        raise InvalidRequest(f"Invalid batch: {error}", code=ErrorCode.INVALID_BATCH) from error
+    return batch
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenFrame:
+    """A frame and the flatbuffer in it."""
+
+    header: bytes
+    frame: FrameBuffer
+
+
+def write_frame(batch: pa.RecordBatch) -> WrittenFrame:
+    """Write a batch into a new frame: one uncompressed RecordBatch message."""
+    message = pa.ipc.read_message(batch.serialize())
+    header = message.metadata.to_pybytes()
+    body = memoryview(message.body).cast("B") if message.body is not None else memoryview(b"")
+    frame = FrameBuffer(header, len(body))
+    frame.body[:] = body
+    return WrittenFrame(header, frame)
+
+
+__all__ = ["BatchDecoder", "DecodedBatch", "IpcMessage", "WrittenFrame", "write_frame"]

@@ -1,0 +1,66 @@
+"""How often a peer may do what costs us more than it costs the peer (T9).
+
+Owns: the kinds, their rates, and the tokens of one connection. Does not own what happens to a flooder: the
+connection ends with ENHANCE_YOUR_CALM (``arka.flight.http2``).
+
+Source: CVE-2023-44487 (resets received), CVE-2025-8671 (resets caused), CVE-2019-9512, -9515 and -9518
+(PING, SETTINGS and empty frames).
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Final, NamedTuple
+
+
+class Rate(NamedTuple):
+    """A token bucket: how many at once, and how many each second after that."""
+
+    burst: int
+    per_s: float
+
+
+class Flood(Enum):
+    """What is counted."""
+
+    RESETS_RECEIVED = "resets"
+    RESETS_CAUSED = "errors on streams"
+    SETTINGS = "SETTINGS frames"
+    PING = "PING frames"
+    EMPTY_DATA = "DATA frames without payload"
+    STRAY_DATA = "DATA frames on streams that are over"
+    OTHER = "PRIORITY or unknown frames"
+
+
+#: How much an honest client may need: gRPC clients cancel calls with RST_STREAM and probe the path with PING;
+#: none sends SETTINGS more than a few times, or DATA frames without payload in numbers.
+RATES: Final = {
+    Flood.RESETS_RECEIVED: Rate(1_000, 100.0),
+    Flood.RESETS_CAUSED: Rate(200, 20.0),
+    Flood.SETTINGS: Rate(100, 10.0),
+    Flood.PING: Rate(1_000, 100.0),
+    Flood.EMPTY_DATA: Rate(1_000, 100.0),
+    Flood.STRAY_DATA: Rate(10_000, 1_000.0),
+    Flood.OTHER: Rate(5_000, 500.0),
+}
+
+
+class FloodGuard:
+    """Counts one connection's doings against their rates. Times are trio's, in seconds."""
+
+    def __init__(self, now: float) -> None:
+        # Invariant: 0 <= tokens <= burst; tokens as of the paired time.
+        self._tokens: Final = {kind: (float(RATES[kind].burst), now) for kind in Flood}
+
+    def allow(self, kind: Flood, now: float) -> bool:
+        """Count one; returns whether it was still within its rate."""
+        tokens, since = self._tokens[kind]
+        burst, per_s = RATES[kind]
+        tokens = min(burst, tokens + (now - since) * per_s) - 1
+        if tokens < 0:
+            return False
+        self._tokens[kind] = (tokens, now)
+        return True
+
+
+__all__ = ["RATES", "Flood", "FloodGuard", "Rate"]

@@ -1,0 +1,409 @@
+"""Inbound flow control: what a stream's peer may send, and who has paid for it (T4, R22).
+
+Owns: each stream's window and its charges, from the first byte of a message until the RPC takes it. Does not
+own the bytes (``arka._core.wire``), the ledger (``arka.tiers.admission``) nor the connection's window, which
+is given back whatever happens here.
+
+The initial window is charged when a stream opens. Beyond it a message's bytes are granted only when the ledger
+holds a charge for the whole message: at its prefix if the window does not cover it, else when it is complete.
+Nobody waits while holding: a stream that has to wait gives up what it had reserved ahead.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+import trio
+
+from arka._core.wire import INITIAL_WINDOW, FlightMessage, MessageAssembler
+from arka.errors import ArkaError, ErrorCode
+from arka.tiers.admission import Charge, Ledger
+
+#: Window bytes owed to the peer, below which a WINDOW_UPDATE is put off while the window is half open.
+_CREDIT_BYTES: Final = INITIAL_WINDOW // 4
+#: Bytes received and not yet taken by the RPC, above which its stream gets no more window. Bounds what a handler
+#: that does not receive (unread acks, a slow catalog) can hold; a few batches of the usual sizes.
+_INBOX_BYTES: Final = 4 * 1024 * 1024
+#: What a message in the inbox costs beside its bytes, in bytes: objects and the frame's header.
+_MESSAGE_OVERHEAD: Final = 512
+#: Messages from this size on are worth a reservation ahead, bytes: smaller ones flow within the initial window.
+_AHEAD_LEAST: Final = INITIAL_WINDOW // 4
+#: Most bytes reserved ahead for one stream: more hides no round trip, and window once given cannot be taken back.
+_AHEAD_MOST: Final = 16 * 1024 * 1024
+#: Share of the ledger that all streams together may reserve ahead: an idle stream keeps its reservation.
+_AHEAD_SHARE: Final = 8
+
+
+class Wakeup:
+    """Lets one task wait until another calls ``set``; a ``set`` that nobody waits for is remembered."""
+
+    __slots__ = ("_is_set", "_task")
+
+    def __init__(self) -> None:
+        self._is_set = False
+        self._task: trio.lowlevel.Task | None = None
+
+    def set(self) -> None:
+        """Wake the waiting task, or the next one that waits."""
+        task, self._task = self._task, None
+        if task is None:
+            self._is_set = True
+        else:
+            trio.lowlevel.reschedule(task)
+
+    async def wait(self) -> None:
+        """Wait for ``set``. Cancellation: nothing changes."""
+        if self._is_set:
+            await trio.lowlevel.checkpoint_if_cancelled()
+            self._is_set = False
+            return
+        self._task = trio.lowlevel.current_task()
+
+        def abort(_: object) -> trio.lowlevel.Abort:
+            self._task = None
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        await trio.lowlevel.wait_task_rescheduled(abort)
+
+
+class ReadAhead:
+    """Window granted before a message asks for it, bounded for all streams together."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._left = ledger.statistics().limit_bytes // _AHEAD_SHARE
+
+    def take(self, amount: int) -> Charge | None:
+        """Reserve ``amount`` bytes if that makes nobody wait."""
+        if amount > self._left:
+            return None
+        charge = self._ledger.try_request(amount)
+        if charge is not None:
+            self._left -= amount
+        return charge
+
+    def give_back(self, amount: int) -> None:
+        """Count ``amount`` bytes as no longer reserved ahead; their charge is its holder's business."""
+        self._left += amount
+
+
+class _Entry:
+    """A message that is not the RPC's yet: its charge waits, or an earlier message's does."""
+
+    __slots__ = ("charge", "credit", "granted", "intake", "message", "total")
+
+    def __init__(self, intake: StreamIntake, total: int, credit: int) -> None:
+        self.intake = intake
+        self.total = total
+        # Window bytes owed to the peer once the charge is granted.
+        self.credit = credit
+        self.charge: Charge | None = None
+        self.granted = False
+        self.message: FlightMessage | bytes | None = None
+
+    def on_grant(self) -> None:
+        self.granted = True
+        self.intake._on_granted(self)
+
+
+class StreamIntake:
+    """The inbound half of one RPC.
+
+    The connection's reader calls ``begin``, ``complete``, ``add_padding``, ``end`` and ``fail``; the RPC's task
+    calls ``receive``. Used from trio's thread only.
+
+    Attributes:
+        assembler: has the stream's window; None of its messages is larger than the ledger can ever grant.
+        increment: bytes for the stream's next WINDOW_UPDATE, in ``assembler.window`` already.
+        ended: the peer has ended its side.
+    """
+
+    def __init__(
+        self,
+        assembler: MessageAssembler,
+        ledger: Ledger,
+        read_ahead: ReadAhead,
+        on_credit: Callable[[], None],
+    ) -> None:
+        """Charge the initial window.
+
+        Args:
+            on_credit: called when ``increment`` becomes more than zero.
+        """
+        self.assembler = assembler
+        self.increment = 0
+        self.ended = False
+        self._ledger = ledger
+        self._read_ahead = read_ahead
+        self._on_credit = on_credit
+        # SETTINGS has promised this window: if the ledger is full the charge waits in its place while the
+        # stream's first bytes may come. Nothing above it is granted before it, since grants keep their order.
+        self._base: Charge | None = ledger.request(INITIAL_WINDOW)
+        # What the RPC may take: message, wire bytes, charge to release then, window to give back then.
+        self._inbox: deque[tuple[FlightMessage | bytes, int, Charge | None, int]] = deque()
+        self._inbox_cost = 0
+        # Invariant: complete messages in order, then at most the one in progress, which is also _open.
+        self._awaiting: deque[_Entry] = deque()
+        self._open: _Entry | None = None
+        # The granted charge of the message in progress.
+        self._current: Charge | None = None
+        # Invariant: while there is a reserve, its amount is assembler.ahead.
+        self._reserve: Charge | None = None
+        # A message that needs window while none is given: its wire bytes.
+        self._deferred = 0
+        self._owed = 0
+        self._withheld = False
+        self._recent = 0
+        self._error: Exception | None = None
+        self._wakeup = Wakeup()
+        self._progress = 0
+        self._progress_at = 0.0
+        self._taken = 0
+
+    # -- the RPC's side ---------------------------------------------------------------------------
+
+    async def receive(self) -> FlightMessage | bytes | None:
+        """Take the next message; None once the peer has ended its side.
+
+        Raises:
+            ArkaError: the peer sent what cannot be a message; all before it was delivered.
+
+        Cancellation: no message is lost. A checkpoint only when it waits: what is in the inbox is bounded.
+        """
+        while not self._inbox:
+            if not self._awaiting:
+                if self._error is not None:
+                    raise self._error
+                if self.ended:
+                    return None
+            await self._wakeup.wait()
+        message, total, charge, credit = self._inbox.popleft()
+        was_closed = self._closed
+        self._inbox_cost -= total + _MESSAGE_OVERHEAD
+        if charge is not None:
+            charge.release()
+        if credit:
+            self._credit(credit)
+        if was_closed and not self._closed:
+            self._reopen()
+        return message
+
+    # -- the reader's side ------------------------------------------------------------------------
+
+    def begin(self, total: int, shortfall: int) -> None:
+        """Find the bytes for a message whose prefix has come.
+
+        Args:
+            total: its wire bytes, prefix included.
+            shortfall: how many of them the window does not cover; <= 0 if it does.
+        """
+        ahead = self.assembler.ahead
+        if ahead >= total and self._reserve is not None:
+            self._current = self._reserve.split(total)
+            self._read_ahead.give_back(total)
+            self.assembler.ahead = ahead - total
+            self._reserve_ahead(total)
+        elif shortfall > 0:
+            if self._closed:
+                self._deferred = total
+            else:
+                self._request(total)
+
+    def complete(self, message: FlightMessage | bytes, total: int) -> None:
+        """Hand over a message; it reaches the RPC when it is paid for, in order."""
+        credit = 0
+        self._deferred = 0
+        entry, self._open = self._open, None
+        if entry is not None:
+            entry.message = message
+            self._deliver_granted()
+            return
+        charge, self._current = self._current, None
+        if charge is None:
+            if not self.assembler.flight_data:
+                # Small and soon gone: the initial window's charge stands for it until it is taken.
+                credit = total
+            else:
+                charge = self._ledger.try_request(total)
+                if charge is None:
+                    self._await(message, total)
+                    return
+                self._credit(total)
+        if self._awaiting:
+            entry = _Entry(self, total, credit)
+            entry.message, entry.charge, entry.granted = message, charge, True
+            self._awaiting.append(entry)
+        else:
+            self._deliver(message, total, charge, credit)
+
+    def add_padding(self, amount: int) -> None:
+        """Give back padding: it was discarded."""
+        self._credit(amount)
+
+    def end(self) -> None:
+        """Note that the peer has ended its side."""
+        self.ended = True
+        if not self.assembler.between_messages and self._error is None:
+            self.fail(
+                ArkaError("the request ended in the middle of a message", code=ErrorCode.INVALID_REQUEST)
+            )
+        self._wakeup.set()
+
+    def fail(self, error: Exception) -> None:
+        """Take no more messages: ``receive`` raises ``error`` behind those that are complete."""
+        if self._error is None:
+            self._error = error
+        self._drop_partial()
+        self._wakeup.set()
+
+    def withhold(self) -> None:
+        """Give no more window, but for a message that was granted already (drain, T19)."""
+        self._withheld = True
+
+    def is_stalled(self, now: float, limit_s: float) -> bool:
+        """Whether a granted message has made no progress for ``limit_s``; to be asked again and again."""
+        granted = self._current is not None or (self._open is not None and self._open.granted)
+        progress = self.assembler.progress_bytes
+        if not granted or progress != self._progress:
+            self._progress = progress
+            self._progress_at = now
+            return False
+        return now - self._progress_at >= limit_s
+
+    def take_increment(self) -> int:
+        """Take what the stream's next WINDOW_UPDATE is to say; 0 when nothing, or nobody, needs one."""
+        increment, self.increment = self.increment, 0
+        return 0 if self.ended else increment
+
+    def abandon(self) -> None:
+        """Release everything that the RPC did not take. Idempotent."""
+        self._drop_partial()
+        for entry in self._awaiting:
+            if entry.charge is not None:
+                entry.charge.release()
+        self._awaiting.clear()
+        for message, _, charge, _ in self._inbox:
+            if isinstance(message, FlightMessage):
+                message.charge.release()
+            elif charge is not None:
+                charge.release()
+        self._inbox.clear()
+        if self._base is not None:
+            self._base.release()
+            self._base = None
+
+    # -- charges ----------------------------------------------------------------------------------
+
+    @property
+    def _closed(self) -> bool:
+        return self._withheld or self._inbox_cost > _INBOX_BYTES
+
+    def _request(self, total: int) -> None:
+        """Ask for a whole message, without holding anything meanwhile (R22)."""
+        granted_ahead, self.assembler.ahead = self.assembler.ahead, 0
+        charge = self._ledger.try_request(total)
+        self._drop_reserve(granted_ahead)
+        if charge is not None:
+            self._current = charge
+            self._credit(total - granted_ahead)
+            self._reserve_ahead(total)
+            return
+        self._open = entry = _Entry(self, total, total - granted_ahead)
+        self._awaiting.append(entry)
+        entry.charge = self._ledger.request(total, entry.on_grant)
+        if entry.granted:
+            self._on_granted(entry)
+
+    def _await(self, message: FlightMessage | bytes, total: int) -> None:
+        entry = _Entry(self, total, total)
+        entry.message = message
+        self._awaiting.append(entry)
+        entry.charge = self._ledger.request(total, entry.on_grant)
+        if entry.granted:
+            self._on_granted(entry)
+
+    def _on_granted(self, entry: _Entry) -> None:
+        if entry.charge is None:
+            # Granted while still being asked for: whoever asks goes on.
+            return
+        credit, entry.credit = entry.credit, 0
+        self._credit(credit)
+        self._deliver_granted()
+
+    def _deliver_granted(self) -> None:
+        awaiting = self._awaiting
+        while awaiting and awaiting[0].granted and (message := awaiting[0].message) is not None:
+            entry = awaiting.popleft()
+            self._deliver(message, entry.total, entry.charge, entry.credit)
+
+    def _deliver(
+        self, message: FlightMessage | bytes, total: int, charge: Charge | None, credit: int
+    ) -> None:
+        if isinstance(message, FlightMessage):
+            message.charge = charge
+            charge = None
+        self._inbox.append((message, total, charge, credit))
+        self._inbox_cost += total + _MESSAGE_OVERHEAD
+        self._wakeup.set()
+
+    def _reserve_ahead(self, total: int) -> None:
+        """Grant about two messages like the recent ones in advance, if that makes nobody wait."""
+        self._recent = recent = max(total, (7 * self._recent + total) // 8)
+        ahead = self.assembler.ahead
+        want = min(2 * recent, _AHEAD_MOST)
+        if recent < _AHEAD_LEAST or want - ahead < recent // 2 or self._closed:
+            return
+        charge = self._read_ahead.take(want)
+        if charge is None:
+            return
+        self._drop_reserve(ahead)
+        self._reserve = charge
+        self.assembler.ahead = want
+        self._credit(want - ahead)
+
+    def _drop_reserve(self, amount: int) -> None:
+        reserve, self._reserve = self._reserve, None
+        if reserve is not None:
+            self._read_ahead.give_back(amount)
+            reserve.release()
+
+    def _drop_partial(self) -> None:
+        """Drop the message in progress and what is reserved for those after it."""
+        self.assembler.abort()
+        self._deferred = 0
+        ahead, self.assembler.ahead = self.assembler.ahead, 0
+        self._drop_reserve(ahead)
+        current, self._current = self._current, None
+        if current is not None:
+            current.release()
+        entry, self._open = self._open, None
+        if entry is not None:
+            self._awaiting.remove(entry)
+            if entry.charge is not None:
+                entry.charge.release()
+
+    # -- window -----------------------------------------------------------------------------------
+
+    def _credit(self, amount: int) -> None:
+        self._owed += amount
+        if not self._closed and (self._owed >= _CREDIT_BYTES or self.assembler.window < INITIAL_WINDOW // 2):
+            self._pay()
+
+    def _pay(self) -> None:
+        owed, self._owed = self._owed, 0
+        if owed and not self.ended:
+            self.assembler.window += owed
+            self.increment += owed
+            self._on_credit()
+
+    def _reopen(self) -> None:
+        """The inbox has room again: make up for what was put off."""
+        self._pay()
+        deferred, self._deferred = self._deferred, 0
+        if deferred:
+            self._request(deferred)
+
+
+__all__ = ["ReadAhead", "StreamIntake", "Wakeup"]

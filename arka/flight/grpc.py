@@ -1,0 +1,322 @@
+"""gRPC on top of a stream: the call a handler sees, its routes, metadata, timeouts and the health service.
+
+Owns: request metadata, ``grpc-timeout``, message prefixes, ``grpc.health.v1``. Does not own HTTP/2
+(``arka.flight.http2``) nor what Flight's methods do (``arka.flight.service``).
+
+Source: gRPC over HTTP/2 (PROTOCOL-HTTP2.md), Requests; gRPC health checking protocol (health/v1/health.proto).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final
+from uuid import uuid4
+
+import structlog
+import trio
+
+from arka._core.wire import FlightMessage, read_fields
+from arka.errors import ArkaError, InvalidRequest
+from arka.flight.flow import StreamIntake
+from arka.flight.outbound import Outbox, StreamOutput
+from arka.flight.status import OK, RpcError, RpcStatus, Status, status_of
+
+log = structlog.get_logger(__name__)
+
+_TIMEOUT: Final = re.compile(rb"(\d{1,8})([HMSmun])\Z")
+_SECONDS_PER_UNIT: Final = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
+
+
+class Call:
+    """One RPC, as its handler sees it.
+
+    A handler receives until None, sends, and returns: that ends the RPC with OK. Raising ends it with the error's
+    status. It is cancelled when the client resets the stream, its deadline passes or the connection ends.
+
+    Attributes:
+        method: the request's path, ``/package.Service/Method``.
+        metadata: the client's custom metadata, keys in lower case; ``-bin`` values decoded; values of a
+            repeated key joined by commas.
+        peer: the client's address, for logs.
+        deadline: trio time at which the client gives up; None if it does not.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        metadata: Mapping[str, bytes],
+        peer: str,
+        deadline: float | None,
+        intake: StreamIntake,
+        output: StreamOutput,
+    ) -> None:
+        self.method = method
+        self.metadata = metadata
+        self.peer = peer
+        self.deadline = deadline
+        self._intake = intake
+        self._output = output
+
+    async def receive(self) -> FlightMessage | bytes | None:
+        """Take the client's next message.
+
+        Returns:
+            A FlightMessage on routes with ``flight_data`` (its charge is the caller's to release), else bytes;
+            None once the client has half-closed.
+
+        Raises:
+            ArkaError: what the client sent is not a message, or one over the limits.
+
+        Cancellation: no message is lost.
+        """
+        return await self._intake.receive()
+
+    async def send(self, *parts: bytes | memoryview) -> None:
+        """Send one message, made of ``parts``; waits while the stream's send buffer is full.
+
+        Args:
+            parts: byte-typed buffers; kept, and to be left unchanged, until they are sent.
+
+        Raises:
+            trio.ClosedResourceError: the stream is over.
+
+        Cancellation: the message was not sent.
+        """
+        size = sum(len(part) for part in parts)
+        await self._output.put(size + 5, message_prefix(size), *parts)
+
+    def attach_outbox(self, outbox: Outbox) -> None:
+        """Let the connection pull messages from ``outbox`` whenever the client has room for them (T6)."""
+        self._output.attach(outbox)
+
+    def wake(self) -> None:
+        """Say that the outbox may have something now."""
+        self._output.wake()
+
+    async def wait_outbox_drained(self) -> None:
+        """Wait until all the outbox had is queued for the socket.
+
+        Raises:
+            trio.ClosedResourceError: the stream is over.
+
+        Cancellation: nothing changes.
+        """
+        await self._output.wait_drained()
+
+
+Handler = Callable[[Call], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What serves one method.
+
+    Attributes:
+        handler: runs once for each RPC.
+        flight_data: the client's messages are FlightData.
+    """
+
+    handler: Handler
+    flight_data: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a request's header fields say.
+
+    Attributes:
+        path: the method.
+        is_grpc: it is a gRPC request; if not, nothing else of it matters.
+        content_bytes: its ``content-length``; -1 if it has none.
+    """
+
+    path: str
+    is_grpc: bool
+    is_head: bool
+    timeout: bytes | None
+    content_bytes: int
+    fields: list[tuple[bytes, bytes]]
+
+
+def read_request(fields: list[tuple[bytes, bytes]]) -> Request:
+    """Read the header fields of a request that h2 has validated."""
+    known = dict(fields)
+    kind = known.get(b"content-type", b"")
+    return Request(
+        path=known.get(b":path", b"").decode("ascii", "backslashreplace"),
+        # application/grpc, application/grpc+proto, application/grpc;charset=utf-8; not application/grpc-web
+        is_grpc=known.get(b":method") == b"POST"
+        and re.match(rb"application/grpc(?:[+;]|\Z)", kind) is not None,
+        is_head=known.get(b":method") == b"HEAD",
+        timeout=known.get(b"grpc-timeout"),
+        content_bytes=int(known.get(b"content-length", b"-1")),
+        fields=fields,
+    )
+
+
+async def run_call(route: Route, call: Call) -> RpcStatus:
+    """Run a call's handler to its end.
+
+    Returns:
+        How the RPC ended. An unexpected error is logged with an incident id, which the client is told.
+
+    Cancellation: the handler is cancelled.
+    """
+    deadline = call.deadline
+    scope = trio.CancelScope() if deadline is None else trio.CancelScope(deadline=deadline)
+    try:
+        with scope:
+            await route.handler(call)
+    except (ArkaError, RpcError) as error:
+        return status_of(error)
+    except Exception as error:
+        return _status_of_unexpected(error, call)
+    except BaseExceptionGroup as group:
+        # A handler's nursery failed while the call was being cancelled: keep the cancellation, log the rest.
+        cancelled, rest = group.split(trio.Cancelled)
+        if cancelled is None:
+            raise
+        if rest is not None:
+            _status_of_unexpected(rest, call)
+        raise cancelled from None
+    if scope.cancelled_caught:
+        return RpcStatus(
+            Status.DEADLINE_EXCEEDED, f"The deadline that the client set for {call.method} has passed"
+        )
+    return OK
+
+
+def _status_of_unexpected(error: BaseException, call: Call) -> RpcStatus:
+    known = _only_known(error)
+    if known is not None:
+        return status_of(known)
+    incident = uuid4().hex[:12]
+    log.error("rpc.failed", method=call.method, peer=call.peer, incident=incident, exc_info=error)
+    return RpcStatus(Status.INTERNAL, f"[internal] Incident {incident}: the server's log says more")
+
+
+def _only_known(error: BaseException) -> ArkaError | RpcError | None:
+    """The first error in a nursery's group, if all of them are for the client to see."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error if isinstance(error, ArkaError | RpcError) else None
+    found = [_only_known(inner) for inner in error.exceptions]
+    return None if None in found else found[0]
+
+
+def message_prefix(size: int) -> bytes:
+    """Encode the five bytes in front of an uncompressed message of ``size`` bytes."""
+    return b"\0" + size.to_bytes(4, "big")
+
+
+def parse_timeout(value: bytes) -> float:
+    """Read ``grpc-timeout``.
+
+    Returns:
+        Seconds.
+
+    Raises:
+        InvalidRequest: it is not one to eight digits and a unit.
+    """
+    match = _TIMEOUT.match(value)
+    if match is None:
+        raise InvalidRequest(
+            f"Malformed grpc-timeout {value!r}: expected up to eight digits and one of HMSmun"
+        )
+    return int(match[1]) * _SECONDS_PER_UNIT[match[2]]
+
+
+def parse_metadata(fields: Iterable[tuple[bytes, bytes]]) -> dict[str, bytes]:
+    """Collect custom metadata from a request's header fields.
+
+    Raises:
+        InvalidRequest: a ``-bin`` value is not base64.
+    """
+    metadata: dict[str, bytes] = {}
+    for raw_name, value in fields:
+        if raw_name.startswith((b":", b"grpc-")) or raw_name in (b"te", b"content-type", b"user-agent"):
+            continue
+        name = raw_name.decode("ascii", "backslashreplace")
+        if name.endswith("-bin"):
+            value = b",".join(_decode_binary(name, part) for part in value.split(b","))
+        metadata[name] = metadata[name] + b"," + value if name in metadata else value
+    return metadata
+
+
+def _decode_binary(name: str, value: bytes) -> bytes:
+    try:
+        # Padding is optional on the wire.
+        return base64.b64decode(value + b"=" * (-len(value) % 4), validate=True)
+    except binascii.Error as error:
+        raise InvalidRequest(f"Malformed metadata {name!r}: not base64") from error
+
+
+class Health:
+    """The service ``grpc.health.v1.Health``: what is served, for load balancers."""
+
+    #: HealthCheckResponse with its status: SERVING 1, NOT_SERVING 2, SERVICE_UNKNOWN 3.
+    _RESPONSES: Final = {True: b"\x08\x01", False: b"\x08\x02", None: b"\x08\x03"}
+
+    def __init__(self, services: Iterable[str] = ()) -> None:
+        """Begin as not serving.
+
+        Args:
+            services: full names of gRPC services; the empty name, for the whole server, is always known.
+        """
+        self._serving: dict[str, bool] = {"": False} | dict.fromkeys(services, False)
+        self._changed = trio.Event()
+
+    def set_serving(self, serving: bool) -> None:
+        """Say whether the server, with all its services, serves."""
+        self._serving = dict.fromkeys(self._serving, serving)
+        changed, self._changed = self._changed, trio.Event()
+        changed.set()
+
+    def routes(self) -> dict[str, Route]:
+        """The service's methods."""
+        return {
+            "/grpc.health.v1.Health/Check": Route(self._check),
+            "/grpc.health.v1.Health/Watch": Route(self._watch),
+        }
+
+    async def _check(self, call: Call) -> None:
+        service = await self._service(call)
+        serving = self._serving.get(service)
+        if serving is None:
+            raise RpcError(Status.NOT_FOUND, f"Unknown service {service!r}")
+        await call.send(self._RESPONSES[serving])
+
+    async def _watch(self, call: Call) -> None:
+        service = await self._service(call)
+        while True:
+            serving, changed = self._serving.get(service), self._changed
+            await call.send(self._RESPONSES[serving])
+            while self._serving.get(service) == serving:
+                await changed.wait()
+                changed = self._changed
+
+    async def _service(self, call: Call) -> str:
+        request = await call.receive()
+        try:
+            name = read_fields(request if isinstance(request, bytes) else b"").get(1, b"")
+            return name.decode() if isinstance(name, bytes) else ""
+        except ValueError as error:
+            raise InvalidRequest(f"Malformed HealthCheckRequest: {error}") from error
+
+
+__all__ = [
+    "Call",
+    "Handler",
+    "Health",
+    "Outbox",
+    "Request",
+    "Route",
+    "message_prefix",
+    "parse_metadata",
+    "parse_timeout",
+    "read_request",
+    "run_call",
+]

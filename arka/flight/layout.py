@@ -1,0 +1,169 @@
+"""What a schema's batches look like on the wire: which nodes and buffers, and what must hold for them.
+
+Owns: the step from Arrow types to ``_core.ipc``'s plans, and the names of nodes for error messages.
+
+A dictionary-encoded field's batches carry its indices: with the index type in its place, a batch can be
+read without any dictionary at hand. The same goes for an extension type and its storage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import pyarrow as pa
+
+from arka._core import ipc
+
+#: Least and greatest value, both legal.
+Range = tuple[int, int]
+
+_NO_RANGE: Final = (0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A schema's nodes, depth first.
+
+    Attributes:
+        plan: for ``BatchLayout.check``.
+        paths: each node's name for people, such as ``s.x``.
+        columns: the column that each node belongs to.
+    """
+
+    plan: ipc.LayoutPlan
+    paths: tuple[str, ...]
+    columns: tuple[int, ...]
+
+    def is_column(self, node: int) -> bool:
+        """Tell whether a node is a whole column, not a field below one."""
+        return node == 0 or self.columns[node] != self.columns[node - 1]
+
+
+_FINDINGS: Final = {
+    ipc.FOUND_LENGTH: "its length is {found}, expected {expected}",
+    ipc.FOUND_NULL_COUNT: "its null count is {found}, its validity bitmap says {expected}",
+    ipc.FOUND_SHORT_BUFFER: "a buffer is too short: expected {expected}, found {found}",
+    ipc.FOUND_NULL_ENTRY: "{found} map keys or entries are null",
+    ipc.FOUND_REQUIRED_NULLS: "is required but {found} of its values are null",
+}
+
+
+def describe_finding(finding: tuple[int, int, int, int]) -> str:
+    """Say what ``BatchLayout.check`` found, for a person."""
+    found, _node, expected, actual = finding
+    return _FINDINGS[found].format(expected=expected, found=actual)
+
+
+def wire_type(type_: pa.DataType) -> pa.DataType:
+    """Return the type with which a batch of ``type_`` is read.
+
+    That is: indices for dictionaries, storage for extensions, all the way down.
+    """
+    types = pa.types
+    if isinstance(type_, pa.BaseExtensionType):
+        return wire_type(type_.storage_type)
+    if types.is_dictionary(type_):
+        return type_.index_type
+    if types.is_list(type_):
+        return pa.list_(_wire_field(type_.value_field))
+    if types.is_large_list(type_):
+        return pa.large_list(_wire_field(type_.value_field))
+    if types.is_fixed_size_list(type_):
+        return pa.list_(_wire_field(type_.value_field), type_.list_size)
+    if types.is_struct(type_):
+        return pa.struct([_wire_field(child) for child in type_])
+    if types.is_map(type_):
+        return pa.map_(_wire_field(type_.key_field), _wire_field(type_.item_field))
+    return type_
+
+
+def _wire_field(field: pa.Field) -> pa.Field:
+    return field.with_type(wire_type(field.type))
+
+
+def wire_schema(schema: pa.Schema) -> pa.Schema:
+    """Return the schema with which a stream's batches are read."""
+    return pa.schema([_wire_field(field) for field in schema])
+
+
+def plan_layout(
+    schema: pa.Schema, *, required: bool = False, ranges: Mapping[str, Range] | None = None
+) -> Layout:
+    """Plan the checks of a schema's batches.
+
+    Args:
+        schema: any types but unions, list views and run-end encodings, which no table takes.
+        required: whether fields that are not nullable may have no nulls.
+        ranges: by path, the values that a 32-bit or 64-bit field may have.
+    """
+    walk = _Walk(required, ranges or {})
+    for column, field in enumerate(schema):
+        walk.column = column
+        walk.visit(field, field.name, ipc.FLAG_TOP)
+    return Layout(ipc.LayoutPlan(walk.rules), tuple(walk.paths), tuple(walk.columns))
+
+
+class _Walk:
+    """Collects a schema's nodes."""
+
+    def __init__(self, required: bool, ranges: Mapping[str, Range]) -> None:
+        self.rules: list[tuple[int, int, int, int, int]] = []
+        self.paths: list[str] = []
+        self.columns: list[int] = []
+        self.column = 0
+        self._required = required
+        self._ranges = ranges
+
+    def visit(self, field: pa.Field, path: str, flags: int = 0) -> None:
+        type_ = field.type
+        if isinstance(type_, pa.BaseExtensionType):
+            type_ = type_.storage_type
+        if self._required and not field.nullable:
+            flags |= ipc.FLAG_REQUIRED
+        kind, width = _kind(type_)
+        lowest, highest = self._ranges.get(path, _NO_RANGE)
+        if path in self._ranges:
+            flags |= ipc.FLAG_RANGE_32 if width == 4 else ipc.FLAG_RANGE_64
+        self.rules.append((kind, width, flags, lowest, highest))
+        self.paths.append(path)
+        self.columns.append(self.column)
+        types = pa.types
+        if types.is_map(type_):
+            entries = (ipc.KIND_STRUCT, 0, ipc.FLAG_NEVER_NULL, 0, 0)
+            self.rules.append(entries)
+            self.paths.append(path)
+            self.columns.append(self.column)
+            self.visit(type_.key_field, f"{path}.key", ipc.FLAG_NEVER_NULL)
+            self.visit(type_.item_field, f"{path}.value")
+        elif types.is_struct(type_):
+            for child in type_:
+                self.visit(child, f"{path}.{child.name}")
+        elif types.is_list(type_) or types.is_large_list(type_) or types.is_fixed_size_list(type_):
+            self.visit(type_.value_field, f"{path}.element")
+
+
+def _kind(type_: pa.DataType) -> tuple[int, int]:
+    """Return how a type's node lays out its buffers, and the width in bytes that goes with it."""
+    types = pa.types
+    if types.is_null(type_):
+        return ipc.KIND_NULL, 0
+    if types.is_boolean(type_):
+        return ipc.KIND_BOOL, 0
+    if types.is_string(type_) or types.is_binary(type_):
+        return ipc.KIND_VARIABLE, 4
+    if types.is_large_string(type_) or types.is_large_binary(type_):
+        return ipc.KIND_VARIABLE, 8
+    if types.is_string_view(type_) or types.is_binary_view(type_):
+        return ipc.KIND_VIEW, 16
+    if types.is_list(type_) or types.is_map(type_):
+        return ipc.KIND_LIST, 4
+    if types.is_large_list(type_):
+        return ipc.KIND_LIST, 8
+    if types.is_struct(type_) or types.is_fixed_size_list(type_):
+        return ipc.KIND_STRUCT, 0
+    return ipc.KIND_FIXED, type_.bit_width // 8
+
+
+__all__ = ["Layout", "Range", "describe_finding", "plan_layout", "wire_schema", "wire_type"]

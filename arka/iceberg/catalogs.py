@@ -1,0 +1,77 @@
+"""The catalog of a worker process: opened once, by URI.
+
+Owns: which pyiceberg catalog a URI means and with which properties. Does not own what is done with it.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Final
+
+from pyiceberg.catalog import Catalog
+from pyiceberg.catalog.sql import SqlCatalog
+from sqlalchemy import event
+
+from arka.iceberg.config import CATALOG_NAME, CatalogConfig
+from arka.iceberg.fileio import FILE_IO_CLASS
+from arka.iceberg.sqlcatalog import LeanSqlCatalog
+
+_SQLITE_PREFIX: Final = "sqlite:///"
+#: How long SQLite waits for another process's transaction, in milliseconds.
+_SQLITE_BUSY_MS: Final = 30_000
+
+_opened: dict[CatalogConfig, Catalog] = {}
+
+
+def _set_pragmas(connection: Any, _record: Any) -> None:
+    cursor = connection.cursor()
+    try:
+        cursor.execute(f"PRAGMA busy_timeout={_SQLITE_BUSY_MS}")
+        cursor.execute("PRAGMA journal_mode=WAL")
+        # The swap of a metadata location is the commit: it must survive power loss.
+        cursor.execute("PRAGMA synchronous=FULL")
+    finally:
+        cursor.close()
+
+
+def connect(config: CatalogConfig) -> Catalog:
+    """Open a catalog; a SQL catalog's tables are made if they are missing.
+
+    Raises:
+        OSError: the directory of an SQLite file cannot be made.
+        Exception: what SQLAlchemy or the REST client raise when the catalog does not answer.
+    """
+    properties = {
+        **dict(config.properties),
+        "uri": config.uri,
+        "warehouse": config.warehouse,
+        "py-io-impl": FILE_IO_CLASS,
+    }
+    if config.is_rest:
+        # Only here: the REST client's imports cost a worker 100 ms that most never need.
+        from pyiceberg.catalog.rest import RestCatalog
+
+        return RestCatalog(CATALOG_NAME, **properties)
+    if config.uri.startswith(_SQLITE_PREFIX):
+        os.makedirs(os.path.dirname(config.uri.removeprefix(_SQLITE_PREFIX)) or ".", exist_ok=True)
+    made = (SqlCatalog if config.stock_commit else LeanSqlCatalog)(CATALOG_NAME, **properties)
+    if made.engine.dialect.name == "sqlite":
+        event.listen(made.engine, "connect", _set_pragmas)
+        # Connections from before the listener are not used again.
+        made.engine.dispose()
+    return made
+
+
+def catalog(config: CatalogConfig) -> Catalog:
+    """Return this process's catalog for ``config``, opening it at the first call.
+
+    Raises:
+        Exception: as ``connect``; a later call tries again.
+    """
+    known = _opened.get(config)
+    if known is None:
+        known = _opened[config] = connect(config)
+    return known
+
+
+__all__ = ["catalog", "connect"]

@@ -1,0 +1,245 @@
+"""Put staged files into one snapshot, exactly once (R15, R16).
+
+Owns: the checks at every attempt, the attempts, and what an unknown outcome turns out to be. Does not own
+what a snapshot consists of (``producer``) nor how a catalog swaps metadata (``sqlcatalog``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Final, cast
+
+from pyiceberg.catalog import Catalog
+from pyiceberg.exceptions import CommitFailedException, NoSuchNamespaceError, NoSuchTableError
+from pyiceberg.table import Table, TableProperties
+from pyiceberg.table.metadata import TableMetadata
+from pyiceberg.table.refs import MAIN_BRANCH
+from pyiceberg.table.update import AssertRefSnapshotId, AssertTableUUID, TableRequirement
+from pyiceberg.utils.properties import property_as_bool
+
+from arka.iceberg.catalogs import catalog
+from arka.iceberg.config import CatalogConfig
+from arka.iceberg.garbage import Garbage
+from arka.iceberg.manifests import ManifestMemory
+from arka.iceberg.marks import committed_lsn_property, epoch_property, mark_of
+from arka.iceberg.producer import (
+    data_file,
+    discard,
+    expired_ids,
+    snapshot_updates,
+    stage_append,
+)
+from arka.storage.ports import CatalogUnavailable, CommitJob, CommitOutcome, CommitResult
+
+#: Attempts against other writers before the table's committer pauses and asks again.
+_ATTEMPTS: Final = 5
+
+_memory = ManifestMemory()
+_garbage = Garbage()
+
+
+class MarkUnmoved:
+    """A requirement of a commit: the mark still stands where the job began, under no newer epoch.
+
+    A SQL catalog evaluates it on the very metadata that its compare-and-swap replaces. A REST catalog
+    cannot: there each move of the mark comes with a snapshot, so that the branch's head decides.
+    """
+
+    def __init__(self, job: CommitJob) -> None:
+        self._job = job
+
+    def validate(self, base_metadata: TableMetadata | None) -> None:
+        """Check the metadata.
+
+        Raises:
+            CommitFailedException: the table is gone or has moved on.
+        """
+        if base_metadata is None or judge(base_metadata, self._job) is not None:
+            raise CommitFailedException(f"table {self._job.table.name}: the mark has moved")
+
+
+def judge(metadata: TableMetadata, job: CommitJob) -> CommitResult | None:
+    """Say how a commit ends on this metadata; None when it may go ahead (R15)."""
+    if metadata.table_uuid != job.table.uuid:
+        return CommitResult(CommitOutcome.TABLE_GONE, 0, None)
+    mark = mark_of(metadata.properties, job.log_uuid)
+    if mark.epoch > job.epoch:
+        return CommitResult(CommitOutcome.FENCED, mark.committed_lsn, metadata.current_snapshot_id)
+    if mark.committed_lsn >= job.staged.through_lsn:
+        return CommitResult(CommitOutcome.COMMITTED, mark.committed_lsn, _snapshot_of(metadata, job))
+    if mark.committed_lsn != job.staged.after_lsn:
+        return CommitResult(CommitOutcome.RECUT, mark.committed_lsn, metadata.current_snapshot_id)
+    return None
+
+
+def commit(config: CatalogConfig, job: CommitJob) -> CommitResult:
+    """Commit a job's files, or say why not.
+
+    Args:
+        config: the catalog.
+        job: what to commit; the same job may come again after any error.
+
+    Returns:
+        A definite outcome.
+
+    Raises:
+        CatalogUnavailable: the outcome is unknown, or other writers won every attempt; run the job again.
+        Exception: what the catalog or the warehouse raised before anything could have been committed.
+
+    Durability: with COMMITTED, files, metadata and the catalog's pointer to it are durable.
+
+    Source: R15, R16.
+    """
+    opened = catalog(config)
+    identifier = tuple(job.table.name)
+    for _ in range(_ATTEMPTS):
+        table = _load(opened, identifier)
+        if table is None:
+            return CommitResult(CommitOutcome.TABLE_GONE, 0, None)
+        verdict = judge(table.metadata, job)
+        if verdict is not None:
+            return verdict
+        try:
+            return _attempt(config, opened, table, job)
+        except (CommitFailedException, NoSuchTableError):
+            # Definitely not committed: look again at what the table has become.
+            continue
+        except _UnknownOutcome as error:
+            return _resolve(opened, identifier, job, error)
+    raise CatalogUnavailable(f"table {job.table.name}: other writers won {_ATTEMPTS} attempts in a row")
+
+
+class _UnknownOutcome(Exception):
+    """The catalog was asked and did not answer clearly."""
+
+
+def _load(opened: Catalog, identifier: tuple[str, ...]) -> Table | None:
+    try:
+        return opened.load_table(identifier)
+    except (NoSuchTableError, NoSuchNamespaceError):
+        return None
+
+
+def _attempt(config: CatalogConfig, opened: Catalog, table: Table, job: CommitJob) -> CommitResult:
+    specs = {file.spec_id for file in job.staged.files}
+    if config.stock_commit and specs <= {table.metadata.default_spec_id}:
+        snapshot_id = _stock_append(config, table, job)
+    else:
+        snapshot_id = _append(config, opened, table, job)
+    return CommitResult(CommitOutcome.COMMITTED, job.staged.through_lsn, snapshot_id)
+
+
+def _append(config: CatalogConfig, opened: Catalog, table: Table, job: CommitJob) -> int:
+    base = table.metadata
+    staged = stage_append(table, [data_file(file) for file in job.staged.files], _memory, _notes(job))
+    updates = snapshot_updates(base, staged, _mark_properties(job), config.keep_snapshots)
+    requirements: tuple[TableRequirement, ...] = (
+        AssertTableUUID(uuid=base.table_uuid),
+        AssertRefSnapshotId(ref=MAIN_BRANCH, snapshot_id=base.current_snapshot_id),  # type: ignore[call-arg]
+    )
+    if not config.is_rest:
+        requirements += (cast(TableRequirement, MarkUnmoved(job)),)
+    try:
+        response = opened.commit_table(table, requirements, updates)
+    except (CommitFailedException, NoSuchTableError):
+        discard(table.io, staged.written)
+        raise
+    except Exception as error:
+        # Nothing is deleted: the commit may have landed or may land yet.
+        raise _UnknownOutcome(_describe(error)) from error
+    consecutive = _memory.knows_current(base)
+    _memory.remember(base.table_uuid, staged.snapshot.manifest_list, staged.manifests)
+    for manifest in staged.merged_away:
+        _memory.forget_entries(manifest.manifest_path)
+    _garbage.landed(base, response.metadata, staged.merged_away, consecutive=consecutive)
+    _garbage.collect(base.table_uuid, table.io)
+    _delete_old_metadata(table, response.metadata)
+    return staged.snapshot.snapshot_id
+
+
+def _stock_append(config: CatalogConfig, table: Table, job: CommitJob) -> int:
+    # pyiceberg's retry stages the same files again on other metadata without our checks: never.
+    table.metadata = table.metadata.model_copy(
+        update={"properties": {**table.metadata.properties, TableProperties.COMMIT_NUM_RETRIES: "0"}}
+    )
+    transaction = table.transaction()
+    with transaction.update_snapshot(snapshot_properties=_notes(job)).fast_append() as append:
+        for file in job.staged.files:
+            append.append_data_file(data_file(file))
+    transaction.set_properties(_mark_properties(job))
+    expired = expired_ids(table.metadata, config.keep_snapshots)
+    try:
+        transaction.commit_transaction()
+    except (CommitFailedException, NoSuchTableError):
+        raise
+    except Exception as error:
+        raise _UnknownOutcome(_describe(error)) from error
+    snapshot_id = cast(int, table.metadata.current_snapshot_id)
+    if expired:
+        # A commit of its own; the next one tries again.
+        with contextlib.suppress(CommitFailedException):
+            table.maintenance.expire_snapshots().by_ids(expired).commit()
+    return snapshot_id
+
+
+def _resolve(
+    opened: Catalog, identifier: tuple[str, ...], job: CommitJob, error: _UnknownOutcome
+) -> CommitResult:
+    """Find out from freshly loaded metadata whether a commit happened (R16)."""
+    try:
+        table = _load(opened, identifier)
+    except Exception as failure:
+        raise CatalogUnavailable(
+            f"table {job.table.name}: outcome of a commit unknown ({error}), and the catalog does not "
+            f"answer: {_describe(failure)}"
+        ) from failure
+    if table is None:
+        return CommitResult(CommitOutcome.TABLE_GONE, 0, None)
+    verdict = judge(table.metadata, job)
+    if verdict is not None:
+        return verdict
+    # Perhaps the catalog still works on it; the branch's head keeps a second attempt from doubling rows.
+    raise CatalogUnavailable(f"table {job.table.name}: the commit has not happened: {error}") from error
+
+
+def _notes(job: CommitJob) -> dict[str, str]:
+    return {
+        "arka.log": str(job.log_uuid),
+        "arka.lsn-first": str(job.staged.after_lsn + 1),
+        "arka.lsn-last": str(job.staged.through_lsn),
+        "arka.commit-id": str(job.commit_id),
+    }
+
+
+def _mark_properties(job: CommitJob) -> dict[str, str]:
+    return {
+        committed_lsn_property(job.log_uuid): str(job.staged.through_lsn),
+        epoch_property(job.log_uuid): str(job.epoch),
+    }
+
+
+def _snapshot_of(metadata: TableMetadata, job: CommitJob) -> int | None:
+    """Find the snapshot that an earlier attempt of this job made; else the current one holds its rows."""
+    for snapshot in reversed(metadata.snapshots):
+        if snapshot.summary is not None and snapshot.summary.get("arka.commit-id") == str(job.commit_id):
+            return snapshot.snapshot_id
+    return metadata.current_snapshot_id
+
+
+def _delete_old_metadata(table: Table, metadata: TableMetadata) -> None:
+    """Remove metadata files that have left the metadata log, if the table says so; failures leave garbage."""
+    if property_as_bool(
+        metadata.properties,
+        TableProperties.METADATA_DELETE_AFTER_COMMIT_ENABLED,
+        TableProperties.METADATA_DELETE_AFTER_COMMIT_ENABLED_DEFAULT,
+    ):
+        kept = {entry.metadata_file for entry in metadata.metadata_log}
+        gone = [e.metadata_file for e in table.metadata.metadata_log if e.metadata_file not in kept]
+        discard(table.io, gone)
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+__all__ = ["MarkUnmoved", "commit", "judge"]

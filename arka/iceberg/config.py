@@ -1,0 +1,77 @@
+"""Where a worker finds the catalog and the warehouse, in a form that crosses process boundaries.
+
+Owns: one frozen record and how its URI picks a kind of catalog. Imports nothing heavy: the server process
+builds these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from arka.errors import ConfigurationError
+from arka.options import IcebergOptions
+
+#: pyiceberg's name for the catalog; part of the key of each row of a SQL catalog, so it never changes.
+CATALOG_NAME: Final = "arka"
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogConfig:
+    """Everything that the jobs in the workers need to know.
+
+    Attributes:
+        uri: of the catalog: ``sqlite:///…``, ``postgresql+psycopg2://…`` or ``http(s)://…`` (REST).
+        warehouse: URL under which tables are made.
+        properties: further pyiceberg properties (credentials, ``s3.*``), as sorted pairs.
+        keep_snapshots: snapshots that the expiry inside each commit leaves.
+        target_file_bytes: Arrow bytes after which an encoder starts a new file.
+        stock_commit: commit through pyiceberg's public path.
+    """
+
+    uri: str
+    warehouse: str
+    properties: tuple[tuple[str, str], ...] = ()
+    keep_snapshots: int = 100
+    target_file_bytes: int = 64 * 2**20
+    stock_commit: bool = False
+
+    @property
+    def is_rest(self) -> bool:
+        """Whether the catalog speaks REST; anything else is a database that SQLAlchemy opens."""
+        return self.uri.startswith(("http://", "https://"))
+
+    @classmethod
+    def from_options(
+        cls, options: IcebergOptions, data_dir: Path, properties: Mapping[str, str]
+    ) -> CatalogConfig:
+        """Fill in what options leave empty.
+
+        Args:
+            options: the Iceberg options.
+            data_dir: the server's data directory; the embedded catalog and warehouse live in it.
+            properties: further pyiceberg properties.
+
+        Raises:
+            ConfigurationError: the catalog URI has no scheme.
+        """
+        root = data_dir.absolute()
+        uri = options.catalog_uri or f"sqlite:///{root}/catalog.db"
+        if ":" not in uri:
+            raise ConfigurationError(
+                f"iceberg.catalog_uri {uri!r} has no scheme: expected sqlite:///PATH, "
+                f"postgresql+psycopg2://HOST/DB or http(s)://HOST"
+            )
+        return cls(
+            uri=uri,
+            warehouse=(options.warehouse or f"file://{root}/warehouse").rstrip("/"),
+            properties=tuple(sorted(properties.items())),
+            keep_snapshots=options.keep_snapshots,
+            target_file_bytes=options.target_file_bytes,
+            stock_commit=options.stock_commit,
+        )
+
+
+__all__ = ["CATALOG_NAME", "CatalogConfig"]

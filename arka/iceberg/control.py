@@ -1,0 +1,225 @@
+"""Tables in the catalog: create, drop, load and list them as plain records.
+
+Owns: what an Arka table looks like in Iceberg (location, spec, properties) and reading it back. Does not
+own commits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+from typing import Final
+from uuid import UUID
+
+from pyiceberg.catalog import Catalog
+from pyiceberg.exceptions import NoSuchNamespaceError, NoSuchTableError, TableAlreadyExistsError
+from pyiceberg.table import Table, TableProperties
+
+from arka.errors import InvalidRequest
+from arka.iceberg.catalogs import catalog
+from arka.iceberg.config import CatalogConfig
+from arka.iceberg.fileio import local_path
+from arka.iceberg.marks import is_mark, marks_of
+from arka.iceberg.partition import new_partition_spec, partition_fields, split_fields
+from arka.iceberg.schema import UnsupportedType, arrow_schema, new_iceberg_schema
+from arka.records import TableDefinition, TableInfo, TableName, TableType
+from arka.storage.ports import CatalogConflict, CatalogTable, TableExists, TableMissing
+
+TABLE_TYPE: Final = "arka.table-type"
+PRIMARY_KEY: Final = "arka.primary-key"
+
+#: Only version 2 has delete files that every reader knows, and pyiceberg cannot write version 3.
+_FORMAT_VERSION: Final = 2
+
+#: What a table gets unless its definition says otherwise.
+_DEFAULTS: Final = {
+    TableProperties.PARQUET_COMPRESSION: "zstd",
+    # Each commit writes a metadata file; without these two they stay for ever.
+    TableProperties.METADATA_DELETE_AFTER_COMMIT_ENABLED: "true",
+    TableProperties.METADATA_PREVIOUS_VERSIONS_MAX: "20",
+    # pyiceberg's own retry stages the same rows again without looking at the mark (R15).
+    TableProperties.COMMIT_NUM_RETRIES: "0",
+}
+
+_log = logging.getLogger(__name__)
+
+
+def create_table(config: CatalogConfig, definition: TableDefinition, location_suffix: str) -> CatalogTable:
+    """Create a table and, if need be, its namespace.
+
+    Args:
+        config: the catalog.
+        definition: checked, with canonical types.
+        location_suffix: 8 hex digits that make the location unlike that of any earlier table (R5).
+
+    Raises:
+        TableExists: the name is taken.
+        CatalogConflict: the definition cannot be an Iceberg table.
+        Exception: the catalog or the warehouse did not answer; the table may exist.
+    """
+    opened = catalog(config)
+    identifier = tuple(definition.name)
+    schema = new_iceberg_schema(definition.schema, definition.key_columns)
+    spec = new_partition_spec(schema, definition.partition)
+    properties = new_properties(definition)
+    if opened.table_exists(identifier):
+        raise TableExists(f"Table already exists: {definition.name}")
+    opened.create_namespace_if_not_exists((definition.name.namespace,))
+    location = f"{config.warehouse}/{definition.name.namespace}/{definition.name.name}-{location_suffix}"
+    try:
+        table = opened.create_table(
+            identifier,
+            schema,
+            # A REST catalog's warehouse may be a mere name; it then chooses the location itself.
+            location=location if "://" in config.warehouse else None,
+            partition_spec=spec,
+            properties=properties,
+        )
+    except TableAlreadyExistsError as error:
+        raise TableExists(f"Table already exists: {definition.name}") from error
+    return describe(table)
+
+
+def drop_table(config: CatalogConfig, info: TableInfo, purge: bool) -> None:
+    """Drop a table if the name still means it; with ``purge`` delete its files too.
+
+    Raises:
+        TableMissing: no table with that UUID under that name.
+        Exception: the catalog did not answer; the table may be gone.
+    """
+    opened = catalog(config)
+    identifier = tuple(info.name)
+    table = _load(opened, info.name)
+    if table.metadata.table_uuid != info.uuid:
+        raise TableMissing(f"Table not found: {info.name} with UUID {info.uuid}")
+    try:
+        if purge:
+            opened.purge_table(identifier)
+        else:
+            opened.drop_table(identifier)
+    except NoSuchTableError as error:
+        raise TableMissing(f"Table not found: {info.name}") from error
+    if purge:
+        _remove_folder(table)
+
+
+def load_table(config: CatalogConfig, name: TableName) -> CatalogTable:
+    """Load one table, fresh.
+
+    Raises:
+        TableMissing: no such table.
+        CatalogConflict: it is not one that Arka can write: format version or types.
+    """
+    return describe(_load(catalog(config), name))
+
+
+def list_tables(config: CatalogConfig) -> list[CatalogTable]:
+    """Load every table that Arka could write, sorted by name.
+
+    Tables of foreign makers with types, names or format versions beyond Arka's are left out and logged, and
+    so are those whose metadata file is not there.
+    """
+    opened = catalog(config)
+    found = []
+    for namespace in opened.list_namespaces():
+        for identifier in opened.list_tables(namespace):
+            try:
+                name = TableName.from_parts(list(identifier))
+                found.append(load_table(config, name))
+            except (InvalidRequest, CatalogConflict) as error:
+                _log.info("catalog.table_skipped table=%s reason=%s", ".".join(identifier), error)
+            except TableMissing:
+                # Dropped between the listing and the load.
+                continue
+            except FileNotFoundError as error:
+                _log.warning("catalog.table_broken table=%s reason=%s", ".".join(identifier), error)
+    return sorted(found, key=lambda table: table.info.name)
+
+
+def describe(table: Table) -> CatalogTable:
+    """Turn a loaded table into plain records.
+
+    Raises:
+        CatalogConflict: its format version, a column's type or a partition field is beyond Arka.
+    """
+    metadata = table.metadata
+    name = TableName(*table.name())
+    if metadata.format_version != _FORMAT_VERSION:
+        raise CatalogConflict(
+            f"table {name} has format version {metadata.format_version}, expected {_FORMAT_VERSION}"
+        )
+    try:
+        schema = arrow_schema(metadata.schema())
+    except UnsupportedType as error:
+        raise CatalogConflict(f"table {name}: {error}") from error
+    properties = metadata.properties
+    info = TableInfo(
+        uuid=UUID(str(metadata.table_uuid)),
+        name=name,
+        schema=schema,
+        schema_id=metadata.current_schema_id,
+        table_type=TableType(properties.get(TABLE_TYPE, TableType.APPEND_ONLY)),
+        key_columns=tuple(json.loads(properties.get(PRIMARY_KEY, "[]"))),
+        spec_id=metadata.default_spec_id,
+        partition=partition_fields(metadata.spec()),
+        location=metadata.location,
+        properties={key: value for key, value in properties.items() if not is_mark(key)},
+    )
+    try:
+        split_fields(info)
+    except ValueError as error:
+        raise CatalogConflict(f"table {name}: {error}") from error
+    return CatalogTable(info, marks_of(properties), metadata.current_snapshot_id)
+
+
+def _load(opened: Catalog, name: TableName) -> Table:
+    try:
+        return opened.load_table(tuple(name))
+    except (NoSuchTableError, NoSuchNamespaceError) as error:
+        raise TableMissing(f"Table not found: {name}") from error
+
+
+def new_properties(definition: TableDefinition) -> dict[str, str]:
+    """Return the properties of a table that does not exist yet: what was asked for, and ours.
+
+    Raises:
+        CatalogConflict: a property is reserved, or its value cannot be.
+    """
+    asked = dict(definition.properties)
+    version = asked.pop(TableProperties.FORMAT_VERSION, str(_FORMAT_VERSION))
+    if version != str(_FORMAT_VERSION):
+        raise CatalogConflict(f"Unsupported format-version {version!r}: expected {_FORMAT_VERSION}")
+    reserved = sorted(key for key in asked if is_mark(key) or key in (TABLE_TYPE, PRIMARY_KEY))
+    if reserved:
+        raise CatalogConflict(f"Reserved table properties: {', '.join(reserved)}")
+    made = {**_DEFAULTS, **asked, TableProperties.COMMIT_NUM_RETRIES: "0"}
+    made[TABLE_TYPE] = definition.table_type.value
+    if definition.key_columns:
+        made[PRIMARY_KEY] = json.dumps(definition.key_columns)
+    return made
+
+
+def _remove_folder(table: Table) -> None:
+    """Remove what purging left of a local table: uncommitted files and empty directories.
+
+    The folder's name ends in digits of a UUID, so it is no other table's (R5).
+    """
+    path = local_path(table.metadata.location)
+    if path is not None:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(os.path.realpath(path))
+
+
+__all__ = [
+    "PRIMARY_KEY",
+    "TABLE_TYPE",
+    "create_table",
+    "describe",
+    "drop_table",
+    "list_tables",
+    "load_table",
+    "new_properties",
+]

@@ -1,0 +1,125 @@
+"""Turn frames of the log into Parquet files of a table.
+
+Owns: reading frames back as batches, bringing them to the table's schema, sorting rows into partitions
+and files. Does not own the frames' format (``arka.wal.segment``) nor the Parquet files' (``parquet``).
+
+A batch of an unpartitioned table is a view of the mapped segment file until Parquet's encoder reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+from arka._core.transforms import split_batch
+from arka.errors import InternalError
+from arka.iceberg.align import align_batch
+from arka.iceberg.config import CatalogConfig
+from arka.iceberg.parquet import FileWriter, file_writer
+from arka.iceberg.partition import split_fields
+from arka.records import TableInfo
+from arka.storage.ports import EncodeJob, StagedFile, StagedFiles
+from arka.wal.segment import read_slice
+
+
+@dataclass(slots=True)
+class _Pending:
+    """Rows of one partition that wait for their file: views, in LSN order, and roughly their bytes."""
+
+    values: tuple[object, ...]
+    batches: list[pa.RecordBatch] = field(default_factory=list)
+    size: float = 0.0
+
+
+def encode(config: CatalogConfig, job: EncodeJob) -> StagedFiles:
+    """Write a job's rows into the warehouse.
+
+    Args:
+        config: the warehouse and the size of files.
+        job: which frames of which table.
+
+    Returns:
+        The files: one per partition, more where a partition has more than ``target_file_bytes`` of Arrow
+        bytes; the rows of a partition stand in LSN order, from file to file and in each.
+
+    Raises:
+        DataCorruption: a frame's CRC does not hold, or its bytes are no batch (R9).
+        OSError: the warehouse or the segment file failed.
+
+    Durability: each file is durable on return.
+    """
+    table = job.table
+    writer = file_writer(table, config.properties)
+    sorter = _Sorter(table, writer, f"{job.after_lsn + 1}-{job.through_lsn}", config.target_file_bytes)
+    rows = 0
+    for batch, size in _batches(job):
+        rows += batch.num_rows
+        if batch.num_rows:
+            sorter.add(batch, size)
+    return StagedFiles(job.after_lsn, job.through_lsn, tuple(sorter.finish()), rows)
+
+
+def _batches(job: EncodeJob) -> Iterator[tuple[pa.RecordBatch, int]]:
+    """Yield each frame's batch, in the table's schema, with its size in the log."""
+    schemas = {number: pa.ipc.read_schema(pa.py_buffer(data)) for number, data in job.schemas.items()}
+    last = job.after_lsn
+    for piece in job.slices:
+        for header, message in read_slice(piece, job.log_uuid):
+            # Invariant: LSNs rise through the slices of a job and stay inside its range.
+            if not last < header.lsn <= job.through_lsn:
+                raise InternalError(
+                    f"{piece.path}: LSN {header.lsn} of table {job.table.name} "
+                    f"is not in ({last}, {job.through_lsn}]"
+                )
+            last = header.lsn
+            schema = schemas.get(header.schema_id)
+            if schema is None:
+                raise InternalError(f"{piece.path}: LSN {header.lsn} uses unknown schema {header.schema_id}")
+            batch = pa.ipc.read_record_batch(message, schema)
+            yield align_batch(batch, job.table.schema), header.payload_bytes
+
+
+class _Sorter:
+    """Gathers rows per partition and writes a partition out when it has enough for a file.
+
+    One file is open at a time, however many partitions there are.
+    """
+
+    def __init__(self, table: TableInfo, writer: FileWriter, stem: str, target_bytes: int) -> None:
+        self._fields = split_fields(table)
+        self._writer = writer
+        self._stem = stem
+        self._target_bytes = target_bytes
+        # By key, not by value: -0.0 equals 0.0, and NaN not even itself.
+        self._pending: dict[tuple[object, ...], _Pending] = {}
+        self._files: list[StagedFile] = []
+
+    def add(self, batch: pa.RecordBatch, size: int) -> None:
+        """Take one batch of ``size`` Arrow bytes."""
+        for values, rows in split_batch(batch, self._fields):
+            self._append(values, rows, size * rows.num_rows / batch.num_rows)
+
+    def finish(self) -> list[StagedFile]:
+        """Write what is left; return all files."""
+        for pending in self._pending.values():
+            self._write(pending)
+        self._pending.clear()
+        return self._files
+
+    def _append(self, values: tuple[object, ...], rows: pa.RecordBatch, size: float) -> None:
+        key = tuple(value.hex() if isinstance(value, float) else value for value in values)
+        pending = self._pending.setdefault(key, _Pending(values))
+        pending.batches.append(rows)
+        pending.size += size
+        if pending.size >= self._target_bytes:
+            del self._pending[key]
+            self._write(pending)
+
+    def _write(self, pending: _Pending) -> None:
+        stem = f"{self._stem}-{len(self._files):05d}"
+        self._files.append(self._writer.write(pending.batches, pending.values, stem))
+
+
+__all__ = ["encode"]

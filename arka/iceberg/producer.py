@@ -1,0 +1,221 @@
+"""The next snapshot of a table: manifests, manifest list, summary, and the oldest snapshots that go for it.
+
+Owns: what an append writes into the warehouse before the catalog is asked, and the updates that the
+catalog is asked for. Does not own whether the commit may happen (``commit``).
+
+pyiceberg's producers re-apply and deep-copy all metadata some eighteen times per commit and write every
+file under the default spec. This one works on one metadata object, remembers the manifests it wrote, and
+groups files by their own spec.
+
+Source: Iceberg table spec, "Snapshots", "Manifests" and "Manifest Lists".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+from pyiceberg.io import FileIO
+from pyiceberg.manifest import (
+    DataFile,
+    DataFileContent,
+    FileFormat,
+    ManifestFile,
+    write_manifest_list,
+)
+from pyiceberg.table import Table, TableProperties
+from pyiceberg.table.locations import load_location_provider
+from pyiceberg.table.metadata import TableMetadata
+from pyiceberg.table.refs import MAIN_BRANCH, SnapshotRefType
+from pyiceberg.table.snapshots import (
+    Operation,
+    Snapshot,
+    SnapshotSummaryCollector,
+    Summary,
+    update_snapshot_summaries,
+)
+from pyiceberg.table.update import (
+    AddSnapshotUpdate,
+    RemoveSnapshotsUpdate,
+    SetPropertiesUpdate,
+    SetSnapshotRefUpdate,
+    TableUpdate,
+)
+from pyiceberg.typedef import Record
+
+from arka.errors import InternalError
+from arka.iceberg.manifests import ManifestBuilder, ManifestMemory, avro_codec
+from arka.storage.ports import StagedFile
+
+
+@dataclass(frozen=True, slots=True)
+class StagedSnapshot:
+    """A snapshot that is written and not yet in the table.
+
+    Attributes:
+        snapshot: as the table will know it.
+        manifests: what its manifest list names, sequence numbers assigned.
+        merged_away: manifests of its parent that it does without.
+        written: locations of the files that exist only for it.
+    """
+
+    snapshot: Snapshot
+    manifests: list[ManifestFile]
+    merged_away: list[ManifestFile]
+    written: list[str]
+
+
+def data_file(staged: StagedFile) -> DataFile:
+    """Turn a staged file into what manifests hold."""
+    stats: dict[str, Any] = staged.stats
+    made = DataFile.from_args(
+        content=DataFileContent.DATA,
+        file_path=staged.path,
+        file_format=FileFormat.PARQUET,
+        partition=Record(*staged.partition),
+        file_size_in_bytes=staged.size,
+        sort_order_id=None,
+        equality_ids=None,
+        key_metadata=None,
+        **stats,
+    )
+    # from_args drops a spec_id without a word.
+    made.spec_id = staged.spec_id
+    return made
+
+
+def expired_ids(metadata: TableMetadata, keep: int) -> list[int]:
+    """Choose the snapshots that go when one more comes.
+
+    Args:
+        metadata: of the table before the commit.
+        keep: snapshots to leave, the new one included, >= 2; the table's own
+            ``history.expire.min-snapshots-to-keep`` can raise it.
+
+    Returns:
+        Ids, oldest first. Never the current one, a tag's, nor what a branch other than main can reach.
+    """
+    keep = max(keep, int(metadata.properties.get(TableProperties.MIN_SNAPSHOTS_TO_KEEP, "1")))
+    surplus = len(metadata.snapshots) + 1 - keep
+    if surplus <= 0:
+        return []
+    protected = {metadata.current_snapshot_id}
+    for name, ref in metadata.refs.items():
+        protected.add(ref.snapshot_id)
+        if name == MAIN_BRANCH or ref.snapshot_ref_type != SnapshotRefType.BRANCH:
+            continue
+        ancestor = metadata.snapshot_by_id(ref.snapshot_id)
+        while ancestor is not None and ancestor.parent_snapshot_id is not None:
+            protected.add(ancestor.parent_snapshot_id)
+            ancestor = metadata.snapshot_by_id(ancestor.parent_snapshot_id)
+    oldest_first = sorted(metadata.snapshots, key=lambda s: (s.sequence_number or 0, s.timestamp_ms))
+    free = [s.snapshot_id for s in oldest_first if s.snapshot_id not in protected]
+    return free[:surplus]
+
+
+def stage_append(
+    table: Table, files: Sequence[DataFile], memory: ManifestMemory, notes: Mapping[str, str]
+) -> StagedSnapshot:
+    """Write the manifests and the manifest list of a snapshot that adds ``files`` to the current one.
+
+    Args:
+        table: the table, at the metadata that the commit will be based on.
+        files: may be empty: the snapshot then differs from its parent in its summary alone.
+        memory: what this worker remembers of the table's manifests.
+        notes: further entries of the snapshot summary.
+
+    Raises:
+        OSError: the warehouse refused.
+
+    Durability: everything written is durable on return if the table's file access is.
+    """
+    metadata = table.metadata
+    snapshot_id = metadata.new_snapshot_id()
+    sequence_number = metadata.next_sequence_number()
+    builder = ManifestBuilder(table, snapshot_id, sequence_number, memory)
+    written = builder.written
+    try:
+        manifests = builder.build(files, memory.manifests(metadata, table.io))
+        provider = load_location_provider(metadata.location, metadata.properties)
+        location = provider.new_metadata_location(f"snap-{snapshot_id}-0-{uuid4()}.avro")
+        written.append(location)
+        with write_manifest_list(
+            format_version=metadata.format_version,
+            output_file=table.io.new_output(location),
+            snapshot_id=snapshot_id,
+            parent_snapshot_id=metadata.current_snapshot_id,
+            sequence_number=sequence_number,
+            avro_compression=avro_codec(metadata),
+        ) as writer:
+            writer.add_manifests(manifests)
+    except BaseException:
+        discard(table.io, written)
+        raise
+    snapshot = Snapshot(  # type: ignore[call-arg] # by name, as pyiceberg does
+        snapshot_id=snapshot_id,
+        parent_snapshot_id=metadata.current_snapshot_id,
+        manifest_list=location,
+        sequence_number=sequence_number,
+        # A clock that went back must not put a snapshot before its parent.
+        timestamp_ms=max(int(time.time() * 1000), metadata.last_updated_ms),
+        summary=_summary(metadata, files, notes),
+        schema_id=metadata.current_schema_id,
+    )
+    return StagedSnapshot(snapshot, manifests, builder.merged_away, written)
+
+
+def snapshot_updates(
+    metadata: TableMetadata, staged: StagedSnapshot, properties: Mapping[str, str], keep_snapshots: int
+) -> tuple[TableUpdate, ...]:
+    """List what the catalog must apply, in one transaction: snapshot, branch, properties, expiry."""
+    main = metadata.refs.get(MAIN_BRANCH)
+    if (main.snapshot_id if main else None) != metadata.current_snapshot_id:
+        raise InternalError(
+            f"table {metadata.table_uuid}: branch main is at snapshot {main and main.snapshot_id}, "
+            f"current-snapshot-id is {metadata.current_snapshot_id}"
+        )
+    updates: tuple[TableUpdate, ...] = (
+        AddSnapshotUpdate(snapshot=staged.snapshot),
+        SetSnapshotRefUpdate(  # type: ignore[call-arg]
+            snapshot_id=staged.snapshot.snapshot_id, ref_name=MAIN_BRANCH, type=SnapshotRefType.BRANCH
+        ),
+        SetPropertiesUpdate(updates=dict(properties)),
+    )
+    expired = expired_ids(metadata, keep_snapshots)
+    if expired:
+        updates += (RemoveSnapshotsUpdate(snapshot_ids=expired),)  # type: ignore[call-arg]
+    return updates
+
+
+def discard(io: FileIO, locations: Sequence[str]) -> None:
+    """Delete files that nothing refers to; what cannot be deleted is left for the sweep."""
+    for location in locations:
+        with contextlib.suppress(OSError):
+            io.delete(location)
+
+
+def _summary(metadata: TableMetadata, files: Sequence[DataFile], notes: Mapping[str, str]) -> Summary:
+    collector = SnapshotSummaryCollector()
+    specs = metadata.specs()
+    schema = metadata.schema()
+    for file in files:
+        collector.add_file(file, schema=schema, partition_spec=specs[file.spec_id])
+    parent = metadata.current_snapshot()
+    return update_snapshot_summaries(
+        Summary(operation=Operation.APPEND, **collector.build(), **notes),
+        parent.summary if parent is not None else None,
+    )
+
+
+__all__ = [
+    "StagedSnapshot",
+    "data_file",
+    "discard",
+    "expired_ids",
+    "snapshot_updates",
+    "stage_append",
+]

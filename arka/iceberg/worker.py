@@ -1,0 +1,177 @@
+"""A worker process: how it begins, how it ends, and the jobs it runs.
+
+Owns: the process's ties to the server and the functions that cross the process boundary. Does not own what
+the jobs do.
+
+The server imports this module too, and only to name the functions: what they need is imported when they
+first run, in the worker. The server never loads pyiceberg.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import logging
+import os
+import signal
+from collections.abc import Callable, Sequence
+from typing import Final, ParamSpec, TypeVar
+
+from arka.errors import ArkaError, InternalError
+from arka.iceberg.config import CatalogConfig
+from arka.records import TableDefinition, TableInfo, TableName
+from arka.storage.ports import (
+    CatalogConflict,
+    CatalogTable,
+    CatalogUnavailable,
+    CommitJob,
+    CommitResult,
+    EncodeJob,
+    StagedFiles,
+    TableExists,
+    TableMissing,
+)
+
+_PR_SET_PDEATHSIG: Final = 1
+
+#: What jobs raise on purpose: crosses to the server as it is.
+_DEFINITE: Final = (ArkaError, CatalogConflict, CatalogUnavailable, TableExists, TableMissing)
+
+#: Bugs rather than weather: retrying cannot help.
+_BUGS: Final = (AssertionError, AttributeError, LookupError, NameError, TypeError, ValueError)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def initialise(parent: int) -> None:
+    """Tie this process to the server; runs once, before any job.
+
+    The worker is killed when the server's thread that started it ends, however it ends (R15). It ignores
+    the signals by which a terminal or a service manager stops the whole group: the server drains first
+    and then closes its workers.
+
+    Args:
+        parent: process id of the server.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:
+        # It died before the line above; no signal will come for that.
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    logging.getLogger("pyiceberg").setLevel(logging.ERROR)
+
+
+def _job(function: Callable[P, T]) -> Callable[P, T | Exception]:
+    """Make a job return what it would raise, as an error that the server can rebuild without pyiceberg."""
+
+    @functools.wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> T | Exception:
+        try:
+            return function(*args, **kwargs)
+        except _DEFINITE as error:
+            made: Exception = error
+        except Exception as error:
+            # Errors of requests can be both: the network is more likely than the code.
+            bug = isinstance(error, _BUGS) and not isinstance(error, OSError)
+            made = (InternalError if bug else CatalogUnavailable)(_describe(error))
+        # Frames and causes stay here: they may hold what cannot be pickled.
+        made.__traceback__ = made.__cause__ = made.__context__ = None
+        return made
+
+    return guarded
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+@_job
+def warm(config: CatalogConfig, modules: Sequence[str], connect: bool) -> None:
+    """Import what jobs will need and, with ``connect``, open the catalog.
+
+    Raises:
+        CatalogUnavailable: the catalog does not answer.
+    """
+    for module in modules:
+        importlib.import_module(module)
+    if connect:
+        from arka.iceberg.catalogs import catalog
+
+        catalog(config)
+
+
+@_job
+def encode(config: CatalogConfig, job: EncodeJob) -> StagedFiles:
+    """See ``arka.iceberg.encode.encode``."""
+    from arka.iceberg.encode import encode as run
+
+    return run(config, job)
+
+
+@_job
+def commit(config: CatalogConfig, job: CommitJob) -> CommitResult:
+    """See ``arka.iceberg.commit.commit``."""
+    from arka.iceberg.commit import commit as run
+
+    return run(config, job)
+
+
+@_job
+def create_table(config: CatalogConfig, definition: TableDefinition, location_suffix: str) -> CatalogTable:
+    """See ``arka.iceberg.control.create_table``."""
+    from arka.iceberg.control import create_table as run
+
+    return run(config, definition, location_suffix)
+
+
+@_job
+def drop_table(config: CatalogConfig, info: TableInfo, purge: bool) -> None:
+    """See ``arka.iceberg.control.drop_table``."""
+    from arka.iceberg.control import drop_table as run
+
+    run(config, info, purge)
+
+
+@_job
+def load_table(config: CatalogConfig, name: TableName) -> CatalogTable:
+    """See ``arka.iceberg.control.load_table``."""
+    from arka.iceberg.control import load_table as run
+
+    return run(config, name)
+
+
+@_job
+def list_tables(config: CatalogConfig) -> list[CatalogTable]:
+    """See ``arka.iceberg.control.list_tables``."""
+    from arka.iceberg.control import list_tables as run
+
+    return run(config)
+
+
+@_job
+def scan(
+    config: CatalogConfig, info: TableInfo, columns: Sequence[str] | None, limit: int | None, path: str
+) -> int:
+    """See ``arka.iceberg.scan.scan``."""
+    from arka.iceberg.scan import scan as run
+
+    return run(config, info, columns, limit, path)
+
+
+__all__ = [
+    "commit",
+    "create_table",
+    "drop_table",
+    "encode",
+    "initialise",
+    "list_tables",
+    "load_table",
+    "scan",
+    "warm",
+]

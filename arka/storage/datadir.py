@@ -1,0 +1,72 @@
+"""The data directory: one server at a time, and where that server is to be found.
+
+Owns: the lock file and ``server.json``. Does not own what else lies in the directory.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from arka.errors import ConfigurationError
+
+
+@contextmanager
+def lock_data_dir(data_dir: Path) -> Iterator[None]:
+    """Hold the data directory for this process; makes it if it is not there.
+
+    The kernel drops the lock when the process ends, however it ends: a stale file is no obstacle.
+
+    Raises:
+        ConfigurationError: another process holds it (named with its pid), or it cannot be made.
+    """
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise ConfigurationError(f"Cannot use the data directory {data_dir}: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
+            raise ConfigurationError(
+                f"The data directory {data_dir} is held by the server with pid {holder}: stop it, or choose another"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def announce(data_dir: Path, *, flight: str, http: str | None) -> Iterator[None]:
+    """Say in ``server.json`` where the server listens, for as long as it does.
+
+    Args:
+        data_dir: the data directory.
+        flight: the Flight address as a URL.
+        http: the operations address, or None where there is none.
+    """
+    path = data_dir / "server.json"
+    staged = data_dir / ".server.json.tmp"
+    staged.write_text(json.dumps({"pid": os.getpid(), "flight": flight, "http": http}) + "\n")
+    staged.replace(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def free_bytes(path: Path) -> int:
+    """Return the free bytes of the file system that holds ``path``, as an unprivileged writer sees them."""
+    status = os.statvfs(path)
+    return status.f_bavail * status.f_frsize
+
+
+__all__ = ["announce", "free_bytes", "lock_data_dir"]

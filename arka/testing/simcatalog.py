@@ -1,0 +1,287 @@
+"""A catalog without processes or files: for simulations on a virtual clock.
+
+Owns: tables in memory that behave as ``ports.Catalog`` promises, and the faults that a test can plan. Passes
+the same conformance suite as the real adapter (``arka.testing.conformance_catalog``).
+
+Everything runs in the caller's task, so that ``trio.testing.MockClock`` sees every pause.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from itertools import count
+from typing import Protocol, TypeVar
+from uuid import UUID, uuid4
+
+import pyarrow as pa
+import trio
+
+from arka.errors import InternalError
+from arka.iceberg.align import align_batch
+from arka.iceberg.control import new_properties
+from arka.iceberg.partition import new_partition_spec, partition_fields
+from arka.iceberg.scan import check_columns, scan_notes
+from arka.iceberg.schema import arrow_schema, new_iceberg_schema
+from arka.records import TableDefinition, TableInfo, TableName
+from arka.storage.ports import (
+    CatalogTable,
+    CatalogUnavailable,
+    CommitJob,
+    CommitMark,
+    CommitOutcome,
+    CommitResult,
+    EncodeJob,
+    SegmentSlice,
+    StagedFile,
+    StagedFiles,
+    TableExists,
+    TableMissing,
+)
+
+
+class BatchFrame(Protocol):
+    """What the catalog needs of a frame's header."""
+
+    @property
+    def lsn(self) -> int:
+        """The frame's LSN."""
+        ...
+
+    @property
+    def schema_id(self) -> int:
+        """The schema that the frame was accepted under."""
+        ...
+
+
+T = TypeVar("T")
+
+#: Reads the frames of a slice of one log's segment.
+ReadFrames = Callable[[SegmentSlice, UUID], Iterable[tuple[BatchFrame, pa.Buffer]]]
+
+
+class FaultKind(Enum):
+    """What befalls one call."""
+
+    #: CatalogUnavailable, and nothing happened.
+    REFUSED = "refused"
+    #: it happened, and then CatalogUnavailable.
+    LOST_RESPONSE = "lost_response"
+    #: it takes ``delay_s`` longer.
+    SLOW = "slow"
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One planned fault.
+
+    Attributes:
+        call: the method's name: ``commit``, ``encode``, ``create_table``, …
+        kind: what happens.
+        delay_s: for ``SLOW``.
+    """
+
+    call: str
+    kind: FaultKind
+    delay_s: float = 0.0
+
+
+@dataclass(slots=True)
+class _SimTable:
+    info: TableInfo
+    marks: dict[UUID, CommitMark] = field(default_factory=dict)
+    snapshots: list[int] = field(default_factory=list)
+    commits: dict[UUID, int] = field(default_factory=dict)
+    rows: list[pa.RecordBatch] = field(default_factory=list)
+
+    def describe(self) -> CatalogTable:
+        marks = tuple(self.marks[log] for log in sorted(self.marks))
+        return CatalogTable(self.info, marks, self.snapshots[-1] if self.snapshots else None)
+
+
+class SimCatalog:
+    """``ports.Catalog`` in memory.
+
+    Args:
+        read_frames: reads the frames of a slice, as ``arka.wal.segment.read_slice`` does; raises
+            DataCorruption where it would.
+        latency_s: what each call takes; half of it before it takes effect, half after, so that a call
+            cancelled on its way may or may not have happened.
+
+    Attributes:
+        calls: the name of each call so far.
+    """
+
+    def __init__(self, read_frames: ReadFrames, *, latency_s: float = 0.0) -> None:
+        self._read_frames = read_frames
+        self._latency_s = latency_s
+        self._tables: dict[TableName, _SimTable] = {}
+        self._staged: dict[str, list[pa.RecordBatch]] = {}
+        self._faults: deque[Fault] = deque()
+        self._snapshot_ids = count(1_000)
+        self.calls: list[str] = []
+
+    # What a test does to the world.
+
+    def plan(self, *faults: Fault) -> None:
+        """Let faults befall the next calls of their names, each once, in this order."""
+        self._faults.extend(faults)
+
+    def set_mark(self, name: TableName, mark: CommitMark) -> None:
+        """Move a table's mark, as another process of the same log would."""
+        self._tables[name].marks[mark.log_uuid] = mark
+
+    def foreign_append(self, name: TableName, batch: pa.RecordBatch) -> None:
+        """Add a snapshot of another writer."""
+        table = self._tables[name]
+        table.rows.append(align_batch(batch, table.info.schema))
+        table.snapshots.append(next(self._snapshot_ids))
+
+    def remove(self, name: TableName) -> None:
+        """Drop a table behind everybody's back."""
+        del self._tables[name]
+
+    def rows(self, name: TableName) -> pa.Table:
+        """Return the rows that any reader would find, in the order in which they were committed."""
+        table = self._tables[name]
+        return pa.Table.from_batches(table.rows, schema=table.info.schema)
+
+    # ports.Catalog.
+
+    async def create_table(self, definition: TableDefinition, location_suffix: str) -> CatalogTable:
+        """See ``ports.Catalog.create_table``."""
+        return await self._call("create_table", lambda: self._create(definition, location_suffix))
+
+    async def drop_table(self, info: TableInfo, *, purge: bool) -> None:
+        """See ``ports.Catalog.drop_table``; there are no files, so ``purge`` changes nothing."""
+        del purge
+        await self._call("drop_table", lambda: self._drop(info))
+
+    async def load_table(self, name: TableName) -> CatalogTable:
+        """See ``ports.Catalog.load_table``."""
+        return await self._call("load_table", lambda: self._find(name).describe())
+
+    async def list_tables(self) -> list[CatalogTable]:
+        """See ``ports.Catalog.list_tables``."""
+        return await self._call(
+            "list_tables", lambda: [self._tables[name].describe() for name in sorted(self._tables)]
+        )
+
+    async def encode(self, job: EncodeJob) -> StagedFiles:
+        """See ``ports.Catalog.encode``."""
+        return await self._call("encode", lambda: self._encode(job))
+
+    async def commit(self, job: CommitJob) -> CommitResult:
+        """See ``ports.Catalog.commit``."""
+        return await self._call("commit", lambda: self._commit(job))
+
+    async def scan(self, info: TableInfo, columns: Sequence[str] | None, limit: int | None, path: str) -> int:
+        """See ``ports.Catalog.scan``."""
+        return await self._call("scan", lambda: self._scan(info, columns, limit, path))
+
+    async def _call(self, name: str, effect: Callable[[], T]) -> T:
+        self.calls.append(name)
+        fault = next((planned for planned in self._faults if planned.call == name), None)
+        if fault is not None:
+            self._faults.remove(fault)
+        kind = fault.kind if fault else None
+        slower_s = fault.delay_s if fault else 0.0
+        await trio.sleep(self._latency_s / 2 + slower_s)
+        if kind is FaultKind.REFUSED:
+            raise CatalogUnavailable(f"{name}: planned fault: refused")
+        result = effect()
+        await trio.sleep(self._latency_s / 2)
+        if kind is FaultKind.LOST_RESPONSE:
+            raise CatalogUnavailable(f"{name}: planned fault: the response is lost")
+        return result
+
+    def _find(self, name: TableName) -> _SimTable:
+        table = self._tables.get(name)
+        if table is None:
+            raise TableMissing(f"Table not found: {name}")
+        return table
+
+    def _find_same(self, info: TableInfo) -> _SimTable:
+        table = self._find(info.name)
+        if table.info.uuid != info.uuid:
+            raise TableMissing(f"Table not found: {info.name} with UUID {info.uuid}")
+        return table
+
+    def _create(self, definition: TableDefinition, location_suffix: str) -> CatalogTable:
+        schema = new_iceberg_schema(definition.schema, definition.key_columns)
+        spec = new_partition_spec(schema, definition.partition)
+        properties = new_properties(definition)
+        if definition.name in self._tables:
+            raise TableExists(f"Table already exists: {definition.name}")
+        info = TableInfo(
+            uuid=uuid4(),
+            name=definition.name,
+            schema=arrow_schema(schema),
+            schema_id=0,
+            table_type=definition.table_type,
+            key_columns=definition.key_columns,
+            spec_id=0,
+            partition=partition_fields(spec),
+            location=f"sim:///{definition.name.namespace}/{definition.name.name}-{location_suffix}",
+            properties=properties,
+        )
+        self._tables[definition.name] = _SimTable(info)
+        return self._tables[definition.name].describe()
+
+    def _drop(self, info: TableInfo) -> None:
+        self._find_same(info)
+        del self._tables[info.name]
+
+    def _encode(self, job: EncodeJob) -> StagedFiles:
+        schemas = {number: pa.ipc.read_schema(pa.py_buffer(data)) for number, data in job.schemas.items()}
+        batches = []
+        last = job.after_lsn
+        for piece in job.slices:
+            for header, message in self._read_frames(piece, job.log_uuid):
+                if not last < header.lsn <= job.through_lsn:
+                    raise InternalError(f"LSN {header.lsn} is not in ({last}, {job.through_lsn}]")
+                last = header.lsn
+                batch = pa.ipc.read_record_batch(message, schemas[header.schema_id])
+                batches.append(align_batch(batch, job.table.schema))
+        rows = sum(batch.num_rows for batch in batches)
+        if rows == 0:
+            return StagedFiles(job.after_lsn, job.through_lsn, (), 0)
+        path = f"{job.table.location}/data/{uuid4()}.parquet"
+        self._staged[path] = batches
+        file = StagedFile(path, (), job.table.spec_id, rows, sum(b.nbytes for b in batches), {})
+        return StagedFiles(job.after_lsn, job.through_lsn, (file,), rows)
+
+    def _commit(self, job: CommitJob) -> CommitResult:
+        table = self._tables.get(job.table.name)
+        if table is None or table.info.uuid != job.table.uuid:
+            return CommitResult(CommitOutcome.TABLE_GONE, 0, None)
+        current = table.snapshots[-1] if table.snapshots else None
+        mark = table.marks.get(job.log_uuid, CommitMark(job.log_uuid, 0, 0))
+        if mark.epoch > job.epoch:
+            return CommitResult(CommitOutcome.FENCED, mark.committed_lsn, current)
+        if mark.committed_lsn >= job.staged.through_lsn:
+            snapshot = table.commits.get(job.commit_id, current)
+            return CommitResult(CommitOutcome.COMMITTED, mark.committed_lsn, snapshot)
+        if mark.committed_lsn != job.staged.after_lsn:
+            return CommitResult(CommitOutcome.RECUT, mark.committed_lsn, current)
+        for file in job.staged.files:
+            table.rows += self._staged[file.path]
+        table.marks[job.log_uuid] = replace(mark, committed_lsn=job.staged.through_lsn, epoch=job.epoch)
+        table.snapshots.append(next(self._snapshot_ids))
+        table.commits[job.commit_id] = table.snapshots[-1]
+        return CommitResult(CommitOutcome.COMMITTED, job.staged.through_lsn, table.snapshots[-1])
+
+    def _scan(self, info: TableInfo, columns: Sequence[str] | None, limit: int | None, path: str) -> int:
+        table = self._find_same(info)
+        schema = check_columns(info.name, table.info.schema, columns)
+        described = table.describe()
+        schema = schema.with_metadata(scan_notes(described.marks, described.snapshot_id))
+        found = self.rows(info.name).select(schema.names).slice(0, limit)
+        with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
+            stream.write_table(found.cast(schema))
+        return int(found.num_rows)
+
+
+__all__ = ["BatchFrame", "Fault", "FaultKind", "ReadFrames", "SimCatalog"]

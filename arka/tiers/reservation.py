@@ -1,0 +1,78 @@
+"""Reserved LSNs: none is given that could be given again after a crash (R2).
+
+Owns: raising the ceiling below which LSNs may be given, on the disk and in the object store, ahead of
+need and never on an ack's way. Does not own giving them (``arka._core.lsn``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import structlog
+import trio
+
+from arka._core.lsn import LsnAllocator
+from arka.storage.ports import StoreUnavailable
+
+log = structlog.get_logger(__name__)
+
+#: LSNs reserved on the disk at a time: minutes of the fastest stream of one-row writes, and the most
+#: that a crash skips.
+DISK_BLOCK: Final = 1 << 24
+#: How often the need is looked at, in seconds; half a block lasts far longer.
+_POLL_S: Final = 0.5
+
+
+class LsnReservation:
+    """Keeps the allocator's ceiling ahead of it."""
+
+    def __init__(
+        self,
+        allocator: LsnAllocator,
+        *,
+        store_ceiling: int,
+        write_disk_ceiling: Callable[[int], Awaitable[None]],
+        reserve_store_block: Callable[[], Awaitable[int]],
+    ) -> None:
+        """Join the allocator with where its ceiling is kept.
+
+        Args:
+            allocator: its ceiling is the one on disk.
+            store_ceiling: the ceiling that the object store holds; the disk's never goes above it.
+            write_disk_ceiling: makes a ceiling durable on disk.
+            reserve_store_block: makes a higher ceiling durable in the store and returns it.
+        """
+        self._allocator = allocator
+        self._store_ceiling = store_ceiling
+        self._write_disk_ceiling = write_disk_ceiling
+        self._reserve_store_block = reserve_store_block
+
+    async def run(self) -> None:
+        """Raise the ceilings at half, until cancelled.
+
+        Raises:
+            OSError: the disk does not take the ceiling; the log has failed.
+            Fenced: a newer epoch owns the log.
+        """
+        while True:
+            if self._allocator.remaining <= DISK_BLOCK // 2:
+                await self._raise()
+            await trio.sleep(_POLL_S)
+
+    async def _raise(self) -> None:
+        allocator = self._allocator
+        wanted = allocator.ceiling + DISK_BLOCK
+        if wanted > self._store_ceiling:
+            try:
+                self._store_ceiling = await self._reserve_store_block()
+            except StoreUnavailable as error:
+                # What is reserved goes on being given; with 2**32 to a block an outage rarely meets this.
+                log.warning("lsn.reserve_stalled", remaining=allocator.remaining, reason=str(error))
+        ceiling = min(wanted, self._store_ceiling)
+        if ceiling > allocator.ceiling:
+            await self._write_disk_ceiling(ceiling)
+            allocator.raise_ceiling(ceiling)
+
+
+__all__ = ["DISK_BLOCK", "LsnReservation"]

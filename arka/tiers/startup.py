@@ -1,0 +1,333 @@
+"""From a data directory and an object store to a running pipeline: identity, recovery, replay.
+
+Owns: the order of a start. The epoch comes before anything else in the store is looked at (R10), recovered frames
+are disk-safe before anything calls them so (R6), tables come before their frames are handed to them.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from array import array
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Final
+from uuid import UUID
+
+import structlog
+import trio
+
+from arka._core.framing import KIND_BATCH, KIND_DROP, KIND_LOST, KIND_TABLE, crc32c
+from arka._core.lsn import LsnAllocator
+from arka.errors import ErrorCode
+from arka.options import Settings
+from arka.records import LsnRange, TableInfo, Tier
+from arka.storage.ports import Catalog, CatalogTable, CatalogUnavailable, Disk, ObjectStore, TableMissing
+from arka.tiers import ddl
+from arka.tiers.epochs import EpochLease, LocalLog, take_epoch
+from arka.tiers.keys import KeyIndex
+from arka.tiers.memory import MemoryTier
+from arka.tiers.objects import ObjectTier
+from arka.tiers.pipeline import LogIdentity, Marks, Pipeline
+from arka.tiers.reservation import DISK_BLOCK, LsnReservation
+from arka.tiers.space import DiskSpace
+from arka.tiers.table import Ending, Table, TableState
+from arka.tiers.watermarks import Watermark
+from arka.wal.logstate import LogState
+from arka.wal.recovery import RecoveredFrame, RecoveredLog, recover
+from arka.wal.segment import encode_lost
+from arka.wal.writer import WalWriter
+
+log = structlog.get_logger(__name__)
+
+#: Pause between two questions to a catalog that is away at start, in seconds.
+_CATALOG_RETRY_S: Final = 1.0
+#: How often a long recovery says how far it is, in seconds.
+_PROGRESS_S: Final = 1.0
+
+
+@dataclass(slots=True)
+class _TableFrames:
+    """One table's recovered frames: where they lie, as the backlog wants them."""
+
+    paths: list[tuple[str, int, int]] = field(default_factory=list)
+    # Per frame: index into paths, LSN, offset, frame bytes.
+    places: array[int] = field(default_factory=lambda: array("Q"))
+    keys: list[tuple[bytes, int, int]] = field(default_factory=list)
+    last_lsn: int = 0
+    info: TableInfo | None = None
+
+
+class _Replay:
+    """What recovery finds, gathered by table with bounded memory: integers per write, bytes only per key."""
+
+    def __init__(self) -> None:
+        self.tables: dict[UUID, _TableFrames] = {}
+        self.drops: list[ddl.DropRecord] = []
+
+    def take(self, frame: RecoveredFrame) -> None:
+        """Take one frame, in LSN order."""
+        header = frame.header
+        match header.kind:
+            case kind if kind == KIND_BATCH:
+                self._take_batch(frame)
+            case kind if kind == KIND_TABLE:
+                info = TableInfo.from_bytes(frame.payload())
+                self._frames(info.uuid).info = info
+            case kind if kind == KIND_DROP:
+                self.drops.append(ddl.parse_drop(frame.payload()))
+
+    def _frames(self, uuid: UUID) -> _TableFrames:
+        frames = self.tables.get(uuid)
+        if frames is None:
+            frames = self.tables[uuid] = _TableFrames()
+        return frames
+
+    def _take_batch(self, frame: RecoveredFrame) -> None:
+        header, segment = frame.header, frame.segment
+        frames = self._frames(UUID(bytes=header.table_uuid))
+        place = (str(segment.path), segment.number, segment.epoch)
+        if not frames.paths or frames.paths[-1] != place:
+            frames.paths.append(place)
+        frames.places.extend((len(frames.paths) - 1, header.lsn, frame.offset, header.frame_bytes))
+        frames.last_lsn = header.lsn
+        if header.key_bytes:
+            frames.keys.append((frame.key, header.lsn, crc32c(frame.payload_view())))
+
+
+class _ProgressLog:
+    """Says how far recovery is, once a second when it takes longer than that. Called in the disk's thread."""
+
+    def __init__(self) -> None:
+        self._next = time.monotonic() + _PROGRESS_S
+
+    def __call__(self, read_bytes: int, all_bytes: int) -> None:
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + _PROGRESS_S
+            percent = 100 * read_bytes // max(all_bytes, 1)
+            log.info("wal.recovering", percent=percent, read_bytes=read_bytes, all_bytes=all_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenLog:
+    """What ``open_pipeline`` gives: the pipeline, and what its start found, for the log and the status."""
+
+    pipeline: Pipeline
+    reservation: LsnReservation
+    log_uuid: UUID
+    epoch: int
+    recovered_lsn: int
+    next_lsn: int
+
+
+async def open_pipeline(
+    settings: Settings,
+    data_dir: Path,
+    *,
+    disk: Disk,
+    store: ObjectStore,
+    catalog: Catalog,
+    read_range: Callable[..., object],
+    read_free: Callable[[], int],
+    survival: dict[str, bool],
+    rng: random.Random,
+) -> OpenLog:
+    """Take the log over and bring up everything that a crash left.
+
+    Args:
+        settings: all options; paths and URLs are already absolute.
+        data_dir: holds ``wal/``.
+        disk: where the WAL lies.
+        store: the object store.
+        catalog: the Iceberg catalog.
+        read_range: reads ``(path, start, end)`` of a segment for the object tier.
+        read_free: returns the data directory's free bytes.
+        survival: what each tier survives with these settings (R14).
+        rng: for the jitter of retries.
+
+    Raises:
+        ConfigurationError: disk and store belong to different logs, or the disk is stale (R13).
+        DataCorruption: the log is damaged (R7).
+        Fenced: another process took a higher epoch meanwhile.
+
+    Cancellation: as a crash: the next start does it again.
+    """
+    wal_dir = data_dir / "wal"
+    state = await LogState.read(wal_dir, disk)
+    local = None if state is None else LocalLog(state.log_uuid, state.epoch, state.lsn_ceiling)
+    lease = await take_epoch(store, settings.server.node_id, local=local)
+    first_lsn = lease.first_lsn if state is None else state.lsn_ceiling
+    if state is None:
+        state = await LogState.create(
+            wal_dir, disk, log_uuid=lease.log_uuid, epoch=lease.epoch, lsn_ceiling=first_lsn
+        )
+
+    objects_mark = Watermark(Tier.OBJECT_STORAGE)
+    objects = ObjectTier(
+        store,
+        lease,
+        log_uuid=lease.log_uuid,
+        options=settings.object_store,
+        on_advance=objects_mark.advance,
+        read_range=read_range,
+        rng=rng,
+    )
+    head_lsn = await objects.resume()
+
+    replay = _Replay()
+    recovered = await recover(
+        wal_dir,
+        disk,
+        log_uuid=lease.log_uuid,
+        new_epoch=lease.epoch,
+        on_frame=replay.take,
+        on_progress=_ProgressLog(),
+    )
+    if recovered.torn is not None:
+        log.warning("wal.torn_tail_dropped", **asdict(recovered.torn))
+    last_lsn = max(recovered.last_lsn, head_lsn)
+    first_lsn = max(first_lsn, last_lsn + 1)
+    ceiling = min(first_lsn + DISK_BLOCK, lease.lsn_ceiling)
+    # A higher epoch and a higher ceiling, before a segment carries the one or a write the other.
+    await LogState(lease.log_uuid, lease.epoch, ceiling).write(wal_dir, disk)
+    writer = await WalWriter.open(
+        wal_dir,
+        disk,
+        log_uuid=lease.log_uuid,
+        epoch=lease.epoch,
+        first_segment=recovered.next_segment,
+        options=settings.wal,
+    )
+
+    allocator = LsnAllocator(first_lsn, ceiling)
+    keys = KeyIndex(settings.idempotency.retention_s)
+    memory = MemoryTier(allocator, keys)
+    lost_from = _note_lost(memory, recovered, last_lsn, first_lsn)
+    objects_mark.advance(head_lsn)
+    pipeline = Pipeline(
+        LogIdentity(lease.log_uuid, lease.epoch),
+        memory,
+        writer,
+        objects,
+        catalog,
+        marks=Marks(Watermark(Tier.DISK, recovered.last_lsn), objects_mark),
+        keys=keys,
+        space=_space(settings, recovered, read_free),
+        lost_from=lost_from,
+        limits=settings.limits,
+        group_bytes=settings.wal.group_bytes,
+        iceberg=settings.iceberg,
+        survival=survival,
+        rng=rng,
+    )
+    await _restore_tables(pipeline, catalog, replay, keys)
+    for segment in recovered.segments:
+        for appended in segment.ranges:
+            if appended.last_lsn > head_lsn:
+                objects.submit(appended)
+
+    async def write_disk_ceiling(value: int) -> None:
+        await LogState(lease.log_uuid, lease.epoch, value).write(wal_dir, disk)
+
+    reservation = LsnReservation(
+        allocator,
+        store_ceiling=lease.lsn_ceiling,
+        write_disk_ceiling=write_disk_ceiling,
+        reserve_store_block=lease.reserve_block,
+    )
+    return OpenLog(pipeline, reservation, lease.log_uuid, lease.epoch, last_lsn, first_lsn)
+
+
+def _note_lost(memory: MemoryTier, recovered: RecoveredLog, last_lsn: int, first_lsn: int) -> int | None:
+    """Record the LSNs that may have been given and are gone (R3); returns the first that is still remembered."""
+    lost = list(recovered.lost)
+    if first_lsn > last_lsn + 1 and not recovered.closed:
+        lost.append(LsnRange(last_lsn, first_lsn - 1))
+        memory.append_control(KIND_LOST, encode_lost(lost[-1]))
+    return lost[0].after + 1 if lost else None
+
+
+def _space(settings: Settings, recovered: RecoveredLog, read_free: Callable[[], int]) -> DiskSpace:
+    return DiskSpace(
+        limit_bytes=settings.limits.disk_bytes,
+        free_bytes=settings.limits.disk_free_bytes,
+        used_bytes=sum(segment.end_bytes for segment in recovered.segments),
+        read_free=read_free,
+    )
+
+
+async def _restore_tables(pipeline: Pipeline, catalog: Catalog, replay: _Replay, keys: KeyIndex) -> None:
+    """Load the tables, finish drops that a crash cut short, and give each table the frames it still needs."""
+    found = {table.info.uuid: table for table in await _list_tables(catalog)}
+    for record in replay.drops:
+        uuid = ddl.parse_table_uuid(record)
+        replay.tables.pop(uuid, None)
+        left = found.pop(uuid, None)
+        if left is not None:
+            log.info("table.drop_finished", table=str(left.info.name))
+            await _finish_drop(catalog, left, purge=record.purge)
+    for loaded in found.values():
+        pipeline.register(loaded)
+    for uuid, frames in replay.tables.items():
+        loaded_table = found.get(uuid)
+        table = (
+            pipeline.register(loaded_table)
+            if loaded_table is not None
+            else _restore_missing(pipeline, frames)
+        )
+        if table is None:
+            continue
+        committed = table.committed.lsn
+        places = frames.places
+        for at in range(0, len(places), 4):
+            index, lsn, offset, frame_bytes = places[at : at + 4]
+            if lsn > committed:
+                path, number, epoch = frames.paths[index]
+                table.note_durable(path, number, epoch, lsn, offset, frame_bytes)
+        table.last_lsn = max(table.last_lsn, frames.last_lsn)
+        for key, lsn, digest in frames.keys:
+            keys.insert(uuid, key, lsn, digest)
+        keys.note_committed(uuid, committed, trio.current_time())
+
+
+def _restore_missing(pipeline: Pipeline, frames: _TableFrames) -> Table | None:
+    """Keep the frames of a table that others renamed or dropped: stopped, never discarded (R5, R18)."""
+    if frames.info is None:
+        return None
+    info = frames.info
+    table = pipeline.register(CatalogTable(info, (), None))
+    detail = (
+        f"Table {info.name} ({info.uuid}) is not in the catalog and was not dropped here: it was renamed or dropped "
+        "by others. Its writes are kept in the log"
+    )
+    log.error("table.stopped", table=str(info.name), reason=detail)
+    table.end(Ending(TableState.STOPPED, ErrorCode.OUTCOME_UNKNOWN, detail))
+    return table
+
+
+async def _list_tables(catalog: Catalog) -> list[CatalogTable]:
+    """Ask the catalog until it answers."""
+    while True:
+        try:
+            return await catalog.list_tables()
+        except CatalogUnavailable as error:
+            log.warning("catalog.unavailable", reason=str(error), retry_s=_CATALOG_RETRY_S)
+            await trio.sleep(_CATALOG_RETRY_S)
+
+
+async def _finish_drop(catalog: Catalog, table: CatalogTable, *, purge: bool) -> None:
+    while True:
+        try:
+            await catalog.drop_table(table.info, purge=purge)
+        except TableMissing:
+            return
+        except CatalogUnavailable as error:
+            log.warning("catalog.unavailable", reason=str(error), retry_s=_CATALOG_RETRY_S)
+            await trio.sleep(_CATALOG_RETRY_S)
+        else:
+            return
+
+
+__all__ = ["EpochLease", "OpenLog", "open_pipeline"]

@@ -1,0 +1,133 @@
+"""The active segment: what is in it, what still fits, and its group commits.
+
+Owns: one segment file from its header to its footer. Does not own which segment comes next (``writer``).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+from uuid import UUID
+
+from arka._core.framing import KIND_BATCH, KIND_TABLE, MARK_BYTES, Frame, Group
+from arka.records import TableInfo
+from arka.storage.ports import DiskFile
+from arka.wal.segment import HEADER_BYTES, AppendedRange, Footer, GroupMark, SegmentHeader, SegmentRef
+
+#: What a segment's last group must leave free: its own GROUP frame and the footer.
+MARKS_BYTES: Final = 2 * MARK_BYTES
+
+
+def now_us() -> int:
+    """The time, in microseconds since the Unix epoch."""
+    return time.time_ns() // 1000
+
+
+def table_frame(frame: Frame) -> Frame:
+    """Make the TABLE frame that a batch frame needs before it (R24)."""
+    table = frame.table
+    assert table is not None
+    return Frame(
+        KIND_TABLE,
+        0,
+        table=table,
+        schema_id=frame.schema_id,
+        payload=table.to_bytes(),
+        accepted_us=frame.accepted_us,
+    )
+
+
+@dataclass(slots=True)
+class Cut:
+    """The part of a group that goes to one segment: TABLE frames included, GROUP frame not."""
+
+    frames: list[Frame] = field(default_factory=list)
+    taken: list[Frame] = field(default_factory=list)
+    tables: dict[tuple[UUID, int], TableInfo] = field(default_factory=dict)
+    size: int = 0
+
+
+class ActiveSegment:
+    """The segment that is written to. Blocking; used by one job at a time."""
+
+    def __init__(self, ref: SegmentRef, header: SegmentHeader, file: DiskFile) -> None:
+        self.ref = ref
+        self._header = header
+        self._file = file
+        self._seed = header.seed
+        # Invariant: everything below _offset is fsynced; nothing was written at or above it.
+        self._offset = HEADER_BYTES
+        self._frames = 0
+        self._last_lsn = 0
+        self._known_tables: set[tuple[UUID, int]] = set()
+
+    def cut(self, frames: Sequence[Frame], start: int) -> Cut:
+        """Take as many frames from ``start`` on as fit, with the TABLE frames that they need."""
+        cut = Cut()
+        room = self._header.capacity - self._offset - MARKS_BYTES
+        table: TableInfo | None = None
+        for index in range(start, len(frames)):
+            frame = frames[index]
+            need = frame.frame_bytes
+            record = None
+            if frame.kind == KIND_BATCH and frame.table is not None and frame.table is not table:
+                key = (frame.table.uuid, frame.schema_id)
+                if key not in self._known_tables:
+                    record = table_frame(frame)
+                    need += record.frame_bytes
+                if cut.size + need <= room:
+                    table = cut.tables[key] = frame.table
+                    self._known_tables.add(key)
+            if cut.size + need > room:
+                break
+            if record is not None:
+                cut.frames.append(record)
+            cut.frames.append(frame)
+            cut.taken.append(frame)
+            cut.size += need
+        return cut
+
+    def commit(self, cut: Cut, *, then_seal: bool) -> AppendedRange:
+        """Write and fsync a cut as one group, followed by the footer if the segment is full."""
+        start = self._offset
+        end = start + MARK_BYTES + cut.size
+        mark = GroupMark(self._header.nonce, start, start, end - start, len(cut.frames))
+        frames = [mark.to_frame(now_us()), *cut.frames]
+        self._frames += len(frames)
+        self._last_lsn = cut.taken[-1].lsn
+        if then_seal:
+            frames.append(self._footer(synced_through=start, offset=end))
+        self._file.commit(Group(frames, start, self._seed))
+        self._offset = end
+        if then_seal:
+            self._release(end + MARK_BYTES)
+        for frame in cut.taken:
+            frame.drop_payload()
+        return AppendedRange(
+            self.ref, start, end, cut.taken[0].lsn, self._last_lsn, tuple(cut.tables.values()), cut.taken
+        )
+
+    def seal(self) -> None:
+        """Write and fsync the footer."""
+        footer = self._footer(synced_through=self._offset, offset=self._offset)
+        self._file.commit(Group([footer], self._offset, self._seed))
+        self._release(self._offset + MARK_BYTES)
+
+    def close(self) -> None:
+        """Close the file as it is."""
+        self._file.close()
+
+    def _footer(self, *, synced_through: int, offset: int) -> Frame:
+        footer = Footer(
+            self._header.nonce, synced_through, offset, self._header.first_lsn, self._last_lsn, self._frames
+        )
+        return footer.to_frame(now_us())
+
+    def _release(self, end: int) -> None:
+        self._file.release_tail(end)
+        self._file.close()
+
+
+__all__ = ["MARKS_BYTES", "ActiveSegment", "Cut", "now_us", "table_frame"]

@@ -1,0 +1,440 @@
+"""Recovery: read the whole log once at start, and leave it sealed and fsynced.
+
+Owns: what is found, what is dropped, and the copy of an unsealed tail into a sealed segment (R6). Does
+not own what the frames mean. Works on mapped files, segment by segment, so that memory stays bounded.
+
+It may be killed at any moment and run again: a segment comes into being whole (written under another
+name, fsynced, renamed), and its copy names the segment that it replaces before that is removed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+from uuid import UUID
+
+from arka._core.framing import (
+    KIND_BATCH,
+    KIND_GROUP,
+    KIND_LOST,
+    KIND_TABLE,
+    FrameHeader,
+)
+from arka.errors import DataCorruption, Fenced
+from arka.options import MIB
+from arka.records import LsnRange, TableInfo
+from arka.storage.ports import Disk
+from arka.wal.rewrite import copy_segment
+from arka.wal.scan import SegmentScan, may_have_tail
+from arka.wal.seal import SEAL_NAME, SealMark, read_seal, write_seal, write_whole
+from arka.wal.segment import (
+    FRAME_HEADER_BYTES,
+    HEADER_BYTES,
+    UNFINISHED_SUFFIX,
+    AppendedRange,
+    SegmentHeader,
+    SegmentRef,
+    parse_lost,
+    parse_segment_name,
+    segment_name,
+)
+
+#: Ranges of recovered segments are cut at about this size.
+_RANGE_BYTES: Final = 8 * MIB
+
+
+class RecoveredFrame:
+    """A frame that recovery found, at the place where it stays.
+
+    Attributes:
+        header: its header.
+        segment: the segment it is in.
+        offset: its offset in that.
+    """
+
+    __slots__ = ("_data", "header", "offset", "segment")
+
+    def __init__(self, header: FrameHeader, segment: SegmentRef, offset: int, data: memoryview) -> None:
+        self.header = header
+        self.segment = segment
+        self.offset = offset
+        self._data = data
+
+    @property
+    def key(self) -> bytes:
+        """The idempotency key; empty for none."""
+        start = self.offset + FRAME_HEADER_BYTES + self.header.payload_bytes
+        return bytes(self._data[start : start + self.header.key_bytes])
+
+    def payload(self) -> bytes:
+        """A copy of the payload: for a batch frame its whole IPC message."""
+        return bytes(self.payload_view())
+
+    def payload_view(self) -> memoryview:
+        """The payload without copying; it keeps the segment mapped while it lives."""
+        start = self.offset + FRAME_HEADER_BYTES
+        return self._data[start : start + self.header.payload_bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveredSegment:
+    """A sealed segment with all of its frames.
+
+    Attributes:
+        ref: which.
+        ranges: its frames in pieces of some MiB, in order, each beginning with a GROUP frame.
+        end_bytes: bytes up to the end of the footer.
+    """
+
+    ref: SegmentRef
+    ranges: tuple[AppendedRange, ...]
+    end_bytes: int
+
+    @property
+    def first_lsn(self) -> int:
+        """The first LSN in it."""
+        return self.ranges[0].first_lsn
+
+    @property
+    def last_lsn(self) -> int:
+        """The last LSN in it."""
+        return self.ranges[-1].last_lsn
+
+
+@dataclass(frozen=True, slots=True)
+class TornTail:
+    """Bytes at the log's end that were no whole frames: never acked as durable, as far as the log can tell.
+
+    Attributes:
+        segment: where they were; the file is gone.
+        offset: where they began.
+        size: how many, up to the last that was not zero.
+        after_lsn: the last LSN before them.
+        expected: what should have stood there.
+        found: what stood there.
+        copied_to: the file that keeps them.
+    """
+
+    segment: SegmentRef
+    offset: int
+    size: int
+    after_lsn: int
+    expected: str
+    found: str
+    copied_to: Path
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveredLog:
+    """What recovery found, and left sealed and fsynced.
+
+    Attributes:
+        segments: oldest first; each has at least one LSN.
+        last_lsn: the last LSN in the log, retired segments included; 0 for none.
+        next_segment: the number for ``WalWriter.open``.
+        lost: the lost ranges that the log's LOST frames record (R3), in log order.
+        torn: what was dropped from the tail, if anything.
+        closed: the writer had closed the log, so nothing that was appended is missing.
+    """
+
+    segments: tuple[RecoveredSegment, ...]
+    last_lsn: int
+    next_segment: int
+    lost: tuple[LsnRange, ...]
+    torn: TornTail | None
+    closed: bool
+
+
+async def recover(
+    directory: Path,
+    disk: Disk,
+    *,
+    log_uuid: UUID,
+    new_epoch: int,
+    on_frame: Callable[[RecoveredFrame], None],
+    on_progress: Callable[[int, int], None],
+) -> RecoveredLog:
+    """Read all of the log, and make its tail durable under the new epoch.
+
+    Args:
+        directory: where the segments are; made if it does not exist.
+        disk: the file system.
+        log_uuid: the log that the segments must belong to.
+        new_epoch: the epoch of this start, at least that of everything in the log.
+        on_frame: called with every frame but GROUP and FOOTER, in log order, where it stays: TABLE frames
+            come before the batches that need them. Called in the disk's thread: it must not use trio.
+        on_progress: called in that thread with the bytes read so far and the bytes of all segments.
+
+    Returns:
+        What was found; open the writer with its ``next_segment``.
+
+    Raises:
+        DataCorruption: bytes that were fsynced are damaged or missing; the log is as it was.
+        ConfigurationError: another version of Arka wrote the log.
+        Fenced: an epoch above ``new_epoch`` has written here.
+        OSError: the disk failed; nothing that was durable is lost.
+
+    Durability: on return, every frame that was handed out and everything they stand in is fsynced.
+
+    Cancellation: before it begins, nothing is changed; once begun it is finished first. It may be killed
+    at any moment, also by an exception from a callback, and run again.
+
+    Source: R6, R7, R8; FORMAT.md "Recovery".
+    """
+    recovery = _Recovery(directory, disk, log_uuid, new_epoch, on_frame, on_progress)
+    return await disk.run(recovery.run)
+
+
+class _Recovery:
+    """One run. Blocking; runs in the disk's thread."""
+
+    def __init__(
+        self,
+        directory: Path,
+        disk: Disk,
+        log_uuid: UUID,
+        new_epoch: int,
+        on_frame: Callable[[RecoveredFrame], None],
+        on_progress: Callable[[int, int], None],
+    ) -> None:
+        self._directory = directory
+        self._disk = disk
+        self._log_uuid = log_uuid
+        self._epoch = new_epoch
+        self._on_frame = on_frame
+        self._on_progress = on_progress
+        self._segments: list[RecoveredSegment] = []
+        self._tables: dict[bytes, TableInfo] = {}
+        self._lost: list[LsnRange] = []
+        self._torn: TornTail | None = None
+        self._last_lsn = 0
+        self._read_bytes = 0
+        self._all_bytes = 0
+
+    def run(self) -> RecoveredLog:
+        """Recover."""
+        self._disk.make_directory(self._directory)
+        self._remove_unfinished()
+        seal = read_seal(self._disk, self._directory)
+        headers = self._drop_replaced(self._read_headers())
+        self._check_identity(seal, headers)
+        numbers = sorted(headers)
+        sealed_through = seal.segment if seal is not None else 0
+        newest = max([sealed_through, *numbers])
+        has_tail = may_have_tail(headers[numbers[-1]] if numbers else None, sealed_through)
+        closed = seal.closed if seal is not None and sealed_through == newest else newest == 0
+        self._last_lsn = headers[numbers[0]].base_lsn if numbers else 0
+        for number in numbers[:-1] if has_tail else numbers:
+            self._read_sealed(number)
+        if has_tail:
+            newest = max(newest, self._recover_tail(numbers[-1], newest + 1))
+        if seal is not None and sealed_through == newest:
+            self._check_seal(seal, bool(numbers))
+        elif numbers:
+            mark = SealMark(self._log_uuid, self._epoch, newest, self._last_lsn, closed=False)
+            write_seal(self._disk, self._directory, mark)
+        return RecoveredLog(
+            segments=tuple(self._segments),
+            last_lsn=self._last_lsn,
+            next_segment=newest + 1,
+            lost=tuple(self._lost),
+            torn=self._torn,
+            closed=closed,
+        )
+
+    # -- what there is ----------------------------------------------------------------------------
+
+    def _remove_unfinished(self) -> None:
+        """Remove spares and files that never got their name: nothing in them was ever promised."""
+        for name in self._disk.list_names(self._directory):
+            if name.endswith(UNFINISHED_SUFFIX):
+                self._disk.remove(self._directory / name)
+
+    def _path(self, number: int) -> Path:
+        return self._directory / segment_name(number)
+
+    def _read_headers(self) -> dict[int, SegmentHeader]:
+        headers = {}
+        for name in self._disk.list_names(self._directory):
+            number = parse_segment_name(name)
+            if number is not None:
+                path = str(self._directory / name)
+                data = self._disk.map(self._directory / name)
+                headers[number] = SegmentHeader.from_bytes(path, data)
+                headers[number].check_is(path, self._log_uuid, number)
+                self._all_bytes += len(data)
+        return headers
+
+    def _drop_replaced(self, headers: dict[int, SegmentHeader]) -> dict[int, SegmentHeader]:
+        """Finish an earlier recovery that was killed between a copy's rename and the original's removal."""
+        copies = {header.replaces: number for number, header in headers.items()}
+        replaced = copies.keys() & headers.keys()
+        for number in replaced:
+            # It is whole by construction; the original goes only where that still holds.
+            path = self._path(copies[number])
+            scan = SegmentScan(str(path), self._disk.map(path), self._log_uuid, copies[number])
+            for _ in scan.frames():
+                pass
+            scan.check_sealed()
+            self._disk.remove(self._path(number))
+            self._disk.sync_directory(self._directory)
+        return {number: header for number, header in headers.items() if number not in replaced}
+
+    def _check_identity(self, seal: SealMark | None, headers: dict[int, SegmentHeader]) -> None:
+        epoch = 0
+        for number in sorted(headers):
+            if headers[number].epoch < epoch:
+                raise DataCorruption(
+                    str(self._path(number)), 32, f"an epoch of at least {epoch}", f"{headers[number].epoch}"
+                )
+            epoch = headers[number].epoch
+        if seal is not None:
+            if seal.log_uuid != self._log_uuid:
+                path = str(self._directory / SEAL_NAME)
+                raise DataCorruption(path, 16, f"log {self._log_uuid}", f"log {seal.log_uuid}")
+            epoch = max(epoch, seal.epoch)
+        if epoch > self._epoch:
+            raise Fenced(f"{self._directory} was written in epoch {epoch}: epoch {self._epoch} is over")
+
+    def _check_seal(self, seal: SealMark, has_segments: bool) -> None:
+        """Check that nothing is missing up to a mark that nothing was written after."""
+        if not has_segments:
+            self._last_lsn = seal.last_lsn
+        elif self._last_lsn != seal.last_lsn:
+            raise DataCorruption(
+                str(self._directory / SEAL_NAME), 48, f"last LSN {self._last_lsn}", f"{seal.last_lsn}"
+            )
+
+    # -- sealed segments --------------------------------------------------------------------------
+
+    def _open_scan(self, number: int) -> tuple[SegmentScan, SegmentRef, memoryview]:
+        path = self._path(number)
+        data = self._disk.map(path)
+        scan = SegmentScan(str(path), data, self._log_uuid, number)
+        scan.check_follows(self._last_lsn)
+        return scan, SegmentRef(path, number, scan.header.epoch), data
+
+    def _read_sealed(self, number: int) -> None:
+        scan, ref, data = self._open_scan(number)
+        cutter = _RangeCutter(ref)
+        for offset, header in scan.frames():
+            if header.kind == KIND_GROUP:
+                cutter.begin_group(offset)
+                continue
+            frame = RecoveredFrame(header, ref, offset, data)
+            cutter.add(frame, self._note(frame))
+            self._on_frame(frame)
+        scan.check_sealed()
+        assert scan.footer is not None
+        ranges = cutter.finish(scan.footer.offset)
+        if ranges:
+            self._segments.append(RecoveredSegment(ref, ranges, scan.end))
+        self._last_lsn = scan.last_lsn
+        self._read_bytes += len(data)
+        self._on_progress(min(self._read_bytes, self._all_bytes), self._all_bytes)
+
+    def _note(self, frame: RecoveredFrame) -> TableInfo | None:
+        """Remember what the log itself needs of a frame; returns the table of a TABLE frame."""
+        try:
+            if frame.header.kind == KIND_TABLE:
+                payload = frame.payload()
+                table = self._tables.get(payload)
+                if table is None:
+                    table = self._tables[payload] = TableInfo.from_bytes(payload)
+                return table
+            if frame.header.kind == KIND_LOST:
+                self._lost.append(parse_lost(frame.payload()))
+        except ValueError as error:
+            path = str(frame.segment.path)
+            raise DataCorruption(path, frame.offset, "a readable payload", str(error)) from error
+        return None
+
+    # -- the tail ---------------------------------------------------------------------------------
+
+    def _recover_tail(self, number: int, copy_number: int) -> int:
+        """Copy the tail's intact frames into a sealed segment, remove the tail, read the copy.
+
+        Returns:
+            The highest number that is used up now.
+        """
+        scan, ref, data = self._open_scan(number)
+        for _ in scan.frames():
+            pass
+        torn = scan.find_torn()
+        if torn is not None:
+            assert scan.stop is not None
+            copied_to = ref.path.with_name(f"{ref.path.name}.torn-{torn.start}")
+            write_whole(self._disk, copied_to, [data[torn.start : torn.end]])
+            self._torn = TornTail(
+                ref,
+                torn.start,
+                torn.end - torn.start,
+                scan.last_lsn,
+                scan.stop.expected,
+                scan.stop.found,
+                copied_to,
+            )
+        if scan.first_lsn:
+            copy_segment(
+                self._disk, self._path(copy_number), scan, data, number=copy_number, epoch=self._epoch
+            )
+        del data
+        self._disk.remove(ref.path)
+        self._disk.sync_directory(self._directory)
+        if not scan.first_lsn:
+            return number
+        self._read_sealed(copy_number)
+        return copy_number
+
+
+class _RangeCutter:
+    """Cuts a segment's frames into AppendedRanges at GROUP frames."""
+
+    def __init__(self, segment: SegmentRef) -> None:
+        self._segment = segment
+        self._known: dict[tuple[bytes, int], TableInfo] = {}
+        self._ranges: list[AppendedRange] = []
+        self._start = HEADER_BYTES
+        self._first_lsn = self._last_lsn = 0
+        self._tables: dict[tuple[bytes, int], TableInfo] = {}
+
+    def begin_group(self, offset: int) -> None:
+        """Note a GROUP frame."""
+        if offset - self._start >= _RANGE_BYTES:
+            self._cut(offset)
+
+    def add(self, frame: RecoveredFrame, table: TableInfo | None) -> None:
+        """Note any other frame; ``table`` is the payload of a TABLE frame."""
+        header = frame.header
+        key = (header.table_uuid, header.schema_id)
+        if table is not None:
+            self._known[key] = table
+            return
+        if header.kind == KIND_BATCH and key not in self._tables:
+            if key not in self._known:
+                raise DataCorruption(
+                    str(frame.segment.path), frame.offset, "a TABLE frame before its first batch", "none"
+                )
+            self._tables[key] = self._known[key]
+        self._first_lsn = self._first_lsn or header.lsn
+        self._last_lsn = header.lsn
+
+    def finish(self, end: int) -> tuple[AppendedRange, ...]:
+        """All ranges, the last one ending at ``end``."""
+        self._cut(end)
+        return tuple(self._ranges)
+
+    def _cut(self, end: int) -> None:
+        if self._first_lsn:
+            tables = tuple(self._tables.values())
+            self._ranges.append(
+                AppendedRange(self._segment, self._start, end, self._first_lsn, self._last_lsn, tables, ())
+            )
+        self._start = end
+        self._first_lsn = 0
+        self._tables = {}
+
+
+__all__ = ["RecoveredFrame", "RecoveredLog", "RecoveredSegment", "TornTail", "recover"]

@@ -1,0 +1,356 @@
+"""The writer: group commits to the active segment, and the segments' lives from spare to retired.
+
+Owns: what is in the active segment and when a new one begins. Does not own LSNs, nor which frames make
+a group (``arka.tiers.disk``), nor the format (``segment``, FORMAT.md).
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from uuid import UUID
+
+import trio
+
+from arka._core.framing import KIND_BATCH, Frame
+from arka.errors import Closed, ConfigurationError, DataCorruption, Fenced, InternalError, OutcomeUnknown
+from arka.options import WalOptions
+from arka.storage.ports import Disk, DiskFile
+from arka.wal.active import MARKS_BYTES, ActiveSegment, now_us, table_frame
+from arka.wal.seal import SEAL_NAME, SealMark, read_seal, write_seal
+from arka.wal.segment import (
+    CONTROL_KINDS,
+    HEADER_BYTES,
+    UNFINISHED_SUFFIX,
+    AppendedRange,
+    SegmentHeader,
+    SegmentRef,
+    parse_segment_name,
+    segment_name,
+)
+
+
+class WalPoisoned(OutcomeUnknown):
+    """A write or fsync of the log failed: what was not acked may or may not be found at restart (R6)."""
+
+
+class WalWriter:
+    """Appends groups of frames to a log. Made by ``open``; used from trio's thread."""
+
+    def __init__(
+        self, directory: Path, disk: Disk, *, log_uuid: UUID, epoch: int, options: WalOptions, seal: SealMark
+    ) -> None:
+        """Use ``open`` instead.
+
+        Args:
+            directory: where the segments are.
+            disk: the file system.
+            log_uuid: the log.
+            epoch: goes into the headers of all segments that this writer makes.
+            options: sizes.
+            seal: where the log stands.
+        """
+        self._directory = directory
+        self._disk = disk
+        self._log_uuid = log_uuid
+        self._epoch = epoch
+        self._options = options
+        self._next_segment = seal.segment + 1
+        self._last_lsn = seal.last_lsn
+        self._active: ActiveSegment | None = None
+        self._poison: BaseException | None = None
+        self._closed = False
+        # Invariant: at most one job touches _active, _next_segment and _last_lsn: the one under the lock.
+        self._lock = trio.Lock()
+        self._spare: DiskFile | None = None
+        self._spares = 0
+        self._spare_wanted = trio.Event()
+        self._spare_wanted.set()
+
+    @classmethod
+    async def open(
+        cls,
+        directory: Path,
+        disk: Disk,
+        *,
+        log_uuid: UUID,
+        epoch: int,
+        first_segment: int,
+        options: WalOptions,
+    ) -> WalWriter:
+        """Open a log for writing. It was recovered (``recover``), closed, or is empty.
+
+        The first segment is made by the first ``append``, since its header names its first LSN.
+
+        Args:
+            directory: where the segments are; made if it does not exist.
+            disk: the file system.
+            log_uuid: the log.
+            epoch: at least the epoch of everything in the directory.
+            first_segment: number of the next segment, from 1: ``RecoveredLog.next_segment``.
+            options: sizes.
+
+        Raises:
+            ConfigurationError: the log has to be recovered first, or ``first_segment`` is used up.
+            DataCorruption: the directory belongs to another log, or its seal mark is damaged.
+            Fenced: a higher epoch has written here.
+            OSError: the directory cannot be made or read.
+
+        Cancellation: nothing but the directory is left.
+        """
+
+        def prepare() -> SealMark:
+            disk.make_directory(directory)
+            return _check_sealed(disk, directory, log_uuid, epoch, first_segment)
+
+        seal = await disk.run(prepare)
+        return cls(directory, disk, log_uuid=log_uuid, epoch=epoch, options=options, seal=seal)
+
+    @property
+    def last_lsn(self) -> int:
+        """The last LSN that is durable."""
+        return self._last_lsn
+
+    @property
+    def poisoned(self) -> bool:
+        """Whether a write or fsync has failed."""
+        return self._poison is not None
+
+    async def append(self, frames: Sequence[Frame]) -> list[AppendedRange]:
+        """Write frames as one group commit.
+
+        Args:
+            frames: of kinds that take an LSN, LSNs rising and above all written before; batch frames have
+                a ``table`` at their ``schema_id``. Their payloads must not change until this returns.
+
+        Returns:
+            Where the frames are, in order: one range, or more if segments filled up. Each frame's
+            ``offset`` is set and its payload dropped: the bytes are in the segment.
+
+        Raises:
+            WalPoisoned: a write or fsync failed, now or before. Some of the frames may be found by a
+                recovery; nothing can be appended any more (R6).
+            InternalError: the frames break a rule above; nothing was written.
+            Closed: the writer was closed.
+
+        Durability: on return all of the frames are fsynced, with all that leads to them.
+
+        Cancellation: before the write begins, nothing is written and the frames may be appended again. Once
+        it has begun it is finished, and this returns normally: so a cancelled append wrote nothing.
+        """
+        async with self._lock:
+            self._check_usable()
+            if not frames:
+                return []
+            self._check_frames(frames)
+            ranges = await self._disk.run(partial(self._commit, frames))
+            if self._spare is None:
+                self._spare_wanted.set()
+            return ranges
+
+    async def keep_spare(self) -> None:
+        """Preallocate the next segment ahead of its use, again and again, until cancelled.
+
+        A task for the caller's nursery. Without it, segments are allocated by the ``append`` that needs
+        them. A failure to allocate is left to that ``append``, to which it matters.
+
+        Cancellation: an unused spare is removed by ``close`` or by recovery.
+        """
+        while True:
+            await self._spare_wanted.wait()
+            self._spare_wanted = trio.Event()
+            if self._spare is None and not self._closed and self._poison is None:
+                self._spares += 1
+                name = f"spare-{self._spares}{UNFINISHED_SUFFIX}"
+                try:
+                    self._spare = await self._disk.run(partial(self._allocate, name))
+                except OSError:
+                    # Most likely no room. Nothing of the log was touched; the next append that wants a spare
+                    # and finds none asks again.
+                    continue
+
+    async def retire(self, segments: Sequence[SegmentRef]) -> None:
+        """Unlink the log's oldest segments. Processes that have them mapped keep what they have (R9).
+
+        Args:
+            segments: sealed segments; with them go all frames in them, so R12 must hold for each.
+
+        Raises:
+            InternalError: an older segment would be left, or one is active: recovery would find a hole.
+            OSError: some of them are left.
+
+        Durability: they are gone for good on return.
+
+        Cancellation: before it begins nothing is removed; once begun it is finished.
+        """
+        active = self._active
+        if active is not None and any(ref.number >= active.ref.number for ref in segments):
+            raise InternalError(f"segment {active.ref.number} is active: it cannot be retired")
+        await self._disk.run(partial(self._remove, sorted(ref.number for ref in segments)))
+
+    async def close(self) -> None:
+        """Seal the active segment and mark the log as closed. A poisoned log is only let go of.
+
+        Raises:
+            WalPoisoned: sealing failed; what was appended is durable all the same.
+
+        Durability: on return a recovery finds a closed log and has nothing to rewrite.
+
+        Cancellation: before the write begins, the writer is still open; once begun it is finished.
+        """
+        async with self._lock:
+            if self._closed:
+                return
+            await self._disk.run(self._finish)
+            self._closed = True
+
+    # -- jobs: run in the disk's thread -----------------------------------------------------------
+
+    def _commit(self, frames: Sequence[Frame]) -> list[AppendedRange]:
+        ranges: list[AppendedRange] = []
+        done = 0
+        try:
+            while done < len(frames):
+                active = self._active
+                if active is None:
+                    active = self._active = self._start_segment(frames[done])
+                cut = active.cut(frames, done)
+                done += len(cut.taken)
+                full = done < len(frames)
+                if cut.taken:
+                    ranges.append(active.commit(cut, then_seal=full))
+                    self._last_lsn = cut.taken[-1].lsn
+                else:
+                    active.seal()
+                if full:
+                    self._active = None
+        except BaseException as error:
+            self._poison = error
+            raise WalPoisoned(
+                f"{self._directory}: the log cannot be written: {error}; restart the server"
+            ) from error
+        return ranges
+
+    def _start_segment(self, first: Frame) -> ActiveSegment:
+        """Make the next segment. Its predecessor's footer is fsynced (R7)."""
+        need = HEADER_BYTES + MARKS_BYTES + first.frame_bytes
+        if first.kind == KIND_BATCH:
+            need += table_frame(first).frame_bytes
+        number = self._next_segment
+        ref = SegmentRef(self._directory / segment_name(number), number, self._epoch)
+        capacity = self._options.segment_bytes
+        file = None
+        if need <= capacity:
+            file, self._spare = self._spare, None
+        if file is None:
+            capacity = max(capacity, need)
+            file = self._disk.create(ref.path.with_name(ref.path.name + UNFINISHED_SUFFIX), capacity)
+        header = SegmentHeader(
+            log_uuid=self._log_uuid,
+            epoch=self._epoch,
+            number=number,
+            base_lsn=self._last_lsn,
+            first_lsn=first.lsn,
+            capacity=capacity,
+            replaces=0,
+            created_us=now_us(),
+            nonce=secrets.token_bytes(16),
+        )
+        file.write(0, [header.to_bytes()])
+        file.sync()
+        # A segment gets its name when its header is durable: under a segment's name a bad header is damage.
+        self._disk.rename(file.path, ref.path)
+        self._disk.sync_directory(self._directory)
+        self._next_segment += 1
+        return ActiveSegment(ref, header, file)
+
+    def _allocate(self, name: str) -> DiskFile:
+        return self._disk.create(self._directory / name, self._options.segment_bytes)
+
+    def _remove(self, numbers: Sequence[int]) -> None:
+        found = sorted(_segment_numbers(self._disk, self._directory))
+        present = [number for number in numbers if number in found]
+        if found[: len(present)] != present:
+            raise InternalError(
+                f"segments {present} are not the oldest ones of {found}: they cannot be retired"
+            )
+        for number in present:
+            # One at a time: whatever a crash undoes, no hole is left.
+            self._disk.remove(self._directory / segment_name(number))
+            self._disk.sync_directory(self._directory)
+
+    def _finish(self) -> None:
+        active, self._active = self._active, None
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            spare.close()
+        if self._poison is not None:
+            if active is not None:
+                active.close()
+            return
+        try:
+            if active is not None:
+                active.seal()
+            if spare is not None:
+                self._disk.remove(spare.path)
+            mark = SealMark(self._log_uuid, self._epoch, self._next_segment - 1, self._last_lsn, closed=True)
+            write_seal(self._disk, self._directory, mark)
+        except BaseException as error:
+            self._poison = error
+            raise WalPoisoned(f"{self._directory}: the log cannot be sealed: {error}") from error
+
+    # -- checks -----------------------------------------------------------------------------------
+
+    def _check_usable(self) -> None:
+        if self._poison is not None:
+            raise WalPoisoned(
+                f"{self._directory}: an earlier write of the log failed ({self._poison}); restart the server"
+            )
+        if self._closed:
+            raise Closed(f"{self._directory}: the log was closed")
+
+    def _check_frames(self, frames: Sequence[Frame]) -> None:
+        last_lsn = self._last_lsn
+        for frame in frames:
+            if frame.lsn <= last_lsn:
+                raise InternalError(f"LSN {frame.lsn} was to be written after LSN {last_lsn}")
+            last_lsn = frame.lsn
+            if frame.kind in CONTROL_KINDS:
+                raise InternalError(f"frames of kind {frame.kind} are the writer's own")
+            if frame.kind == KIND_BATCH and (frame.table is None or frame.table.schema_id != frame.schema_id):
+                raise InternalError(
+                    f"the batch with LSN {frame.lsn} needs its table at schema {frame.schema_id}"
+                )
+
+
+def _segment_numbers(disk: Disk, directory: Path) -> list[int]:
+    numbers = (parse_segment_name(name) for name in disk.list_names(directory))
+    return [number for number in numbers if number is not None]
+
+
+def _check_sealed(disk: Disk, directory: Path, log_uuid: UUID, epoch: int, first_segment: int) -> SealMark:
+    """Find where the log stands; a log that may have a tail is not to be written to. Blocking."""
+    seal = read_seal(disk, directory)
+    last_segment = max(_segment_numbers(disk, directory), default=0)
+    if seal is None:
+        if last_segment:
+            raise ConfigurationError(f"{directory} holds segments but no seal: recover the log first")
+        return SealMark(log_uuid, epoch, max(first_segment - 1, 0), 0, closed=True)
+    if seal.log_uuid != log_uuid:
+        raise DataCorruption(str(directory / SEAL_NAME), 16, f"log {log_uuid}", f"log {seal.log_uuid}")
+    if seal.segment < last_segment:
+        raise ConfigurationError(
+            f"{directory} was sealed at segment {seal.segment}, goes on to {last_segment}: recover it first"
+        )
+    if seal.epoch > epoch:
+        raise Fenced(f"{directory} was written in epoch {seal.epoch}: epoch {epoch} is over")
+    if first_segment <= seal.segment:
+        raise ConfigurationError(
+            f"segment {first_segment} is used up in {directory}: the next is {seal.segment + 1}"
+        )
+    return SealMark(log_uuid, epoch, first_segment - 1, seal.last_lsn, seal.closed)
+
+
+__all__ = ["AppendedRange", "WalPoisoned", "WalWriter"]

@@ -1,0 +1,94 @@
+"""Rules of the source that no linter of ours knows: who may use what, and what nobody may."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import arka
+
+PACKAGE = Path(arka.__file__).parent
+MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+
+#: What only some modules may import or name, by the prefix of their path. Import-linter sees packages,
+#: not their submodules and attributes.
+RESERVED = {
+    "pyarrow.flight": ("client/",),
+    "grpc": (),
+    "asyncio": (),
+    "threading": ("storage/", "iceberg/"),
+    "trio.to_thread": ("storage/", "wal/writer.py"),
+    "trio.from_thread": ("storage/", "wal/writer.py"),
+    "trio_parallel": ("storage/",),
+    "math.inf": (),
+    "trio.lowlevel.spawn_system_task": (),
+}
+
+
+def dotted(node: ast.AST) -> str | None:
+    """Write an attribute chain as it stands in the source: ``trio.to_thread.run_sync``."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        base = dotted(node.value)
+        return base and f"{base}.{node.attr}"
+    return None
+
+
+def names_used(tree: ast.AST) -> Iterator[str]:
+    """Yield every dotted name that a module imports or uses."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Attribute) and (name := dotted(node)):
+            yield name
+
+
+def parse(module: str) -> ast.Module:
+    return ast.parse((PACKAGE / module).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_reserved_names_stay_where_they_belong(module):
+    """Threads, foreign transports and unbounded waits appear only where the architecture puts them."""
+    for used in names_used(parse(module)):
+        for name, places in RESERVED.items():
+            if used == name or used.startswith(f"{name}."):
+                assert module.startswith(places or "\0"), f"{module} uses {used}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_is_swallowed(module):
+    """No handler catches everything and does nothing."""
+    for node in ast.walk(parse(module)):
+        if isinstance(node, ast.ExceptHandler):
+            caught = dotted(node.type) if node.type else "BaseException"
+            idle = all(isinstance(statement, ast.Pass) for statement in node.body)
+            assert not (caught in ("Exception", "BaseException") and idle), f"{module}:{node.lineno}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_says_what_it_owns(module):
+    """Each module begins with a docstring."""
+    tree = parse(module)
+    assert ast.get_docstring(tree) or not tree.body, f"{module} has no docstring"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_is_finished(module):
+    """No reminders to finish something later."""
+    found = re.findall(r"\b(?:TODO|FIXME|XXX|HACK)\b", (PACKAGE / module).read_text(encoding="utf-8"))
+    assert found == []
+
+
+def test_package_has_no_attic():
+    """A function lives with its caller or under a noun, not in a drawer."""
+    drawers = {"utils", "util", "helpers", "common", "misc"}
+    assert not drawers & {Path(module).stem for module in MODULES}

@@ -1,0 +1,94 @@
+"""Three gRPC stacks that are not ours write through a real server, each with its stock client.
+
+The programs and what they check stand in ``go``, ``java`` and ``javascript`` beside this file.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+pytestmark = [pytest.mark.foreign, pytest.mark.process, pytest.mark.slow]
+
+# Above the sum of what the scenarios take, below pytest's own limit: a hang is told with the output so far.
+RUN_TIMEOUT_S = 240
+
+SCENARIOS = [
+    "create_table",
+    "one_row",
+    "large",
+    "read_back",
+    "do_put",
+    "not_found",
+    "status_text",
+    "cancel",
+    "deadline",
+    "close_with_acks",
+]
+
+
+def go_command(workshop) -> list[str]:
+    return [workshop.go_program(HERE / "go", ".", "arka-go")]
+
+
+def java_command(workshop) -> list[str]:
+    java, javac, maven = workshop.tool("java"), workshop.tool("javac"), workshop.tool("mvn")
+    workshop.require_version("The JDK", workshop.ask(javac, "--version").split()[1], "17")
+
+    def make(directory: Path) -> None:
+        # Plugins and dependencies are one graph for Maven: resolve first, compile offline then.
+        quiet = (maven, "--batch-mode", "--quiet")
+        workshop.fetch(*quiet, "--strict-checksums", "process-resources", "compiler:help", cwd=directory)
+        workshop.build(*quiet, "--offline", "compile", cwd=directory)
+
+    target = workshop.made_from(HERE / "java", "java", make) / "target"
+    classpath = f"{target / 'classes'}:{(target / 'classpath.txt').read_text()}"
+    # Arrow's memory module reaches into java.nio.
+    options = ["--add-opens=java.base/java.nio=ALL-UNNAMED", "-XX:+UseSerialGC"]
+    return [java, *options, "-cp", classpath, "arka.conformance.Main"]
+
+
+def javascript_command(workshop) -> list[str]:
+    node, npm = workshop.tool("node"), workshop.tool("npm")
+    workshop.require_version("Node", workshop.ask(node, "--version"), "18")
+
+    def make(directory: Path) -> None:
+        # Without a registry, npm's own patience is above a minute.
+        impatient = ("--fetch-retries=1", "--fetch-retry-mintimeout=1000")
+        workshop.fetch(npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", *impatient, cwd=directory)
+
+    return [node, str(workshop.made_from(HERE / "javascript", "javascript", make) / "main.js")]
+
+
+@pytest.mark.parametrize(
+    ("command", "scenarios"),
+    [
+        # arrow-go's record reader chokes on metadata-only messages: it alone reads acks as batches (T20).
+        pytest.param(go_command, {*SCENARIOS, "record_reader"}, id="go"),
+        pytest.param(java_command, {*SCENARIOS}, id="java"),
+        pytest.param(javascript_command, {*SCENARIOS}, id="javascript"),
+    ],
+)
+@pytest.mark.timeout(900)  # a cold build fetches everything first
+def test_stock_client(command, scenarios, workshop, request):
+    """A stock client writes while it reads acks, meets errors, cancels, runs into a deadline, closes early.
+
+    In all of it the server keeps the wire contract, whatever the stack's frame sizes and windows are.
+    """
+    program = command(workshop)
+    # Not an argument: a server is started only for a program that could be built.
+    address = request.getfixturevalue("server_address")
+    done = subprocess.run(
+        [*program, address], capture_output=True, text=True, timeout=RUN_TIMEOUT_S, check=False
+    )
+    said = f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    print(said)
+    reports = [json.loads(line) for line in done.stdout.splitlines()]
+    failed = [f"{report['scenario']}: {report['detail']}" for report in reports if not report["ok"]]
+    assert not failed, "\n".join([*failed, done.stderr])
+    assert {report["scenario"] for report in reports} == scenarios, said
+    assert done.returncode == 0, said

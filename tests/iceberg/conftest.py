@@ -1,0 +1,131 @@
+"""A lake on the local disk, used in-process, and foreign readers that know nothing of Arka."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import duckdb
+import pyarrow as pa
+import pytest
+from pyiceberg.catalog.sql import SqlCatalog
+from pyiceberg.table import Table
+
+from arka.iceberg import catalogs, commit, control, encode
+from arka.iceberg.config import CATALOG_NAME, CatalogConfig
+from arka.iceberg.garbage import Garbage
+from arka.iceberg.manifests import ManifestMemory
+from arka.options import IcebergOptions
+from arka.records import PartitionRequest, TableDefinition, TableInfo, TableName
+from arka.storage.ports import CommitJob, CommitResult, EncodeJob, SegmentSlice, StagedFiles
+from arka.testing.segmentfile import write_segment_file
+
+LOG = UUID("11111111-2222-3333-4444-555555555555")
+
+
+class Lake:
+    """The jobs of the workers, called directly, on a catalog and warehouse of one test."""
+
+    def __init__(self, directory: Path, options: IcebergOptions) -> None:
+        self.directory = directory
+        self.config = CatalogConfig.from_options(options, directory, {})
+        self.log_uuid = LOG
+        self._segments = count(1)
+
+    def create(
+        self,
+        schema: pa.Schema,
+        *transforms: tuple[int, str],
+        name: str = "t",
+        properties: dict[str, str] | None = None,
+    ) -> TableInfo:
+        fields = tuple(
+            PartitionRequest(index, None, f"p{position}", transform)
+            for position, (index, transform) in enumerate(transforms)
+        )
+        definition = TableDefinition(
+            TableName("default", name), schema, partition=fields, properties=properties or {}
+        )
+        return control.create_table(self.config, definition, uuid4().hex[:8]).info
+
+    def write(self, info: TableInfo, frames: Sequence[tuple[int, pa.RecordBatch]]) -> SegmentSlice:
+        return write_segment_file(self.directory, next(self._segments), info, frames, log_uuid=LOG)
+
+    def encode(
+        self, info: TableInfo, batches: Sequence[pa.RecordBatch], after: int, through: int | None = None
+    ) -> StagedFiles:
+        """Encode batches as the LSNs from ``after + 1``."""
+        frames = [(after + 1 + index, batch) for index, batch in enumerate(batches)]
+        schemas = {info.schema_id: info.schema.serialize().to_pybytes()}
+        slices = (self.write(info, frames),) if frames else ()
+        end = after + len(frames) if through is None else through
+        return encode.encode(self.config, EncodeJob(info, schemas, LOG, after, end, slices))
+
+    def job(self, info: TableInfo, staged: StagedFiles, *, epoch: int = 1) -> CommitJob:
+        return CommitJob(info, LOG, epoch, uuid4(), staged)
+
+    def commit(self, info: TableInfo, staged: StagedFiles, *, epoch: int = 1) -> CommitResult:
+        return commit.commit(self.config, self.job(info, staged, epoch=epoch))
+
+    def append(self, info: TableInfo, batches: Sequence[pa.RecordBatch], after: int) -> CommitResult:
+        return self.commit(info, self.encode(info, batches, after))
+
+    def foreign(self) -> SqlCatalog:
+        """Open the catalog as any pyiceberg user would."""
+        return SqlCatalog(CATALOG_NAME, uri=self.config.uri, warehouse=self.config.warehouse)
+
+    def table(self, info: TableInfo) -> Table:
+        """Load a table with plain pyiceberg."""
+        catalog = self.foreign()
+        try:
+            return catalog.load_table(tuple(info.name))
+        finally:
+            catalog.close()
+
+    def files(self, info: TableInfo, suffix: str = "") -> list[Path]:
+        """List the files of a table."""
+        root = Path(info.location.removeprefix("file://"))
+        return sorted(path for path in root.rglob(f"*{suffix}") if path.is_file())
+
+
+@pytest.fixture(autouse=True)
+def _fresh_worker(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Let each test begin as a worker process does: nothing opened, nothing remembered."""
+    opened: dict[CatalogConfig, Any] = {}
+    monkeypatch.setattr(catalogs, "_opened", opened)
+    monkeypatch.setattr(commit, "_memory", ManifestMemory())
+    monkeypatch.setattr(commit, "_garbage", Garbage())
+    yield
+    for catalog in opened.values():
+        catalog.close()
+
+
+@pytest.fixture
+def make_lake(tmp_path: Path) -> Callable[..., Lake]:
+    def make(**options: Any) -> Lake:
+        return Lake(tmp_path, IcebergOptions(**options))
+
+    return make
+
+
+@pytest.fixture
+def lake(make_lake: Callable[..., Lake]) -> Lake:
+    return make_lake()
+
+
+@pytest.fixture(scope="session")
+def duck() -> Any:
+    """A DuckDB that reads Iceberg; its extensions are loaded by path, since nothing can be downloaded."""
+    connection = duckdb.connect(config={"allow_unsigned_extensions": "true"})
+    for name in ("parquet", "json", "avro", "httpfs", "iceberg"):
+        spec = importlib.util.find_spec(f"duckdb_extension_{name}")
+        assert spec is not None
+        folder = Path(next(iter(spec.submodule_search_locations or ()))) / "extensions"
+        (path,) = folder.rglob(f"v{duckdb.__version__}/**/{name}.duckdb_extension")
+        connection.execute(f"LOAD '{path}'")
+    yield connection
+    connection.close()

@@ -1,0 +1,263 @@
+"""Worker processes: their deadlines, their deaths, and that they never outlive the server."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pyarrow as pa
+import pytest
+import trio
+import trio._core._thread_cache as thread_cache
+
+from arka.errors import DataCorruption, InternalError, InvalidRequest
+from arka.iceberg import worker
+from arka.options import IcebergOptions
+from arka.records import TableInfo, TableName, TableType
+from arka.storage.catalog import IcebergCatalog, WorkerPool, open_catalog
+from arka.storage.ports import CatalogUnavailable, EncodeJob, SegmentSlice
+
+INFO = TableInfo(
+    uuid=UUID(int=4),
+    name=TableName("default", "t"),
+    schema=pa.schema([pa.field("n", pa.int64(), metadata={b"PARQUET:field_id": b"1"})]),
+    schema_id=0,
+    table_type=TableType.APPEND_ONLY,
+    key_columns=(),
+    spec_id=0,
+    partition=(),
+    location="file:///nowhere/t-00000000",
+    properties={},
+)
+
+
+@asynccontextmanager
+async def _pool(tmp_path: Path, deadline_s: float = 60) -> AsyncIterator[WorkerPool]:
+    async with open_catalog(IcebergOptions(job_deadline_s=deadline_s), tmp_path) as catalog:
+        yield catalog._encode.pools[0]
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+async def test_worker_outlives_the_thread_that_could_have_started_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PR_SET_PDEATHSIG acts on threads: the end of a pooled thread must not take a worker with it."""
+    monkeypatch.setattr(thread_cache, "IDLE_TIMEOUT", 0.05)
+    async with _pool(tmp_path) as pool:
+        first = await pool.run(os.getpid)
+        await trio.to_thread.run_sync(bool)
+        await trio.sleep(0.5)
+        assert await pool.run(os.getpid) == first != os.getpid()
+
+
+async def test_missed_deadline_kills_the_worker(tmp_path: Path) -> None:
+    """A job past its deadline ends as unavailable, its worker with it; the next job gets another (R19)."""
+    async with _pool(tmp_path, deadline_s=1) as pool:
+        pid = await pool.run(os.getpid)
+        with pytest.raises(CatalogUnavailable, match="sleep took longer than 1 s"):
+            await pool.run(time.sleep, 60)
+        assert not _alive(pid)
+        assert await pool.run(os.getpid) != pid
+
+
+async def test_waiting_for_a_turn_is_not_counted(tmp_path: Path) -> None:
+    """The deadline is the job's own: a job that waited behind another still has all of it."""
+    async with _pool(tmp_path, deadline_s=1) as pool:
+        await pool.run(os.getpid)
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(pool.run, time.sleep, 0.6)
+
+
+@pytest.mark.parametrize("number", [signal.SIGBUS, signal.SIGSEGV, signal.SIGKILL])
+async def test_dead_worker_costs_its_job_alone(tmp_path: Path, number: signal.Signals) -> None:
+    """A worker that dies, of SIGBUS on a vanished file say, fails one job; the next one runs (R9)."""
+    async with _pool(tmp_path) as pool:
+        with pytest.raises(CatalogUnavailable, match=rf"exit code -{number}"):
+            await pool.run(signal.raise_signal, number)
+        assert await pool.run(os.getpid) > 0
+
+
+async def test_slow_table_is_quarantined_until_it_succeeds(tmp_path: Path) -> None:
+    """A table that missed its deadline runs apart from its shard until a job of it succeeds (R19)."""
+    async with open_catalog(IcebergOptions(job_deadline_s=1), tmp_path) as catalog:
+        shards = catalog._encode
+        other = await shards.run(INFO, os.getpid)
+        with pytest.raises(CatalogUnavailable):
+            await shards.run(INFO, time.sleep, 30)
+        apart = await shards.run(INFO, os.getpid)
+        back = await shards.run(INFO, os.getpid)
+        again = await shards.pools[0].run(os.getpid)
+        assert len({other, apart, back}) == 3
+        assert again == back
+
+
+async def test_encode_and_commit_have_processes_of_their_own(tmp_path: Path) -> None:
+    """Encoding, commits and control calls never share a worker; a table keeps its own (R19)."""
+    async with open_catalog(IcebergOptions(encode_workers=2, commit_workers=2), tmp_path) as catalog:
+        encode = {await pool.run(os.getpid) for pool in catalog._encode.pools}
+        commit = {await pool.run(os.getpid) for pool in catalog._commit.pools}
+        control = {await catalog._control.run(os.getpid)}
+        assert len(encode | commit | control) == 5
+        mine = {await catalog._commit.run(INFO, os.getpid) for _ in range(3)}
+        assert len(mine) == 1
+        assert mine <= commit
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_signals_to_the_group_do_not_stop_workers(tmp_path: Path, number: signal.Signals) -> None:
+    """Ctrl-C in a terminal and a service manager's SIGTERM reach workers too: they go on until closed."""
+    async with _pool(tmp_path) as pool:
+        pid = await pool.run(os.getpid)
+        os.kill(pid, number)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pool.run, time.sleep, 0.3)
+            await trio.sleep(0.1)
+            os.kill(pid, number)
+        assert await pool.run(os.getpid) == pid
+    assert not _alive(pid)
+
+
+async def test_cancelled_job_is_killed(tmp_path: Path) -> None:
+    """Closing never waits for a job: cancelling it kills its worker."""
+    async with _pool(tmp_path) as pool:
+        pid = await pool.run(os.getpid)
+        with trio.move_on_after(0.2) as scope:
+            await pool.run(time.sleep, 60)
+        assert scope.cancelled_caught
+        assert not _alive(pid)
+
+
+SERVER = """
+    import os, sys, time
+    from pathlib import Path
+    import trio
+    from arka.options import IcebergOptions
+    from arka.storage.catalog import open_catalog
+
+    async def main():
+        directory = Path(sys.argv[1])
+        async with open_catalog(IcebergOptions(), directory) as catalog, trio.open_nursery() as nursery:
+            pools = [*catalog._encode.pools, *catalog._commit.pools, catalog._control]
+            pids = [await pool.run(os.getpid) for pool in pools]
+            for pool in pools:
+                nursery.start_soon(pool.run, time.sleep, 60)
+            await trio.sleep(0.2)
+            print(*pids, flush=True)
+            await trio.sleep_forever()
+
+    if __name__ == "__main__":
+        trio.run(main)
+"""
+
+
+@pytest.mark.process
+def test_killed_server_leaves_no_worker(tmp_path: Path) -> None:
+    """SIGKILL of the server kills its workers in the middle of their jobs (R15)."""
+    script = tmp_path / "server.py"
+    script.write_text(textwrap.dedent(SERVER))
+    server = subprocess.Popen([sys.executable, str(script), str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    with server.stdout:
+        pids = [int(pid) for pid in server.stdout.readline().split()]
+        assert len(pids) == 3
+        assert all(map(_alive, pids))
+        server.kill()
+        server.wait()
+    while any(map(_alive, pids)):
+        time.sleep(0.01)
+
+
+@pytest.mark.process
+def test_server_never_loads_pyiceberg() -> None:
+    """The server names its jobs without importing what they need: that is for the workers."""
+    code = "import sys, arka.storage.catalog; print([m for m in sys.modules if m.split('.')[0] in BAD])"
+    found = subprocess.run(
+        [sys.executable, "-c", f"BAD = ('pyiceberg', 'sqlalchemy', 'pydantic')\n{code}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.strip() == "[]"
+
+
+async def test_start_warms_every_pool(tmp_path: Path) -> None:
+    """After ``start`` the first jobs find their workers running, and an SQL catalog has its tables."""
+    async with open_catalog(IcebergOptions(), tmp_path) as catalog:
+        await catalog.start()
+        pools = [*catalog._encode.pools, *catalog._commit.pools, catalog._control]
+        assert [pool._context.statistics().idle_workers for pool in pools] == [1, 1, 1]
+        assert (tmp_path / "catalog.db").exists()
+        assert await catalog.list_tables() == []
+
+
+async def test_start_without_a_catalog_is_unavailable(tmp_path: Path) -> None:
+    """A catalog that does not answer makes ``start`` fail in a way that may pass."""
+    options = IcebergOptions(catalog_uri="http://127.0.0.1:9")
+    async with open_catalog(options, tmp_path) as catalog:
+        with pytest.raises(CatalogUnavailable, match="ConnectionError"):
+            await catalog.start()
+
+
+@pytest.fixture
+async def catalog(tmp_path: Path) -> AsyncIterator[IcebergCatalog]:
+    async with open_catalog(IcebergOptions(), tmp_path) as opened:
+        yield opened
+
+
+async def test_errors_cross_as_what_they_are(catalog: IcebergCatalog, tmp_path: Path) -> None:
+    """A definite error keeps its type and fields, an unknown one becomes unavailable, a bug internal."""
+    missing = SegmentSlice(str(tmp_path / "gone"), 1, 1, b"")
+    job = EncodeJob(INFO, {}, UUID(int=1), 0, 1, (missing,))
+    with pytest.raises(CatalogUnavailable, match="FileNotFoundError"):
+        await catalog.encode(job)
+    (tmp_path / "short").write_bytes(b"ARKS")
+    short = SegmentSlice(str(tmp_path / "short"), 1, 1, b"")
+    with pytest.raises(DataCorruption) as damaged:
+        await catalog.encode(EncodeJob(INFO, {}, UUID(int=1), 0, 1, (short,)))
+    assert damaged.value.path == short.path
+    assert damaged.value.__cause__ is None
+    nonsense: Any = 5
+    with pytest.raises(InternalError, match="AttributeError"):
+        await catalog.encode(EncodeJob(INFO, {}, UUID(int=1), 0, 1, (nonsense,)))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        DataCorruption("/segment", 64, "a frame", "zeros"),
+        InvalidRequest("No such column: x"),
+        InternalError("broken", retryable=True),
+        CatalogUnavailable("refused"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_can_be_pickled(error: Exception) -> None:
+    """Errors come out of a pickle as they went in: workers hand them over that way."""
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is type(error)
+    assert str(copy) == str(error)
+    assert vars(copy) == vars(error)
+
+
+def test_jobs_are_importable_by_name() -> None:
+    """Each job is found again under its name in a fresh process."""
+    for name in worker.__all__:
+        job = getattr(worker, name)
+        assert pickle.loads(pickle.dumps(job)) is job

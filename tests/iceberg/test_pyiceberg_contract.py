@@ -1,0 +1,202 @@
+"""The parts of pyiceberg and trio-parallel that are not public and that Arka overrides or calls.
+
+Each is held as it was when the code that relies on it was written. A failure here means: read what changed
+there, then change ``arka.iceberg`` or this test.
+"""
+
+from __future__ import annotations
+
+import inspect
+from importlib.metadata import version
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pyiceberg import table as pyiceberg_table
+from pyiceberg.catalog import Catalog, MetastoreCatalog
+from pyiceberg.catalog.sql import IcebergTables, SqlCatalog
+from pyiceberg.io import FileIO, InputFile, OutputFile
+from pyiceberg.io import pyarrow as pyiceberg_pyarrow
+from pyiceberg.manifest import DataFile, ManifestFile, write_manifest, write_manifest_list
+from pyiceberg.table import update as table_update
+from pyiceberg.table.locations import LocationProvider, SimpleLocationProvider
+from pyiceberg.table.metadata import TableMetadataV2, new_table_metadata
+from pyiceberg.table.snapshots import Snapshot, SnapshotSummaryCollector, update_snapshot_summaries
+from pyiceberg.table.sorting import UNSORTED_SORT_ORDER
+from trio_parallel import WorkerContext
+from trio_parallel._proc import SpawnProcWorker
+
+from arka.iceberg import sqlcatalog
+from arka.iceberg.partition import new_partition_spec
+from arka.iceberg.schema import new_iceberg_schema
+from arka.storage import catalog as storage_catalog
+
+
+def _parameters(function: Any) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def test_version_is_the_one_that_was_read() -> None:
+    """The overrides were written against this version; pyproject pins it."""
+    assert version("pyiceberg") == "0.12.0"
+
+
+@pytest.mark.parametrize(
+    ("function", "parameters"),
+    [
+        (SqlCatalog._convert_orm_to_iceberg, ["self", "orm_table"]),
+        (
+            MetastoreCatalog._update_and_stage_table,
+            ["self", "current_table", "table_identifier", "requirements", "updates"],
+        ),
+        (MetastoreCatalog._parse_metadata_version, ["metadata_location"]),
+        (SqlCatalog.commit_table, ["self", "table", "requirements", "updates"]),
+        (table_update._apply_table_update, ["update", "base_metadata", "context"]),
+        (
+            table_update._update_table_metadata_log,
+            ["base_metadata", "metadata_location", "last_updated_ms"],
+        ),
+        (table_update._TableMetadataUpdateContext, []),
+        (
+            write_manifest,
+            ["format_version", "spec", "schema", "output_file", "snapshot_id", "avro_compression"],
+        ),
+        (
+            write_manifest_list,
+            [
+                "format_version",
+                "output_file",
+                "snapshot_id",
+                "parent_snapshot_id",
+                "sequence_number",
+                "avro_compression",
+            ],
+        ),
+        (ManifestFile.fetch_manifest_entry, ["self", "io", "discard_deleted"]),
+        (Snapshot.manifests, ["self", "io"]),
+        (SnapshotSummaryCollector.add_file, ["self", "data_file", "schema", "partition_spec"]),
+        (update_snapshot_summaries, ["summary", "previous_summary"]),
+        (pyiceberg_pyarrow.compute_statistics_plan, ["schema", "table_properties"]),
+        (pyiceberg_pyarrow.parquet_path_to_id_mapping, ["schema"]),
+        (
+            pyiceberg_pyarrow.data_file_statistics_from_parquet_metadata,
+            ["parquet_metadata", "stats_columns", "parquet_column_mapping"],
+        ),
+        (LocationProvider.new_data_location, ["self", "data_file_name", "partition_key"]),
+        (pyiceberg_table.Table._do_commit, ["self", "updates", "requirements"]),
+        (SpawnProcWorker.start, ["self"]),
+    ],
+    ids=lambda value: value.__qualname__ if callable(value) else "",
+)
+def test_signatures(function: Any, parameters: list[str]) -> None:
+    """What is overridden or called takes what it took."""
+    assert _parameters(function) == parameters
+
+
+def test_our_overrides_override_something() -> None:
+    """Each method of the lean catalog that means to replace one of pyiceberg's does."""
+    ours = {name for name, member in vars(sqlcatalog.LeanSqlCatalog).items() if inspect.isfunction(member)}
+    assert ours == {
+        "__init__",
+        "_convert_orm_to_iceberg",
+        "_remember",
+        "_update_and_stage_table",
+        "commit_table",
+    }
+    for name in ours - {"_remember"}:
+        assert callable(getattr(SqlCatalog, name))
+
+
+def test_commit_table_works_as_assumed() -> None:
+    """The SQL catalog stages, writes metadata, and swaps on the location it staged from, in this order."""
+    source = inspect.getsource(SqlCatalog.commit_table)
+    steps = [
+        "current_table = self.load_table(table_identifier)",
+        "self._update_and_stage_table(current_table, table.name(), requirements, updates)",
+        "self._write_metadata(",
+        "IcebergTables.metadata_location == current_table.metadata_location",
+        "session.commit()",
+    ]
+    places = [source.find(step) for step in steps]
+    assert -1 not in places
+    assert places == sorted(places)
+    assert hasattr(IcebergTables, "metadata_location")
+
+
+def test_load_table_converts_through_the_override() -> None:
+    """Loading asks the database for the location and our override for the metadata."""
+    assert "self._convert_orm_to_iceberg(result)" in inspect.getsource(SqlCatalog.load_table)
+
+
+def test_metadata_is_frozen_and_updates_copy() -> None:
+    """Metadata can be shared: it refuses assignment, and applying an update leaves it as it was."""
+    schema = new_iceberg_schema(pa.schema([("n", pa.int64())]))
+    metadata = new_table_metadata(
+        schema=schema,
+        partition_spec=new_partition_spec(schema, ()),
+        sort_order=UNSORTED_SORT_ORDER,
+        location="file:///t",
+        properties={},
+    )
+    assert isinstance(metadata, TableMetadataV2)
+    with pytest.raises(ValueError, match="frozen"):
+        metadata.location = "file:///other"
+    before = metadata.model_dump_json()
+    update = table_update.SetPropertiesUpdate(updates={"a": "b"})
+    ours = sqlcatalog.apply_updates(metadata, (update,), "file:///t/metadata/1.json")
+    theirs = table_update.update_table_metadata(
+        metadata, (update,), metadata_location="file:///t/metadata/1.json"
+    )
+    assert metadata.model_dump_json() == before
+    same = {"last_updated_ms"}
+    assert ours.model_dump(exclude=same) == theirs.model_dump(exclude=same)
+    assert ours.properties == {"a": "b"}
+
+
+def test_retry_is_read_from_table_properties() -> None:
+    """Pyiceberg's own retry obeys the property that the stock path sets to zero."""
+    source = inspect.getsource(pyiceberg_table.Transaction.commit_transaction)
+    assert "properties = self._table.metadata.properties" in source
+    assert "for attempt in range(num_retries + 1)" in source
+    assert pyiceberg_table.TableProperties.COMMIT_NUM_RETRIES == "commit.retry.num-retries"
+
+
+def test_data_files_take_a_spec_id_afterwards() -> None:
+    """A data file's spec id is an attribute of its own, set after the record is made."""
+    file = DataFile.from_args(file_path="f", spec_id=3)
+    with pytest.raises(AttributeError):
+        _ = file.spec_id
+    file.spec_id = 3
+    assert file.spec_id == 3
+
+
+def test_location_providers_only_ask_for_a_path() -> None:
+    """A partition key is asked for its path and nothing else."""
+
+    class Folder:
+        def to_path(self) -> str:
+            return "a=1"
+
+    folder: Any = Folder()
+    provider = SimpleLocationProvider("file:///t", {})
+    assert provider.new_data_location("f.parquet", folder) == "file:///t/data/a=1/f.parquet"
+
+
+def test_file_io_interface() -> None:
+    """Our file access implements all that pyiceberg's interface asks for."""
+    assert {"new_input", "new_output", "delete"} == FileIO.__abstractmethods__
+    assert {"__len__", "exists", "open"} == InputFile.__abstractmethods__
+    assert {"__len__", "exists", "to_input_file", "create"} == OutputFile.__abstractmethods__
+    assert Catalog._load_file_io
+
+
+def test_worker_context_makes_processes_of_its_class() -> None:
+    """trio-parallel starts each process through the class that Arka replaces, and through ``start``."""
+    source = inspect.getsource(WorkerContext.run_sync)
+    assert "self._worker_class(" in source
+    assert "await worker.start()" in source
+    body = inspect.getsource(SpawnProcWorker.start)
+    assert "trio.to_thread.run_sync(self.proc.start)" in body
+    assert "self._child_send_pipe.close()" in body
+    assert "self._child_recv_pipe.close()" in body
+    assert issubclass(storage_catalog._SteadyWorker, SpawnProcWorker)
