@@ -25,7 +25,7 @@ from arka.flight.http2 import ConnectionFactory
 from arka.flight.service import FlightService, prepare_spill_dir
 from arka.options import Settings
 from arka.storage.catalog import open_catalog
-from arka.storage.datadir import announce, free_bytes, lock_data_dir
+from arka.storage.datadir import announce, disk_uuid, free_bytes, lock_data_dir
 from arka.storage.disk import PosixDisk
 from arka.storage.objects import open_object_store, read_range
 from arka.tiers.admission import Ledger
@@ -117,9 +117,7 @@ class Server:
 
     async def _accept(self, accepting: trio.CancelScope, connections: trio.Nursery) -> None:
         with accepting:
-            await trio.serve_listeners(
-                self._connections.serve, self._listeners, handler_nursery=connections
-            )
+            await trio.serve_listeners(self._connections.serve, self._listeners, handler_nursery=connections)
         for listener in self._listeners:
             await listener.aclose()
 
@@ -200,7 +198,7 @@ async def _engine(settings: Settings, data_dir: Path) -> AsyncIterator[OpenLog]:
                 tier=tier,
                 hint="it lies in the data directory: its acks do not survive the loss of this disk",
             )
-    rng = random.Random()  # noqa: S311  (jitter of retries)
+    rng = random.Random()
     async with open_catalog(settings.iceberg, data_dir, settings.iceberg.catalog) as catalog:
         await catalog.start()
         yield await open_pipeline(
@@ -209,6 +207,7 @@ async def _engine(settings: Settings, data_dir: Path) -> AsyncIterator[OpenLog]:
             disk=PosixDisk(),
             store=open_object_store(settings.object_store),
             catalog=catalog,
+            disk_uuid=disk_uuid(data_dir),
             read_range=read_range,
             read_free=lambda: free_bytes(data_dir),
             survival=survival,

@@ -12,7 +12,7 @@ Source: https://arrow.apache.org/docs/format/Columnar.html (Message.fbs, Schema.
 """
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
@@ -395,8 +395,11 @@ def dictionary_batch(bytes header):
 # ---------------------------------------------------------------------------------------------------
 # Record batches
 
-def view_bytes(views, validity, Py_ssize_t offset, Py_ssize_t length):
-    """Sum the lengths that the valid views of a string_view or binary_view array claim (T14).
+def clean_views(views, validity, Py_ssize_t offset, Py_ssize_t length):
+    """Copy the views of a string_view or binary_view array, with empty ones where it is null (T13, T14).
+
+    Arrow validates no view in a null's place, and its casts add up the lengths there all the same: one
+    negative length kills the process (pyarrow 26).
 
     Args:
         views: the array's buffer of 16-byte views.
@@ -404,50 +407,59 @@ def view_bytes(views, validity, Py_ssize_t offset, Py_ssize_t length):
         offset: the array's offset, in elements.
         length: the array's length, in elements.
 
+    Returns:
+        (the views of these elements alone, the sum of the lengths that they claim).
+
     Raises:
-        ValueError: a buffer is shorter than offset and length need.
+        ValueError: a buffer is shorter than offset and length need, or a length is negative.
     """
     cdef Py_buffer data
     cdef Py_buffer bits
+    cdef const unsigned char *bitmap = NULL
     cdef int64_t total
+    cdef unsigned char *target
+    cdef bytes copied
     if not 0 <= offset <= MAX_ROWS or not 0 <= length <= MAX_ROWS:
         raise ValueError(f"no views at {offset} for {length}")
     PyObject_GetBuffer(views, &data, PyBUF_SIMPLE)
     try:
         if data.len < 16 * (offset + length):
             raise ValueError(f"{data.len} bytes of views are too few for {offset + length} elements")
-        if validity is None:
-            # SAFETY: the buffers are held until they are released below, and are as long as needed.
-            with nogil:
-                total = _sum_views(<const unsigned char *> data.buf, NULL, offset, length)
-            return total
-        PyObject_GetBuffer(validity, &bits, PyBUF_SIMPLE)
-        try:
-            if 8 * bits.len < offset + length:
-                raise ValueError(f"{bits.len} bytes of validity are too few for {offset + length} elements")
-            with nogil:
-                total = _sum_views(
-                    <const unsigned char *> data.buf, <const unsigned char *> bits.buf, offset, length
-                )
-            return total
-        finally:
-            PyBuffer_Release(&bits)
+        copied = PyBytes_FromStringAndSize(<char *> data.buf + 16 * offset, 16 * length)
     finally:
         PyBuffer_Release(&data)
+    if validity is not None:
+        PyObject_GetBuffer(validity, &bits, PyBUF_SIMPLE)
+        bitmap = <const unsigned char *> bits.buf
+    try:
+        if validity is not None and 8 * bits.len < offset + length:
+            raise ValueError(f"{bits.len} bytes of validity are too few for {offset + length} elements")
+        # SAFETY: ``copied`` is new and nobody else's yet; ``bits`` is held and long enough.
+        target = <unsigned char *> PyBytes_AS_STRING(copied)
+        with nogil:
+            total = _clean_views(target, bitmap, offset, length)
+    finally:
+        if validity is not None:
+            PyBuffer_Release(&bits)
+    if total < 0:
+        raise ValueError("a view has a negative length")
+    return copied, total
 
 
-cdef int64_t _sum_views(
-    const unsigned char *views, const unsigned char *bits, Py_ssize_t offset, Py_ssize_t length
+cdef int64_t _clean_views(
+    unsigned char *views, const unsigned char *bits, Py_ssize_t offset, Py_ssize_t length
 ) noexcept nogil:
     cdef Py_ssize_t i
     cdef int32_t size
     cdef int64_t total = 0
-    for i in range(offset, offset + length):
-        if bits != NULL and not bits[i >> 3] >> (i & 7) & 1:
+    for i in range(length):
+        if bits != NULL and not bits[(offset + i) >> 3] >> ((offset + i) & 7) & 1:
+            memset(views + 16 * i, 0, 16)
             continue
         memcpy(&size, views + 16 * i, 4)
-        if size > 0:
-            total += size
+        if size < 0:
+            return -1
+        total += size
     return total
 
 

@@ -295,7 +295,8 @@ cdef void bind_parameter(Kernel *kernel, int kind, int source, object type, obje
         if source == DECIMAL:
             # Iceberg spec, appendix A: a manifest holds a decimal in the fewest bytes for its precision.
             bits = 8 * (((10**type.precision - 1).bit_length() + 8) // 8) - 1
-            kernel.lowest_wide = -(<int128_t> 1 << <int> bits) if bits < 127 else <int128_t> 1 << 127
+            # In two steps: 2**127 itself is no int128.
+            kernel.lowest_wide = -(<int128_t> 1 << <int> (bits - 1)) * 2
 
 
 @final

@@ -70,6 +70,7 @@ cdef class Splitter:
     cdef int64_t consumed_bytes
     # The DATA frame that is being read.
     cdef bint in_data
+    cdef bint bulk
     cdef int64_t payload_left
     cdef int64_t padding_left
     cdef int64_t padding_bytes

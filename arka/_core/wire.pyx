@@ -111,6 +111,8 @@ cdef enum:
     #: Room left in the receive buffer behind a body that is received in place, bytes: what is taken of the
     #: next frame is copied, so not much more than its header and the next message's fields.
     DIRECT_TAIL = 4096
+    #: DATA frame, bytes, after which another large one is expected.
+    BULK_FRAME = 65536
 
 #: The inbound window of a stream, bytes: its INITIAL_WINDOW_SIZE (T4).
 INITIAL_WINDOW = 65536
@@ -630,6 +632,9 @@ cdef class Splitter:
                 self.direct_assembler = self.current
                 room = self.current.frame.body_offset + self.current.filled
                 return [memoryview(self.current.frame)[room:room + self.direct], memoryview(self)[:DIRECT_TAIL]]
+        if self.bulk:
+            # The next body shall be received in place, so take little more than what comes before it.
+            stop = min(stop, self.end + DIRECT_TAIL)
         return [memoryview(self)[self.end:stop]]
 
     def received(self, int64_t size):
@@ -716,6 +721,7 @@ cdef class Splitter:
         self.connection_window -= length
         self.start += FRAME_HEADER + (padding > 0)
         self.in_data = True
+        self.bulk = length >= BULK_FRAME
         self.length = length
         self.data_length = length
         self.padding_bytes = padding

@@ -59,9 +59,7 @@ def _field(tag: bytes, value: bytes) -> bytes:
 
 _EMPTY_SCHEMA: Final = pa.schema([])
 # FlightData: data_header is field 2, app_metadata field 3; PutResult: app_metadata is field 1.
-_SCHEMA_HEADER: Final = _field(
-    b"\x12", pa.ipc.read_message(_EMPTY_SCHEMA.serialize()).metadata.to_pybytes()
-)
+_SCHEMA_HEADER: Final = _field(b"\x12", pa.ipc.read_message(_EMPTY_SCHEMA.serialize()).metadata.to_pybytes())
 _BATCH_HEADER: Final = _field(
     b"\x12",
     pa.ipc.read_message(pa.RecordBatch.from_arrays([], schema=_EMPTY_SCHEMA).serialize()).metadata.to_pybytes(),
@@ -226,9 +224,7 @@ class AckQueue:
                 if pending is not None:
                     left -= self._emit_pending(tier, pending, out)
                     pending = None
-                left -= self._emit(
-                    out, self._encode(tier, lsn, now_us(), sequence, None, special.code, special.detail)
-                )
+                left -= self._emit(out, self._encode(tier, lsn, now_us(), sequence, None, special.code, special.detail))
                 del self._special[sequence]
                 sequence += 1
                 continue
@@ -251,7 +247,15 @@ class AckQueue:
                 left -= self._emit(
                     out,
                     self._encode(
-                        tier, lsn, timestamp_us, sequence, rows, code, None, snapshot_id, duplicate=special is not None
+                        tier,
+                        lsn,
+                        timestamp_us,
+                        sequence,
+                        rows,
+                        code,
+                        None,
+                        snapshot_id,
+                        duplicate=special is not None,
                     ),
                 )
             sequence += 1
@@ -275,9 +279,7 @@ class AckQueue:
                 level = next(tier for tier in _TIERS if self._cursor[tier] <= sequence)
                 left -= self._emit(
                     out,
-                    self._encode(
-                        level, self._lsns[index], now_us(), sequence, None, failure.code, failure.detail
-                    ),
+                    self._encode(level, self._lsns[index], now_us(), sequence, None, failure.code, failure.detail),
                 )
             sequence += 1
             for tier in _TIERS:

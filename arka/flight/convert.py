@@ -170,15 +170,25 @@ class Converter:
         types = pa.types
         target = step.target
         if types.is_string_view(array.type) or types.is_binary_view(array.type):
-            validity, views = array.buffers()[:2]
-            bits = validity if array.null_count else None
-            self._spend(ipc.view_bytes(views, bits, array.offset, len(array)) if views else 0, step)
+            array = self._clean_views(array, step)
         elif types.is_large_string(array.type) or types.is_large_binary(array.type):
             self._spend(array.nbytes, step)
         self._spend(len(array) * _width(target), step)
         if isinstance(target, pa.BaseExtensionType):
             return pa.ExtensionArray.from_storage(target, array)
         return array if array.type == target else pc.cast(array, target, safe=True)
+
+    def _clean_views(self, array: pa.Array, step: Step) -> pa.Array:
+        """Make a view array that a cast can follow, once it is known how long it becomes.
+
+        Views may name the same bytes over and over, and those in a null's place anything at all.
+        """
+        validity, views, *data = array.buffers()
+        bits = validity if array.null_count else None
+        cleaned, size = ipc.clean_views(views or b"", bits, array.offset, len(array))
+        self._spend(size, step)
+        mask = array.is_valid().buffers()[1] if bits is not None else None
+        return pa.Array.from_buffers(array.type, len(array), [mask, pa.py_buffer(cleaned), *data], array.null_count)
 
     def _decode(self, array: pa.Array, step: Step) -> pa.Array:
         """Replace indices by their values, once it is known how long those are together."""

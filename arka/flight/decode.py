@@ -130,16 +130,16 @@ class BatchDecoder:
         stream, ids = self._read_schema(header)
         if self._stream is not None:
             if not stream.equals(self._stream) or ids != self._dictionary_ids:
-                raise InvalidRequest(
-                    "A second, different schema came on this stream: open another stream for it"
-                )
+                raise InvalidRequest("A second, different schema came on this stream: open another stream for it")
             return
-        conformance = plan_conformance(stream, self._table)
+        try:
+            conformance = plan_conformance(stream, self._table)
+        except UnicodeDecodeError as error:
+            # Arrow keeps names and time zones as bytes; they are decoded when they are asked for.
+            raise InvalidRequest(f"Malformed schema message: a name is not UTF-8: {error}") from error
         dictionaries = StreamDictionaries(ids, conformance.dictionary_types, self._limits)
         wire = wire_schema(stream)
-        self._table_layout = plan_layout(
-            self._relaxed(conformance), required=True, ranges=self._storable.ranges
-        )
+        self._table_layout = plan_layout(self._relaxed(conformance), required=True, ranges=self._storable.ranges)
         self._wire_layout = plan_layout(wire)
         self._stream, self._wire, self._header = stream, wire, header
         self._dictionary_ids, self._dictionaries = ids, dictionaries
@@ -148,17 +148,13 @@ class BatchDecoder:
     def _read_schema(self, header: bytes) -> tuple[pa.Schema, tuple[int, ...]]:
         """Read a schema message; an unknown header type would skip Arrow's verifier (T13)."""
         if len(header) > MAX_SCHEMA_BYTES:
-            raise InvalidRequest(
-                f"The stream's schema has {len(header)} bytes, at most {MAX_SCHEMA_BYTES} are legal"
-            )
+            raise InvalidRequest(f"The stream's schema has {len(header)} bytes, at most {MAX_SCHEMA_BYTES} are legal")
         try:
             if ipc.message_type(header) != ipc.SCHEMA:
                 raise InvalidRequest(f"IPC message of type {ipc.message_type(header)}, expected a schema")
             if ipc.schema_endianness(header) != 0:
                 raise InvalidRequest("The stream is big-endian: send little-endian Arrow data")
             stream = pa.ipc.read_schema(pa.py_buffer(FrameBuffer(header, 0)).slice(FRAME_HEADER_BYTES))
-            # Names are decoded when they are first asked for.
-            _ = stream.names
             return stream, tuple(ipc.schema_dictionary_ids(header))
         except REFUSALS as error:
             raise InvalidRequest(f"Malformed schema message: {error}") from error

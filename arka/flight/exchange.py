@@ -155,7 +155,9 @@ class Exchange:
             elif kind == ipc.DICTIONARY_BATCH:
                 self._require_decoder().add_dictionary(message)
             else:
-                raise InvalidRequest(f"IPC message of type {kind} in a write stream: expected schema, dictionary or batch")
+                raise InvalidRequest(
+                    f"IPC message of type {kind} in a write stream: expected schema, dictionary or batch"
+                )
         except ValueError as error:
             raise InvalidRequest(f"Malformed IPC message: {error}") from error
         finally:
@@ -203,7 +205,9 @@ class Exchange:
         if request.idempotency_key is not None:
             _check_key(request.idempotency_key)
             if request.resume_after_lsn is not None and request.key_start is None:
-                raise InvalidRequest("resume_after_lsn with an idempotency_key needs key_start: the next batch's number")
+                raise InvalidRequest(
+                    "resume_after_lsn with an idempotency_key needs key_start: the next batch's number"
+                )
             self._key_prefix = request.idempotency_key
             self._key_next = request.key_start or 0
         if request.resume_after_lsn is not None:

@@ -125,12 +125,12 @@ class StreamIntake:
         assembler: MessageAssembler,
         ledger: Ledger,
         read_ahead: ReadAhead,
-        on_credit: Callable[[], None],
+        on_credit: Callable[[bool], None],
     ) -> None:
         """Charge the initial window.
 
         Args:
-            on_credit: called when ``increment`` becomes more than zero.
+            on_credit: called when ``increment`` grows, with whether the peer should be told at once.
         """
         self.assembler = assembler
         self.increment = 0
@@ -204,7 +204,7 @@ class StreamIntake:
             self._current = self._reserve.split(total)
             self._read_ahead.give_back(total)
             self.assembler.ahead = ahead - total
-            self._reserve_ahead(total)
+            self._reserve_ahead(total, shortfall)
         elif shortfall > 0:
             if self._closed:
                 self._deferred = total
@@ -308,7 +308,7 @@ class StreamIntake:
         if charge is not None:
             self._current = charge
             self._credit(total - granted_ahead)
-            self._reserve_ahead(total)
+            self._reserve_ahead(total, total)
             return
         self._open = entry = _Entry(self, total, total - granted_ahead)
         self._awaiting.append(entry)
@@ -348,7 +348,7 @@ class StreamIntake:
         self._inbox_cost += total + _MESSAGE_OVERHEAD
         self._wakeup.set()
 
-    def _reserve_ahead(self, total: int) -> None:
+    def _reserve_ahead(self, total: int, shortfall: int) -> None:
         """Grant about two messages like the recent ones in advance, if that makes nobody wait."""
         self._recent = recent = max(total, (7 * self._recent + total) // 8)
         ahead = self.assembler.ahead
@@ -361,7 +361,8 @@ class StreamIntake:
         self._drop_reserve(ahead)
         self._reserve = charge
         self.assembler.ahead = want
-        self._credit(want - ahead)
+        # While the peer has half a message's window beyond this one, its ack can carry the update.
+        self._pay(want - ahead, urgent=-shortfall - self.increment < recent // 2)
 
     def _drop_reserve(self, amount: int) -> None:
         reserve, self._reserve = self._reserve, None
@@ -389,18 +390,19 @@ class StreamIntake:
     def _credit(self, amount: int) -> None:
         self._owed += amount
         if not self._closed and (self._owed >= _CREDIT_BYTES or self.assembler.window < INITIAL_WINDOW // 2):
-            self._pay()
+            self._pay(0, urgent=True)
 
-    def _pay(self) -> None:
-        owed, self._owed = self._owed, 0
-        if owed and not self.ended:
-            self.assembler.window += owed
-            self.increment += owed
-            self._on_credit()
+    def _pay(self, amount: int, *, urgent: bool) -> None:
+        """Enlarge the window by ``amount`` and what was put off."""
+        amount, self._owed = amount + self._owed, 0
+        if amount and not self.ended:
+            self.assembler.window += amount
+            self.increment += amount
+            self._on_credit(urgent)
 
     def _reopen(self) -> None:
         """The inbox has room again: make up for what was put off."""
-        self._pay()
+        self._pay(0, urgent=True)
         deferred, self._deferred = self._deferred, 0
         if deferred:
             self._request(deferred)

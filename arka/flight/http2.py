@@ -338,7 +338,7 @@ class Connection:
         stream = _Stream(
             stream_id,
             StreamIntake(
-                assembler, self._factory.ledger, self._factory.read_ahead, lambda: self._owe_window(stream)
+                assembler, self._factory.ledger, self._factory.read_ahead, lambda urgent: self._owe_window(stream, urgent)
             ),
             StreamOutput(stream_id, self._make_ready),
         )
@@ -522,9 +522,10 @@ class Connection:
         self._turns.add(output)
         self._wakeup.set()
 
-    def _owe_window(self, stream: _Stream) -> None:
+    def _owe_window(self, stream: _Stream, urgent: bool) -> None:
         self._updates.setdefault(stream)
-        self._wakeup.set()
+        if urgent:
+            self._wakeup.set()
 
     def _windows_moved(self, stream_id: int) -> None:
         """Give a turn to a stream whose window has grown; 0: to all of them."""

@@ -37,7 +37,11 @@ _MESSAGES: Final[dict[str, tuple[tuple[str, int, str, bool], ...]]] = {
     "Action": (("type", 1, "string", False), ("body", 2, "bytes", False)),
     "Result": (("body", 1, "bytes", False),),
     "SchemaResult": (("schema", 1, "bytes", False),),
-    "FlightDescriptor": (("type", 1, "int32", False), ("cmd", 2, "bytes", False), ("path", 3, "string", True)),
+    "FlightDescriptor": (
+        ("type", 1, "int32", False),
+        ("cmd", 2, "bytes", False),
+        ("path", 3, "string", True),
+    ),
     "Ticket": (("ticket", 1, "bytes", False),),
     "Location": (("uri", 1, "string", False),),
     "FlightEndpoint": (("ticket", 1, "Ticket", False), ("location", 2, "Location", True)),
@@ -70,12 +74,15 @@ def _build() -> dict[str, type[Message]]:
                 message.field.add(name=field, number=number, type=_KINDS[kind], label=label)
             else:
                 message.field.add(
-                    name=field, number=number, type=_F.TYPE_MESSAGE, label=label, type_name=f".{PACKAGE}.{kind}"
+                    name=field,
+                    number=number,
+                    type=_F.TYPE_MESSAGE,
+                    label=label,
+                    type_name=f".{PACKAGE}.{kind}",
                 )
     pool.Add(file)
     return {
-        name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{PACKAGE}.{name}"))
-        for name in _MESSAGES
+        name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{PACKAGE}.{name}")) for name in _MESSAGES
     }
 
 

@@ -250,7 +250,8 @@ class FlightService:
                 result = await self._flush(body)
             case unknown:
                 raise ArkaError(
-                    f"Unknown action {unknown!r}: expected one of {', '.join(_ACTIONS)}", code=ErrorCode.UNIMPLEMENTED
+                    f"Unknown action {unknown!r}: expected one of {', '.join(_ACTIONS)}",
+                    code=ErrorCode.UNIMPLEMENTED,
                 )
         await call.send(messages.build("Result", body=json.dumps(result).encode()))
 
@@ -284,7 +285,9 @@ class FlightService:
                 "writes_from_lsn": table.backlog.first_lsn,
                 "frame_bytes": table.backlog.frame_bytes,
             },
-            "snapshot_id": None if table.committed.latest.snapshot_id is None else str(table.committed.latest.snapshot_id),
+            "snapshot_id": None
+            if table.committed.latest.snapshot_id is None
+            else str(table.committed.latest.snapshot_id),
             "survives": self._pipeline.survival,
         }
 

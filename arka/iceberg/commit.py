@@ -182,9 +182,7 @@ def _stock_append(config: CatalogConfig, table: Table, job: CommitJob) -> int:
     return snapshot_id
 
 
-def _resolve(
-    opened: Catalog, identifier: tuple[str, ...], job: CommitJob, error: _UnknownOutcome
-) -> CommitResult:
+def _resolve(opened: Catalog, identifier: tuple[str, ...], job: CommitJob, error: _UnknownOutcome) -> CommitResult:
     """Find out from freshly loaded metadata whether a commit happened (R16)."""
     try:
         table = _load(opened, identifier)

@@ -44,9 +44,7 @@ class CatalogConfig:
         return self.uri.startswith(("http://", "https://"))
 
     @classmethod
-    def from_options(
-        cls, options: IcebergOptions, data_dir: Path, properties: Mapping[str, str]
-    ) -> CatalogConfig:
+    def from_options(cls, options: IcebergOptions, data_dir: Path, properties: Mapping[str, str]) -> CatalogConfig:
         """Fill in what options leave empty.
 
         Args:

@@ -148,9 +148,7 @@ def describe(table: Table) -> CatalogTable:
     metadata = table.metadata
     name = TableName(*table.name())
     if metadata.format_version != _FORMAT_VERSION:
-        raise CatalogConflict(
-            f"table {name} has format version {metadata.format_version}, expected {_FORMAT_VERSION}"
-        )
+        raise CatalogConflict(f"table {name} has format version {metadata.format_version}, expected {_FORMAT_VERSION}")
     try:
         schema = arrow_schema(metadata.schema())
     except UnsupportedType as error:

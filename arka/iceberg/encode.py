@@ -54,11 +54,13 @@ def encode(config: CatalogConfig, job: EncodeJob) -> StagedFiles:
     writer = file_writer(table, config.properties)
     sorter = _Sorter(table, writer, f"{job.after_lsn + 1}-{job.through_lsn}", config.target_file_bytes)
     rows = 0
-    for batch, size in _batches(job):
-        rows += batch.num_rows
-        if batch.num_rows:
-            sorter.add(batch, size)
-    return StagedFiles(job.after_lsn, job.through_lsn, tuple(sorter.finish()), rows)
+    with writer.io.batch():
+        for batch, size in _batches(job):
+            rows += batch.num_rows
+            if batch.num_rows:
+                sorter.add(batch, size)
+        files = sorter.finish()
+    return StagedFiles(job.after_lsn, job.through_lsn, tuple(files), rows)
 
 
 def _batches(job: EncodeJob) -> Iterator[tuple[pa.RecordBatch, int]]:
@@ -70,8 +72,7 @@ def _batches(job: EncodeJob) -> Iterator[tuple[pa.RecordBatch, int]]:
             # Invariant: LSNs rise through the slices of a job and stay inside its range.
             if not last < header.lsn <= job.through_lsn:
                 raise InternalError(
-                    f"{piece.path}: LSN {header.lsn} of table {job.table.name} "
-                    f"is not in ({last}, {job.through_lsn}]"
+                    f"{piece.path}: LSN {header.lsn} of table {job.table.name} is not in ({last}, {job.through_lsn}]"
                 )
             last = header.lsn
             schema = schemas.get(header.schema_id)

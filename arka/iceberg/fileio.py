@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Final
 
@@ -24,6 +25,8 @@ from pyiceberg.typedef import EMPTY_DICT, Properties
 FILE_IO_CLASS: Final = "arka.iceberg.fileio.WarehouseFileIO"
 
 _FILE_MODE: Final = 0o644
+#: Files of a batch that are open at a time.
+_BATCH_FILES: Final = 128
 
 
 def local_path(location: str) -> str | None:
@@ -68,6 +71,55 @@ def make_directory(path: str) -> None:
     sync_directory(parent)
 
 
+class _Batch:
+    """Files that are written now and made durable together.
+
+    On a journalling file system the first fsync after several writes does most of the work of all.
+    """
+
+    def __init__(self) -> None:
+        # Invariant: each descriptor is open; nothing else closes it. A descriptor from before the write
+        # is what an error of the kernel's writeback is reported to.
+        self._open: list[tuple[int, str]] = []
+
+    def write(self, path: str, data: bytes | memoryview | pa.Buffer, *, overwrite: bool) -> int:
+        """Write a file; its durability comes with ``sync``."""
+        flags = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if overwrite else os.O_EXCL)
+        try:
+            descriptor = os.open(path, flags, _FILE_MODE)
+        except FileNotFoundError:
+            make_directory(os.path.dirname(path))
+            descriptor = os.open(path, flags, _FILE_MODE)
+        self._open.append((descriptor, path))
+        with memoryview(data) as view:
+            written = 0
+            while written < view.nbytes:
+                written += os.write(descriptor, view[written:])
+        if len(self._open) >= _BATCH_FILES:
+            self.sync()
+        return written
+
+    def sync(self) -> None:
+        """Make everything written so far durable, files first, then their directories."""
+        for descriptor, _ in self._open:
+            os.fsync(descriptor)
+        for directory in {os.path.dirname(path): None for _, path in self._open}:
+            sync_directory(directory)
+        self._close()
+
+    def abandon(self) -> None:
+        """Remove what is not durable yet, as far as that is possible."""
+        for _, path in self._open:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        self._close()
+
+    def _close(self) -> None:
+        for descriptor, _ in self._open:
+            os.close(descriptor)
+        self._open.clear()
+
+
 def write_durable(path: str, data: bytes | memoryview | pa.Buffer, *, overwrite: bool = False) -> int:
     """Write a whole file.
 
@@ -85,65 +137,57 @@ def write_durable(path: str, data: bytes | memoryview | pa.Buffer, *, overwrite:
 
     Durability: contents and directory entry are fsynced on return.
     """
-    flags = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if overwrite else os.O_EXCL)
+    batch = _Batch()
     try:
-        descriptor = os.open(path, flags, _FILE_MODE)
-    except FileNotFoundError:
-        make_directory(os.path.dirname(path))
-        descriptor = os.open(path, flags, _FILE_MODE)
-    try:
-        with memoryview(data) as view:
-            size = view.nbytes
-            written = 0
-            while written < size:
-                written += os.write(descriptor, view[written:])
-        os.fsync(descriptor)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
+        size = batch.write(path, data, overwrite=overwrite)
+        batch.sync()
+    except BaseException:
+        batch.abandon()
         raise
-    finally:
-        os.close(descriptor)
-    sync_directory(os.path.dirname(path))
     return size
 
 
 class _DurableStream(io.BytesIO):
-    """Collects a file and writes it durably at ``close``; an error inside ``with`` writes nothing."""
+    """Collects a file and hands it over at ``close``; an error inside ``with`` writes nothing."""
 
-    def __init__(self, file: LocalFile, *, overwrite: bool) -> None:
+    def __init__(self, publish: Callable[[memoryview], None]) -> None:
         super().__init__()
-        self._file = file
-        self._overwrite = overwrite
-        self._abandoned = False
+        self._publish: Callable[[memoryview], None] | None = publish
 
     def close(self) -> None:
         """Write the file; a second call does nothing."""
-        if not self.closed and not self._abandoned:
-            self._abandoned = True
-            self._file.size = write_durable(self._file.path, self.getvalue(), overwrite=self._overwrite)
+        publish, self._publish = self._publish, None
+        if publish is not None:
+            with self.getbuffer() as view:
+                publish(view)
         super().close()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            self._abandoned = True
+            self._publish = None
         self.close()
 
 
 class LocalFile(InputFile, OutputFile):
     """One file of a ``file://`` warehouse, for reading or for one durable write.
 
+    Args:
+        location: its URL.
+        path: where it is.
+        batch: makes it durable later, together with others; None: at the end of the write.
+
     Attributes:
         path: where it is.
         size: bytes, once this object has written it.
     """
 
-    def __init__(self, location: str, path: str) -> None:
+    def __init__(self, location: str, path: str, batch: _Batch | None = None) -> None:
         super().__init__(location=location)
         self.path = path
         self.size: int | None = None
+        self._batch = batch
 
     def __len__(self) -> int:
         return self.size if self.size is not None else os.stat(self.path).st_size
@@ -162,14 +206,19 @@ class LocalFile(InputFile, OutputFile):
         return stream
 
     def create(self, overwrite: bool = False) -> OutputStream:
-        """Open for writing; the file appears, durable, when the stream is closed.
+        """Open for writing; the file appears when the stream is closed.
 
         Raises:
             FileExistsError: it is there and ``overwrite`` is False (raised at close at the latest).
         """
         if not overwrite and self.exists():
             raise FileExistsError(f"Cannot create file, already exists: {self.location}")
-        return _DurableStream(self, overwrite=overwrite)
+
+        def publish(data: memoryview) -> None:
+            write = write_durable if self._batch is None else self._batch.write
+            self.size = write(self.path, data, overwrite=overwrite)
+
+        return _DurableStream(publish)
 
     def to_input_file(self) -> LocalFile:
         """Return the same file for reading."""
@@ -186,6 +235,26 @@ class WarehouseFileIO(FileIO):
     def __init__(self, properties: Properties = EMPTY_DICT) -> None:
         super().__init__(properties=properties)
         self._remote: PyArrowFileIO | None = None
+        self._batch: _Batch | None = None
+
+    @contextlib.contextmanager
+    def batch(self) -> Iterator[None]:
+        """Make local files written inside durable together, at the end instead of each at its own.
+
+        An error inside removes those that are not durable yet.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        self._batch = _Batch()
+        try:
+            yield
+            self._batch.sync()
+        except BaseException:
+            self._batch.abandon()
+            raise
+        finally:
+            self._batch = None
 
     def _other(self) -> PyArrowFileIO:
         if self._remote is None:
@@ -200,7 +269,7 @@ class WarehouseFileIO(FileIO):
     def new_output(self, location: str) -> OutputFile:
         """Return the file at ``location`` for writing."""
         path = local_path(location)
-        return self._other().new_output(location) if path is None else LocalFile(location, path)
+        return self._other().new_output(location) if path is None else LocalFile(location, path, self._batch)
 
     def delete(self, location: str | InputFile | OutputFile) -> None:
         """Delete a file.
@@ -217,7 +286,7 @@ class WarehouseFileIO(FileIO):
 
 
 def write_file(io_: FileIO, location: str, data: pa.Buffer) -> int:
-    """Write a whole new file of a warehouse; durable on return.
+    """Write a whole new file of a warehouse; durable on return, or with the batch that is open.
 
     Returns:
         The number of bytes.
@@ -225,9 +294,6 @@ def write_file(io_: FileIO, location: str, data: pa.Buffer) -> int:
     Raises:
         OSError: the warehouse refused; the file may or may not be there.
     """
-    path = local_path(location)
-    if path is not None:
-        return write_durable(path, data)
     with io_.new_output(location).create(overwrite=True) as stream:
         stream.write(data)
     return int(data.size)

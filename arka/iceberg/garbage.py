@@ -93,9 +93,7 @@ class Garbage:
             return
         now = self._clock()
         gone: list[str] = []
-        while (
-            lineage.unreferenced and lineage.unreferenced[0][0] <= now and len(gone) < _DELETIONS_PER_COMMIT
-        ):
+        while lineage.unreferenced and lineage.unreferenced[0][0] <= now and len(gone) < _DELETIONS_PER_COMMIT:
             gone.append(lineage.unreferenced.popleft()[1])
         discard(io, gone)
 

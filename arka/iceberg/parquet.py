@@ -54,12 +54,15 @@ class FileWriter:
     Args:
         info: the table; its schema is the files' schema.
         io: the warehouse.
+
+    Attributes:
+        io: the warehouse; a batch of it makes the files written inside durable together.
     """
 
     def __init__(self, info: TableInfo, io: WarehouseFileIO) -> None:
         properties = dict(info.properties)
+        self.io = io
         self._info = info
-        self._io = io
         self._schema: Schema = iceberg_schema(info.schema, info.schema_id)
         self._spec: PartitionSpec = partition_spec(info.partition, info.spec_id)
         self._plan = compute_statistics_plan(self._schema, properties)
@@ -67,9 +70,7 @@ class FileWriter:
         self._locations: LocationProvider = load_location_provider(info.location, properties)
         self._options = _writer_options(properties)
 
-    def write(
-        self, batches: Sequence[pa.RecordBatch], partition: tuple[object, ...], stem: str
-    ) -> StagedFile:
+    def write(self, batches: Sequence[pa.RecordBatch], partition: tuple[object, ...], stem: str) -> StagedFile:
         """Write one file.
 
         Args:
@@ -80,7 +81,7 @@ class FileWriter:
         Raises:
             OSError: the warehouse refused; nothing refers to what may be left of the file.
 
-        Durability: the file is durable on return.
+        Durability: the file is durable on return, or at the end of the batch that is open.
         """
         table = pa.Table.from_batches(batches, schema=self._info.schema)
         if len(batches) > 1 and table.num_rows < len(batches) * _SMALL_BATCH_ROWS:
@@ -92,7 +93,7 @@ class FileWriter:
         folder = PartitionFolder(self._spec, self._schema, partition) if partition else None
         # The provider only asks a partition key for its path.
         location = self._locations.new_data_location(f"{stem}-{uuid4()}.parquet", folder)  # type: ignore[arg-type]
-        size = write_file(self._io, location, sink.getvalue())
+        size = write_file(self.io, location, sink.getvalue())
         return StagedFile(
             path=location,
             partition=partition,

@@ -44,9 +44,7 @@ def new_partition_spec(schema: Schema, requests: Sequence[PartitionRequest]) -> 
         source = schema.fields[request.source_index]
         try:
             transform = parse_transform(request.transform)
-            known = str(transform) == request.transform and not isinstance(
-                transform, UnknownTransform | VoidTransform
-            )
+            known = str(transform) == request.transform and not isinstance(transform, UnknownTransform | VoidTransform)
             possible = known and transform.can_transform(source.field_type)
         except ValueError as error:
             raise CatalogConflict(f"Partition field {request.name!r}: {error}") from error
@@ -56,9 +54,7 @@ def new_partition_spec(schema: Schema, requests: Sequence[PartitionRequest]) -> 
                 f"{source.name!r} of type {source.field_type}"
             )
         same_name = columns.get(request.name)
-        if same_name is not None and not (
-            isinstance(transform, IdentityTransform) and same_name == source.field_id
-        ):
+        if same_name is not None and not (isinstance(transform, IdentityTransform) and same_name == source.field_id):
             raise CatalogConflict(f"Partition field {request.name!r} has the name of a column")
         for other in fields:
             if other.name == request.name:
@@ -79,8 +75,7 @@ def new_partition_spec(schema: Schema, requests: Sequence[PartitionRequest]) -> 
 def partition_fields(spec: PartitionSpec) -> tuple[PartitionField, ...]:
     """Turn a spec into plain records."""
     return tuple(
-        PartitionField(field.source_id, field.field_id, field.name, str(field.transform))
-        for field in spec.fields
+        PartitionField(field.source_id, field.field_id, field.name, str(field.transform)) for field in spec.fields
     )
 
 
@@ -110,9 +105,7 @@ def split_fields(table: TableInfo) -> list[tuple[int, transforms.Transform]]:
     missing = [field.name for field in table.partition if field.source_id not in columns]
     if missing:
         raise ValueError(f"partition fields without a top-level source column: {', '.join(missing)}")
-    return [
-        (columns[field.source_id], transforms.parse_transform(field.transform)) for field in table.partition
-    ]
+    return [(columns[field.source_id], transforms.parse_transform(field.transform)) for field in table.partition]
 
 
 class PartitionFolder:

@@ -48,6 +48,7 @@ from pyiceberg.table.update import (
 from pyiceberg.typedef import Record
 
 from arka.errors import InternalError
+from arka.iceberg.fileio import WarehouseFileIO
 from arka.iceberg.manifests import ManifestBuilder, ManifestMemory, avro_codec
 from arka.storage.ports import StagedFile
 
@@ -138,20 +139,22 @@ def stage_append(
     sequence_number = metadata.next_sequence_number()
     builder = ManifestBuilder(table, snapshot_id, sequence_number, memory)
     written = builder.written
+    batch = table.io.batch() if isinstance(table.io, WarehouseFileIO) else contextlib.nullcontext()
     try:
-        manifests = builder.build(files, memory.manifests(metadata, table.io))
-        provider = load_location_provider(metadata.location, metadata.properties)
-        location = provider.new_metadata_location(f"snap-{snapshot_id}-0-{uuid4()}.avro")
-        written.append(location)
-        with write_manifest_list(
-            format_version=metadata.format_version,
-            output_file=table.io.new_output(location),
-            snapshot_id=snapshot_id,
-            parent_snapshot_id=metadata.current_snapshot_id,
-            sequence_number=sequence_number,
-            avro_compression=avro_codec(metadata),
-        ) as writer:
-            writer.add_manifests(manifests)
+        with batch:
+            manifests = builder.build(files, memory.manifests(metadata, table.io))
+            provider = load_location_provider(metadata.location, metadata.properties)
+            location = provider.new_metadata_location(f"snap-{snapshot_id}-0-{uuid4()}.avro")
+            written.append(location)
+            with write_manifest_list(
+                format_version=metadata.format_version,
+                output_file=table.io.new_output(location),
+                snapshot_id=snapshot_id,
+                parent_snapshot_id=metadata.current_snapshot_id,
+                sequence_number=sequence_number,
+                avro_compression=avro_codec(metadata),
+            ) as writer:
+                writer.add_manifests(manifests)
     except BaseException:
         discard(table.io, written)
         raise

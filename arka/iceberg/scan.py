@@ -30,9 +30,7 @@ from arka.storage.ports import CommitMark, TableMissing
 SNAPSHOT_KEY = "arka.snapshot-id"
 
 
-def scan(
-    config: CatalogConfig, info: TableInfo, columns: Sequence[str] | None, limit: int | None, path: str
-) -> int:
+def scan(config: CatalogConfig, info: TableInfo, columns: Sequence[str] | None, limit: int | None, path: str) -> int:
     """Write rows of the current snapshot to a local file.
 
     Args:

@@ -110,9 +110,7 @@ def _iceberg_type(type_: pa.DataType, path: str, give_id: Callable[[pa.Field], i
     raise UnsupportedType(f"column {path!r}: {type_} is not a canonical type")
 
 
-def _nested_fields(
-    fields: Sequence[pa.Field], prefix: str, give_id: Callable[[pa.Field], int]
-) -> list[NestedField]:
+def _nested_fields(fields: Sequence[pa.Field], prefix: str, give_id: Callable[[pa.Field], int]) -> list[NestedField]:
     ids = [give_id(field) for field in fields]
     return [
         NestedField(
@@ -180,9 +178,7 @@ def _arrow_type(type_: IcebergType, path: str) -> pa.DataType:
     if isinstance(type_, ListType):
         return pa.list_(_arrow_field(type_.element_field, f"{path}.element"))
     if isinstance(type_, MapType):
-        return pa.map_(
-            _arrow_field(type_.key_field, f"{path}.key"), _arrow_field(type_.value_field, f"{path}.value")
-        )
+        return pa.map_(_arrow_field(type_.key_field, f"{path}.key"), _arrow_field(type_.value_field, f"{path}.value"))
     raise UnsupportedType(f"column {path!r}: {type_} has no canonical Arrow type")
 
 
@@ -190,9 +186,7 @@ def _arrow_field(field: NestedField, path: str) -> pa.Field:
     metadata = {FIELD_ID_KEY: str(field.field_id).encode()}
     if field.doc:
         metadata[_DOC_KEY] = field.doc.encode()
-    return pa.field(
-        field.name, _arrow_type(field.field_type, path), nullable=not field.required, metadata=metadata
-    )
+    return pa.field(field.name, _arrow_type(field.field_type, path), nullable=not field.required, metadata=metadata)
 
 
 def arrow_schema(schema: Schema) -> pa.Schema:

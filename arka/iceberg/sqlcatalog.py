@@ -33,9 +33,7 @@ from pyiceberg.typedef import Identifier
 _METADATA_CACHE_ENTRIES: Final = 256
 
 
-def apply_updates(
-    base: TableMetadata, updates: tuple[TableUpdate, ...], metadata_location: str
-) -> TableMetadata:
+def apply_updates(base: TableMetadata, updates: tuple[TableUpdate, ...], metadata_location: str) -> TableMetadata:
     """Apply updates to metadata as pyiceberg does, without its closing deep copy.
 
     Sharing is safe: metadata objects are frozen and no update changes one in place.

@@ -155,9 +155,7 @@ def list_tables(config: CatalogConfig) -> list[CatalogTable]:
 
 
 @_job
-def scan(
-    config: CatalogConfig, info: TableInfo, columns: Sequence[str] | None, limit: int | None, path: str
-) -> int:
+def scan(config: CatalogConfig, info: TableInfo, columns: Sequence[str] | None, limit: int | None, path: str) -> int:
     """See ``arka.iceberg.scan.scan``."""
     from arka.iceberg.scan import scan as run
 

@@ -262,9 +262,7 @@ async def open_catalog(
 async def _open_context(init: Callable[[], None]) -> AsyncIterator[trio_parallel.WorkerContext]:
     """Open a worker context whose processes trio's own thread starts."""
     try:
-        async with trio_parallel.open_worker_context(
-            idle_timeout=_IDLE_S, init=init, grace_period=_GRACE_S
-        ) as context:
+        async with trio_parallel.open_worker_context(idle_timeout=_IDLE_S, init=init, grace_period=_GRACE_S) as context:
             context.__dict__["_worker_class"] = _SteadyWorker
             yield context
     except trio_parallel.BrokenWorkerError as error:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import UUID, uuid4
 
 from arka.errors import ConfigurationError
 
@@ -63,10 +64,37 @@ def announce(data_dir: Path, *, flight: str, http: str | None) -> Iterator[None]
         path.unlink(missing_ok=True)
 
 
+def disk_uuid(data_dir: Path) -> UUID:
+    """Return the data directory's identity, made at its first use and durable on return (R13).
+
+    Raises:
+        ConfigurationError: the file that holds it is no UUID.
+    """
+    path = data_dir / "disk-id"
+    try:
+        return UUID(path.read_text().strip())
+    except FileNotFoundError:
+        found = uuid4()
+    except ValueError:
+        raise ConfigurationError(f"{path} does not hold a UUID: restore it, or use another directory") from None
+    staged = data_dir / ".disk-id.tmp"
+    with staged.open("w") as file:
+        file.write(f"{found}\n")
+        file.flush()
+        os.fsync(file.fileno())
+    staged.replace(path)
+    descriptor = os.open(data_dir, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return found
+
+
 def free_bytes(path: Path) -> int:
     """Return the free bytes of the file system that holds ``path``, as an unprivileged writer sees them."""
     status = os.statvfs(path)
     return status.f_bavail * status.f_frsize
 
 
-__all__ = ["announce", "free_bytes", "lock_data_dir"]
+__all__ = ["announce", "disk_uuid", "free_bytes", "lock_data_dir"]

@@ -68,6 +68,15 @@ class ObjectStore(Protocol):
         """
         ...
 
+    async def get_range(self, key: str, start: int, length: int) -> bytes:
+        """Read ``length`` bytes of an object from ``start``; fewer where it ends before.
+
+        Raises:
+            KeyError: no such object.
+            StoreUnavailable: it may pass.
+        """
+        ...
+
     async def list_keys(self, prefix: str, *, start_after: str | None = None) -> list[ObjectMeta]:
         """List objects whose key begins with ``prefix``, in key order; read-after-write consistent.
 

@@ -137,7 +137,6 @@ class SimFile:
     def commit(self, group: Group) -> None:
         """Seal, write and sync a group."""
         self.write(group.offset, [group.to_bytes()])
-        self.sync()
 
     def release_tail(self, offset: int) -> None:
         """Do nothing: it reads as zeros already, and space is counted by length."""
@@ -185,6 +184,11 @@ class SimDisk:
             raise ValueError(f"unknown operation {operation!r}: expected one of {sorted(OPERATIONS)}")
         self._faults.append((operation, after, error))
 
+    def clear_faults(self) -> None:
+        """Forget the faults that have not struck yet."""
+        self._faults.clear()
+        self._steps_left = None
+
     def cut_power_after(self, steps: int) -> None:
         """Raise PowerCut from the operation after the next ``steps`` ones that change anything."""
         self._steps_left = steps
@@ -192,8 +196,7 @@ class SimDisk:
     def kill(self) -> None:
         """Kill the process: its open files are gone, the page cache stays."""
         self._life += 1
-        self._faults.clear()
-        self._steps_left = None
+        self.clear_faults()
 
     def crash(self) -> None:
         """Cut the power: what was not synced is kept, lost or torn, as the generator says."""
@@ -310,11 +313,7 @@ class SimDisk:
             raise fault
 
     def _used_bytes(self) -> int:
-        return sum(
-            len(inode.cached)
-            for directory in self._directories.values()
-            for inode in directory.cached.values()
-        )
+        return sum(len(inode.cached) for directory in self._directories.values() for inode in directory.cached.values())
 
     def _check_room(self, grown: int) -> None:
         if grown and self._used_bytes() + grown > self.capacity_bytes:

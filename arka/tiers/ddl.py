@@ -125,7 +125,9 @@ def _bare_type(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_struct(kind):
         return pa.struct([_bare_field(kind.field(i)) for i in range(kind.num_fields)])
     if pa.types.is_map(kind):
-        return pa.map_(_bare_type(kind.key_type), pa.field("value", _bare_type(kind.item_type), kind.item_field.nullable))
+        return pa.map_(
+            _bare_type(kind.key_type), pa.field("value", _bare_type(kind.item_type), kind.item_field.nullable)
+        )
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         return pa.list_(pa.field("element", _bare_type(kind.value_type), kind.value_field.nullable))
     return kind
@@ -162,9 +164,7 @@ async def load_table(catalog: Catalog, name: TableName) -> CatalogTable | None:
         raise Unavailable(f"The catalog does not answer, so {name} cannot be looked up: {error}") from error
 
 
-async def create_table(
-    catalog: Catalog, definition: TableDefinition, suffix: str
-) -> tuple[CatalogTable, bool]:
+async def create_table(catalog: Catalog, definition: TableDefinition, suffix: str) -> tuple[CatalogTable, bool]:
     """Create a table in the catalog; one that appeared meanwhile and is the same will do.
 
     Returns:

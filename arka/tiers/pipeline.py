@@ -17,8 +17,8 @@ from uuid import UUID
 import structlog
 import trio
 
-from arka._core.framing import KIND_BATCH, crc32c
 from arka._core.buffers import FrameBuffer
+from arka._core.framing import KIND_BATCH, crc32c
 from arka.errors import ArkaError, Closed, ErrorCode, OutcomeUnknown, Unavailable
 from arka.options import IcebergOptions, Limits
 from arka.records import Operation, TableDefinition, TableName, Tier
@@ -109,9 +109,7 @@ class Pipeline:
         self._limits = limits
         self._iceberg = iceberg
         self._rng = rng
-        self._disk_tier = DiskTier(
-            memory, writer, marks.disk, group_bytes=group_bytes, on_durable=self._note_durable
-        )
+        self._disk_tier = DiskTier(memory, writer, marks.disk, group_bytes=group_bytes, on_durable=self._note_durable)
         self._by_uuid: dict[UUID, Table] = {}
         self._by_name: dict[TableName, Table] = {}
         self._ddl_lock = trio.Lock()
@@ -234,7 +232,7 @@ class Pipeline:
         path = str(segment.path)
         touched: dict[Table, None] = {}
         for frame in appended.frames:
-            if frame.kind == KIND_BATCH:
+            if frame.kind == KIND_BATCH and frame.table is not None:
                 table = self._by_uuid.get(frame.table.uuid)
                 if table is not None:
                     if not table.backlog:

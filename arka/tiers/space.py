@@ -25,9 +25,7 @@ _LOW_SHARE: Final = 0.9
 class DiskSpace:
     """The gate in front of the log."""
 
-    def __init__(
-        self, *, limit_bytes: int, free_bytes: int, used_bytes: int, read_free: Callable[[], int]
-    ) -> None:
+    def __init__(self, *, limit_bytes: int, free_bytes: int, used_bytes: int, read_free: Callable[[], int]) -> None:
         """Set the marks.
 
         Args:

@@ -25,10 +25,10 @@ from arka.options import Settings
 from arka.records import LsnRange, TableInfo, Tier
 from arka.storage.ports import Catalog, CatalogTable, CatalogUnavailable, Disk, ObjectStore, TableMissing
 from arka.tiers import ddl
-from arka.tiers.epochs import EpochLease, LocalLog, take_epoch
+from arka.tiers.epochs import LocalLog, take_epoch
 from arka.tiers.keys import KeyIndex
 from arka.tiers.memory import MemoryTier
-from arka.tiers.objects import ObjectTier
+from arka.tiers.objects import ObjectTier, ReadRange
 from arka.tiers.pipeline import LogIdentity, Marks, Pipeline
 from arka.tiers.reservation import DISK_BLOCK, LsnReservation
 from arka.tiers.space import DiskSpace
@@ -129,7 +129,8 @@ async def open_pipeline(
     disk: Disk,
     store: ObjectStore,
     catalog: Catalog,
-    read_range: Callable[..., object],
+    disk_uuid: UUID,
+    read_range: ReadRange,
     read_free: Callable[[], int],
     survival: dict[str, bool],
     rng: random.Random,
@@ -142,6 +143,7 @@ async def open_pipeline(
         disk: where the WAL lies.
         store: the object store.
         catalog: the Iceberg catalog.
+        disk_uuid: the identity of the data directory (R13).
         read_range: reads ``(path, start, end)`` of a segment for the object tier.
         read_free: returns the data directory's free bytes.
         survival: what each tier survives with these settings (R14).
@@ -157,17 +159,17 @@ async def open_pipeline(
     wal_dir = data_dir / "wal"
     state = await LogState.read(wal_dir, disk)
     local = None if state is None else LocalLog(state.log_uuid, state.epoch, state.lsn_ceiling)
-    lease = await take_epoch(store, settings.server.node_id, local=local)
+    node_id = settings.server.node_id
+    lease = await take_epoch(store, node_id, local=local, disk_uuid=disk_uuid)
     first_lsn = lease.first_lsn if state is None else state.lsn_ceiling
     if state is None:
-        state = await LogState.create(
-            wal_dir, disk, log_uuid=lease.log_uuid, epoch=lease.epoch, lsn_ceiling=first_lsn
-        )
+        state = await LogState.create(wal_dir, disk, log_uuid=lease.log_uuid, epoch=lease.epoch, lsn_ceiling=first_lsn)
 
     objects_mark = Watermark(Tier.OBJECT_STORAGE)
     objects = ObjectTier(
         store,
         lease,
+        node_id=node_id,
         log_uuid=lease.log_uuid,
         options=settings.object_store,
         on_advance=objects_mark.advance,
@@ -272,11 +274,7 @@ async def _restore_tables(pipeline: Pipeline, catalog: Catalog, replay: _Replay,
         pipeline.register(loaded)
     for uuid, frames in replay.tables.items():
         loaded_table = found.get(uuid)
-        table = (
-            pipeline.register(loaded_table)
-            if loaded_table is not None
-            else _restore_missing(pipeline, frames)
-        )
+        table = pipeline.register(loaded_table) if loaded_table is not None else _restore_missing(pipeline, frames)
         if table is None:
             continue
         committed = table.committed.lsn
@@ -330,4 +328,4 @@ async def _finish_drop(catalog: Catalog, table: CatalogTable, *, purge: bool) ->
             return
 
 
-__all__ = ["EpochLease", "OpenLog", "open_pipeline"]
+__all__ = ["OpenLog", "open_pipeline"]

@@ -199,9 +199,7 @@ class TableCommitter:
             if result is not None:
                 self._apply(cut, result)
             now = trio.current_time()
-            earliest = max(
-                started + self._options.commit_interval_s, now + (now - started) * (1 / _COST_SHARE - 1) / 2
-            )
+            earliest = max(started + self._options.commit_interval_s, now + (now - started) * (1 / _COST_SHARE - 1) / 2)
 
     async def _wait_work(self, earliest: float) -> bool:
         """Wait until there is something to commit and it is time; False: look at the state again."""
@@ -303,12 +301,10 @@ class TableCommitter:
     def _note_failure(self, error: ArkaError) -> float:
         """Count a definite failure; stops the table when it does not pass. Returns the pause in seconds."""
         self._failures += 1
-        log.error(
-            "iceberg.failed", table=str(self._table.info.name), failures=self._failures, reason=error.detail
-        )
+        log.error("iceberg.failed", table=str(self._table.info.name), failures=self._failures, reason=error.detail)
         if self._failures >= _MAX_FAILURES:
             self._stop(f"Table {self._table.info.name} cannot be committed: {error.detail}")
-        return min(self._options.retry_s * 2**self._failures, _MAX_RETRY_S)
+        return min(self._options.retry_s * float(2**self._failures), _MAX_RETRY_S)
 
 
 __all__ = ["Ending", "Table", "TableCommitter", "TableState"]

@@ -267,7 +267,12 @@ class WalWriter:
         return ActiveSegment(ref, header, file)
 
     def _allocate(self, name: str) -> DiskFile:
-        return self._disk.create(self._directory / name, self._options.segment_bytes)
+        try:
+            return self._disk.create(self._directory / name, self._options.segment_bytes)
+        except OSError:
+            # On a full disk, what was allocated before the error is what the active segment may need.
+            self._disk.remove(self._directory / name)
+            raise
 
     def _remove(self, numbers: Sequence[int]) -> None:
         found = sorted(_segment_numbers(self._disk, self._directory))

@@ -163,8 +163,6 @@ def split(
     """Group rows by their transformed values: (values, row numbers), in order of appearance."""
     groups: dict[tuple[object, ...], tuple[tuple[object, ...], list[int]]] = {}
     for row in range(len(columns[0][1])):
-        values = tuple(
-            transform(text, kind, column[row]) for text, (kind, column) in zip(texts, columns, strict=True)
-        )
+        values = tuple(transform(text, kind, column[row]) for text, (kind, column) in zip(texts, columns, strict=True))
         groups.setdefault(tuple(map(partition_key, values)), (values, []))[1].append(row)
     return list(groups.values())

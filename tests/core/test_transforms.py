@@ -117,9 +117,7 @@ def values_of(kind: pa.DataType) -> st.SearchStrategy[object]:
         return st.integers(0, 86_400_000_000 - 1)
     bits = kind.bit_width
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    numbers = (
-        st.integers(low, high) | st.sampled_from([low, low + 1, -1, 0, 1, high]) | st.integers(-300, 300)
-    )
+    numbers = st.integers(low, high) | st.sampled_from([low, low + 1, -1, 0, 1, high]) | st.integers(-300, 300)
     if pa.types.is_timestamp(kind):
         second = 10**6 if kind.unit == "us" else 10**9
         day = 86_400 * second
@@ -268,9 +266,7 @@ def test_bucket_of_any_length(data, count):
 
 def every_month() -> list[int]:
     """Return the days around each turn of a month of the years 1 to 9999, and some far from them."""
-    months = [
-        dt.date(year, month, 1).toordinal() - 719_163 for year in range(1, 10_000) for month in range(1, 13)
-    ]
+    months = [dt.date(year, month, 1).toordinal() - 719_163 for year in range(1, 10_000) for month in range(1, 13)]
     rng = random.Random(1)
     far = [rng.randrange(-(2**31), 2**31) for _ in range(2_000)] + [-(2**31), 2**31 - 1]
     return [day for first in months for day in (first - 1, first)] + far
@@ -443,9 +439,7 @@ def test_empty_arrays():
             assert (len(result), result.type) == (0, bound.result_type(kind))
 
 
-@pytest.mark.parametrize(
-    "text", ["identity", "year", "month", "day", "hour", "bucket[1]", "truncate[2147483647]"]
-)
+@pytest.mark.parametrize("text", ["identity", "year", "month", "day", "hour", "bucket[1]", "truncate[2147483647]"])
 def test_spelling(text):
     """A transform prints as it is spelt, equals its twin and survives pickling."""
     bound = parse_transform(text)

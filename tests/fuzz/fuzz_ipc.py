@@ -65,7 +65,6 @@ EDGES = [
     2**62,
     2**63 - 1,
 ]
-CHUNK = 500
 
 Corpus = list[tuple[TableInfo, list[StreamMessage]]]
 
@@ -73,7 +72,7 @@ Corpus = list[tuple[TableInfo, list[StreamMessage]]]
 def _tables() -> list[tuple[pa.Schema, pa.RecordBatch]]:
     """Make one table per family of layouts, with a batch as a client might send it."""
     day = datetime.date(2024, 2, 29)
-    now = datetime.datetime(2024, 2, 29, 12)  # noqa: DTZ001 - a naive timestamp is what the column holds
+    now = datetime.datetime(2024, 2, 29, 12)
     flat = pa.schema(
         [
             pa.field("id", pa.int64(), nullable=False),
@@ -114,12 +113,17 @@ def _tables() -> list[tuple[pa.Schema, pa.RecordBatch]]:
             "n": pa.array(range(20), pa.uint8()),
         }
     )
-    modern = pa.schema([("text", pa.string()), ("blob", pa.binary()), ("tags", pa.list_(pa.string()))])
+    notes = pa.list_(pa.struct([("note", pa.string())]))
+    view_notes = pa.large_list(pa.struct([("note", pa.string_view())]))
+    modern = pa.schema(
+        [("text", pa.string()), ("blob", pa.binary()), ("tags", pa.list_(pa.string())), ("notes", notes)]
+    )
     modern_batch = pa.record_batch(
         {
             "text": pa.array(["short", "long enough to leave the view", None], pa.string_view()),
             "blob": pa.array([b"x" * 20, None, b""], pa.binary_view()),
             "tags": pa.array([["a"], [], None], pa.large_list(pa.dictionary(pa.int8(), pa.large_string()))),
+            "notes": pa.array([[{"note": "one that is longer than a view"}], None, [None, {"note": None}]], view_notes),
         }
     )
     return [(flat, flat_batch), (nested, nested_batch), (encoded, encoded_batch), (modern, modern_batch)]
@@ -172,9 +176,7 @@ class Oracle:
 
     def store(self, batch: pa.RecordBatch) -> None:
         sink = io.BytesIO()
-        with pq.ParquetWriter(
-            sink, self._schema, store_schema=False, store_decimal_as_integer=True
-        ) as writer:
+        with pq.ParquetWriter(sink, self._schema, store_schema=False, store_decimal_as_integer=True) as writer:
             writer.write_batch(batch)
         made = writer.writer.metadata
         if made.num_rows:
@@ -255,23 +257,24 @@ def run_schema_case(corpus: Corpus, seed: int, case: int) -> str:
 def run_schemas_apart(seed: int, first: int, cases: int) -> list[int]:
     """Run schema cases in subprocesses; return those that killed theirs."""
     dead: list[int] = []
-    for start in range(first, first + cases, CHUNK):
-        count = min(CHUNK, first + cases - start)
-        if _schema_process(seed, start, count) != 0:
-            dead += [case for case in range(start, start + count) if _schema_process(seed, case, 1) != 0]
+    start, end = first, first + cases
+    while start < end:
+        command = [sys.executable, str(Path(__file__).resolve()), "--schema-worker"]
+        command += ["--seed", str(seed), "--first", str(start), "--cases", str(end - start)]
+        worker = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+        if worker.returncode == 0:
+            break
+        # A worker says each case before it runs it.
+        said = worker.stdout.split()
+        if not said:
+            raise RuntimeError("a schema worker died before its first case")
+        dead.append(int(said[-1]))
+        start = dead[-1] + 1
     return dead
 
 
-def _schema_process(seed: int, first: int, cases: int) -> int:
-    command = [sys.executable, str(Path(__file__).resolve()), "--schema-worker"]
-    command += ["--seed", str(seed), "--first", str(first), "--cases", str(cases)]
-    return subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=20_000, help="batch cases; a tenth as many schema cases")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
@@ -281,6 +284,7 @@ def main() -> int:
     corpus = make_corpus()
     if options.schema_worker:
         for case in range(options.first, options.first + options.cases):
+            print(case, flush=True)
             run_schema_case(corpus, options.seed, case)
         return 0
     endings: Counter[str] = Counter()
@@ -297,9 +301,8 @@ def main() -> int:
     schemas = max(1, options.cases // 10)
     dead = run_schemas_apart(options.seed, options.first, schemas)
     for case in dead:
-        print(
-            f"schema case {case} killed its process: --schema-worker --seed {options.seed} --first {case} --cases 1"
-        )
+        replay = f"--schema-worker --seed {options.seed} --first {case} --cases 1"
+        print(f"schema case {case} killed its process: {replay}")
     print(f"schemas: {schemas} cases, {len(dead)} dead processes")
     return 1 if dead else 0
 

@@ -128,9 +128,7 @@ class Recovered:
         ranges = [found for segment in self.log.segments for found in segment.ranges]
         for found in ranges:
             inside = [
-                frame
-                for frame in batches
-                if frame.segment == found.segment and found.start <= frame.offset < found.end
+                frame for frame in batches if frame.segment == found.segment and found.start <= frame.offset < found.end
             ]
             assert (inside[0].header.lsn, inside[-1].header.lsn) == (found.first_lsn, found.last_lsn)
             del batches[: len(inside)]
@@ -139,9 +137,7 @@ class Recovered:
         assert not batches
 
 
-async def recover_log(
-    disk: Disk, *, epoch: int = 9, directory: Path = DIRECTORY, log_uuid: UUID = LOG
-) -> Recovered:
+async def recover_log(disk: Disk, *, epoch: int = 9, directory: Path = DIRECTORY, log_uuid: UUID = LOG) -> Recovered:
     frames: list[RecoveredFrame] = []
     progress: list[tuple[int, int]] = []
     log = await recover(

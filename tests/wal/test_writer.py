@@ -160,10 +160,7 @@ async def test_group_that_spans_segments() -> None:
     ranges = await writer.append(frames)
     assert len({part.segment.number for part in ranges}) == len(ranges) > 3
     assert [frame.lsn for part in ranges for frame in part.frames] == list(range(1, 80))
-    assert (
-        len(disk.read(next(p for p in ranges if p.first_lsn == 40 or p.last_lsn == 40).segment.path))
-        > 16 * 1024
-    )
+    assert len(disk.read(next(p for p in ranges if p.first_lsn == 40 or p.last_lsn == 40).segment.path)) > 16 * 1024
     await writer.append([batch_frame(80)])
     await writer.close()
     assert (await recover_log(disk)).lsns == list(range(1, 81))

@@ -1,0 +1,278 @@
+"""Object stores: S3 and its like through obstore, and local folders through an adapter that fsyncs.
+
+Owns: how a put becomes create-only and durable, and what a failure means. Does not own keys or bytes
+(``arka.tiers.objects``, ``arka.tiers.epochs``). Blocking calls run in threads of their own limiter.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, TypeVar
+from urllib.parse import unquote, urlsplit
+
+import obstore
+import obstore.exceptions
+import trio
+from obstore.store import from_url
+
+from arka.errors import ConfigurationError
+from arka.options import ObjectStoreOptions
+from arka.storage.ports import Buffer, ObjectExists, ObjectMeta, ObjectStore, StoreUnavailable
+
+T = TypeVar("T")
+
+#: Requests at a time beside the uploads: epoch reads and heartbeats must not queue behind large puts.
+_SPARE_REQUESTS: Final = 4
+#: Folder of objects that are being written; its name is no legal first part of a key.
+_STAGING: Final = ".staging"
+
+
+class FileObjectStore:
+    """Objects as files below one folder: complete and fsynced before they can be seen."""
+
+    def __init__(self, root: Path, requests: int) -> None:
+        """Use ``root``; it is made by the first put.
+
+        Args:
+            root: absolute.
+            requests: calls at a time.
+        """
+        self._root = root
+        self._limiter = trio.CapacityLimiter(requests)
+
+    @property
+    def url(self) -> str:
+        """The folder as a URL."""
+        return self._root.as_uri()
+
+    async def put_new(self, key: str, parts: Sequence[Buffer]) -> None:
+        """See ``ports.ObjectStore.put_new``."""
+        await self._run(partial(self._put, key, parts))
+
+    async def get(self, key: str) -> bytes:
+        """See ``ports.ObjectStore.get``."""
+
+        def job() -> bytes:
+            try:
+                return (self._root / key).read_bytes()
+            except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+                raise KeyError(key) from None
+
+        return await self._run(job)
+
+    async def get_range(self, key: str, start: int, length: int) -> bytes:
+        """See ``ports.ObjectStore.get_range``."""
+
+        def job() -> bytes:
+            try:
+                with (self._root / key).open("rb") as file:
+                    file.seek(start)
+                    return file.read(length)
+            except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+                raise KeyError(key) from None
+
+        return await self._run(job)
+
+    async def list_keys(self, prefix: str, *, start_after: str | None = None) -> list[ObjectMeta]:
+        """See ``ports.ObjectStore.list_keys``."""
+        return await self._run(partial(self._list, prefix, start_after))
+
+    async def delete(self, keys: Sequence[str]) -> None:
+        """See ``ports.ObjectStore.delete``."""
+
+        def job() -> None:
+            for key in keys:
+                path = self._root / key
+                path.unlink(missing_ok=True)
+                _sync_directory(path.parent)
+
+        await self._run(job)
+
+    async def _run(self, job: Callable[[], T]) -> T:
+        try:
+            return await trio.to_thread.run_sync(job, limiter=self._limiter)
+        except OSError as error:
+            raise StoreUnavailable(f"{self.url}: {error}") from error
+
+    def _put(self, key: str, parts: Sequence[Buffer]) -> None:
+        staging = self._root / _STAGING
+        if not staging.is_dir():
+            _make_directory(staging)
+        staged = staging / secrets.token_hex(16)
+        target = self._root / key
+        try:
+            with staged.open("xb") as file:
+                for part in parts:
+                    file.write(part)
+                file.flush()
+                os.fsync(file.fileno())
+            if not target.parent.is_dir():
+                _make_directory(target.parent)
+            try:
+                # A link fails where the name is taken, and the name appears with all of the bytes or not at all.
+                os.link(staged, target)
+            except FileExistsError:
+                raise ObjectExists(key) from None
+            _sync_directory(target.parent)
+        finally:
+            staged.unlink(missing_ok=True)
+
+    def _list(self, prefix: str, start_after: str | None) -> list[ObjectMeta]:
+        # The deepest folder that the prefix names: nothing outside it can match.
+        top = self._root / prefix.rpartition("/")[0]
+        found = []
+        for folder, folders, files in os.walk(top):
+            if Path(folder) == self._root and _STAGING in folders:
+                folders.remove(_STAGING)
+            for name in files:
+                path = Path(folder) / name
+                key = path.relative_to(self._root).as_posix()
+                if key.startswith(prefix) and (start_after is None or key > start_after):
+                    found.append(ObjectMeta(key, path.stat().st_size))
+        return sorted(found, key=lambda meta: meta.key)
+
+
+def _make_directory(directory: Path) -> None:
+    """Make a directory and its missing parents, durably."""
+    missing = []
+    while not directory.is_dir():
+        missing.append(directory)
+        directory = directory.parent
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        _sync_directory(path.parent)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class RemoteObjectStore:
+    """Objects in a remote store, by obstore's blocking calls (its async ones need another event loop)."""
+
+    def __init__(self, store: Any, url: str, requests: int) -> None:
+        """Wrap an obstore store whose prefix is part of it.
+
+        Args:
+            store: any of obstore's stores that has create-only puts.
+            url: for people.
+            requests: calls at a time.
+        """
+        self._store = store
+        self._url = url
+        self._limiter = trio.CapacityLimiter(requests)
+
+    @property
+    def url(self) -> str:
+        """Where the store is, without credentials."""
+        return self._url
+
+    async def put_new(self, key: str, parts: Sequence[Buffer]) -> None:
+        """See ``ports.ObjectStore.put_new``."""
+        body = parts[0] if len(parts) == 1 else b"".join(parts)
+        # One request: a multipart upload is not create-only.
+        await self._run(key, lambda: obstore.put(self._store, key, bytes(body), mode="create", use_multipart=False))
+
+    async def get(self, key: str) -> bytes:
+        """See ``ports.ObjectStore.get``."""
+        return await self._run(key, lambda: obstore.get(self._store, key).bytes().to_bytes())
+
+    async def get_range(self, key: str, start: int, length: int) -> bytes:
+        """See ``ports.ObjectStore.get_range``."""
+        return await self._run(key, lambda: bytes(obstore.get_range(self._store, key, start=start, length=length)))
+
+    async def list_keys(self, prefix: str, *, start_after: str | None = None) -> list[ObjectMeta]:
+        """See ``ports.ObjectStore.list_keys``."""
+        # Stores list whole path segments: ask for the folder, choose by the prefix here.
+        folder = prefix.rpartition("/")[0]
+
+        def job() -> list[ObjectMeta]:
+            pages = obstore.list(self._store, folder or None, offset=start_after)
+            metas = [ObjectMeta(item["path"], item["size"]) for page in pages for item in page]
+            return sorted((meta for meta in metas if meta.key.startswith(prefix)), key=lambda meta: meta.key)
+
+        return await self._run(prefix, job)
+
+    async def delete(self, keys: Sequence[str]) -> None:
+        """See ``ports.ObjectStore.delete``."""
+
+        def job() -> None:
+            for key in keys:
+                try:
+                    obstore.delete(self._store, key)
+                except (FileNotFoundError, obstore.exceptions.NotFoundError):
+                    continue
+
+        if keys:
+            await self._run(keys[0], job)
+
+    async def _run(self, key: str, job: Callable[[], T]) -> T:
+        try:
+            return await trio.to_thread.run_sync(job, limiter=self._limiter)
+        except obstore.exceptions.AlreadyExistsError as error:
+            raise ObjectExists(key) from error
+        except (FileNotFoundError, obstore.exceptions.NotFoundError) as error:
+            raise KeyError(key) from error
+        except (obstore.exceptions.BaseError, OSError) as error:
+            # Also refused credentials: they may be mended in the store while the server waits.
+            raise StoreUnavailable(f"{self._url}: {key}: {error}") from error
+
+
+def open_object_store(options: ObjectStoreOptions) -> ObjectStore:
+    """Open the store that ``options.url`` names; nothing is asked of it yet.
+
+    Args:
+        options: the URL (``file``, ``s3``, ``gs``, ``az``, ``memory``), the store's own settings, and how
+            many uploads run at a time.
+
+    Raises:
+        ConfigurationError: the URL or a setting is none of obstore's.
+    """
+    requests = options.uploads + _SPARE_REQUESTS
+    parts = urlsplit(options.url)
+    if parts.scheme == "file":
+        return FileObjectStore(Path(unquote(parts.path)), requests)
+    config: dict[str, str] = dict(options.config)
+    allow_http = config.get("endpoint", config.get("aws_endpoint", "")).startswith("http://")
+    try:
+        store = from_url(
+            options.url,
+            config=config or None,  # type: ignore[arg-type]
+            client_options={"allow_http": True} if allow_http else None,
+        )
+    except (obstore.exceptions.BaseError, ValueError, TypeError) as error:
+        raise ConfigurationError(f"object_store.url {options.url!r} cannot be opened: {error}") from error
+    return RemoteObjectStore(store, options.url, requests)
+
+
+async def read_range(path: Path, start: int, end: int) -> bytes:
+    """Read ``[start, end)`` of a local file in a thread.
+
+    Raises:
+        OSError: the file is gone or shorter.
+
+    Cancellation: nothing was read.
+    """
+
+    def job() -> bytes:
+        with path.open("rb") as file:
+            data = os.pread(file.fileno(), end - start, start)
+            while len(data) < end - start:
+                more = os.pread(file.fileno(), end - start - len(data), start + len(data))
+                if not more:
+                    raise OSError(f"{path} ends at {start + len(data)}, expected at least {end}")
+                data += more
+            return data
+
+    return await trio.to_thread.run_sync(job)
+
+
+__all__ = ["FileObjectStore", "RemoteObjectStore", "open_object_store", "read_range"]

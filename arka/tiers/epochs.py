@@ -1,0 +1,231 @@
+"""Epochs: which process may write a node's log (R1, R2, R10, R13).
+
+Owns: the epoch objects and the LSN blocks of a node in the object store. Does not own what is promised
+under an epoch (``arka.tiers.objects`` asks before each ack).
+
+Layout, below the node's id; every object is create-only and never changed:
+    ``epoch/<epoch, 10 digits>``    JSON, see ``_EpochRecord``; the highest wins
+    ``lsn/<ceiling, 16 digits>``    empty; LSNs below the highest ceiling may have been given
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import Final
+from uuid import UUID, uuid4
+
+import msgspec
+import structlog
+
+from arka.errors import ConfigurationError, DataCorruption, Fenced
+from arka.records import MAX_LSN
+from arka.storage.ports import ObjectExists, ObjectStore
+from arka.tiers.watermarks import now_us
+
+log = structlog.get_logger(__name__)
+
+#: LSNs reserved in the store at a time (R2).
+STORE_BLOCK: Final = 1 << 32
+#: How often the next epoch is tried for while others take it, before that is an error.
+_RACES: Final = 16
+
+
+class _EpochRecord(msgspec.Struct, frozen=True):
+    """Who took an epoch; fields are only ever added, with a default."""
+
+    log_uuid: str
+    epoch: int
+    node_id: str
+    #: The data directory that the epoch's process wrote to (R13).
+    disk_uuid: str
+    started_us: int
+    host: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class LocalLog:
+    """What the disk knows of the log.
+
+    Attributes:
+        log_uuid: the log.
+        epoch: the last epoch that wrote to this disk.
+        lsn_ceiling: no LSN at or above it was given by this disk.
+    """
+
+    log_uuid: UUID
+    epoch: int
+    lsn_ceiling: int
+
+
+class EpochLease:
+    """An epoch that this process took.
+
+    Attributes:
+        log_uuid: the log.
+        epoch: the epoch.
+        first_lsn: the first LSN that a disk without a log may give.
+    """
+
+    def __init__(
+        self, store: ObjectStore, node_id: str, log_uuid: UUID, epoch: int, *, first_lsn: int, lsn_ceiling: int
+    ) -> None:
+        self._store = store
+        self._node_id = node_id
+        self.log_uuid = log_uuid
+        self.epoch = epoch
+        self.first_lsn = first_lsn
+        self._lsn_ceiling = lsn_ceiling
+
+    @property
+    def lsn_ceiling(self) -> int:
+        """LSNs below it are reserved for this log in the store."""
+        return self._lsn_ceiling
+
+    async def verify(self) -> None:
+        """Read the newest epoch; it is still this one if this returns (R10).
+
+        Raises:
+            Fenced: another process has taken a higher one.
+            StoreUnavailable: the store does not say.
+
+        Cancellation: nothing changes.
+        """
+        prefix = f"{self._node_id}/epoch/"
+        newer = await self._store.list_keys(prefix, start_after=_epoch_key(self._node_id, self.epoch))
+        if newer:
+            raise Fenced(
+                f"Epoch {newer[-1].key.removeprefix(prefix)} of node {self._node_id} has been taken by another "
+                f"process: epoch {self.epoch} is over"
+            )
+
+    async def reserve_block(self) -> int:
+        """Reserve the next block of LSNs.
+
+        Returns:
+            The new ceiling.
+
+        Raises:
+            StoreUnavailable: it may or may not be reserved; ask again.
+
+        Durability: the ceiling is in the store on return.
+        """
+        ceiling = min(self._lsn_ceiling + STORE_BLOCK, MAX_LSN + 1)
+        try:
+            await self._store.put_new(f"{self._node_id}/lsn/{ceiling:016d}", [b""])
+        except ObjectExists:
+            # An earlier attempt of ours whose response was lost: a block is only ever reserved by the
+            # epoch's owner, and the next owner starts above whatever is there.
+            log.debug("lsn.block_exists", ceiling=ceiling)
+        self._lsn_ceiling = ceiling
+        return ceiling
+
+
+async def take_epoch(store: ObjectStore, node_id: str, *, local: LocalLog | None, disk_uuid: UUID) -> EpochLease:
+    """Take the node's next epoch; whoever had the last one is fenced from then on.
+
+    Args:
+        store: the object store.
+        node_id: the node's name in it.
+        local: what the disk knows; None for a disk without a log.
+        disk_uuid: the identity of the data directory.
+
+    Returns:
+        The lease.
+
+    Raises:
+        ConfigurationError: the disk belongs to another log, or is not the one that the newest epoch wrote
+            to (R13), or has no log although the store has one.
+        DataCorruption: an epoch object cannot be read.
+        StoreUnavailable: the store does not answer.
+
+    Cancellation: an epoch may have been taken; the next start takes a higher one.
+    """
+    for _ in range(_RACES):
+        newest = await _newest(store, node_id)
+        _check_disk(store, node_id, newest, local, disk_uuid)
+        if newest is not None:
+            log_uuid, epoch = UUID(newest.log_uuid), newest.epoch + 1
+        elif local is not None:
+            log_uuid, epoch = local.log_uuid, local.epoch + 1
+        else:
+            log_uuid, epoch = uuid4(), 1
+        record = _EpochRecord(
+            log_uuid=str(log_uuid),
+            epoch=epoch,
+            node_id=node_id,
+            disk_uuid=str(disk_uuid),
+            started_us=now_us(),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+        )
+        try:
+            await store.put_new(_epoch_key(node_id, epoch), [msgspec.json.encode(record)])
+        except ObjectExists:
+            # Somebody else took it, or our own response was lost: either way the next one is free.
+            continue
+        reserved = await _reserved(store, node_id)
+        known = max(reserved, local.lsn_ceiling if local is not None else 1)
+        lease = EpochLease(store, node_id, log_uuid, epoch, first_lsn=known, lsn_ceiling=reserved)
+        while lease.lsn_ceiling < known + STORE_BLOCK // 2:
+            await lease.reserve_block()
+        return lease
+    raise ConfigurationError(
+        f"Other processes keep taking the epochs of node {node_id} in {store.url}: is it running twice?"
+    )
+
+
+def _check_disk(
+    store: ObjectStore, node_id: str, newest: _EpochRecord | None, local: LocalLog | None, disk_uuid: UUID
+) -> None:
+    """Refuse a disk that must not go on with what the store holds."""
+    if newest is None:
+        return
+    if local is None:
+        if newest.disk_uuid == str(disk_uuid):
+            # The very first start died between taking the epoch and writing the log's state.
+            return
+        raise ConfigurationError(
+            f"{store.url} holds log {newest.log_uuid} of node {node_id}, and this data directory holds none: what "
+            "that log acknowledged on its own disk would be given up. Start with that data directory, or with "
+            "another --node-id"
+        )
+    if str(local.log_uuid) != newest.log_uuid:
+        raise ConfigurationError(
+            f"The data directory holds log {local.log_uuid}, {store.url} holds log {newest.log_uuid} for node "
+            f"{node_id}: one of them belongs to another node; check --node-id and --object-store"
+        )
+    if newest.disk_uuid != str(disk_uuid):
+        raise ConfigurationError(
+            f"Epoch {newest.epoch} of node {node_id} in {store.url} was taken by {newest.host} (pid {newest.pid}) with "
+            f"another data directory; this one was last written in epoch {local.epoch}, up to LSN "
+            f"{local.lsn_ceiling - 1} at most. It is stale and is not replayed by itself: start with the other "
+            "directory"
+        )
+
+
+async def _newest(store: ObjectStore, node_id: str) -> _EpochRecord | None:
+    keys = await store.list_keys(f"{node_id}/epoch/")
+    if not keys:
+        return None
+    data = await store.get(keys[-1].key)
+    try:
+        return msgspec.json.decode(data, type=_EpochRecord)
+    except msgspec.MsgspecError as error:
+        raise DataCorruption(f"{store.url}/{keys[-1].key}", 0, "an epoch record", str(error)) from error
+
+
+async def _reserved(store: ObjectStore, node_id: str) -> int:
+    """The highest ceiling in the store; 1 where none was ever reserved."""
+    prefix = f"{node_id}/lsn/"
+    keys = await store.list_keys(prefix)
+    return int(keys[-1].key.removeprefix(prefix)) if keys else 1
+
+
+def _epoch_key(node_id: str, epoch: int) -> str:
+    return f"{node_id}/epoch/{epoch:010d}"
+
+
+__all__ = ["STORE_BLOCK", "EpochLease", "LocalLog", "take_epoch"]

@@ -1,0 +1,325 @@
+"""The object tier: what is on the local disk goes to the object store, as one chain of WAL objects.
+
+Owns: which frames make an object, the chain's order (R11), and the moment from which ``object_storage`` may be
+acked: all PUTs up to there have returned, and a read of the newest epoch *begun after that* still shows ours
+(R10). Does not own bytes (``arka.wal.objectfile``), epochs (``arka.tiers.epochs``) nor the watermark's
+listeners. Keeps ranges of segments, never frames: an outage costs disk, not memory.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+from uuid import UUID
+
+import structlog
+import trio
+
+from arka.errors import DataCorruption, InternalError
+from arka.options import ObjectStoreOptions
+from arka.records import TableInfo
+from arka.storage.ports import ObjectExists, ObjectStore, StoreUnavailable
+from arka.storage.threads import run_compute
+from arka.tiers.epochs import EpochLease
+from arka.wal.objectfile import (
+    HEADER_BYTES,
+    EncodedObject,
+    ObjectHeader,
+    ObjectRef,
+    encode_object,
+    parse_object,
+)
+from arka.wal.segment import AppendedRange
+
+log = structlog.get_logger(__name__)
+
+#: Longest pause between two attempts of a request, in seconds.
+_MAX_RETRY_S: Final = 5.0
+
+#: The largest ``object_store.uploads``: objects under way beyond the last acknowledged one, of any process.
+MAX_UPLOADS: Final = 64
+
+ReadRange = Callable[[Path, int, int], Awaitable[bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectStatistics:
+    """The tier at one moment: bytes not yet in an object, PUTs under way, objects acknowledged, whether it is stalled."""
+
+    pending_bytes: int
+    uploading: int
+    objects: int
+    stalled: bool
+
+
+class ObjectTier:
+    """Uploads what is submitted, in order, and says how far the store has it."""
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        lease: EpochLease,
+        *,
+        node_id: str,
+        log_uuid: UUID,
+        options: ObjectStoreOptions,
+        on_advance: Callable[[int], None],
+        read_range: ReadRange,
+        rng: random.Random,
+    ) -> None:
+        """Join the log to the store.
+
+        Args:
+            store: where the objects go.
+            lease: this process's epoch.
+            node_id: the node's name in the store.
+            log_uuid: the log.
+            options: sizes and times.
+            on_advance: told the last LSN of which the tier's promise is true; rises.
+            read_range: reads ``(path, start, end)`` of a segment.
+            rng: for the jitter of retries.
+        """
+        self._store = store
+        self._lease = lease
+        self._node_id = node_id
+        self._log_uuid = log_uuid
+        self._options = options
+        self._on_advance = on_advance
+        self._read_range = read_range
+        self._rng = rng
+        # Invariant: LSNs rise along _pending, and all of them lie above what was cut into objects.
+        self._pending: deque[AppendedRange] = deque()
+        self._pending_bytes = 0
+        self._submitted_lsn = 0
+        self._arrived = trio.Event()
+        self._hurried = trio.Event()
+        self._head: ObjectRef | None = None
+        # The objects whose PUT has not been acknowledged, oldest first; the value says whether the PUT returned.
+        self._uploading: deque[_Upload] = deque()
+        self._uploaded = trio.Event()
+        self._objects = 0
+        self._stalled = False
+
+    async def resume(self) -> int:
+        """Find the end of the chain that the store holds.
+
+        Returns:
+            The last LSN in it; 0 for none. What lies behind a break was never acked and is reported (R11).
+
+        Raises:
+            DataCorruption: an object that the chain reaches is damaged.
+            StoreUnavailable: the store does not answer.
+
+        Cancellation: nothing changes.
+        """
+        prefix = f"{self._node_id}/wal/"
+        folders: dict[str, list[str]] = {}
+        for meta in await self._store.list_keys(prefix):
+            folders.setdefault(meta.key.rpartition("/")[0], []).append(meta.key)
+        for folder in sorted(folders, reverse=True):
+            key = await self._last_linked(folders[folder])
+            if key is not None:
+                data = memoryview(await self._store.get(key))
+                self._head = parse_object(f"{self._store.url}/{key}", data, self._log_uuid).ref
+                self._submitted_lsn = self._head.last_lsn
+                break
+        return self._submitted_lsn
+
+    async def _last_linked(self, keys: list[str]) -> str | None:
+        """Find the last object of one epoch that the chain reaches; None if it reaches none of them.
+
+        At most ``MAX_UPLOADS`` objects of an epoch can lie behind a break: only so many are ever under way
+        beyond the last acknowledged one. So only the folder's end has to be looked at.
+        """
+        tail = keys[-(MAX_UPLOADS + 1) :]
+        before: ObjectHeader | None = None
+        linked: str | None = None
+        for index, key in enumerate(tail):
+            head = memoryview(await self._store.get_range(key, 0, HEADER_BYTES))
+            header = ObjectHeader.from_bytes(f"{self._store.url}/{key}", head)
+            named = header.predecessor
+            if before is not None:
+                follows = named is not None and (named.epoch, named.first_lsn, named.last_lsn) == (
+                    before.epoch,
+                    before.first_lsn,
+                    before.last_lsn,
+                )
+            else:
+                # The epoch's first object names an older epoch's; where older ones were cut off, it is acknowledged.
+                follows = len(tail) < len(keys) or named is None or named.epoch < header.epoch
+            if not follows:
+                log.warning("objects.behind_a_break", keys=tail[index:][:10], count=len(tail) - index)
+                break
+            before, linked = header, key
+        return linked
+
+    def submit(self, appended: AppendedRange) -> None:
+        """Take a range that is on disk (R4); LSN order. Does not wait."""
+        if appended.last_lsn <= self._submitted_lsn:
+            raise InternalError(f"LSN {appended.last_lsn} was submitted after {self._submitted_lsn}")
+        self._submitted_lsn = appended.last_lsn
+        last = self._pending[-1] if self._pending else None
+        if (
+            last is not None
+            and last.segment == appended.segment
+            and last.end == appended.start
+            and last.end - last.start < self._options.bytes
+        ):
+            self._pending[-1] = replace(
+                last, end=appended.end, last_lsn=appended.last_lsn, tables=_merge(last.tables, appended.tables)
+            )
+        else:
+            # Without its frames: only bytes are uploaded.
+            self._pending.append(replace(appended, frames=()))
+        self._pending_bytes += appended.end - appended.start
+        self._arrived.set()
+        if self._pending_bytes >= self._options.bytes:
+            self._hurried.set()
+
+    def hurry(self) -> None:
+        """Do not wait for company: somebody waits for what there is."""
+        self._hurried.set()
+
+    def statistics(self) -> ObjectStatistics:
+        """Where the tier stands."""
+        return ObjectStatistics(self._pending_bytes, len(self._uploading), self._objects, self._stalled)
+
+    async def run(self) -> None:
+        """Upload until cancelled; outages are waited for.
+
+        Raises:
+            Fenced: another process has taken a higher epoch; nothing is acked any more.
+            DataCorruption: an object of ours holds other bytes than it should.
+            OSError: a segment cannot be read.
+
+        Cancellation: PUTs that are under way may or may not land; the chain says so at the next start.
+        """
+        async with trio.open_nursery() as nursery:
+            slots = trio.Semaphore(self._options.uploads)
+            nursery.start_soon(self._acknowledge, slots)
+            while True:
+                await self._wait_company()
+                await slots.acquire()
+                upload = _Upload(await self._next_object())
+                self._uploading.append(upload)
+                nursery.start_soon(self._upload, upload)
+
+    async def _wait_company(self) -> None:
+        """Wait until there is something to upload, and then a little for more."""
+        while not self._pending:
+            self._arrived = trio.Event()
+            await self._arrived.wait()
+        if self._pending_bytes < self._options.bytes:
+            with trio.move_on_after(self._options.linger_s):
+                await self._hurried.wait()
+        self._hurried = trio.Event()
+
+    async def _next_object(self) -> EncodedObject:
+        """Cut the next object off what is pending; one segment, about ``options.bytes``."""
+        piece = self._pending.popleft()
+        size = piece.end - piece.start
+        self._pending_bytes -= size
+        data = await self._read_range(piece.segment.path, piece.start, piece.end)
+        encoded = await run_compute(self._encode, piece, data)
+        self._head = encoded.ref
+        return encoded
+
+    def _encode(self, piece: AppendedRange, data: bytes) -> EncodedObject:
+        return encode_object(
+            self._log_uuid,
+            self._lease.epoch,
+            piece.segment.number,
+            piece.segment.epoch,
+            first_lsn=piece.first_lsn,
+            last_lsn=piece.last_lsn,
+            tables=piece.tables,
+            frames=data,
+            predecessor=self._head,
+        )
+
+    async def _upload(self, upload: _Upload) -> None:
+        """PUT one object, for as long as it takes."""
+        key = upload.encoded.ref.key(self._node_id)
+
+        async def put() -> None:
+            try:
+                await self._store.put_new(key, upload.encoded.parts)
+            except ObjectExists:
+                await self._check_same(key, upload.encoded)
+
+        await self._persist(put)
+        upload.done = True
+        self._uploaded.set()
+
+    async def _check_same(self, key: str, encoded: EncodedObject) -> None:
+        """Tell a lost response of our own PUT from somebody else's object under our key."""
+        data = await self._store.get(key)
+        if data != b"".join(encoded.parts):
+            await self._lease.verify()
+            raise DataCorruption(
+                f"{self._store.url}/{key}", 0, f"the object with checksum {encoded.ref.checksum:08x}", "other bytes"
+            )
+
+    async def _acknowledge(self, slots: trio.Semaphore) -> None:
+        """Advance over the contiguous prefix of finished PUTs, after a read of the newest epoch (R10)."""
+        while True:
+            await self._uploaded.wait()
+            self._uploaded = trio.Event()
+            finished = 0
+            last_lsn = 0
+            for upload in self._uploading:
+                if not upload.done:
+                    break
+                finished += 1
+                last_lsn = upload.encoded.ref.last_lsn
+            if finished:
+                # Begun after those PUTs returned: one read covers them all.
+                await self._persist(self._lease.verify)
+                for _ in range(finished):
+                    self._uploading.popleft()
+                    slots.release()
+                self._objects += finished
+                self._on_advance(last_lsn)
+
+    async def _persist(self, request: Callable[[], Awaitable[None]]) -> None:
+        """Repeat a request until the store answers it."""
+        pause_s = self._options.retry_s
+        while True:
+            try:
+                await request()
+            except StoreUnavailable as error:
+                if not self._stalled:
+                    self._stalled = True
+                    log.warning("objects.stalled", store=self._store.url, reason=str(error))
+                await trio.sleep(pause_s * self._rng.uniform(0.5, 1.0))
+                pause_s = min(pause_s * 2, _MAX_RETRY_S)
+            else:
+                if self._stalled:
+                    self._stalled = False
+                    log.info("objects.recovered", store=self._store.url)
+                return
+
+
+class _Upload:
+    """One object on its way."""
+
+    __slots__ = ("done", "encoded")
+
+    def __init__(self, encoded: EncodedObject) -> None:
+        self.encoded = encoded
+        self.done = False
+
+
+def _merge(known: tuple[TableInfo, ...], more: tuple[TableInfo, ...]) -> tuple[TableInfo, ...]:
+    """Join two lists of tables, each table at each schema once."""
+    seen = {(info.uuid, info.schema_id): info for info in known}
+    for info in more:
+        seen.setdefault((info.uuid, info.schema_id), info)
+    return tuple(seen.values()) if len(seen) > len(known) else known
+
+
+__all__ = ["ObjectStatistics", "ObjectTier"]
