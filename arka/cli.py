@@ -128,9 +128,7 @@ async def _serve_until_signalled(settings: Settings, ready: trio.Event) -> None:
         signals.cancel_scope.cancel()
 
 
-async def _watch_signals(
-    stop: trio.Event, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-) -> None:
+async def _watch_signals(stop: trio.Event, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
     """Ask for a drain at the first signal and end the process at the second."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         task_status.started()

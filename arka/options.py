@@ -56,12 +56,8 @@ class ServerOptions:
 class LogOptions:
     """How the server logs."""
 
-    format: str = option(
-        "console", "Lines for people, or one JSON object a line.", one_of=("console", "json")
-    )
-    level: str = option(
-        "info", "The least severe event that is logged.", one_of=("debug", "info", "warning", "error")
-    )
+    format: str = option("console", "Lines for people, or one JSON object a line.", one_of=("console", "json"))
+    level: str = option("info", "The least severe event that is logged.", one_of=("debug", "info", "warning", "error"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +67,8 @@ class Limits:
     memory_bytes: int = option(GIB, "Ledger of received bytes not yet on disk.", at_least=16 * MIB)
     disk_bytes: int = option(64 * GIB, "WAL bytes that may wait for later tiers.", at_least=64 * MIB)
     disk_free_bytes: int = option(GIB, "Free space below which new writes are refused.", at_least=0)
-    message_bytes: int = option(
-        256 * MIB, "Largest gRPC message; a larger one ends its stream.", at_least=64 * KIB
-    )
-    batch_bytes: int = option(
-        128 * MIB, "Largest batch body; a larger one gets an error ack.", at_least=64 * KIB
-    )
+    message_bytes: int = option(256 * MIB, "Largest gRPC message; a larger one ends its stream.", at_least=64 * KIB)
+    batch_bytes: int = option(128 * MIB, "Largest batch body; a larger one gets an error ack.", at_least=64 * KIB)
     batch_rows: int = option(2**24, "Most rows of one batch.", at_least=1)
     dictionary_bytes: int = option(64 * MIB, "Most dictionary bytes held for one stream.", at_least=64 * KIB)
     streams: int = option(10_000, "Open RPCs of all connections together.", at_least=1)
@@ -88,9 +80,7 @@ class Limits:
     unread_acks_timeout_s: float = option(60.0, "How long a stream may stay over unread_acks.", at_least=0.1)
     message_stall_s: float = option(60.0, "Longest pause inside one granted message.", at_least=0.1)
     idle_s: float = option(300.0, "Longest silence of a connection without RPCs.", at_least=0.1)
-    handshake_s: float = option(
-        10.0, "Longest time to the end of the HTTP/2 preface and SETTINGS.", at_least=0.1
-    )
+    handshake_s: float = option(10.0, "Longest time to the end of the HTTP/2 preface and SETTINGS.", at_least=0.1)
     keepalive_s: float = option(60.0, "Silence after which a PING is sent.", at_least=0.1)
     keepalive_timeout_s: float = option(20.0, "How long a PING may stay unanswered.", at_least=0.1)
 
@@ -108,15 +98,11 @@ class ObjectStoreOptions:
     """The object tier."""
 
     url: str = option("", "Object store URL: file:///path, s3://bucket/prefix; empty: DATA/objects.")
-    linger_s: float = option(
-        0.05, "How long frames wait for company before an upload.", at_least=0, at_most=60
-    )
+    linger_s: float = option(0.05, "How long frames wait for company before an upload.", at_least=0, at_most=60)
     bytes: int = option(32 * MIB, "Size at which an upload starts without waiting.", at_least=64 * KIB)
     uploads: int = option(4, "Uploads at a time.", at_least=1, at_most=64)
     retry_s: float = option(0.2, "First pause after a failed request; doubles up to 5 s.", at_least=0.001)
-    config: Mapping[str, str] = pass_through(
-        "The store's own settings, as obstore names them (credentials, region)."
-    )
+    config: Mapping[str, str] = pass_through("The store's own settings, as obstore names them (credentials, region).")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +113,7 @@ class IcebergOptions:
     warehouse: str = option("", "Warehouse URL; empty: file://DATA/warehouse.")
     commit_interval_s: float = option(0.5, "Pause between the commits of one table.", at_least=0.01)
     commit_bytes: int = option(256 * MIB, "Most Arrow bytes of one commit.", at_least=MIB)
-    target_file_bytes: int = option(
-        64 * MIB, "Arrow bytes after which an encoder starts a new file.", at_least=MIB
-    )
+    target_file_bytes: int = option(64 * MIB, "Arrow bytes after which an encoder starts a new file.", at_least=MIB)
     job_deadline_s: float = option(120.0, "Longest time of one job in a worker.", at_least=1)
     encode_workers: int = option(1, "Worker processes that encode Parquet.", at_least=1, at_most=64)
     commit_workers: int = option(1, "Worker processes that commit.", at_least=1, at_most=64)

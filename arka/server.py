@@ -10,8 +10,9 @@ from __future__ import annotations
 import random
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 from urllib.parse import unquote, urlsplit
@@ -20,7 +21,8 @@ import structlog
 import trio
 
 from arka.errors import ArkaError, ConfigurationError, ErrorCode
-from arka.flight.grpc import health_routes
+from arka.flight import messages
+from arka.flight.grpc import Health
 from arka.flight.http2 import ConnectionFactory
 from arka.flight.service import FlightService, prepare_spill_dir
 from arka.options import Settings
@@ -62,6 +64,7 @@ class Server:
         self,
         opened: OpenLog,
         service: FlightService,
+        health: Health,
         connections: ConnectionFactory,
         listeners: list[trio.SocketListener],
         *,
@@ -72,6 +75,7 @@ class Server:
         Args:
             opened: the log's tiers; run by this server.
             service: its write streams are told of the drain.
+            health: told whether the server serves.
             connections: serves one accepted stream.
             listeners: open sockets; closed by this server.
             drain_s: longest time from the stop to the end of ``run``.
@@ -79,18 +83,23 @@ class Server:
         self._pipeline = opened.pipeline
         self._reservation = opened.reservation
         self._service = service
+        self._health = health
         self._connections = connections
         self._listeners = listeners
         self._drain_s = drain_s
 
     async def run(
-        self, stop: trio.Event, *, on_ready: Callable[[], Awaitable[None]], started: Callable[[], None]
+        self,
+        stop: trio.Event,
+        *,
+        prepare: Callable[[], Awaitable[None]] | None = None,
+        started: Callable[[], None],
     ) -> None:
         """Serve until ``stop`` is set.
 
         Args:
             stop: begins the drain; this returns within ``drain_s`` of it.
-            on_ready: awaited once the tiers run, before connections are accepted.
+            prepare: awaited once the tiers run, before connections are accepted.
             started: called once connections are accepted.
 
         Raises:
@@ -102,10 +111,12 @@ class Server:
         async with trio.open_nursery() as tiers:
             await tiers.start(self._pipeline.run)
             tiers.start_soon(self._reservation.run)
-            await on_ready()
+            if prepare is not None:
+                await prepare()
             async with trio.open_nursery() as connections:
                 accepting = trio.CancelScope()
                 connections.start_soon(self._accept, accepting, connections)
+                self._health.set_serving(True)
                 started()
                 await stop.wait()
                 await self._drain(accepting, connections.cancel_scope)
@@ -125,6 +136,7 @@ class Server:
         """Stop intake, finish what is accepted as far as the time allows, end the connections."""
         started = trio.current_time()
         log.info("server.draining", drain_s=self._drain_s)
+        self._health.set_serving(False)
         accepting.cancel()
         self._pipeline.start_drain()
         acks_until = started + self._drain_s * _ACK_SHARE
@@ -158,7 +170,7 @@ async def serve(
 
     Cancellation: as a crash at that moment: nothing acked is lost.
     """
-    data_dir = Path(settings.server.data_dir).absolute()
+    data_dir = Path(await trio.Path(settings.server.data_dir).absolute())
     with lock_data_dir(data_dir):
         listeners = await _listen(settings.server.host, settings.server.port)
         async with _engine(settings, data_dir) as opened:
@@ -166,17 +178,19 @@ async def serve(
             spill_dir = data_dir / "spill"
             prepare_spill_dir(spill_dir)
             service = FlightService(opened.pipeline, settings.limits, spill_dir)
-            connections = ConnectionFactory({**service.routes(), **health_routes()}, ledger, settings.limits)
-            server = Server(opened, service, connections, listeners, drain_s=settings.server.drain_s)
+            health = Health([f"{messages.PACKAGE}.FlightService"])
+            connections = ConnectionFactory({**service.routes(), **health.routes()}, ledger, settings.limits)
+            server = Server(opened, service, health, connections, listeners, drain_s=settings.server.drain_s)
             address = Address(*listeners[0].socket.getsockname()[:2])
+            prepare = partial(_register_demo_tables, opened.pipeline) if settings.server.demo_tables else None
+            with ExitStack() as announced:
 
-            async def ready() -> None:
-                if settings.server.demo_tables:
-                    await _register_demo_tables(opened.pipeline)
-                log.info("server.ready", flight=f"grpc://{address}", data_dir=str(data_dir), epoch=opened.epoch)
+                def started() -> None:
+                    announced.enter_context(announce(data_dir, flight=f"grpc://{address}", http=None))
+                    log.info("server.ready", flight=f"grpc://{address}", data_dir=str(data_dir), epoch=opened.epoch)
+                    task_status.started(address)
 
-            with announce(data_dir, flight=f"grpc://{address}", http=None):
-                await server.run(stop, on_ready=ready, started=lambda: task_status.started(address))
+                await server.run(stop, prepare=prepare, started=started)
     log.info("server.stopped")
 
 

@@ -76,7 +76,7 @@ def create_table(client: pa.flight.FlightClient, schema: pa.Schema) -> None:
                 {
                     "source_id": schema.get_field_index("time_hour"),
                     "field_id": 1000,
-                    "name": "day",
+                    "name": "departure_day",
                     "transform": "Day",
                 }
             ],

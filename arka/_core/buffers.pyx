@@ -5,7 +5,7 @@ Owns: the layout ``[frame header][IPC prefix + metadata][body]`` and its alignme
 the frame header says (``framing``) nor who fills the body (``wire``).
 """
 
-from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer, PyBUF_SIMPLE
+from cpython.buffer cimport PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer, PyBUF_SIMPLE
 from libc.stdint cimport int32_t, uint32_t
 from libc.stdlib cimport free
 from libc.string cimport memcpy, memmove, memset

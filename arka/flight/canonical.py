@@ -135,9 +135,7 @@ def check_field_name(name: str) -> None:
     if not name:
         raise UnsupportedType("a field has no name")
     if len(name) > MAX_NAME:
-        raise UnsupportedType(
-            f"the name {name[:40]!r}... has {len(name)} characters, at most {MAX_NAME} are legal"
-        )
+        raise UnsupportedType(f"the name {name[:40]!r}... has {len(name)} characters, at most {MAX_NAME} are legal")
     if not name.isprintable():
         raise UnsupportedType(f"the name {name!r} has characters that cannot be printed")
 

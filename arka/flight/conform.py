@@ -78,17 +78,13 @@ class Conformance:
             else:
                 column = converter.convert(batch.column(index), step)
                 if not field.nullable and column.null_count:
-                    raise invalid_batch(
-                        field.name, f"is required but {column.null_count} of its values are null"
-                    )
+                    raise invalid_batch(field.name, f"is required but {column.null_count} of its values are null")
             columns.append(column)
         return pa.RecordBatch.from_arrays(columns, schema=self.schema)
 
 
 def _mismatch(name: TableName, differences: Sequence[str]) -> InvalidRequest:
-    return InvalidRequest(
-        f"Schema mismatch for {name}: {'; '.join(differences)}", code=ErrorCode.SCHEMA_MISMATCH
-    )
+    return InvalidRequest(f"Schema mismatch for {name}: {'; '.join(differences)}", code=ErrorCode.SCHEMA_MISMATCH)
 
 
 def plan_conformance(stream: pa.Schema, table: TableInfo, *, allow_missing: bool = True) -> Conformance:
@@ -129,9 +125,7 @@ class _Planner:
         for index, field in enumerate(self._stream):
             place = places.get(field.name)
             if place is None:
-                self._differences.append(
-                    f"column {field.name!r} is not in the table{_near(field.name, places)}"
-                )
+                self._differences.append(f"column {field.name!r} is not in the table{_near(field.name, places)}")
             elif place in steps:
                 self._differences.append(f"column {field.name!r} appears twice")
             else:
@@ -237,9 +231,7 @@ class _Planner:
             below = f"{path}.{child.name}"
             if place not in steps:
                 if not child.nullable:
-                    self._differences.append(
-                        f"required column {below!r} ({type_name(child.type)}) is missing"
-                    )
+                    self._differences.append(f"required column {below!r} ({type_name(child.type)}) is missing")
                 steps[place] = None, Step(How.NULLS, child.type, below)
         children = tuple(steps[place] for place in range(len(places)))
         return self._nested(How.STRUCT, source, target, path, children)
@@ -272,9 +264,7 @@ def _has_required(type_: pa.DataType) -> bool:
     if types.is_struct(type_):
         return any(not child.nullable or _has_required(child.type) for child in type_)
     if types.is_map(type_):
-        return (
-            not type_.item_field.nullable or _has_required(type_.key_type) or _has_required(type_.item_type)
-        )
+        return not type_.item_field.nullable or _has_required(type_.key_type) or _has_required(type_.item_type)
     if types.is_list(type_):
         return not type_.value_field.nullable or _has_required(type_.value_type)
     return False

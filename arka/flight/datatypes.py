@@ -245,17 +245,13 @@ def _parse_object(name: str, argument: object, depth: int) -> pa.DataType:
     scalars = all(item is None or isinstance(item, (str, int)) for item in many)
     if argument is not None and scalars:
         return _with_arguments(key, ["none" if item is None else str(item) for item in many])
-    raise TypeSpelling(
-        f"found {json.dumps({name: argument}, default=str)[:80]}; expected a type such as {_EXAMPLES}"
-    )
+    raise TypeSpelling(f"found {json.dumps({name: argument}, default=str)[:80]}; expected a type such as {_EXAMPLES}")
 
 
 def _parse_field(value: object, depth: int) -> pa.Field:
     """Read arrow-rs's Field: an object with name, data_type and nullable."""
     if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
-        raise TypeSpelling(
-            f"found {json.dumps(value, default=str)[:80]}, expected a field with name and data_type"
-        )
+        raise TypeSpelling(f"found {json.dumps(value, default=str)[:80]}, expected a field with name and data_type")
     spelled: Any = value.get("data_type", value.get("type"))
     nullable = value.get("nullable", True)
     if not isinstance(nullable, bool):
@@ -344,9 +340,7 @@ class _Text:
         if name in ("fixed_size_list", "fixedsizelist"):
             item = self._item("item", depth)
             self._need(">")
-            return _build(
-                pa.list_, item, _whole_number((self._arguments() or [""])[0], "fixed_size_list's size")
-            )
+            return _build(pa.list_, item, _whole_number((self._arguments() or [""])[0], "fixed_size_list's size"))
         if name == "struct":
             return self._struct(depth)
         if name == "map":

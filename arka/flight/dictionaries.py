@@ -77,9 +77,7 @@ class StreamDictionaries:
         self._held: dict[int, _Dictionary] = {}
         self._kinds: dict[int, _Kind] = {}
         if len(ids) != len(value_types):
-            raise InvalidRequest(
-                f"The schema has {len(value_types)} dictionaries but {len(ids)} ids for them"
-            )
+            raise InvalidRequest(f"The schema has {len(value_types)} dictionaries but {len(ids)} ids for them")
         types: dict[int, pa.DataType] = {}
         for identity, type_ in zip(ids, value_types, strict=True):
             if types.setdefault(identity, type_) != type_:

@@ -246,9 +246,7 @@ class StreamIntake:
         """Note that the peer has ended its side."""
         self.ended = True
         if not self.assembler.between_messages and self._error is None:
-            self.fail(
-                ArkaError("the request ended in the middle of a message", code=ErrorCode.INVALID_REQUEST)
-            )
+            self.fail(ArkaError("the request ended in the middle of a message", code=ErrorCode.INVALID_REQUEST))
         self._wakeup.set()
 
     def fail(self, error: Exception) -> None:
@@ -338,9 +336,7 @@ class StreamIntake:
             entry = awaiting.popleft()
             self._deliver(message, entry.total, entry.charge, entry.credit)
 
-    def _deliver(
-        self, message: FlightMessage | bytes, total: int, charge: Charge | None, credit: int
-    ) -> None:
+    def _deliver(self, message: FlightMessage | bytes, total: int, charge: Charge | None, credit: int) -> None:
         if isinstance(message, FlightMessage):
             message.charge = charge
             charge = None

@@ -149,8 +149,7 @@ def read_request(fields: list[tuple[bytes, bytes]]) -> Request:
     return Request(
         path=known.get(b":path", b"").decode("ascii", "backslashreplace"),
         # application/grpc, application/grpc+proto, application/grpc;charset=utf-8; not application/grpc-web
-        is_grpc=known.get(b":method") == b"POST"
-        and re.match(rb"application/grpc(?:[+;]|\Z)", kind) is not None,
+        is_grpc=known.get(b":method") == b"POST" and re.match(rb"application/grpc(?:[+;]|\Z)", kind) is not None,
         is_head=known.get(b":method") == b"HEAD",
         timeout=known.get(b"grpc-timeout"),
         content_bytes=int(known.get(b"content-length", b"-1")),
@@ -184,9 +183,7 @@ async def run_call(route: Route, call: Call) -> RpcStatus:
             _status_of_unexpected(rest, call)
         raise cancelled from None
     if scope.cancelled_caught:
-        return RpcStatus(
-            Status.DEADLINE_EXCEEDED, f"The deadline that the client set for {call.method} has passed"
-        )
+        return RpcStatus(Status.DEADLINE_EXCEEDED, f"The deadline that the client set for {call.method} has passed")
     return OK
 
 
@@ -223,9 +220,7 @@ def parse_timeout(value: bytes) -> float:
     """
     match = _TIMEOUT.match(value)
     if match is None:
-        raise InvalidRequest(
-            f"Malformed grpc-timeout {value!r}: expected up to eight digits and one of HMSmun"
-        )
+        raise InvalidRequest(f"Malformed grpc-timeout {value!r}: expected up to eight digits and one of HMSmun")
     return int(match[1]) * _SECONDS_PER_UNIT[match[2]]
 
 

@@ -1,7 +1,7 @@
 """HTTP/2 connections: one nursery each, with one reader, one writer, one clock and a task for each RPC (T2).
 
-Owns: which frames h2 sees, the life of streams, GOAWAY, and how a connection ends. Does not own frame parsing
-(``arka._core.wire``), windows (``arka.flight.flow``, h2), timers (``arka.flight.deadlines``) nor gRPC.
+Owns: which frames h2 sees, GOAWAY, and how a connection ends. Does not own frame parsing
+(``arka._core.wire``), windows (``arka.flight.flow``, h2), streams (``arka.flight.streams``) nor gRPC.
 
 h2 gets every frame but DATA and GOAWAY, whole. DATA goes from the receive buffer to its stream's assembler;
 GOAWAY would close h2 for good while the peer merely opens no more streams (T1). Our WINDOW_UPDATE and GOAWAY
@@ -10,7 +10,6 @@ frames are raw for the same reasons.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Final
 from uuid import uuid4
@@ -26,17 +25,16 @@ from h2.errors import ErrorCodes
 from h2.settings import SettingCodes
 
 from arka._core import wire
-from arka._core.wire import CONNECTION_WINDOW, INITIAL_WINDOW, MessageAssembler, Refusal, Splitter, WireError
-from arka.errors import AdmissionRejected, ArkaError, ErrorCode, Unavailable
+from arka._core.wire import CONNECTION_WINDOW, INITIAL_WINDOW, MessageAssembler, Splitter, WireError
+from arka.errors import ArkaError, ErrorCode
 from arka.flight import frames
 from arka.flight.deadlines import Deadlines, Due
 from arka.flight.floods import Flood, FloodGuard
-from arka.flight.flow import ReadAhead, StreamIntake, Wakeup
+from arka.flight.flow import Wakeup
 from arka.flight.frames import FrameType
-from arka.flight.grpc import Call, Request, Route, parse_metadata, parse_timeout, read_request, run_call
-from arka.flight.outbound import StreamOutput, TurnOrder
+from arka.flight.grpc import Route
 from arka.flight.sources import peer_of, source_of
-from arka.flight.status import RpcStatus, Status, status_of
+from arka.flight.streams import ADVERTISED_STREAMS, Shared, Streams
 from arka.options import Limits
 from arka.tiers.admission import Ledger
 
@@ -44,84 +42,54 @@ log = structlog.get_logger(__name__)
 
 #: MAX_FRAME_SIZE, bytes: larger frames are no faster, and one frame is discarded whole (T9).
 MAX_FRAME_BYTES: Final = 1024 * 1024
-#: Streams that get a turn in one write to the socket.
-_TURNS_PER_WRITE: Final = 16
 #: Most bytes of control frames that wait for the socket because the peer does not read (T9).
 _CONTROL_BYTES: Final = 256 * 1024
 #: Bytes for the connection's window that are put off: a small part of its 2**31-1.
 _CONNECTION_CREDIT_BYTES: Final = 1024 * 1024
-#: How many times limits.streams_per_connection is advertised: at the advertised limit clients hang in silence (T10).
-_ADVERTISED_STREAMS: Final = 4
-#: Streams reset by us that are remembered: their DATA is on its way and no error.
-_RESETS_REMEMBERED: Final = 4096
-#: Seconds to wait for a peer to read our last frames, or to take note of a GOAWAY.
-_GOODBYE_S: Final = 1.0
-#: How often in limits.message_stall_s a stream's progress is looked at.
-_STALL_CHECKS: Final = 4
 #: MAX_HEADER_LIST_SIZE, bytes (T9).
 _HEADER_LIST_BYTES: Final = 64 * 1024
-#: Largest content-length that is told from a larger one.
-_CONTENT_BYTES: Final = 2**62
+#: Seconds to wait for a peer to read our last frames, or to take note of a GOAWAY.
+_GOODBYE_S: Final = 1.0
+#: How often in limits.message_stall_s the progress of streams is looked at.
+_STALL_CHECKS: Final = 4
 _DRAIN_PING: Final = b"arkdrain"
 _KEEPALIVE_PING: Final = b"arkalive"
-_FOREIGN_BODY: Final = b"This endpoint speaks gRPC (Arrow Flight).\n"
-
-_RESPONSE_FIELDS: Final = [
-    (b":status", b"200"),
-    (b"content-type", b"application/grpc"),
-    (b"grpc-accept-encoding", b"identity"),
-]
-
-
-class _Stream:
-    """One stream that is open in HTTP/2's sense, with its RPC if there is one."""
-
-    __slots__ = ("id", "intake", "output", "peer_ended", "scope")
-
-    def __init__(self, stream_id: int, intake: StreamIntake, output: StreamOutput) -> None:
-        self.id = stream_id
-        self.intake = intake
-        self.output = output
-        # Cancelled when the stream is over before its RPC.
-        self.scope = trio.CancelScope()
-        self.peer_ended = False
 
 
 class Connection:
     """One client's connection, from its preface to its end. Nothing it does can end another connection."""
 
-    def __init__(self, stream: trio.abc.Stream, factory: ConnectionFactory) -> None:
+    def __init__(self, stream: trio.abc.Stream, shared: Shared) -> None:
         """Prepare to serve ``stream``; the caller closes it after ``run``."""
         self._stream = stream
-        self._factory = factory
-        self._limits = factory.limits
+        self._limits = shared.limits
         self._source = source_of(stream)
         self._peer = peer_of(stream)
         self._splitter = Splitter(MAX_FRAME_BYTES)
         self._h2 = _make_h2()
-        self._streams: dict[int, _Stream] = {}
-        # Streams that we reset while the peer could still be sending, oldest first; and the newest one forgotten.
-        self._resets: OrderedDict[int, None] = OrderedDict()
-        self._resets_forgotten = 0
-        self._turns = TurnOrder()
-        # Streams that are owed a WINDOW_UPDATE.
-        self._updates: dict[_Stream, None] = {}
-        self._control = bytearray(_first_frames(self._limits))
+        self._now = now = trio.current_time()
+        self._floods = FloodGuard(now)
+        self._deadlines = Deadlines(shared.limits, now)
         self._wakeup = Wakeup()
+        self._streams = Streams(
+            shared,
+            self._h2,
+            self._splitter,
+            self._peer,
+            count=self._count,
+            wake=self._wakeup.set,
+            set_busy=lambda busy: self._deadlines.set_busy(busy, trio.current_time()),
+        )
+        # Frames of our own and of h2's that are not DATA, in order.
+        self._control = bytearray(_first_frames(shared.limits))
         self._flushed = trio.Event()
         self._reading = trio.CancelScope()
         self._nursery: trio.Nursery | None = None
-        now = trio.current_time()
-        self._floods = FloodGuard(now)
-        self._deadlines = Deadlines(self._limits, now)
-        self._now = now
         self._settings_seen = False
-        self._draining = False
-        # The last stream that is served, once the final GOAWAY has said so.
-        self._last_served: int | None = None
+        self._connection_widened = False
+        self._drain_asked = False
         # Why the connection ends, once it does.
         self._ending: str | None = None
-        self._calls = 0
         self._bytes_in = 0
         self._bytes_out = 0
 
@@ -134,22 +102,21 @@ class Connection:
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
-                if self._factory.draining:
-                    self.start_drain()
                 nursery.start_soon(self._write)
                 nursery.start_soon(self._watch)
+                if self._drain_asked:
+                    nursery.start_soon(self._drain)
                 with self._reading:
-                    await self._read()
+                    await self._read(nursery)
                 await self._say_goodbye()
                 nursery.cancel_scope.cancel()
         finally:
-            for stream in list(self._streams.values()):
-                self._forget(stream)
+            self._streams.abandon_all()
             log.info(
                 "connection.closed",
                 peer=self._peer,
                 reason=self._ending or "cancelled",
-                rpcs=self._calls,
+                rpcs=self._streams.calls,
                 bytes_in=self._bytes_in,
                 bytes_out=self._bytes_out,
                 seconds=round(trio.current_time() - started, 3),
@@ -157,71 +124,60 @@ class Connection:
 
     def start_drain(self) -> None:
         """Ask the peer to open no more streams; those that are open go on, without new window (T1, T19)."""
-        if self._draining or self._ending is not None:
-            return
-        self._draining = True
-        # Two steps, so that streams that are on their way when the peer hears of it are still served.
-        self._control += frames.goaway(frames.MAX_STREAM_ID, ErrorCodes.NO_ERROR, "draining")
-        self._h2.ping(_DRAIN_PING)
-        for stream in self._streams.values():
-            if stream.intake.assembler.flight_data:
-                stream.intake.withhold()
-        if self._nursery is not None:
-            self._nursery.start_soon(self._drain_anyway)
-        self._wakeup.set()
+        if not self._drain_asked:
+            self._drain_asked = True
+            self._streams.withhold()
+            if self._nursery is not None and self._ending is None:
+                self._nursery.start_soon(self._drain)
 
     # -- reading ----------------------------------------------------------------------------------
 
-    async def _read(self) -> None:
+    async def _read(self, nursery: trio.Nursery) -> None:
         """Take bytes in and act on them until the connection ends."""
         splitter = self._splitter
         try:
-            while True:
-                size = await self._source.receive_into(splitter.targets())
-                if not size:
-                    self._ending = self._ending or "the peer closed it"
-                    return
+            while size := await self._source.receive_into(splitter.targets()):
                 self._now = now = trio.current_time()
                 self._deadlines.heard(now)
                 self._bytes_in += size
                 splitter.received(size)
                 while event := splitter.next():
-                    self._handle(event)
+                    self._handle(event, nursery)
                 self._pick_up()
+            self._ending = self._ending or "the peer closed it"
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             self._ending = self._ending or "the peer is gone"
         except WireError as error:
             self._fail(ErrorCodes(error.code), error.detail)
         except h2.exceptions.ProtocolError as error:
             # h2 has its GOAWAY ready.
-            self._ending = self._ending or f"{error.error_code!r}: {error}"
+            self._ending = self._ending or f"{ErrorCodes(error.error_code).name}: {error}"
         except Exception:
             # The outermost handler of a connection: a bug, or one of h2's, ends this connection and no other.
             incident = uuid4().hex[:12]
             log.exception("connection.failed", peer=self._peer, incident=incident)
             self._fail(ErrorCodes.INTERNAL_ERROR, f"incident {incident}")
 
-    def _handle(self, event: int) -> None:
-        """Act on one event of the splitter's."""
+    def _handle(self, event: int, nursery: trio.Nursery) -> None:
+        """Act on one event of the splitter's; the frequent ones first."""
         splitter = self._splitter
         if event == wire.MESSAGE:
             splitter.assembler.owner.intake.complete(splitter.message, splitter.length)
         elif event == wire.PREFIX:
             splitter.assembler.owner.intake.begin(splitter.length, splitter.assembler.shortfall)
         elif event == wire.CONTROL:
-            self._handle_frame(splitter.frame_type, splitter.flags, splitter.stream_id, splitter.frame)
+            self._handle_frame(nursery)
         elif event == wire.ENDED:
-            stream = splitter.assembler.owner
-            self._h2.receive_data(frames.end_of_stream(stream.id))
-            self._peer_ended(stream)
+            self._h2.receive_data(frames.end_of_stream(splitter.stream_id))
+            self._streams.end_by_peer(splitter.stream_id)
         elif event == wire.REFUSED:
-            self._refuse_message(splitter.assembler)
+            splitter.assembler.owner.intake.fail(_error_of(splitter.assembler))
         elif event == wire.STRAY:
-            self._handle_stray(splitter.stream_id)
+            self._streams.judge_stray(splitter.stream_id)
         elif event == wire.OVERRUN:
-            self._reset(splitter.assembler.owner, ErrorCodes.FLOW_CONTROL_ERROR)
+            self._streams.reset(splitter.assembler.owner, ErrorCodes.FLOW_CONTROL_ERROR)
         elif event == wire.LENGTH:
-            self._reset(splitter.assembler.owner, ErrorCodes.PROTOCOL_ERROR)
+            self._streams.reset(splitter.assembler.owner, ErrorCodes.PROTOCOL_ERROR)
         elif event == wire.PADDING:
             splitter.assembler.owner.intake.add_padding(splitter.length)
         elif event == wire.EMPTY:
@@ -229,37 +185,22 @@ class Connection:
         elif event == wire.PREFACE:
             self._h2.receive_data(splitter.frame)
 
-    def _refuse_message(self, assembler: MessageAssembler) -> None:
-        refusal = assembler.error
-        assert refusal is not None
-        assembler.owner.intake.fail(_error_of(refusal))
-
-    def _handle_stray(self, stream_id: int) -> None:
-        """Judge DATA on a stream that is not live; the splitter discards it (T7)."""
-        self._count(Flood.STRAY_DATA)
-        if stream_id in self._resets or 0 < stream_id <= self._resets_forgotten:
-            return
-        if self._is_idle(stream_id):
-            raise WireError(ErrorCodes.PROTOCOL_ERROR, f"DATA on stream {stream_id}, which is idle")
-        stream = self._streams.get(stream_id)
-        if stream is None:
-            raise WireError(ErrorCodes.STREAM_CLOSED, f"DATA on stream {stream_id}, which is closed")
-        self._reset(stream, ErrorCodes.STREAM_CLOSED)
-
-    def _handle_frame(self, kind: int, flags: int, stream_id: int, frame: bytes) -> None:
+    def _handle_frame(self, nursery: trio.Nursery) -> None:
         """Act on a frame other than DATA, most of them by way of h2."""
+        splitter = self._splitter
+        kind, flags, stream_id = splitter.frame_type, splitter.flags, splitter.stream_id
         if not self._settings_seen:
             if kind != FrameType.SETTINGS or flags & frames.ACK:
                 raise WireError(ErrorCodes.PROTOCOL_ERROR, "the first frame is not SETTINGS")
             self._settings_seen = True
             self._deadlines.shook_hands()
         if kind == FrameType.GOAWAY:
-            self._handle_goaway(stream_id, frame)
+            self._handle_goaway(stream_id, splitter.frame)
             return
         if kind == FrameType.RST_STREAM:
             self._count(Flood.RESETS_RECEIVED)
             # h2 takes no notice of this one (T8).
-            if self._is_idle(stream_id):
+            if self._streams.is_idle(stream_id):
                 raise WireError(ErrorCodes.PROTOCOL_ERROR, f"RST_STREAM on stream {stream_id}, which is idle")
         elif kind == FrameType.SETTINGS:
             self._count(Flood.SETTINGS)
@@ -267,31 +208,30 @@ class Connection:
             self._count(Flood.PING)
         elif kind == FrameType.PRIORITY or kind > FrameType.CONTINUATION:
             self._count(Flood.OTHER)
-        events = self._h2.receive_data(frame)
+        events = self._h2.receive_data(splitter.frame)
         for event in events:
-            self._handle_h2(event)
-        if not events and kind == FrameType.HEADERS and flags & frames.END_HEADERS:
+            self._handle_h2(event, nursery)
+        if not events and kind in (FrameType.HEADERS, FrameType.CONTINUATION) and flags & frames.END_HEADERS:
             # h2 has answered HEADERS on a stream that was reset with another reset.
             self._count(Flood.RESETS_CAUSED)
 
-    def _handle_h2(self, event: h2.events.Event) -> None:
+    def _handle_h2(self, event: h2.events.Event, nursery: trio.Nursery) -> None:
         """Act on an event of h2's."""
-        if isinstance(event, h2.events.RequestReceived):
-            self._open(event)
-        elif isinstance(event, h2.events.WindowUpdated):
-            self._windows_moved(event.stream_id)
-        elif isinstance(event, h2.events.RemoteSettingsChanged):
-            self._windows_moved(0)
+        if isinstance(event, h2.events.WindowUpdated):
+            if event.stream_id:
+                self._streams.widen(event.stream_id)
+            else:
+                self._connection_widened = True
+        elif isinstance(event, h2.events.RequestReceived):
+            self._streams.begin(event, nursery)
         elif isinstance(event, h2.events.StreamEnded):
-            stream = self._streams.get(event.stream_id)
-            if stream is not None and not stream.peer_ended:
-                self._peer_ended(stream)
+            self._streams.end_by_peer(event.stream_id)
         elif isinstance(event, h2.events.StreamReset):
             if not event.remote_reset:
                 self._count(Flood.RESETS_CAUSED)
-            stream = self._streams.get(event.stream_id)
-            if stream is not None:
-                self._forget(stream)
+            self._streams.drop(event.stream_id)
+        elif isinstance(event, h2.events.RemoteSettingsChanged):
+            self._connection_widened = True
         elif isinstance(event, h2.events.PingAckReceived) and event.ping_data == _DRAIN_PING:
             self._finish_drain()
 
@@ -303,165 +243,27 @@ class Connection:
             raise WireError(ErrorCodes.FRAME_SIZE_ERROR, f"GOAWAY of {len(frame) - 9} bytes")
         code = int.from_bytes(frame[13:17], "big")
         if code != ErrorCodes.NO_ERROR:
-            log.info(
-                "connection.peer_goaway",
-                peer=self._peer,
-                code=code,
-                detail=frame[17:].decode("ascii", "replace"),
-            )
+            detail = frame[17:].decode("ascii", "replace")
+            log.info("connection.peer_goaway", peer=self._peer, code=code, detail=detail)
 
     def _count(self, kind: Flood) -> None:
         if not self._floods.allow(kind, self._now):
             raise WireError(ErrorCodes.ENHANCE_YOUR_CALM, f"too many {kind.value}")
 
-    def _is_idle(self, stream_id: int) -> bool:
-        return stream_id % 2 == 0 or stream_id > self._h2.highest_inbound_stream_id
-
-    # -- streams ----------------------------------------------------------------------------------
-
-    def _open(self, event: h2.events.RequestReceived) -> None:
-        """Begin a stream: start its RPC, or answer why not."""
-        stream_id = event.stream_id
-        request = read_request(event.headers)
-        route = self._factory.routes.get(request.path) if request.is_grpc else None
-        limits = self._limits
-        if len(self._streams) >= _ADVERTISED_STREAMS * limits.streams_per_connection or (
-            self._last_served is not None and stream_id > self._last_served
-        ):
-            self._h2.reset_stream(stream_id, ErrorCodes.REFUSED_STREAM)
-            self._remember_reset(stream_id)
-            self._count(Flood.RESETS_CAUSED)
-            return
-        assembler = MessageAssembler(
-            route is not None and route.flight_data, self._factory.message_limit, limits.batch_bytes
-        )
-        stream = _Stream(
-            stream_id,
-            StreamIntake(
-                assembler, self._factory.ledger, self._factory.read_ahead, lambda urgent: self._owe_window(stream, urgent)
-            ),
-            StreamOutput(stream_id, self._make_ready),
-        )
-        assembler.owner = stream
-        assembler.content_bytes = min(request.content_bytes, _CONTENT_BYTES)
-        self._streams[stream_id] = stream
-        self._deadlines.set_busy(True, self._now)
-        self._splitter.open(stream_id, assembler)
-        if event.stream_ended is not None and request.content_bytes > 0:
-            self._reset(stream, ErrorCodes.PROTOCOL_ERROR)
-        elif not request.is_grpc:
-            self._refuse_foreign(stream, is_head=request.is_head)
-        elif (refusal := self._why_not(request.path, route)) is not None:
-            self._answer(stream, refusal)
-        else:
-            assert route is not None
-            self._start(stream, route, request)
-
-    def _why_not(self, path: str, route: Route | None) -> RpcStatus | None:
-        """The status of an RPC that is not to run."""
-        if route is None:
-            return RpcStatus(Status.UNIMPLEMENTED, f"[unimplemented] Unknown method {path}")
-        limits, here, total = self._limits, len(self._streams), self._factory.streams
-        if here > limits.streams_per_connection:
-            detail = (
-                f"{here - 1} RPCs are open on this connection, allowed are {limits.streams_per_connection}"
-            )
-        elif total >= limits.streams:
-            detail = f"{total} RPCs are open on this server, allowed are {limits.streams}"
-        else:
-            return None
-        return status_of(AdmissionRejected(f"{detail}: retry later"))
-
-    def _start(self, stream: _Stream, route: Route, request: Request) -> None:
-        """Start an RPC's task."""
-        try:
-            timeout = parse_timeout(request.timeout) if request.timeout is not None else None
-            metadata = parse_metadata(request.fields)
-        except ArkaError as error:
-            self._answer(stream, status_of(error))
-            return
-        call = Call(
-            request.path,
-            metadata,
-            self._peer,
-            None if timeout is None else self._now + timeout,
-            stream.intake,
-            stream.output,
-        )
-        if self._draining and route.flight_data:
-            stream.intake.withhold()
-        self._calls += 1
-        self._h2.send_headers(stream.id, _RESPONSE_FIELDS)
-        assert self._nursery is not None
-        self._factory.streams += 1
-        self._nursery.start_soon(self._serve, stream, route, call)
-
-    async def _serve(self, stream: _Stream, route: Route, call: Call) -> None:
-        """Run an RPC and queue its trailers behind what it sent."""
-        try:
-            with stream.scope:
-                status = await run_call(route, call)
-                stream.output.finish(status.trailers(), trio.current_time())
-        finally:
-            self._factory.streams -= 1
-            stream.intake.abandon()
-
-    def _answer(self, stream: _Stream, status: RpcStatus) -> None:
-        """End an RPC that did not run, with trailers alone."""
-        stream.intake.abandon()
-        stream.output.finish([*_RESPONSE_FIELDS, *status.trailers()], self._now)
-
-    def _refuse_foreign(self, stream: _Stream, *, is_head: bool) -> None:
-        """Answer what is not gRPC with 415 and a body (T11)."""
-        stream.intake.abandon()
-        self._h2.send_headers(
-            stream.id,
-            [
-                (b":status", b"415"),
-                (b"content-type", b"text/plain; charset=utf-8"),
-                (b"content-length", b"%d" % len(_FOREIGN_BODY)),
-            ],
-        )
-        if not is_head:
-            stream.output.put_nowait(_FOREIGN_BODY)
-        stream.output.finish([], self._now)
-
-    def _peer_ended(self, stream: _Stream) -> None:
-        stream.peer_ended = True
-        stream.intake.end()
-        self._splitter.close(stream.id)
-
-    def _finished(self, stream: _Stream) -> None:
-        """Note that a stream's trailers are out."""
-        if not stream.peer_ended:
-            # The peer may stop sending: its RPC has ended (RFC 9113, section 8.1).
-            self._h2.reset_stream(stream.id, ErrorCodes.NO_ERROR)
-            self._remember_reset(stream.id)
-        self._forget(stream)
-
-    def _reset(self, stream: _Stream, code: ErrorCodes) -> None:
-        """End a stream for what its peer did."""
-        self._count(Flood.RESETS_CAUSED)
-        self._h2.reset_stream(stream.id, code)
-        self._remember_reset(stream.id)
-        self._forget(stream)
-
-    def _remember_reset(self, stream_id: int) -> None:
-        self._resets[stream_id] = None
-        if len(self._resets) > _RESETS_REMEMBERED:
-            self._resets_forgotten = max(self._resets_forgotten, self._resets.popitem(last=False)[0])
-
-    def _forget(self, stream: _Stream) -> None:
-        """Drop a stream that is closed on both sides, and cancel its RPC if it still runs."""
-        del self._streams[stream.id]
-        self._splitter.close(stream.id)
-        self._turns.remove(stream.output)
-        self._updates.pop(stream, None)
-        stream.output.close()
-        stream.intake.abandon()
-        stream.scope.cancel()
-        if not self._streams:
-            self._deadlines.set_busy(False, trio.current_time())
+    def _pick_up(self) -> None:
+        """See to it that what the last bytes caused is written."""
+        control = self._control
+        control += self._h2.data_to_send()
+        if len(control) > _CONTROL_BYTES:
+            raise WireError(ErrorCodes.ENHANCE_YOUR_CALM, "answers pile up: the peer does not read them")
+        if self._connection_widened:
+            # Once for all WINDOW_UPDATEs of a read: each touches every stream that waits.
+            self._connection_widened = False
+            self._streams.widen(0)
+        credit = self._splitter.take_credit(_CONNECTION_CREDIT_BYTES)
+        if credit:
+            control += frames.window_update(0, credit)
+        if control:
             self._wakeup.set()
 
     # -- writing ----------------------------------------------------------------------------------
@@ -470,82 +272,33 @@ class Connection:
         """Write what is due until the connection ends and all of it is out."""
         try:
             while True:
-                data = self._collect()
+                self._streams.pump()
+                data = b"".join((self._control, self._streams.take_updates(), self._h2.data_to_send()))
+                self._control.clear()
                 if data:
                     await self._stream.send_all(data)
                     self._bytes_out += len(data)
                 elif self._ending is not None:
                     break
-                elif self._last_served is not None and not self._streams:
+                elif self._streams.last_served != frames.MAX_STREAM_ID and not self._streams:
                     self._stop("drained")
-                else:
+                elif not self._streams.has_output:
                     await self._wakeup.wait()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             self._stop("the peer is gone")
         self._flushed.set()
 
-    def _collect(self) -> bytes:
-        """Gather one write: control frames, window updates, and a turn of each of some streams."""
-        connection, now = self._h2, self._now
-        for _ in range(_TURNS_PER_WRITE):
-            if not self._turns:
-                break
-            output = self._turns.take()
-            more = output.pump(connection, now)
-            if more:
-                self._turns.add(output)
-            elif more is None:
-                self._finished(self._streams[output.stream_id])
-        updates = [
-            frames.window_update(stream.id, increment)
-            for stream in self._updates
-            if (increment := stream.intake.take_increment())
-        ]
-        self._updates.clear()
-        data = b"".join((self._control, *updates, connection.data_to_send()))
-        self._control.clear()
-        return data
-
-    def _pick_up(self) -> None:
-        """See to it that what the last bytes caused is written."""
-        control = self._control
-        control += self._h2.data_to_send()
-        if len(control) > _CONTROL_BYTES:
-            raise WireError(ErrorCodes.ENHANCE_YOUR_CALM, "answers pile up: the peer does not read them")
-        credit = self._splitter.take_credit(_CONNECTION_CREDIT_BYTES)
-        if credit:
-            control += frames.window_update(0, credit)
-        if control:
-            self._wakeup.set()
-
-    def _make_ready(self, output: StreamOutput) -> None:
-        self._turns.add(output)
-        self._wakeup.set()
-
-    def _owe_window(self, stream: _Stream, urgent: bool) -> None:
-        self._updates.setdefault(stream)
-        if urgent:
-            self._wakeup.set()
-
-    def _windows_moved(self, stream_id: int) -> None:
-        """Give a turn to a stream whose window has grown; 0: to all of them."""
-        if stream_id == 0:
-            for stream in self._streams.values():
-                self._make_ready(stream.output)
-        elif (found := self._streams.get(stream_id)) is not None:
-            self._make_ready(found.output)
-
     # -- time and the end -------------------------------------------------------------------------
 
     async def _watch(self) -> None:
         """Keep the connection's deadlines."""
-        stall_s = self._limits.message_stall_s
         while True:
             now = trio.current_time()
-            await trio.sleep_until(min(self._deadlines.next_at(now), now + stall_s / _STALL_CHECKS))
-            now = trio.current_time()
+            stall_check_at = now + self._limits.message_stall_s / _STALL_CHECKS
+            await trio.sleep_until(min(self._deadlines.next_at(now), stall_check_at))
             if self._ending is not None:
                 return
+            now = trio.current_time()
             due = self._deadlines.due(now)
             if due is Due.PING:
                 self._h2.ping(_KEEPALIVE_PING)
@@ -557,30 +310,21 @@ class Connection:
                 self._stop("the handshake took too long")
             elif due is Due.SILENT:
                 self._stop("the peer does not answer")
-            for stream in list(self._streams.values()):
-                self._check_progress(stream, now)
+            self._streams.check_progress(now)
 
-    def _check_progress(self, stream: _Stream, now: float) -> None:
-        """End a stream whose message or whose reader has stalled."""
-        stall_s = self._limits.message_stall_s
-        if stream.intake.is_stalled(now, stall_s):
-            detail = f"A message stopped in the middle: nothing of it came for {stall_s:g} s"
-            stream.intake.fail(Unavailable(detail))
-        output = stream.output
-        if output.finishing and now - output.last_progress >= stall_s:
-            output.give_up(
-                status_of(Unavailable(f"The client read nothing for {stall_s:g} s")).trailers(), now
-            )
-
-    async def _drain_anyway(self) -> None:
+    async def _drain(self) -> None:
+        """Tell the peer of the drain in two steps, so that streams on their way meanwhile are still served."""
+        self._control += frames.goaway(frames.MAX_STREAM_ID, ErrorCodes.NO_ERROR, "draining")
+        self._h2.ping(_DRAIN_PING)
+        self._wakeup.set()
         await trio.sleep(_GOODBYE_S)
         self._finish_drain()
 
     def _finish_drain(self) -> None:
         """Name the last stream that is served: the peer has had time to hear of the drain."""
-        if self._last_served is None and self._ending is None:
-            self._last_served = self._h2.highest_inbound_stream_id
-            self._control += frames.goaway(self._last_served, ErrorCodes.NO_ERROR, "draining")
+        if self._streams.last_served == frames.MAX_STREAM_ID and self._ending is None:
+            self._streams.last_served = last = self._h2.highest_inbound_stream_id
+            self._control += frames.goaway(last, ErrorCodes.NO_ERROR, "draining")
             self._wakeup.set()
 
     def _fail(self, code: ErrorCodes, detail: str) -> None:
@@ -595,8 +339,7 @@ class Connection:
 
     async def _say_goodbye(self) -> None:
         """Cancel what runs, write the last frames, and let the peer read them."""
-        for stream in list(self._streams.values()):
-            self._forget(stream)
+        self._streams.abandon_all()
         self._wakeup.set()
         with trio.move_on_after(_GOODBYE_S):
             await self._flushed.wait()
@@ -612,12 +355,7 @@ class Connection:
 
 
 class ConnectionFactory:
-    """Serves connections, and counts what they have in common.
-
-    Attributes:
-        streams: RPCs that are running.
-        draining: no new RPCs are wanted.
-    """
+    """Serves connections, and counts what they have in common."""
 
     def __init__(self, routes: Mapping[str, Route], ledger: Ledger, limits: Limits) -> None:
         """Share routes and limits among connections.
@@ -625,17 +363,11 @@ class ConnectionFactory:
         Args:
             routes: method path to what serves it.
             ledger: charged with every byte that a client may send before it may.
-            limits: of streams, messages and times.
+            limits: of connections, streams, messages and times.
         """
-        self.routes = routes
-        self.ledger = ledger
-        self.limits = limits
-        self.read_ahead = ReadAhead(ledger)
-        # What the ledger could never grant beside a stream's own initial window is refused at once.
-        self.message_limit = min(limits.message_bytes, ledger.statistics().limit_bytes - 2 * INITIAL_WINDOW)
-        self.streams = 0
-        self.draining = False
+        self._shared = Shared(routes, ledger, limits)
         self._connections: dict[Connection, None] = {}
+        self._draining = False
         self._idle = trio.Event()
         self._idle.set()
 
@@ -644,10 +376,13 @@ class ConnectionFactory:
 
         Cancellation: its RPCs are cancelled, the peer is told nothing.
         """
-        if len(self._connections) >= self.limits.connections:
-            log.warning("connection.refused", peer=peer_of(stream), limit=self.limits.connections)
+        limit = self._shared.limits.connections
+        if len(self._connections) >= limit:
+            log.warning("connection.refused", peer=peer_of(stream), limit=limit)
             return
-        connection = Connection(stream, self)
+        connection = Connection(stream, self._shared)
+        if self._draining:
+            connection.start_drain()
         if not self._connections:
             self._idle = trio.Event()
         self._connections[connection] = None
@@ -663,10 +398,15 @@ class ConnectionFactory:
         """The number of open connections."""
         return len(self._connections)
 
+    @property
+    def calls(self) -> int:
+        """The number of RPCs that are running."""
+        return self._shared.streams
+
     def start_drain(self) -> None:
         """Ask all clients to go elsewhere; open streams go on, without new window."""
-        self.draining = True
-        for connection in list(self._connections):
+        self._draining = True
+        for connection in self._connections:
             connection.start_drain()
 
     async def wait_idle(self) -> None:
@@ -695,7 +435,7 @@ def _first_frames(limits: Limits) -> bytes:
     """What the server says first."""
     values: dict[int, int] = {
         SettingCodes.ENABLE_PUSH: 0,
-        SettingCodes.MAX_CONCURRENT_STREAMS: _ADVERTISED_STREAMS * limits.streams_per_connection,
+        SettingCodes.MAX_CONCURRENT_STREAMS: ADVERTISED_STREAMS * limits.streams_per_connection,
         SettingCodes.INITIAL_WINDOW_SIZE: INITIAL_WINDOW,
         SettingCodes.MAX_FRAME_SIZE: MAX_FRAME_BYTES,
         SettingCodes.MAX_HEADER_LIST_SIZE: _HEADER_LIST_BYTES,
@@ -711,8 +451,10 @@ _CODE_OF_REFUSAL: Final = {
 }
 
 
-def _error_of(refusal: Refusal) -> ArkaError:
+def _error_of(assembler: MessageAssembler) -> ArkaError:
     """What an RPC is told about bytes that are no message (T12, T17)."""
+    refusal = assembler.error
+    assert refusal is not None
     return ArkaError(refusal.detail, code=_CODE_OF_REFUSAL[refusal.kind])
 
 

@@ -88,9 +88,7 @@ def wire_schema(schema: pa.Schema) -> pa.Schema:
     return pa.schema([_wire_field(field) for field in schema])
 
 
-def plan_layout(
-    schema: pa.Schema, *, required: bool = False, ranges: Mapping[str, Range] | None = None
-) -> Layout:
+def plan_layout(schema: pa.Schema, *, required: bool = False, ranges: Mapping[str, Range] | None = None) -> Layout:
     """Plan the checks of a schema's batches.
 
     Args:

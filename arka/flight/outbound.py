@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from enum import Enum
 from typing import Final, Protocol
 
 import h2.connection
@@ -28,6 +29,19 @@ class Outbox(Protocol):
         ...
 
 
+class Turn(Enum):
+    """How a stream's turn to send ended."""
+
+    #: it has more for another turn
+    MORE = "more"
+    #: it has more, the peer's window does not
+    BLOCKED = "blocked"
+    #: it has nothing for now
+    DRY = "dry"
+    #: its trailers are out
+    DONE = "done"
+
+
 class StreamOutput:
     """The outbound half of one RPC.
 
@@ -36,10 +50,11 @@ class StreamOutput:
         last_progress: trio time of the last byte that the windows let through, or of the RPC's end.
     """
 
-    def __init__(self, stream_id: int, on_ready: Callable[[StreamOutput], None]) -> None:
+    def __init__(self, stream_id: int, on_ready: Callable[[], None]) -> None:
         """Start with nothing to send.
 
         Args:
+            stream_id: the stream.
             on_ready: called when there may be something to send.
         """
         self.stream_id = stream_id
@@ -67,7 +82,7 @@ class StreamOutput:
     def wake(self) -> None:
         """Say that the outbox may have something."""
         if not self._closed:
-            self._on_ready(self)
+            self._on_ready()
 
     async def put(self, size: int, *parts: bytes | memoryview) -> None:
         """Queue the parts of one message.
@@ -83,13 +98,13 @@ class StreamOutput:
             raise trio.ClosedResourceError("the stream is closed")
         self._parts.extend(parts)
         self._buffered += size
-        self._on_ready(self)
+        self._on_ready()
 
     def put_nowait(self, part: bytes) -> None:
         """Queue bytes however full the buffer is."""
         self._parts.append(part)
         self._buffered += len(part)
-        self._on_ready(self)
+        self._on_ready()
 
     async def wait_drained(self) -> None:
         """Wait until the outbox had nothing more. Cancellation: nothing changes.
@@ -116,7 +131,7 @@ class StreamOutput:
         if not self._closed:
             self._trailers = trailers
             self.last_progress = now
-            self._on_ready(self)
+            self._on_ready()
 
     def give_up(self, trailers: list[tuple[bytes, bytes]], now: float) -> None:
         """End the stream now, without what could not be sent."""
@@ -136,13 +151,8 @@ class StreamOutput:
         if self._drained is not None:
             self._drained.set()
 
-    def pump(self, connection: h2.connection.H2Connection, now: float) -> bool | None:
-        """Hand one turn's worth to h2.
-
-        Returns:
-            True: there is more for another turn; False: nothing more for now, or no window; None: the trailers
-            are out.
-        """
+    def pump(self, connection: h2.connection.H2Connection, now: float) -> Turn:
+        """Hand one turn's worth to h2."""
         turn = _TURN_BYTES
         window = connection.local_flow_control_window(self.stream_id)
         while turn > 0:
@@ -150,21 +160,21 @@ class StreamOutput:
                 break
             size = min(window, turn, connection.max_outbound_frame_size, self._buffered)
             if size <= 0:
-                return False
+                return Turn.BLOCKED
             connection.send_data(self.stream_id, self._cut(size))
             self.last_progress = now
             window -= size
             turn -= size
         else:
-            return True
+            return Turn.MORE
         if self._trailers is None:
-            return False
+            return Turn.DRY
         if self._trailers:
             connection.send_headers(self.stream_id, self._trailers, end_stream=True)
         else:
             connection.end_stream(self.stream_id)
         self._trailers = None
-        return None
+        return Turn.DONE
 
     def _refill(self, budget: int) -> bool:
         """Take from the outbox; returns whether there was anything."""
@@ -206,28 +216,4 @@ class StreamOutput:
         return chunk
 
 
-class TurnOrder:
-    """Which streams have something to send, in the order of their turns."""
-
-    def __init__(self) -> None:
-        self._ready: dict[StreamOutput, None] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._ready)
-
-    def add(self, output: StreamOutput) -> None:
-        """Put a stream at the end, unless it has a place already."""
-        self._ready.setdefault(output)
-
-    def remove(self, output: StreamOutput) -> None:
-        """Take a stream out."""
-        self._ready.pop(output, None)
-
-    def take(self) -> StreamOutput:
-        """Take the stream whose turn it is."""
-        output = next(iter(self._ready))
-        del self._ready[output]
-        return output
-
-
-__all__ = ["SEND_BUFFER_BYTES", "Outbox", "StreamOutput", "TurnOrder"]
+__all__ = ["SEND_BUFFER_BYTES", "Outbox", "StreamOutput", "Turn"]

@@ -113,9 +113,7 @@ def parse_create_table(body: bytes) -> TableDefinition:
         schema = schema.set(index, schema.field(index).with_nullable(False))
     properties = check_properties(request.properties or {})
     if PARTIAL in properties and table_type is not TableType.PRIMARY_KEY:
-        raise InvalidRequest(
-            f"properties: {PARTIAL!r} has a meaning for primary_key tables only; leave it out"
-        )
+        raise InvalidRequest(f"properties: {PARTIAL!r} has a meaning for primary_key tables only; leave it out")
     return TableDefinition(
         name=name,
         schema=schema,
@@ -249,9 +247,7 @@ def _parse_partition_field(position: int, item: _PartitionField, schema: pa.Sche
         transform = _spell_transform(item.transform)
         parse_transform(transform).check_source(source.type)
     except ValueError as error:
-        raise InvalidRequest(
-            f"{where} on column {source.name!r} ({type_name(source.type)}): {error}"
-        ) from error
+        raise InvalidRequest(f"{where} on column {source.name!r} ({type_name(source.type)}): {error}") from error
     if item.field_id is not None and not _FIRST_PARTITION_ID <= item.field_id <= _MAX_ID:
         raise InvalidRequest(
             f"{where}: field_id is {item.field_id}, expected a number from {_FIRST_PARTITION_ID} or none"
@@ -353,8 +349,7 @@ def describe_schema(schema: pa.Schema) -> dict[str, Any]:
             item["field_id"] = int(field_id)
         if metadata:
             item["metadata"] = {
-                key.decode("utf-8", "replace"): value.decode("utf-8", "replace")
-                for key, value in metadata.items()
+                key.decode("utf-8", "replace"): value.decode("utf-8", "replace") for key, value in metadata.items()
             }
         fields.append(item)
     return {"fields": fields}

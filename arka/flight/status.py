@@ -97,9 +97,7 @@ def percent_encode(message: str) -> bytes:
     A message too long for a header is cut at a whole character.
     """
     raw = message.encode("utf-8", "replace")[:_MESSAGE_BYTES].decode("utf-8", "ignore").encode()
-    return b"".join(
-        b"%c" % byte if 0x20 <= byte <= 0x7E and byte != 0x25 else b"%%%02X" % byte for byte in raw
-    )
+    return b"".join(b"%c" % byte if 0x20 <= byte <= 0x7E and byte != 0x25 else b"%%%02X" % byte for byte in raw)
 
 
 __all__ = ["OK", "RpcError", "RpcStatus", "Status", "percent_encode", "status_of"]

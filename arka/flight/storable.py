@@ -120,9 +120,7 @@ class Storable:
             if bound is None or least <= bound <= greatest:
                 continue
             unit = "days" if pa.types.is_date32(leaf.type) else "microseconds"
-            raise invalid_batch(
-                path, f"holds {bound} {unit} since 1970, expected a time from 0001-01-01 to 9999-12-31"
-            )
+            raise invalid_batch(path, f"holds {bound} {unit} since 1970, expected a time from 0001-01-01 to 9999-12-31")
 
 
 def visible_leaves(array: pa.Array, path: str) -> Iterator[tuple[str, pa.Array]]:

@@ -19,7 +19,7 @@ from arka.iceberg.align import align_batch
 from arka.iceberg.config import CatalogConfig
 from arka.iceberg.parquet import FileWriter, file_writer
 from arka.iceberg.partition import split_fields
-from arka.records import TableInfo
+from arka.records import Operation, TableInfo
 from arka.storage.ports import EncodeJob, StagedFile, StagedFiles
 from arka.wal.segment import read_slice
 
@@ -75,6 +75,8 @@ def _batches(job: EncodeJob) -> Iterator[tuple[pa.RecordBatch, int]]:
                     f"{piece.path}: LSN {header.lsn} of table {job.table.name} is not in ({last}, {job.through_lsn}]"
                 )
             last = header.lsn
+            if header.operation != Operation.UPSERT:
+                raise InternalError(f"{piece.path}: LSN {header.lsn} deletes rows, which no file can hold")
             schema = schemas.get(header.schema_id)
             if schema is None:
                 raise InternalError(f"{piece.path}: LSN {header.lsn} uses unknown schema {header.schema_id}")

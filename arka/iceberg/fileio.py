@@ -17,7 +17,8 @@ from types import TracebackType
 from typing import Final
 
 import pyarrow as pa
-from pyiceberg.io import FileIO, InputFile, InputStream, OutputFile, OutputStream
+from pyarrow.fs import FileSystem, S3FileSystem
+from pyiceberg.io import S3_RETRY_STRATEGY_IMPL, FileIO, InputFile, InputStream, OutputFile, OutputStream
 from pyiceberg.io.pyarrow import PyArrowFileIO
 from pyiceberg.typedef import EMPTY_DICT, Properties
 
@@ -225,6 +226,18 @@ class LocalFile(InputFile, OutputFile):
         return self
 
 
+class _RemoteFileIO(PyArrowFileIO):
+    """pyarrow's file systems, with one request for a small S3 object instead of a multipart upload's three."""
+
+    def _initialize_s3_fs(self, netloc: str | None) -> FileSystem:
+        made = super()._initialize_s3_fs(netloc)
+        if S3_RETRY_STRATEGY_IMPL in self.properties:
+            # A file system does not tell its retry strategy: this one cannot be made again.
+            return made
+        (arguments,) = made.__reduce__()[1]
+        return S3FileSystem(**{**arguments, "allow_delayed_open": True})
+
+
 class WarehouseFileIO(FileIO):
     """pyiceberg's file access for Arka: durable local files, pyarrow file systems for other schemes.
 
@@ -258,7 +271,7 @@ class WarehouseFileIO(FileIO):
 
     def _other(self) -> PyArrowFileIO:
         if self._remote is None:
-            self._remote = PyArrowFileIO(self.properties)
+            self._remote = _RemoteFileIO(self.properties)
         return self._remote
 
     def new_input(self, location: str) -> InputFile:

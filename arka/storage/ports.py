@@ -32,6 +32,13 @@ class StoreUnavailable(Exception):
     """
 
 
+class StoreRefused(StoreUnavailable):
+    """The store turned the request down (credentials, permissions, no such bucket): a person has to act.
+
+    At start it ends the process; later it is an outage like any other, since somebody may put it right.
+    """
+
+
 @dataclass(frozen=True, slots=True)
 class ObjectMeta:
     """One object of a listing: key relative to the store's prefix, size in bytes."""
@@ -411,6 +418,7 @@ __all__ = [
     "SegmentSlice",
     "StagedFile",
     "StagedFiles",
+    "StoreRefused",
     "StoreUnavailable",
     "TableExists",
     "TableMissing",

@@ -155,9 +155,7 @@ async def created_table_is_described_whole(subject: Subject) -> None:
     assert info.location.endswith(f"-{SUFFIX}")
     assert info.table_type is TableType.PRIMARY_KEY
     assert info.key_columns == ("id",)
-    assert [(f.source_id, f.field_id, f.name, f.transform) for f in info.partition] == [
-        (1, 1000, "b", "bucket[4]")
-    ]
+    assert [(f.source_id, f.field_id, f.name, f.transform) for f in info.partition] == [(1, 1000, "b", "bucket[4]")]
     assert info.properties["owner"] == "me"
     loaded = await subject.catalog.load_table(info.name)
     assert loaded.info == info

@@ -165,9 +165,7 @@ class SimCatalog:
 
     async def list_tables(self) -> list[CatalogTable]:
         """See ``ports.Catalog.list_tables``."""
-        return await self._call(
-            "list_tables", lambda: [self._tables[name].describe() for name in sorted(self._tables)]
-        )
+        return await self._call("list_tables", lambda: [self._tables[name].describe() for name in sorted(self._tables)])
 
     async def encode(self, job: EncodeJob) -> StagedFiles:
         """See ``ports.Catalog.encode``."""

@@ -4,8 +4,8 @@ Owns: the worst that POSIX allows a file system to do, from a seeded random gene
 in the calling task, so that tests under trio's mock clock are exact; contents are plain bytes in memory.
 
 What it does to unsynced data in a crash: each 512-byte sector of each write is kept or not, on its own,
-and may be torn in the middle; of each directory's unsynced creations, renames and removals a prefix is
-kept. After a failed sync the page cache shows the data as before, later syncs succeed, and the data is
+and may be torn in the middle; each of a directory's unsynced creations, renames and removals is kept or
+not, on its own. After a failed sync the page cache shows the data as before, later syncs succeed, and the data is
 gone in the next crash: as on Linux.
 """
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -76,25 +76,45 @@ class _Inode:
 
 
 class _Directory:
-    """The names in a directory, as they are and as they are on the platter."""
+    """The names in a directory: as they are, as they are on the platter, and the changes between.
+
+    A change is a set of names and what they stand for afterwards, None for nothing.
+    """
 
     def __init__(self) -> None:
         self.cached: dict[str, _Inode] = {}
         self.durable: dict[str, _Inode] = {}
-        # Each entry is the whole directory after one operation: a crash keeps one of the states.
-        self.states: list[dict[str, _Inode]] = []
+        self.pending: list[dict[str, _Inode | None]] = []
 
-    def note(self) -> None:
-        self.states.append(dict(self.cached))
+    def change(self, change: dict[str, _Inode | None]) -> None:
+        self._apply(self.cached, change)
+        self.pending.append(change)
 
     def sync(self) -> None:
         self.durable = dict(self.cached)
-        self.states.clear()
+        self.pending.clear()
 
     def crash(self, rng: random.Random) -> None:
-        self.durable = rng.choice([self.durable, *self.states])
-        self.states.clear()
+        share = rng.choice((0.0, 0.5, 1.0))
+        for change in self.pending:
+            if rng.random() < share:
+                self._apply(self.durable, change)
+        self.pending.clear()
         self.cached = dict(self.durable)
+
+    def inodes(self) -> Iterator[_Inode]:
+        yield from self.durable.values()
+        yield from self.cached.values()
+        for change in self.pending:
+            yield from (inode for inode in change.values() if inode is not None)
+
+    @staticmethod
+    def _apply(names: dict[str, _Inode], change: dict[str, _Inode | None]) -> None:
+        for name, inode in change.items():
+            if inode is None:
+                names.pop(name, None)
+            else:
+                names[name] = inode
 
 
 class SimFile:
@@ -137,6 +157,7 @@ class SimFile:
     def commit(self, group: Group) -> None:
         """Seal, write and sync a group."""
         self.write(group.offset, [group.to_bytes()])
+        self.sync()
 
     def release_tail(self, offset: int) -> None:
         """Do nothing: it reads as zeros already, and space is counted by length."""
@@ -203,8 +224,7 @@ class SimDisk:
         self.kill()
         inodes: dict[int, _Inode] = {}
         for directory in self._directories.values():
-            for state in (directory.durable, directory.cached, *directory.states):
-                inodes.update((id(inode), inode) for inode in state.values())
+            inodes.update((id(inode), inode) for inode in directory.inodes())
         for inode in inodes.values():
             inode.crash(self._rng)
         for directory in self._directories.values():
@@ -247,8 +267,8 @@ class SimDisk:
         if path.name in directory.cached:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
         fault = self._step("create")
-        inode = directory.cached[path.name] = _Inode()
-        directory.note()
+        inode = _Inode()
+        directory.change({path.name: inode})
         if fault is not None:
             raise fault
         self._check_room(size)
@@ -269,17 +289,14 @@ class SimDisk:
         directory = self._directory(old)
         inode = self._inode(old)
         self._raise_if(self._step("rename"))
-        del directory.cached[old.name]
-        directory.cached[new.name] = inode
-        directory.note()
+        directory.change({old.name: None, new.name: inode})
 
     def remove(self, path: Path) -> None:
         """Unlink; open handles keep the bytes."""
         directory = self._directory(path)
         if path.name in directory.cached:
             self._raise_if(self._step("remove"))
-            del directory.cached[path.name]
-            directory.note()
+            directory.change({path.name: None})
 
     def sync_directory(self, directory: Path) -> None:
         """Make the names durable."""

@@ -172,9 +172,7 @@ def _dump_segment(path: Path, data: memoryview) -> Iterator[DumpedFrame]:
             return
 
 
-def _dump_frame(
-    file: str, data: memoryview, offset: int, header: FrameHeader, names: dict[bytes, str]
-) -> DumpedFrame:
+def _dump_frame(file: str, data: memoryview, offset: int, header: FrameHeader, names: dict[bytes, str]) -> DumpedFrame:
     payload = data[offset + FRAME_HEADER_BYTES :][: header.payload_bytes]
     note = ""
     if header.kind == KIND_TABLE:

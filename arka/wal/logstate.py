@@ -44,9 +44,7 @@ class LogState:
     generation: int = 1
 
     @classmethod
-    async def create(
-        cls, directory: Path, disk: Disk, *, log_uuid: UUID, epoch: int, lsn_ceiling: int
-    ) -> LogState:
+    async def create(cls, directory: Path, disk: Disk, *, log_uuid: UUID, epoch: int, lsn_ceiling: int) -> LogState:
         """Make the state of a new log; one that exists is an error.
 
         Args:

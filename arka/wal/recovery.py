@@ -303,9 +303,7 @@ class _Recovery:
         if not has_segments:
             self._last_lsn = seal.last_lsn
         elif self._last_lsn != seal.last_lsn:
-            raise DataCorruption(
-                str(self._directory / SEAL_NAME), 48, f"last LSN {self._last_lsn}", f"{seal.last_lsn}"
-            )
+            raise DataCorruption(str(self._directory / SEAL_NAME), 48, f"last LSN {self._last_lsn}", f"{seal.last_lsn}")
 
     # -- sealed segments --------------------------------------------------------------------------
 
@@ -377,9 +375,7 @@ class _Recovery:
                 copied_to,
             )
         if scan.first_lsn:
-            copy_segment(
-                self._disk, self._path(copy_number), scan, data, number=copy_number, epoch=self._epoch
-            )
+            copy_segment(self._disk, self._path(copy_number), scan, data, number=copy_number, epoch=self._epoch)
         del data
         self._disk.remove(ref.path)
         self._disk.sync_directory(self._directory)

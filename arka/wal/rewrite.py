@@ -31,9 +31,7 @@ _GROUP_BYTES: Final = 8 * MIB
 _GROUP_FRAMES: Final = 4096
 
 
-def copy_segment(
-    disk: Disk, path: Path, scan: SegmentScan, data: memoryview, *, number: int, epoch: int
-) -> None:
+def copy_segment(disk: Disk, path: Path, scan: SegmentScan, data: memoryview, *, number: int, epoch: int) -> None:
     """Write the frames that ``scan`` found into a segment of their own. Blocking.
 
     Args:

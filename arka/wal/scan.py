@@ -171,9 +171,7 @@ class SegmentScan:
         if header.kind in _LSN_KINDS:
             if self.first_lsn == 0:
                 if header.lsn != self.header.first_lsn:
-                    raise self._contradiction(
-                        offset, f"first LSN {self.header.first_lsn}", f"LSN {header.lsn}"
-                    )
+                    raise self._contradiction(offset, f"first LSN {self.header.first_lsn}", f"LSN {header.lsn}")
                 self.first_lsn = header.lsn
             if header.lsn <= self.last_lsn:
                 raise self._contradiction(offset, f"an LSN above {self.last_lsn}", f"LSN {header.lsn}")

@@ -48,9 +48,7 @@ class SealMark:
         """Encode it."""
         flags = _CLOSED if self.closed else 0
         return seal_block(
-            _LAYOUT.pack(
-                _MAGIC, 0, FORMAT_VERSION, flags, self.log_uuid.bytes, self.epoch, self.segment, self.last_lsn
-            )
+            _LAYOUT.pack(_MAGIC, 0, FORMAT_VERSION, flags, self.log_uuid.bytes, self.epoch, self.segment, self.last_lsn)
         )
 
     @classmethod

@@ -227,9 +227,7 @@ class Footer:
 
     def to_frame(self, written_us: int) -> Frame:
         """Make the frame."""
-        payload = _FOOTER.pack(
-            self.nonce, self.synced_through, self.offset, self.first_lsn, self.last_lsn, self.frames
-        )
+        payload = _FOOTER.pack(self.nonce, self.synced_through, self.offset, self.first_lsn, self.last_lsn, self.frames)
         return Frame(KIND_FOOTER, 0, payload=payload, accepted_us=written_us)
 
 
@@ -283,9 +281,7 @@ def read_slice(slice: SegmentSlice, log_uuid: UUID) -> Iterator[tuple[FrameHeade
     """
     with pa.memory_map(slice.path) as source:
         mapped = source.read_buffer(source.size())
-    SegmentHeader.from_bytes(slice.path, memoryview(mapped)).check_is(
-        slice.path, log_uuid, slice.segment, slice.epoch
-    )
+    SegmentHeader.from_bytes(slice.path, memoryview(mapped)).check_is(slice.path, log_uuid, slice.segment, slice.epoch)
     seed = crc_seed(log_uuid, slice.epoch, slice.segment)
     for offset in memoryview(slice.offsets).cast("Q"):
         if offset % 64 or offset < HEADER_BYTES:

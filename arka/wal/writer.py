@@ -228,9 +228,7 @@ class WalWriter:
                     self._active = None
         except BaseException as error:
             self._poison = error
-            raise WalPoisoned(
-                f"{self._directory}: the log cannot be written: {error}; restart the server"
-            ) from error
+            raise WalPoisoned(f"{self._directory}: the log cannot be written: {error}; restart the server") from error
         return ranges
 
     def _start_segment(self, first: Frame) -> ActiveSegment:
@@ -278,9 +276,7 @@ class WalWriter:
         found = sorted(_segment_numbers(self._disk, self._directory))
         present = [number for number in numbers if number in found]
         if found[: len(present)] != present:
-            raise InternalError(
-                f"segments {present} are not the oldest ones of {found}: they cannot be retired"
-            )
+            raise InternalError(f"segments {present} are not the oldest ones of {found}: they cannot be retired")
         for number in present:
             # One at a time: whatever a crash undoes, no hole is left.
             self._disk.remove(self._directory / segment_name(number))
@@ -325,9 +321,7 @@ class WalWriter:
             if frame.kind in CONTROL_KINDS:
                 raise InternalError(f"frames of kind {frame.kind} are the writer's own")
             if frame.kind == KIND_BATCH and (frame.table is None or frame.table.schema_id != frame.schema_id):
-                raise InternalError(
-                    f"the batch with LSN {frame.lsn} needs its table at schema {frame.schema_id}"
-                )
+                raise InternalError(f"the batch with LSN {frame.lsn} needs its table at schema {frame.schema_id}")
 
 
 def _segment_numbers(disk: Disk, directory: Path) -> list[int]:
@@ -352,9 +346,7 @@ def _check_sealed(disk: Disk, directory: Path, log_uuid: UUID, epoch: int, first
     if seal.epoch > epoch:
         raise Fenced(f"{directory} was written in epoch {seal.epoch}: epoch {epoch} is over")
     if first_segment <= seal.segment:
-        raise ConfigurationError(
-            f"segment {first_segment} is used up in {directory}: the next is {seal.segment + 1}"
-        )
+        raise ConfigurationError(f"segment {first_segment} is used up in {directory}: the next is {seal.segment + 1}")
     return SealMark(log_uuid, epoch, first_segment - 1, seal.last_lsn, seal.closed)
 
 

@@ -47,9 +47,7 @@ class Lake:
             PartitionRequest(index, None, f"p{position}", transform)
             for position, (index, transform) in enumerate(transforms)
         )
-        definition = TableDefinition(
-            TableName("default", name), schema, partition=fields, properties=properties or {}
-        )
+        definition = TableDefinition(TableName("default", name), schema, partition=fields, properties=properties or {})
         return control.create_table(self.config, definition, uuid4().hex[:8]).info
 
     def write(self, info: TableInfo, frames: Sequence[tuple[int, pa.RecordBatch]]) -> SegmentSlice:

@@ -124,9 +124,7 @@ async def test_simulated_catalog_conforms(check: Check, tmp_path: Path) -> None:
 async def _staged_job(subject: _SimSubject) -> CommitJob:
     from arka.records import TableDefinition, TableName
 
-    info = (
-        await subject.catalog.create_table(TableDefinition(TableName("default", "t"), SCHEMA), "0123abcd")
-    ).info
+    info = (await subject.catalog.create_table(TableDefinition(TableName("default", "t"), SCHEMA), "0123abcd")).info
     piece = subject.write(info, [(1, rows_of(1))])
     schemas = {0: info.schema.serialize().to_pybytes()}
     staged = await subject.catalog.encode(EncodeJob(info, schemas, LOG, 0, 1, (piece,)))

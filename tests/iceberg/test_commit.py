@@ -147,9 +147,7 @@ def test_lost_response_is_resolved_from_fresh_metadata(
     assert _numbers(lake, info) == [1, 2]
 
 
-def test_unclear_answer_of_a_silent_catalog_is_unavailable(
-    lake: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unclear_answer_of_a_silent_catalog_is_unavailable(lake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the catalog cannot be asked either, the outcome stays unknown and no file is deleted (R16)."""
     info = lake.create(SCHEMA)
     job = lake.job(info, lake.encode(info, [_rows(1)], 0))
@@ -319,9 +317,7 @@ def test_three_hundred_commits_stay_flat(make_lake: Any, monkeypatch: pytest.Mon
     for snapshot in table.snapshots():
         found = table.scan(snapshot_id=snapshot.snapshot_id).to_arrow().num_rows
         assert found == snapshot.sequence_number
-    (by_duckdb,) = duck.execute(
-        "SELECT count(*), sum(n) FROM iceberg_scan(?)", [table.metadata_location]
-    ).fetchall()
+    (by_duckdb,) = duck.execute("SELECT count(*), sum(n) FROM iceberg_scan(?)", [table.metadata_location]).fetchall()
     assert by_duckdb == (300, sum(range(300)))
 
 

@@ -201,9 +201,7 @@ def _points(rows: int, seed: int) -> pa.RecordBatch:
                 "n": pick.randrange(-50, 50),
                 "text": pick.choice(["", "ä" * 6, "Kreuz & quer/100%", "plain", None, f"t{number}"]),
                 "day": pick.choice([day, None]),
-                "at": pick.choice(
-                    [dt.datetime.combine(day, dt.time(pick.randrange(24), 59, 59, 999999)), None]
-                ),
+                "at": pick.choice([dt.datetime.combine(day, dt.time(pick.randrange(24), 59, 59, 999999)), None]),
                 "amount": pick.choice([Decimal(pick.randrange(-999, 999)) / 100, None]),
                 "key": pick.choice([UUID(int=pick.randrange(2**128)), None]),
                 "flag": pick.choice([True, False, None]),
@@ -243,9 +241,7 @@ def test_partitions_agree_with_both_engines(lake: Any, duck: Any, transforms: An
     table = lake.table(info)
     if transforms:
         by_filter = table.scan(row_filter="n >= 0 and day < '1969-12-15'").to_arrow().num_rows
-        wanted = [
-            row for row in expected if row["n"] >= 0 and row["day"] and row["day"] < dt.date(1969, 12, 15)
-        ]
+        wanted = [row for row in expected if row["n"] >= 0 and row["day"] and row["day"] < dt.date(1969, 12, 15)]
         assert by_filter == len(wanted)
     spec = table.spec()
     for task in table.scan().plan_files():
@@ -265,9 +261,7 @@ def test_one_file_per_partition_and_rows_in_log_order(lake: Any) -> None:
     schema = pa.schema([pa.field("p", pa.int32()), pa.field("n", pa.int64())])
     info = lake.create(schema, (0, "identity"))
     batches = [
-        pa.record_batch(
-            [pa.array([n % 3 for n in range(k, k + 10)], pa.int32()), range(k, k + 10)], schema=schema
-        )
+        pa.record_batch([pa.array([n % 3 for n in range(k, k + 10)], pa.int32()), range(k, k + 10)], schema=schema)
         for k in (0, 10, 20)
     ]
     staged = lake.encode(info, batches, 0)
@@ -284,10 +278,7 @@ def test_target_size_splits_a_partition_in_log_order(make_lake: Any) -> None:
     lake = make_lake(target_file_bytes=2**20)
     schema = pa.schema([pa.field("n", pa.int64()), pa.field("pad", pa.string())])
     info = lake.create(schema)
-    batches = [
-        pa.record_batch([range(k * 1000, k * 1000 + 1000), ["x" * 600] * 1000], schema=schema)
-        for k in range(6)
-    ]
+    batches = [pa.record_batch([range(k * 1000, k * 1000 + 1000), ["x" * 600] * 1000], schema=schema) for k in range(6)]
     staged = lake.encode(info, batches, 0)
     assert len(staged.files) == 3
     found = [n for f in staged.files for n in pq.read_table(f.path.removeprefix("file://"))["n"].to_pylist()]

@@ -170,9 +170,7 @@ def test_alignment_follows_ids(lake: Any) -> None:
         [
             pa.field("kept", pa.int32()),
             pa.field("dropped", pa.string()),
-            pa.field(
-                "nested", pa.list_(pa.struct([("x", pa.int32()), ("gone", pa.string()), ("y", pa.float32())]))
-            ),
+            pa.field("nested", pa.list_(pa.struct([("x", pa.int32()), ("gone", pa.string()), ("y", pa.float32())]))),
             pa.field("pairs", pa.map_(pa.string(), pa.struct([("v", pa.int32())]))),
         ]
     )
@@ -209,9 +207,7 @@ def test_alignment_follows_ids(lake: Any) -> None:
     schemas = {info.schema_id: info.schema.serialize().to_pybytes()}
     staged = encode.encode(lake.config, EncodeJob(newer, schemas, lake.log_uuid, 0, 2, (piece,)))
     assert lake.commit(newer, staged).outcome is CommitOutcome.COMMITTED
-    found = (
-        align_batch(batch.slice(1), newer.schema).to_pylist() + align_batch(batch, newer.schema).to_pylist()
-    )
+    found = align_batch(batch.slice(1), newer.schema).to_pylist() + align_batch(batch, newer.schema).to_pylist()
     whole = [
         {
             "nested": [{"x": 1, "why": 0.5, "new": None}, None],

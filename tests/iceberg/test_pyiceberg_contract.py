@@ -17,6 +17,7 @@ from pyiceberg.catalog import Catalog, MetastoreCatalog
 from pyiceberg.catalog.sql import IcebergTables, SqlCatalog
 from pyiceberg.io import FileIO, InputFile, OutputFile
 from pyiceberg.io import pyarrow as pyiceberg_pyarrow
+from pyiceberg.io.pyarrow import PyArrowFileIO
 from pyiceberg.manifest import DataFile, ManifestFile, write_manifest, write_manifest_list
 from pyiceberg.table import update as table_update
 from pyiceberg.table.locations import LocationProvider, SimpleLocationProvider
@@ -27,6 +28,7 @@ from trio_parallel import WorkerContext
 from trio_parallel._proc import SpawnProcWorker
 
 from arka.iceberg import sqlcatalog
+from arka.iceberg.fileio import WarehouseFileIO
 from arka.iceberg.partition import new_partition_spec
 from arka.iceberg.schema import new_iceberg_schema
 from arka.storage import catalog as storage_catalog
@@ -144,9 +146,7 @@ def test_metadata_is_frozen_and_updates_copy() -> None:
     before = metadata.model_dump_json()
     update = table_update.SetPropertiesUpdate(updates={"a": "b"})
     ours = sqlcatalog.apply_updates(metadata, (update,), "file:///t/metadata/1.json")
-    theirs = table_update.update_table_metadata(
-        metadata, (update,), metadata_location="file:///t/metadata/1.json"
-    )
+    theirs = table_update.update_table_metadata(metadata, (update,), metadata_location="file:///t/metadata/1.json")
     assert metadata.model_dump_json() == before
     same = {"last_updated_ms"}
     assert ours.model_dump(exclude=same) == theirs.model_dump(exclude=same)
@@ -188,6 +188,17 @@ def test_file_io_interface() -> None:
     assert {"__len__", "exists", "open"} == InputFile.__abstractmethods__
     assert {"__len__", "exists", "to_input_file", "create"} == OutputFile.__abstractmethods__
     assert Catalog._load_file_io
+
+
+def test_small_s3_objects_take_one_request() -> None:
+    """Pyiceberg makes its S3 file system in the method that we extend, and that can be made again."""
+    assert _parameters(PyArrowFileIO._initialize_s3_fs) == ["self", "netloc"]
+    io = WarehouseFileIO({"s3.endpoint": "http://127.0.0.1:1", "s3.region": "us-east-1", "s3.access-key-id": "me"})
+    file: Any = io.new_output("s3://bucket/key")
+    (arguments,) = file._filesystem.__reduce__()[1]
+    assert arguments["allow_delayed_open"] is True
+    assert arguments["access_key"] == "me"
+    assert arguments["endpoint_override"] == "http://127.0.0.1:1"
 
 
 def test_worker_context_makes_processes_of_its_class() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import random
 from collections.abc import Callable
@@ -64,6 +65,9 @@ class CrashMachine(RuleBasedStateMachine):
         assert found.lsns == possible[:count]
         assert count >= len(self.durable)
         assert found.log.last_lsn == max([self.retired_through, *found.lsns])
+        names = [name for name in self.disk.list_names(DIRECTORY) if name.endswith(".wal")]
+        assert names == [segment.ref.path.name for segment in found.log.segments], "nothing else comes back"
+        self.closed = found.log.closed
         self.durable, self.unsure = possible[:count], []
         self.ranges = [part for segment in found.log.segments for part in segment.ranges]
 
@@ -89,7 +93,7 @@ class CrashMachine(RuleBasedStateMachine):
                 self.unsure = lsns
         else:
             assert not self.unsure, "nothing is acked behind a failure"
-            assert [part.first_lsn for part in ranges][0] == lsns[0]
+            assert ranges[0].first_lsn == lsns[0]
             self.durable += lsns
             self.ranges += ranges
 
@@ -129,10 +133,8 @@ class CrashMachine(RuleBasedStateMachine):
         self.disk.kill()
         for _ in range(times):
             self.disk.cut_power_after(steps)
-            try:
+            with contextlib.suppress(PowerCut):
                 self.run(recover_killed, self.disk, self.epoch)
-            except PowerCut:
-                pass
             if crash:
                 self.disk.crash()
             else:
@@ -143,12 +145,13 @@ class CrashMachine(RuleBasedStateMachine):
     @rule()
     def close_and_restart(self) -> None:
         assert self.writer is not None
-        try:
+        closed = False
+        with contextlib.suppress(WalPoisoned):
             self.run(self.writer.close)
-        except WalPoisoned:
-            pass
+            closed = True
         self.disk.crash()
         self.recover()
+        assert self.closed or not closed
 
     @precondition(lambda self: self.writer is not None and not self.writer.poisoned and len(self.ranges) > 2)
     @rule()

@@ -1,0 +1,407 @@
+"""The streams of one connection: how each begins, whose turn it is to send, and how it ends.
+
+Owns: the table of open streams, their RPC tasks, and which closed ones may still get DATA. Does not own the
+socket, frames, nor the connection's end (``arka.flight.http2``).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Final
+from uuid import uuid4
+
+import h2.connection
+import h2.events
+import structlog
+import trio
+from h2.errors import ErrorCodes
+
+from arka._core.wire import INITIAL_WINDOW, MessageAssembler, Splitter, WireError
+from arka.errors import AdmissionRejected, ArkaError, Unavailable
+from arka.flight import frames
+from arka.flight.floods import Flood
+from arka.flight.flow import ReadAhead, StreamIntake
+from arka.flight.grpc import Call, Request, Route, parse_metadata, parse_timeout, read_request, run_call
+from arka.flight.outbound import StreamOutput, Turn
+from arka.flight.status import RpcStatus, Status, status_of
+from arka.options import Limits
+from arka.tiers.admission import Ledger
+
+log = structlog.get_logger(__name__)
+
+#: How many times limits.streams_per_connection is advertised: at what is advertised clients hang in silence (T10).
+ADVERTISED_STREAMS: Final = 4
+#: Streams that get a turn in one write to the socket.
+_TURNS_PER_WRITE: Final = 16
+#: Streams reset by us that are remembered: their DATA is on its way and no error.
+_RESETS_REMEMBERED: Final = 4096
+#: Largest content-length that is told from a larger one.
+_CONTENT_BYTES: Final = 2**62
+_FOREIGN_BODY: Final = b"This endpoint speaks gRPC (Arrow Flight).\n"
+
+_RESPONSE_FIELDS: Final = [
+    (b":status", b"200"),
+    (b"content-type", b"application/grpc"),
+    (b"grpc-accept-encoding", b"identity"),
+]
+
+
+class Shared:
+    """What all connections of a server share.
+
+    Attributes:
+        routes: method path to what serves it.
+        ledger: charged with every byte that a client may send before it may.
+        limits: of streams, messages and times.
+        read_ahead: bounds what is granted before it is asked for.
+        message_limit: largest message, bytes.
+        streams: RPCs that are running.
+    """
+
+    def __init__(self, routes: Mapping[str, Route], ledger: Ledger, limits: Limits) -> None:
+        self.routes = routes
+        self.ledger = ledger
+        self.limits = limits
+        self.read_ahead = ReadAhead(ledger)
+        # What the ledger could never grant beside a stream's own initial window is refused at once.
+        self.message_limit = min(limits.message_bytes, ledger.statistics().limit_bytes - 2 * INITIAL_WINDOW)
+        self.streams = 0
+
+
+class Stream:
+    """One stream that is open in HTTP/2's sense, with its RPC if there is one.
+
+    Attributes:
+        scope: cancelled when the stream is over before its RPC.
+        peer_ended: the peer has half-closed it.
+    """
+
+    __slots__ = ("id", "intake", "method", "output", "peer_ended", "scope")
+
+    def __init__(self, stream_id: int, method: str, intake: StreamIntake, output: StreamOutput) -> None:
+        self.id = stream_id
+        self.method = method
+        self.intake = intake
+        self.output = output
+        self.scope = trio.CancelScope()
+        self.peer_ended = False
+
+
+class Streams:
+    """The open streams of one connection. Used from trio's thread only.
+
+    Attributes:
+        calls: RPCs that were started.
+        draining: new write streams get no window beyond the first.
+        last_served: no stream above this one is served.
+    """
+
+    def __init__(
+        self,
+        shared: Shared,
+        connection: h2.connection.H2Connection,
+        splitter: Splitter,
+        peer: str,
+        *,
+        count: Callable[[Flood], None],
+        wake: Callable[[], None],
+        set_busy: Callable[[bool], None],
+    ) -> None:
+        """Begin without streams.
+
+        Args:
+            shared: what other connections have a part in.
+            connection: h2's side.
+            splitter: has the assemblers of live streams.
+            peer: the client's address, for logs.
+            count: counts what the peer must not do too often; raises WireError.
+            wake: called when the writer has something to do.
+            set_busy: told when there are streams, or none any more.
+        """
+        self.calls = 0
+        self.draining = False
+        self.last_served = frames.MAX_STREAM_ID
+        self._shared = shared
+        self._limits = shared.limits
+        self._h2 = connection
+        self._splitter = splitter
+        self._peer = peer
+        self._count = count
+        self._wake = wake
+        self._set_busy = set_busy
+        self._open: dict[int, Stream] = {}
+        # Streams that have something to send, in the order of their turns; and those that lack window for it.
+        self._ready: dict[int, Stream] = {}
+        self._blocked: dict[int, Stream] = {}
+        # Streams that are owed a WINDOW_UPDATE.
+        self._owed: dict[int, Stream] = {}
+        # Streams that we reset while the peer could still be sending, oldest first; the newest one forgotten.
+        self._resets: OrderedDict[int, None] = OrderedDict()
+        self._resets_forgotten = 0
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def __iter__(self) -> Iterator[Stream]:
+        return iter(list(self._open.values()))
+
+    # -- beginning --------------------------------------------------------------------------------
+
+    def begin(self, event: h2.events.RequestReceived, nursery: trio.Nursery) -> None:
+        """Begin a stream: start its RPC, or answer why not."""
+        stream_id = event.stream_id
+        if stream_id > self.last_served or len(self._open) >= (
+            ADVERTISED_STREAMS * self._limits.streams_per_connection
+        ):
+            self._h2.reset_stream(stream_id, ErrorCodes.REFUSED_STREAM)
+            self._remember_reset(stream_id)
+            self._count(Flood.RESETS_CAUSED)
+            return
+        request = read_request(event.headers)
+        route = self._shared.routes.get(request.path) if request.is_grpc else None
+        stream = self._make(stream_id, request, route)
+        if event.stream_ended is not None and request.content_bytes > 0:
+            self.reset(stream, ErrorCodes.PROTOCOL_ERROR)
+        elif not request.is_grpc:
+            self._refuse_foreign(stream, is_head=request.is_head)
+        elif route is None:
+            self._answer(stream, RpcStatus(Status.UNIMPLEMENTED, f"[unimplemented] Unknown method {request.path}"))
+        else:
+            try:
+                self._start(stream, route, request, nursery)
+            except ArkaError as error:
+                self._answer(stream, status_of(error))
+
+    def _make(self, stream_id: int, request: Request, route: Route | None) -> Stream:
+        shared = self._shared
+        assembler = MessageAssembler(
+            route is not None and route.flight_data, shared.message_limit, self._limits.batch_bytes
+        )
+        stream = Stream(
+            stream_id,
+            request.path,
+            StreamIntake(assembler, shared.ledger, shared.read_ahead, lambda urgent: self._owe(stream, urgent)),
+            StreamOutput(stream_id, lambda: self._make_ready(stream)),
+        )
+        assembler.owner = stream
+        assembler.content_bytes = min(request.content_bytes, _CONTENT_BYTES)
+        self._open[stream_id] = stream
+        self._splitter.open(stream_id, assembler)
+        self._set_busy(True)
+        return stream
+
+    def _start(self, stream: Stream, route: Route, request: Request, nursery: trio.Nursery) -> None:
+        """Start an RPC's task.
+
+        Raises:
+            ArkaError: why it is not to run.
+        """
+        limits, here, total = self._limits, len(self._open) - 1, self._shared.streams
+        if here >= limits.streams_per_connection:
+            raise AdmissionRejected(
+                f"{here} RPCs are open on this connection, allowed are {limits.streams_per_connection}: retry later"
+            )
+        if total >= limits.streams:
+            raise AdmissionRejected(f"{total} RPCs are open on this server, allowed are {limits.streams}: retry later")
+        deadline = None
+        if request.timeout is not None:
+            deadline = trio.current_time() + parse_timeout(request.timeout)
+        metadata = parse_metadata(request.fields)
+        call = Call(request.path, metadata, self._peer, deadline, stream.intake, stream.output)
+        if self.draining and route.flight_data:
+            stream.intake.withhold()
+        self._h2.send_headers(stream.id, _RESPONSE_FIELDS)
+        self.calls += 1
+        self._shared.streams += 1
+        nursery.start_soon(self._serve, stream, route, call)
+
+    async def _serve(self, stream: Stream, route: Route, call: Call) -> None:
+        """Run an RPC and queue its trailers behind what it sent."""
+        try:
+            with stream.scope:
+                status = await run_call(route, call)
+                stream.output.finish(status.trailers(), trio.current_time())
+        finally:
+            self._shared.streams -= 1
+            stream.intake.abandon()
+
+    def _answer(self, stream: Stream, status: RpcStatus) -> None:
+        """End an RPC that did not run, with trailers alone."""
+        stream.intake.abandon()
+        stream.output.finish([*_RESPONSE_FIELDS, *status.trailers()], trio.current_time())
+
+    def _refuse_foreign(self, stream: Stream, *, is_head: bool) -> None:
+        """Answer what is not gRPC with 415 and a body (T11)."""
+        stream.intake.abandon()
+        fields = [
+            (b":status", b"415"),
+            (b"content-type", b"text/plain; charset=utf-8"),
+            (b"content-length", b"%d" % len(_FOREIGN_BODY)),
+        ]
+        self._h2.send_headers(stream.id, fields)
+        if not is_head:
+            stream.output.put_nowait(_FOREIGN_BODY)
+        stream.output.finish([], trio.current_time())
+
+    # -- what the peer does -----------------------------------------------------------------------
+
+    def is_idle(self, stream_id: int) -> bool:
+        """Whether the peer has never used a stream."""
+        return stream_id % 2 == 0 or stream_id > self._h2.highest_inbound_stream_id
+
+    def judge_stray(self, stream_id: int) -> None:
+        """Judge DATA on a stream that is not live; the splitter discards it (T7).
+
+        Raises:
+            WireError: the peer could know that the stream is not open.
+        """
+        self._count(Flood.STRAY_DATA)
+        if stream_id in self._resets or 0 < stream_id <= self._resets_forgotten:
+            return
+        if self.is_idle(stream_id):
+            raise WireError(ErrorCodes.PROTOCOL_ERROR, f"DATA on stream {stream_id}, which is idle")
+        stream = self._open.get(stream_id)
+        if stream is None:
+            raise WireError(ErrorCodes.STREAM_CLOSED, f"DATA on stream {stream_id}, which is closed")
+        self.reset(stream, ErrorCodes.STREAM_CLOSED)
+
+    def end_by_peer(self, stream_id: int) -> None:
+        """Note that the peer has half-closed a stream."""
+        stream = self._open.get(stream_id)
+        if stream is not None and not stream.peer_ended:
+            stream.peer_ended = True
+            stream.intake.end()
+            self._splitter.close(stream_id)
+
+    def drop(self, stream_id: int) -> None:
+        """Forget a stream that h2 says was reset."""
+        stream = self._open.get(stream_id)
+        if stream is not None:
+            self._forget(stream)
+
+    def widen(self, stream_id: int) -> None:
+        """Give a turn to a stream whose outbound window has grown; 0: to all of them."""
+        if stream_id == 0:
+            if self._blocked:
+                self._ready.update(self._blocked)
+                self._blocked.clear()
+                self._wake()
+        elif (stream := self._blocked.pop(stream_id, None)) is not None:
+            self._ready[stream_id] = stream
+            self._wake()
+
+    # -- sending ----------------------------------------------------------------------------------
+
+    def take_updates(self) -> bytes:
+        """Take the WINDOW_UPDATE frames that streams are owed."""
+        owed, self._owed = self._owed, {}
+        return b"".join(
+            frames.window_update(stream_id, increment)
+            for stream_id, stream in owed.items()
+            if (increment := stream.intake.take_increment())
+        )
+
+    def pump(self) -> None:
+        """Hand one write's worth of DATA and trailers to h2: a turn for each of some streams."""
+        now = trio.current_time()
+        for _ in range(_TURNS_PER_WRITE):
+            if not self._ready:
+                return
+            stream_id = next(iter(self._ready))
+            stream = self._ready.pop(stream_id)
+            try:
+                turn = stream.output.pump(self._h2, now)
+            except Exception:
+                # An outbox is its RPC's code: what fails in it ends that RPC.
+                incident = uuid4().hex[:12]
+                log.exception("rpc.failed", method=stream.method, peer=self._peer, incident=incident)
+                self._break_off(stream, RpcStatus(Status.INTERNAL, f"[internal] Incident {incident}"), now)
+                continue
+            if turn is Turn.MORE:
+                self._ready[stream_id] = stream
+            elif turn is Turn.BLOCKED:
+                self._blocked[stream_id] = stream
+            elif turn is Turn.DONE:
+                self._close(stream)
+
+    @property
+    def has_output(self) -> bool:
+        """Whether ``pump`` or ``take_updates`` has something to do."""
+        return bool(self._ready or self._owed)
+
+    def check_progress(self, now: float) -> None:
+        """End streams whose message, or whose client as a reader, has stalled (T4)."""
+        stall_s = self._limits.message_stall_s
+        for stream in self:
+            if stream.intake.is_stalled(now, stall_s):
+                stream.intake.fail(
+                    Unavailable(f"A message stopped in the middle: nothing of it came for {stall_s:g} s")
+                )
+            output = stream.output
+            if output.finishing and now - output.last_progress >= stall_s:
+                self._break_off(stream, status_of(Unavailable(f"The client read nothing for {stall_s:g} s")), now)
+
+    def withhold(self) -> None:
+        """Give write streams no new window: the connection drains (T19)."""
+        self.draining = True
+        for stream in self:
+            if stream.intake.assembler.flight_data:
+                stream.intake.withhold()
+
+    # -- ending -----------------------------------------------------------------------------------
+
+    def reset(self, stream: Stream, code: ErrorCodes) -> None:
+        """End a stream for what its peer did."""
+        self._count(Flood.RESETS_CAUSED)
+        self._h2.reset_stream(stream.id, code)
+        self._remember_reset(stream.id)
+        self._forget(stream)
+
+    def abandon_all(self) -> None:
+        """Drop every stream and cancel its RPC: the connection is over."""
+        for stream in self:
+            self._forget(stream)
+
+    def _close(self, stream: Stream) -> None:
+        """Note that a stream's trailers are out."""
+        if not stream.peer_ended:
+            # The peer may stop sending: its RPC has ended (RFC 9113, section 8.1).
+            self._h2.reset_stream(stream.id, ErrorCodes.NO_ERROR)
+            self._remember_reset(stream.id)
+        self._forget(stream)
+
+    def _break_off(self, stream: Stream, status: RpcStatus, now: float) -> None:
+        """End a stream without what is still to be sent."""
+        stream.output.give_up(status.trailers(), now)
+        stream.scope.cancel()
+
+    def _forget(self, stream: Stream) -> None:
+        del self._open[stream.id]
+        for table in (self._ready, self._blocked, self._owed):
+            table.pop(stream.id, None)
+        self._splitter.close(stream.id)
+        stream.output.close()
+        stream.intake.abandon()
+        stream.scope.cancel()
+        if not self._open:
+            self._set_busy(False)
+            self._wake()
+
+    def _remember_reset(self, stream_id: int) -> None:
+        self._resets[stream_id] = None
+        if len(self._resets) > _RESETS_REMEMBERED:
+            self._resets_forgotten = max(self._resets_forgotten, self._resets.popitem(last=False)[0])
+
+    def _make_ready(self, stream: Stream) -> None:
+        if stream.id not in self._blocked:
+            self._ready.setdefault(stream.id, stream)
+            self._wake()
+
+    def _owe(self, stream: Stream, urgent: bool) -> None:
+        self._owed.setdefault(stream.id, stream)
+        if urgent:
+            self._wake()
+
+
+__all__ = ["ADVERTISED_STREAMS", "Shared", "Stream", "Streams"]
