@@ -55,9 +55,19 @@ lint: $(VENV)/.installed-test ## formatting, types, stubs, Cython, import layers
 	$(PYTHON) -m ruff check $(PYTHON_SOURCES)
 	$(PYTHON) -m ruff format --check $(PYTHON_SOURCES)
 	$(PYTHON) -m mypy
-	$(PYTHON) -m mypy.stubtest $(CORE_MODULES)
-	$(VENV)/bin/cython-lint arka/_core
+	$(PYTHON) -m mypy.stubtest --mypy-config-file pyproject.toml --ignore-unused-allowlist \
+		--allowlist arka/_core/stubtest-allowlist.txt $(CORE_MODULES)
+	PATH="$(abspath $(VENV))/bin:$$PATH" cython-lint arka/_core
 	$(VENV)/bin/lint-imports
+
+.PHONY: test-conformance
+test-conformance: $(VENV)/.installed-test ## foreign gRPC stacks and h2spec against a real server; toolchains required
+	CONFORMANCE_REQUIRED=1 $(PYTHON) -m pytest -m foreign tests/conformance $(PYTEST_ARGS)
+
+.PHONY: fuzz
+fuzz: $(VENV)/.installed-test ## a million mutated byte streams and IPC messages; no finding is expected
+	$(PYTHON) tests/fuzz/fuzz_wire.py --cases 1000000 --seed 1
+	$(PYTHON) tests/fuzz/fuzz_ipc.py --cases 100000 --seed 1
 
 .PHONY: docs
 docs: $(VENV)/.installed-test ## write the generated pages and tables again

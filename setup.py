@@ -32,6 +32,9 @@ setup(
         extensions,
         compiler_directives={
             "language_level": 3,
+            # Neither pickling nor doctest tables: the stubs describe all there is.
+            "auto_pickle": False,
+            "autotestdict": False,
             "boundscheck": DEBUG,
             "wraparound": False,
             "cdivision": True,

@@ -1,10 +1,11 @@
 from typing import Final
 
-from typing_extensions import Buffer
+from typing_extensions import Buffer, disjoint_base
 
 FRAME_HEADER_BYTES: Final[int]
 FRAME_ALIGNMENT: Final[int]
 
+@disjoint_base
 class FrameBuffer:
     @property
     def size(self) -> int: ...

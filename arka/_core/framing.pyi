@@ -2,7 +2,7 @@ from collections.abc import Sequence
 from typing import Final
 from uuid import UUID
 
-from typing_extensions import Buffer
+from typing_extensions import Buffer, disjoint_base
 
 from arka._core.buffers import FrameBuffer
 from arka.records import TableInfo
@@ -23,6 +23,7 @@ class FrameError(ValueError):
     found: str
     def __init__(self, offset: int, expected: str, found: str) -> None: ...
 
+@disjoint_base
 class Frame:
     @property
     def kind(self) -> int: ...
@@ -61,6 +62,7 @@ class Frame:
     ) -> Frame: ...
     def drop_payload(self) -> None: ...
 
+@disjoint_base
 class FrameHeader:
     @property
     def kind(self) -> int: ...
@@ -85,6 +87,7 @@ class FrameHeader:
     @property
     def table_uuid(self) -> bytes: ...
 
+@disjoint_base
 class Group:
     @property
     def offset(self) -> int: ...

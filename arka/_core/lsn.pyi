@@ -1,11 +1,14 @@
 from typing import Final
 
+from typing_extensions import disjoint_base
+
 from arka.errors import Unavailable
 
 LSN_END: Final[int]
 
 class LsnExhausted(Unavailable): ...
 
+@disjoint_base
 class LsnAllocator:
     def __new__(cls, next_lsn: int, ceiling: int) -> LsnAllocator: ...
     @property

@@ -280,17 +280,7 @@ class Exchange:
         number, self._key_next = self._key_next, self._key_next + 1
         try:
             options = self._write_options(message.app_metadata, number)
-            if message.oversized:
-                raise ArkaError(
-                    f"The batch's body has {message.body_bytes} bytes, the limit is {self._limits.batch_bytes} "
-                    "(limits.batch_bytes): send smaller batches",
-                    code=ErrorCode.TOO_LARGE,
-                )
-            decoder.check_operation(options.operation)
-            if decoder.needs_thread(message):
-                decoded = await run_compute(decoder.decode, message)
-            else:
-                decoded = decoder.decode(message)
+            decoded = await self._decode(decoder, message, options.operation)
             self._accept(decoded, options, message)
         except (Unavailable, trio.Cancelled):
             raise
@@ -300,6 +290,20 @@ class Exchange:
             return False
         self._outbound.wake()
         return True
+
+    async def _decode(
+        self, decoder: BatchDecoder, message: FlightMessage, operation: Operation
+    ) -> DecodedBatch:
+        if message.oversized:
+            raise ArkaError(
+                f"The batch's body has {message.body_bytes} bytes, the limit is {self._limits.batch_bytes} "
+                "(limits.batch_bytes): send smaller batches",
+                code=ErrorCode.TOO_LARGE,
+            )
+        decoder.check_operation(operation)
+        if decoder.needs_thread(message):
+            return await run_compute(decoder.decode, message)
+        return decoder.decode(message)
 
     def _accept(self, decoded: DecodedBatch, options: _WriteOptions, message: FlightMessage) -> None:
         appended = self._pipeline.append(

@@ -10,13 +10,13 @@ from typing import Any, Final
 
 from pyiceberg.catalog import Catalog
 from pyiceberg.catalog.sql import SqlCatalog
-from sqlalchemy import event
+from sqlalchemy import event, make_url
 
+from arka.errors import ConfigurationError
 from arka.iceberg.config import CATALOG_NAME, CatalogConfig
 from arka.iceberg.fileio import FILE_IO_CLASS
 from arka.iceberg.sqlcatalog import LeanSqlCatalog
 
-_SQLITE_PREFIX: Final = "sqlite:///"
 #: How long SQLite waits for another process's transaction, in milliseconds.
 _SQLITE_BUSY_MS: Final = 30_000
 
@@ -38,6 +38,7 @@ def connect(config: CatalogConfig) -> Catalog:
     """Open a catalog; a SQL catalog's tables are made if they are missing.
 
     Raises:
+        ConfigurationError: an SQLite database that is not a file.
         OSError: the directory of an SQLite file cannot be made.
         Exception: what SQLAlchemy or the REST client raise when the catalog does not answer.
     """
@@ -52,8 +53,11 @@ def connect(config: CatalogConfig) -> Catalog:
         from pyiceberg.catalog.rest import RestCatalog
 
         return RestCatalog(CATALOG_NAME, **properties)
-    if config.uri.startswith(_SQLITE_PREFIX):
-        os.makedirs(os.path.dirname(config.uri.removeprefix(_SQLITE_PREFIX)) or ".", exist_ok=True)
+    url = make_url(config.uri)
+    if url.get_backend_name() == "sqlite":
+        if url.database in (None, "", ":memory:"):
+            raise ConfigurationError(f"iceberg.catalog_uri {config.uri!r}: workers cannot share a database in memory")
+        os.makedirs(os.path.dirname(url.database) or ".", exist_ok=True)
     made = (SqlCatalog if config.stock_commit else LeanSqlCatalog)(CATALOG_NAME, **properties)
     if made.engine.dialect.name == "sqlite":
         event.listen(made.engine, "connect", _set_pragmas)

@@ -50,13 +50,14 @@ class CatalogConfig:
         Args:
             options: the Iceberg options.
             data_dir: the server's data directory; the embedded catalog and warehouse live in it.
-            properties: further pyiceberg properties.
+            properties: further pyiceberg properties, beside ``options.catalog``.
 
         Raises:
             ConfigurationError: the catalog URI has no scheme.
         """
         root = data_dir.absolute()
-        uri = options.catalog_uri or f"sqlite:///{root}/catalog.db"
+        # SQLAlchemy decodes %xx in a database's path.
+        uri = options.catalog_uri or f"sqlite:///{str(root / 'catalog.db').replace('%', '%25')}"
         if ":" not in uri:
             raise ConfigurationError(
                 f"iceberg.catalog_uri {uri!r} has no scheme: expected sqlite:///PATH, "
@@ -65,7 +66,7 @@ class CatalogConfig:
         return cls(
             uri=uri,
             warehouse=(options.warehouse or f"file://{root}/warehouse").rstrip("/"),
-            properties=tuple(sorted(properties.items())),
+            properties=tuple(sorted({**options.catalog, **properties}.items())),
             keep_snapshots=options.keep_snapshots,
             target_file_bytes=options.target_file_bytes,
             stock_commit=options.stock_commit,

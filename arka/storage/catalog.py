@@ -234,7 +234,7 @@ async def open_catalog(
     Args:
         options: the Iceberg options.
         data_dir: the server's data directory, for the embedded catalog and warehouse.
-        properties: further pyiceberg properties: credentials, ``s3.*``.
+        properties: further pyiceberg properties, beside ``options.catalog``: credentials, ``s3.*``.
 
     Raises:
         ConfigurationError: an option cannot work.

@@ -48,7 +48,7 @@ ReadRange = Callable[[Path, int, int], Awaitable[bytes]]
 
 @dataclass(frozen=True, slots=True)
 class ObjectStatistics:
-    """The tier at one moment: bytes not yet in an object, PUTs under way, objects acknowledged, whether it is stalled."""
+    """The tier at one moment: bytes not yet in an object, PUTs under way, objects acknowledged, stalled or not."""
 
     pending_bytes: int
     uploading: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from types import ModuleType
 
 import pyarrow as pa
@@ -103,18 +104,22 @@ def test_compressed_sizes_are_summed_without_decompressing(codec: str, number: i
 
 @pytest.mark.parametrize("kind", [ipc.SCHEMA, ipc.DICTIONARY_BATCH, ipc.RECORD_BATCH])
 def test_no_cut_message_is_read_past_its_end(kind: int) -> None:
-    """A message cut at any byte raises ValueError or reads less; it never reads what is not there."""
+    """A message cut at any byte is refused, or says what the whole one says: it reads nothing else."""
     header = messages()[kind][0].header
-    readers = {
+    readers: dict[int, Callable[[bytes], object]] = {
         ipc.SCHEMA: ipc.schema_dictionary_ids,
-        ipc.DICTIONARY_BATCH: ipc.dictionary_batch,
-        ipc.RECORD_BATCH: ipc.BatchLayout,
+        ipc.DICTIONARY_BATCH: lambda it: ipc.dictionary_batch(it)[:2],
+        ipc.RECORD_BATCH: lambda it: (ipc.BatchLayout(it).nodes, ipc.BatchLayout(it).buffers),
     }
+    read = readers[kind]
+    whole = read(header)
+    refused = 0
     for cut in range(len(header)):
-        with pytest.raises(ValueError, match="IPC"):
-            readers[kind](header[:cut])
-            # Trailing padding may be cut without loss.
-            raise ValueError("IPC message was whole")
+        try:
+            assert read(header[:cut]) == whole
+        except ValueError:
+            refused += 1
+    assert refused >= len(header) // 2
 
 
 def _words(header: bytes) -> st.SearchStrategy[bytes]:
@@ -151,14 +156,15 @@ def test_any_bytes_are_read_or_refused(header: bytes) -> None:
             continue
         if isinstance(made, ipc.BatchLayout):
             size = made.body_bytes
-            assert all(0 <= at and at + length <= size for at, length in made.buffers if length)
+            assert all(at >= 0 and at + length <= size for at, length in made.buffers if length)
             assert sum(length for _, length in made.buffers if length) <= size
             assert len(made.nodes) == made.node_count
 
 
-def test_a_schema_that_names_itself_many_times_is_refused() -> None:
+@pytest.mark.parametrize(("levels", "problem"), [(70, "nests deeper"), (40, "more than")])
+def test_a_schema_that_names_itself_many_times_is_refused(levels: int, problem: str) -> None:
     """Shared vectors of children cannot make a few bytes stand for 2**64 fields."""
-    # One Field table whose children are two offsets to the next one, 70 levels deep, built backwards.
+    # One Field table whose children are two offsets to the next one, and so on, built backwards.
     data = bytearray()
 
     def emit(part: bytes) -> int:
@@ -167,7 +173,7 @@ def test_a_schema_that_names_itself_many_times_is_refused() -> None:
 
     # Places are counted from the end, since the front grows.
     below = emit(struct.pack("<HH", 4, 4) + struct.pack("<i", 4)) - 4
-    for _ in range(70):
+    for _ in range(levels):
         vector = emit(struct.pack("<III", 2, 0, 0))
         struct.pack_into("<II", data, 4, vector - 4 - below, vector - 8 - below)
         table = emit(struct.pack("<HHHHHHHH", 16, 8, 0, 0, 0, 0, 0, 4) + struct.pack("<iI", 16, 0)) - 16
@@ -183,7 +189,7 @@ def test_a_schema_that_names_itself_many_times_is_refused() -> None:
     struct.pack_into("<I", data, 0, root - message)
     header = bytes(data)
     assert ipc.message_type(header) == ipc.SCHEMA
-    with pytest.raises(ValueError, match="nests deeper|more than"):
+    with pytest.raises(ValueError, match=problem):
         ipc.schema_dictionary_ids(header)
 
 

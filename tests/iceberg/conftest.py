@@ -104,8 +104,8 @@ def _fresh_worker(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def make_lake(tmp_path: Path) -> Callable[..., Lake]:
-    def make(**options: Any) -> Lake:
-        return Lake(tmp_path, IcebergOptions(**options))
+    def make(directory: Path = tmp_path, **options: Any) -> Lake:
+        return Lake(directory, IcebergOptions(**options))
 
     return make
 

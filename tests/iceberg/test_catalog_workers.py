@@ -20,7 +20,7 @@ import pytest
 import trio
 import trio._core._thread_cache as thread_cache
 
-from arka.errors import DataCorruption, InternalError, InvalidRequest
+from arka.errors import ConfigurationError, DataCorruption, InternalError, InvalidRequest
 from arka.iceberg import worker
 from arka.options import IcebergOptions
 from arka.records import TableInfo, TableName, TableType
@@ -212,6 +212,13 @@ async def test_start_without_a_catalog_is_unavailable(tmp_path: Path) -> None:
     options = IcebergOptions(catalog_uri="http://127.0.0.1:9")
     async with open_catalog(options, tmp_path) as catalog:
         with pytest.raises(CatalogUnavailable, match="ConnectionError"):
+            await catalog.start()
+
+
+async def test_catalog_in_memory_is_refused(tmp_path: Path) -> None:
+    """A database that only one process could see is a mistake of the settings, found at start."""
+    async with open_catalog(IcebergOptions(catalog_uri="sqlite:///:memory:"), tmp_path) as catalog:
+        with pytest.raises(ConfigurationError, match="in memory"):
             await catalog.start()
 
 

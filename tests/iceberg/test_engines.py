@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
+import os
 import random
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -12,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from arka.iceberg import scan
-from arka.storage.ports import CommitOutcome
+from arka.errors import InternalError
+from arka.iceberg import encode, scan
+from arka.storage.ports import CommitOutcome, EncodeJob
 
 UTC = dt.UTC
 
@@ -161,6 +165,16 @@ def test_every_canonical_type_survives_both_engines(lake: Any, duck: Any) -> Non
     assert sorted((_plain(row) for row in by_us.to_pylist()), key=_by_i32) == expected
 
 
+def test_paths_mean_what_they_spell(tmp_path: Path, make_lake: Any, duck: Any) -> None:
+    """A data directory with blanks and percent signs works, for us and for both engines."""
+    lake = make_lake(directory=tmp_path / "a b%41 ü")
+    lake.directory.mkdir()
+    info = lake.create(POINTS, (1, "identity"))
+    lake.append(info, [_points(10, 3)], 0)
+    assert (lake.directory / "catalog.db").exists()
+    assert len(_read_with_pyiceberg(lake, info)) == len(_read_with_duckdb(duck, lake, info)) == 10
+
+
 def test_parquet_files_carry_ids_and_no_arrow_schema(lake: Any) -> None:
     """A data file has a field id on every leaf, decimals as integers, and nothing of Arrow's own."""
     info = lake.create(EVERYTHING)
@@ -283,3 +297,55 @@ def test_target_size_splits_a_partition_in_log_order(make_lake: Any) -> None:
     assert len(staged.files) == 3
     found = [n for f in staged.files for n in pq.read_table(f.path.removeprefix("file://"))["n"].to_pylist()]
     assert found == list(range(6000))
+
+
+def test_every_file_of_many_is_durable(lake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many partitions a commit has, each of its files and folders is fsynced when encode returns."""
+    synced: set[str] = set()
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        real(descriptor)
+        synced.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    schema = pa.schema([("n", pa.int64())])
+    info = lake.create(schema, (0, "identity"))
+    staged = lake.encode(info, [pa.RecordBatch.from_pylist([{"n": n} for n in range(300)], schema=schema)], 0)
+    files = {Path(file.path.removeprefix("file://")) for file in staged.files}
+    assert len(files) == 300
+    assert {str(file) for file in files} | {str(file.parent) for file in files} <= synced
+
+
+@pytest.mark.parametrize("value", [-0.0, 0.0, float("nan")], ids=str)
+def test_odd_floats_share_a_partition_over_batches(lake: Any, value: float) -> None:
+    """Zero of either sign and NaN each make one partition, from whichever batch their rows come."""
+    schema = pa.schema([("x", pa.float64())])
+    info = lake.create(schema, (0, "identity"))
+    batch = pa.RecordBatch.from_pylist([{"x": value}, {"x": 1.0}], schema=schema)
+    staged = lake.encode(info, [batch, batch], 0)
+    assert sorted(file.rows for file in staged.files) == [2, 2]
+
+
+def _edited(job: EncodeJob, **changes: Any) -> EncodeJob:
+    return dataclasses.replace(job, **changes)
+
+
+def test_frames_that_do_not_belong_to_a_job_are_refused(lake: Any) -> None:
+    """A frame outside the job's range, of an unknown schema, or out of order is never written (R15, R24)."""
+    schema = pa.schema([("n", pa.int64())])
+    info = lake.create(schema)
+    batch = pa.RecordBatch.from_pylist([{"n": 1}], schema=schema)
+    piece = lake.write(info, [(5, batch), (6, batch)])
+    job = EncodeJob(info, {0: info.schema.serialize().to_pybytes()}, lake.log_uuid, 4, 6, (piece,))
+    assert encode.encode(lake.config, job).rows == 2
+    files = lake.files(info, ".parquet")
+    for wrong in (
+        _edited(job, after_lsn=5),
+        _edited(job, through_lsn=5),
+        _edited(job, schemas={}),
+        _edited(job, slices=(piece, piece)),
+    ):
+        with pytest.raises(InternalError, match="LSN"):
+            encode.encode(lake.config, wrong)
+    assert lake.files(info, ".parquet") == files

@@ -193,7 +193,14 @@ def test_file_io_interface() -> None:
 def test_small_s3_objects_take_one_request() -> None:
     """Pyiceberg makes its S3 file system in the method that we extend, and that can be made again."""
     assert _parameters(PyArrowFileIO._initialize_s3_fs) == ["self", "netloc"]
-    io = WarehouseFileIO({"s3.endpoint": "http://127.0.0.1:1", "s3.region": "us-east-1", "s3.access-key-id": "me"})
+    io = WarehouseFileIO(
+        {
+            "s3.endpoint": "http://127.0.0.1:1",
+            "s3.region": "us-east-1",
+            "s3.access-key-id": "me",
+            "s3.secret-access-key": "s",
+        }
+    )
     file: Any = io.new_output("s3://bucket/key")
     (arguments,) = file._filesystem.__reduce__()[1]
     assert arguments["allow_delayed_open"] is True

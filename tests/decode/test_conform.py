@@ -1,0 +1,293 @@
+"""Which streams a table takes, and that every difference is told at once."""
+
+from __future__ import annotations
+
+import datetime
+from decimal import Decimal
+
+import pyarrow as pa
+import pytest
+
+from arka.errors import ErrorCode, InvalidRequest
+from arka.flight.conform import plan_conformance, same_bytes
+from arka.records import Operation
+from arka.testing.ipcstreams import make_table
+
+SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.int64(), nullable=False),
+        ("age", pa.int64()),
+        ("name", pa.string()),
+        ("at", pa.timestamp("us")),
+    ]
+)
+USERS = make_table(SCHEMA, name="users")
+KEYED = make_table(SCHEMA, name="users", key_columns=["id"])
+PARTIAL = make_table(SCHEMA, name="users", key_columns=["id"], properties={"arka.partial": "null"})
+
+
+def mismatch(stream: pa.Schema, table: object = USERS, **options: bool) -> str:
+    with pytest.raises(InvalidRequest) as caught:
+        plan_conformance(stream, table, **options)  # type: ignore[arg-type]
+    assert caught.value.code is ErrorCode.SCHEMA_MISMATCH
+    return caught.value.detail
+
+
+def test_the_contracts_message() -> None:
+    """One wrong type reads as protocol 6 says."""
+    stream = SCHEMA.set(1, pa.field("age", pa.string()))
+    assert mismatch(stream) == "Schema mismatch for default.users: column 'age' is utf8, expected int64"
+
+
+def test_every_difference_is_told() -> None:
+    """Unknown, misspelled, doubled, missing and mistyped columns come in one message."""
+    stream = pa.schema([("ID", pa.int64()), ("age", pa.string()), ("x", pa.int8()), ("age", pa.int64())])
+    detail = mismatch(stream)
+    for part in (
+        "column 'ID' is not in the table (names are case-sensitive: expected 'id')",
+        "column 'age' is utf8, expected int64",
+        "column 'x' is not in the table",
+        "column 'age' appears twice",
+        "required column 'id' (int64) is missing",
+    ):
+        assert part in detail
+
+
+def test_a_stream_without_columns_is_refused() -> None:
+    """Even where every column is nullable: a batch without columns may claim any number of rows (T14)."""
+    nullable = make_table(pa.schema([("a", pa.int64())]))
+    assert "no columns" in mismatch(pa.schema([]), nullable)
+
+
+def test_the_tables_own_schema_is_identical() -> None:
+    """Same columns, order and physical types: the wire's bytes can be the log's."""
+    assert plan_conformance(SCHEMA, USERS).identical
+    assert plan_conformance(USERS.schema, USERS).identical
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        pa.schema([*SCHEMA][::-1]),
+        SCHEMA.remove(1),
+        SCHEMA.set(1, pa.field("age", pa.int8())),
+        SCHEMA.set(2, pa.field("name", pa.large_string())),
+        SCHEMA.set(2, pa.field("name", pa.dictionary(pa.int32(), pa.string()))),
+        SCHEMA.set(3, pa.field("at", pa.timestamp("ms"))),
+    ],
+)
+def test_what_needs_a_conversion_is_taken_but_not_identical(stream: pa.Schema) -> None:
+    """Order, fewer nullable columns and lossless widening are accepted on the slow path."""
+    assert not plan_conformance(stream, USERS).identical
+
+
+def test_nullability_of_the_stream_does_not_matter() -> None:
+    """Values decide: a nullable column without nulls may go into a required one, and the other way round."""
+    stream = pa.schema([field.with_nullable(not field.nullable) for field in SCHEMA])
+    assert plan_conformance(stream, USERS).identical
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        (pa.int32(), pa.int64()),
+        (pa.uint32(), pa.int64()),
+        (pa.uint64(), pa.decimal128(20, 0)),
+        (pa.float16(), pa.float64()),
+        (pa.float32(), pa.float64()),
+        (pa.decimal128(5, 2), pa.decimal128(9, 4)),
+        (pa.decimal256(5, 2), pa.decimal128(9, 2)),
+        (pa.large_string(), pa.string()),
+        (pa.string_view(), pa.string()),
+        (pa.dictionary(pa.int8(), pa.large_string()), pa.string()),
+        (pa.dictionary(pa.int8(), pa.int16()), pa.int64()),
+        (pa.binary(16), pa.uuid()),
+        (pa.uuid(), pa.binary(16)),
+        (pa.timestamp("s"), pa.timestamp("us")),
+        (pa.timestamp("ns", "Asia/Tokyo"), pa.timestamp("us", "UTC")),
+        (pa.date64(), pa.date32()),
+        (pa.time32("ms"), pa.time64("us")),
+        (pa.null(), pa.list_(pa.int64())),
+        (pa.large_list(pa.int8()), pa.list_(pa.int64())),
+        (pa.list_(pa.string_view(), 2), pa.list_(pa.string())),
+        (pa.struct([("b", pa.int8())]), pa.struct([("a", pa.string()), ("b", pa.int64())])),
+        (pa.map_(pa.large_string(), pa.int8()), pa.map_(pa.string(), pa.int64())),
+    ],
+)
+def test_what_widens_is_taken(source: pa.DataType, target: pa.DataType) -> None:
+    """Each type whose canonical form fits the table's is accepted, nested or not."""
+    table = make_table(pa.schema([("c", target)]))
+    assert not plan_conformance(pa.schema([("c", source)]), table).identical or same_bytes(source, target)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "message"),
+    [
+        (pa.int64(), pa.int32(), "column 'c' is int64, expected int32"),
+        (pa.float64(), pa.float32(), "column 'c' is float64, expected float32"),
+        (pa.timestamp("us"), pa.timestamp("us", "UTC"), "is timestamp[us], expected timestamp[us, tz=UTC]"),
+        (pa.timestamp("us", "UTC"), pa.timestamp("us"), "is timestamp[us, tz=UTC], expected timestamp[us]"),
+        (pa.int64(), pa.string(), "is int64, expected utf8"),
+        (pa.duration("s"), pa.int64(), "is duration[s], expected int64"),
+        (pa.list_view(pa.int64()), pa.list_(pa.int64()), "is list_view<item: int64>, expected list<int64>"),
+        (pa.run_end_encoded(pa.int32(), pa.string()), pa.string(), "expected utf8"),
+        (pa.dictionary(pa.int8(), pa.string()), pa.int64(), "column 'c' is dictionary<values=utf8"),
+        (pa.dictionary(pa.int8(), pa.list_(pa.int64())), pa.list_(pa.int64()), "expected list<int64>"),
+        (pa.list_(pa.string()), pa.list_(pa.int64()), "column 'c.element' is utf8, expected int64"),
+        (pa.list_(pa.int64()), pa.int64(), "is list<int64>, expected int64"),
+        (pa.int64(), pa.list_(pa.int64()), "is int64, expected list<int64>"),
+        (pa.map_(pa.int64(), pa.int64()), pa.map_(pa.string(), pa.int64()), "'c.key' is int64, expected utf8"),
+        (pa.struct([("b", pa.int64())]), pa.struct([("a", pa.int64())]), "column 'c.b' is not in the table"),
+        (
+            pa.struct([("b", pa.int64())]),
+            pa.struct([pa.field("a", pa.int64(), nullable=False), ("b", pa.int64())]),
+            "required column 'c.a' (int64) is missing",
+        ),
+        (pa.struct([("a", pa.int8()), ("a", pa.int8())]), pa.struct([("a", pa.int64())]), "'c.a' appears twice"),
+    ],
+)  # fmt: skip
+def test_what_does_not_widen_is_a_mismatch(source: pa.DataType, target: pa.DataType, message: str) -> None:
+    """A type that could lose a value is refused, naming the path and both types."""
+    table = make_table(pa.schema([("c", target)]))
+    assert message in mismatch(pa.schema([("c", source)]), table)
+
+
+def test_a_null_column_goes_into_nullable_columns_only() -> None:
+    """Arrow's null type holds nothing but nulls."""
+    stream = SCHEMA.set(0, pa.field("id", pa.null()))
+    assert "column 'id' is null, expected int64" in mismatch(stream)
+
+
+def test_missing_columns_may_be_forbidden() -> None:
+    """A caller can insist on all columns."""
+    assert "column 'age' (int64) is missing" in mismatch(SCHEMA.remove(1), allow_missing=False)
+
+
+def test_an_upsert_needs_every_column_unless_the_table_says_otherwise() -> None:
+    """An upsert replaces the whole row: what is missing would silently become null (protocol 6)."""
+    assert "'arka.partial': 'null'" in mismatch(SCHEMA.remove(1), KEYED)
+    assert not plan_conformance(SCHEMA.remove(1), PARTIAL).identical
+
+
+def test_a_stream_of_keys_alone_is_for_deletes() -> None:
+    """Exactly the key columns are a legal schema; only deletes may then be sent (protocol 3)."""
+    conformance = plan_conformance(pa.schema([SCHEMA.field(0)]), KEYED)
+    conformance.check_operation(Operation.DELETE)
+    with pytest.raises(InvalidRequest) as caught:
+        conformance.check_operation(Operation.UPSERT)
+    assert caught.value.code is ErrorCode.SCHEMA_MISMATCH
+    assert "'age' (int64) is missing" in caught.value.detail
+    plan_conformance(pa.schema([SCHEMA.field(0)]), PARTIAL).check_operation(Operation.UPSERT)
+    assert "'name'" in mismatch(SCHEMA.select(["id", "age"]), KEYED)
+
+
+def test_keys_alone_fill_required_columns_with_nulls() -> None:
+    """A delete's row needs its key and nothing else, so nothing else is made up."""
+    schema = pa.schema([pa.field("id", pa.int64(), nullable=False), pa.field("x", pa.string(), nullable=False)])
+    table = make_table(schema, key_columns=["id"])
+    conformance = plan_conformance(pa.schema([("id", pa.int32())]), table)
+    batch = pa.record_batch({"id": pa.array([1, 2], pa.int32())})
+    assert conformance.apply(batch).to_pydict() == {"id": [1, 2], "x": [None, None]}
+
+
+DAY = datetime.date(2024, 2, 29)
+NOW = datetime.datetime(2024, 2, 29, 12, 30)
+
+
+@pytest.mark.parametrize(
+    ("array", "target"),
+    [
+        (pa.array([1, None], pa.int8()), pa.int64()),
+        (pa.array([2**64 - 1, None], pa.uint64()), pa.decimal128(20, 0)),
+        (pa.array([1.5, None], pa.float16()), pa.float64()),
+        (pa.array([Decimal("1.25"), None], pa.decimal64(9, 2)), pa.decimal128(12, 4)),
+        (pa.array(["a", None], pa.string_view()), pa.string()),
+        (pa.array([b"a", None], pa.binary_view()), pa.binary()),
+        (pa.array(["a", None, "a"]).dictionary_encode(), pa.string()),
+        (pa.array([NOW, None], pa.timestamp("s", "Asia/Tokyo")), pa.timestamp("us", "UTC")),
+        (pa.array([DAY, None], pa.date64()), pa.date32()),
+        (pa.array([datetime.time(1, 2), None], pa.time32("s")), pa.time64("us")),
+        (pa.array([[1], None, []], pa.large_list(pa.int8())), pa.list_(pa.int64())),
+        (pa.array([[1, 2], None, [3, None]], pa.list_(pa.int8(), 2)), pa.list_(pa.int64())),
+        (pa.array([[("k", 1)], None, []], pa.map_(pa.string_view(), pa.int8())), pa.map_(pa.string(), pa.int32())),
+        (
+            pa.array([[{"a": 1}, None], None], pa.list_(pa.struct([("a", pa.int8())]))),
+            pa.list_(pa.struct([("a", pa.int64())])),
+        ),
+        (pa.nulls(2), pa.map_(pa.string(), pa.int64())),
+    ],
+)  # fmt: skip
+def test_conversion_keeps_every_value(array: pa.Array, target: pa.DataType) -> None:
+    """What was sent is what is stored, in whole and in slices."""
+    table = make_table(pa.schema([("c", target)]))
+    stream = pa.schema([("c", array.type)])
+    conformance = plan_conformance(stream, table)
+    for part in (array, array.slice(1), array.slice(0, 1), array.slice(0, 0)):
+        made = conformance.apply(pa.record_batch([part], schema=stream))
+        made.validate(full=True)
+        assert made.schema == table.schema
+        expected = part.to_pylist()
+        found = made.column(0).to_pylist()
+        if pa.types.is_timestamp(target):
+            assert [it and it.timestamp() for it in found] == [it and it.timestamp() for it in expected]
+        else:
+            assert found == expected
+
+
+def test_struct_fields_are_matched_by_name() -> None:
+    """Order and absent nullable fields inside a struct do not matter either."""
+    target = pa.struct([("a", pa.string()), ("b", pa.int64()), ("c", pa.date32())])
+    array = pa.array([{"c": DAY, "a": "x"}, None], pa.struct([("c", pa.date64()), ("a", pa.large_string())]))
+    conformance = plan_conformance(pa.schema([("s", array.type)]), make_table(pa.schema([("s", target)])))
+    made = conformance.apply(pa.record_batch([array], names=["s"]))
+    assert made.column(0).to_pylist() == [{"a": "x", "b": None, "c": DAY}, None]
+
+
+@pytest.mark.parametrize(
+    ("array", "target", "message"),
+    [
+        (pa.array([2**62]).view(pa.timestamp("s")), pa.timestamp("us"), "out of bounds"),
+        (pa.array([1001]).view(pa.timestamp("ns")), pa.timestamp("us"), "would lose data"),
+        (pa.array([86_400_001]).view(pa.date64()), pa.date32(), "would lose data"),
+        (pa.array([[1001]], pa.list_(pa.timestamp("ns"))), pa.list_(pa.timestamp("us")), "would lose data"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_named(array: pa.Array, target: pa.DataType, message: str) -> None:
+    """Casts are safe: a value that would change makes the batch invalid, and says in which column."""
+    table = make_table(pa.schema([("c", target)]))
+    conformance = plan_conformance(pa.schema([("c", array.type)]), table)
+    with pytest.raises(InvalidRequest, match="column 'c'") as caught:
+        conformance.apply(pa.record_batch([array], names=["c"]))
+    assert caught.value.code is ErrorCode.INVALID_BATCH
+    assert message in caught.value.detail
+
+
+def test_garbage_under_a_null_parent_is_no_value() -> None:
+    """A field below a null struct is not cast: what stands there may be anything."""
+    wild = pa.array([5000, 2**62 + 1]).view(pa.timestamp("ns"))
+    array = pa.StructArray.from_arrays([wild], names=["t"], mask=pa.array([False, True]))
+    target = pa.struct([("t", pa.timestamp("us"))])
+    conformance = plan_conformance(pa.schema([("s", array.type)]), make_table(pa.schema([("s", target)])))
+    made = conformance.apply(pa.record_batch([array], names=["s"]))
+    assert made.column(0).to_pylist()[1] is None
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (pa.int64(), pa.int64(), True),
+        (pa.int32(), pa.date32(), False),
+        (pa.timestamp("us", "UTC"), pa.timestamp("us", "Asia/Tokyo"), True),
+        (pa.timestamp("us", "UTC"), pa.timestamp("us"), False),
+        (pa.binary(16), pa.uuid(), True),
+        (pa.list_(pa.field("item", pa.uuid())), pa.list_(pa.field("x", pa.binary(16), nullable=False)), True),
+        (pa.list_(pa.int64()), pa.large_list(pa.int64()), False),
+        (pa.map_(pa.string(), pa.uuid()), pa.map_(pa.string(), pa.binary(16)), True),
+        (pa.struct([("a", pa.uuid())]), pa.struct([("a", pa.binary(16))]), True),
+        (pa.struct([("a", pa.uuid())]), pa.struct([("b", pa.binary(16))]), False),
+    ],
+)
+def test_same_bytes(one: pa.DataType, other: pa.DataType, same: bool) -> None:
+    """Only types with the same buffers for the same values may skip the conversion."""
+    assert same_bytes(one, other) is same
+    assert same_bytes(other, one) is same

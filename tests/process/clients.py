@@ -1,0 +1,179 @@
+"""What the tests of this folder say to a server: stock pyarrow, stock grpcio, and a bare socket."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.flight as flight
+
+#: Ends only what hangs.
+CALL_TIMEOUT_S = 90.0
+TIERS = ("memory", "disk", "object_storage", "iceberg_committed")
+
+Ack = dict[str, Any]
+
+
+def connect(location: str) -> flight.FlightClient:
+    """Open a client with a connection of its own: gRPC shares one among clients of the same arguments."""
+    return flight.FlightClient(location, generic_options=[("grpc.use_local_subchannel_pool", 1)])
+
+
+def action(client: flight.FlightClient, kind: str, **request: Any) -> Any:
+    """Run an action whose result is one JSON value."""
+    body = json.dumps(request).encode() if request else b""
+    options = flight.FlightCallOptions(timeout=CALL_TIMEOUT_S)
+    (result,) = client.do_action(flight.Action(kind, body), options)
+    return json.loads(result.body.to_pybytes())
+
+
+def create(client: flight.FlightClient, name: str, fields: Sequence[tuple[str, str]] | None = None, **more: Any) -> Any:
+    """Create a table; a type that ends in ``!`` is of a required column."""
+    columns = [
+        {"name": column, "type": kind.removesuffix("!"), "nullable": not kind.endswith("!")}
+        for column, kind in fields or [("n", "int64!")]
+    ]
+    return action(client, "CreateTable", name=name, schema_json=json.dumps({"fields": columns}), **more)
+
+
+NUMBERS = pa.schema([pa.field("n", pa.int64(), nullable=False)])
+
+
+def numbers(values: Iterable[int]) -> pa.RecordBatch:
+    """Make a batch for the table that ``create`` makes by default."""
+    return pa.record_batch([pa.array(list(values), pa.int64())], schema=NUMBERS)
+
+
+def tiers_to(tier: str) -> tuple[str, ...]:
+    """The tiers whose acks a write gets that asks for this one."""
+    return TIERS[: TIERS.index(tier) + 1]
+
+
+class Stream:
+    """A DoExchange write stream in the hands of pyarrow."""
+
+    def __init__(
+        self,
+        client: flight.FlightClient,
+        table: str | Sequence[str],
+        schema: pa.Schema | None = NUMBERS,
+        timeout_s: float = CALL_TIMEOUT_S,
+        **request: Any,
+    ) -> None:
+        """Open it.
+
+        Args:
+            client: a connected client.
+            table: the descriptor's path.
+            schema: sent at once; None for not yet.
+            timeout_s: the call's deadline.
+            request: the WriteRequest of a metadata-only message before the schema; none for no message.
+        """
+        path = (table,) if isinstance(table, str) else table
+        options = flight.FlightCallOptions(timeout=timeout_s)
+        self.writer, self.reader = client.do_exchange(flight.FlightDescriptor.for_path(*path), options)
+        if request:
+            self.request(**request)
+        if schema is not None:
+            self.writer.begin(schema)
+
+    def request(self, **request: Any) -> None:
+        """Send a WriteRequest alone."""
+        self.writer.write_metadata(json.dumps(request).encode())
+
+    def write(self, batch: pa.RecordBatch, **request: Any) -> None:
+        """Send a batch, with a WriteRequest if there is one."""
+        if request:
+            self.writer.write_with_metadata(batch, json.dumps(request).encode())
+        else:
+            self.writer.write_batch(batch)
+
+    def ack(self) -> Ack:
+        """Read the next ack.
+
+        Raises:
+            StopIteration: the server ended the stream with OK.
+        """
+        chunk = self.reader.read_chunk()
+        assert chunk.app_metadata is not None
+        found: Ack = json.loads(chunk.app_metadata.to_pybytes())
+        return found
+
+    def acks(self, count: int) -> list[Ack]:
+        """Read this many acks."""
+        return [self.ack() for _ in range(count)]
+
+    def rest(self) -> Iterator[Ack]:
+        """Read acks until the server ends the stream with OK."""
+        while True:
+            try:
+                yield self.ack()
+            except StopIteration:
+                return
+
+    def finish(self) -> list[Ack]:
+        """Half-close, read what is left, close."""
+        self.writer.done_writing()
+        left = list(self.rest())
+        self.writer.close()
+        return left
+
+    def failure(self) -> str:
+        """Read until the server ends the stream with an error; returns it, its class's name first."""
+        try:
+            while True:
+                self.ack()
+        except StopIteration:
+            raise AssertionError("the stream ended with OK") from None
+        except (flight.FlightError, pa.ArrowException) as error:
+            text = f"{type(error).__name__}: {error}"
+        try:
+            self.writer.close()
+        except (flight.FlightError, pa.ArrowException):
+            pass
+        return text
+
+
+def write_all(
+    client: flight.FlightClient, table: str, batches: Sequence[pa.RecordBatch], durability: str = "iceberg_committed"
+) -> list[Ack]:
+    """Write batches on a stream of their own and return all acks; none may be an error."""
+    stream = Stream(client, table, batches[0].schema, requested_durability=durability)
+    for batch in batches:
+        stream.write(batch)
+    found = stream.finish()
+    assert [ack for ack in found if ack["error"] is not None] == []
+    return found
+
+
+def check_order(acks: Sequence[Ack], requested: str, count: int) -> list[int]:
+    """Check that each of ``count`` writes had each ack once, in order; returns the LSNs by sequence.
+
+    Holds for streams without duplicates, rejections and watermark mode (protocol 3).
+    """
+    assert [ack for ack in acks if ack["error"] is not None] == []
+    lsns: dict[int, int] = {}
+    last_tier = [-1] * count
+    next_of = dict.fromkeys(tiers_to(requested), 0)
+    for ack in acks:
+        tier, sequence = ack["durability_level"], ack["sequence"]
+        assert next_of[tier] == sequence, f"{ack} came when {next_of[tier]} was next of its tier"
+        next_of[tier] += 1
+        assert last_tier[sequence] == TIERS.index(tier) - 1, f"{ack} came after tier {last_tier[sequence]}"
+        last_tier[sequence] += 1
+        assert lsns.setdefault(sequence, ack["lsn"]) == ack["lsn"]
+    assert next_of == dict.fromkeys(tiers_to(requested), count)
+    found = [lsns[sequence] for sequence in range(count)]
+    assert found == sorted(set(found)), "LSNs do not increase with the sequence"
+    return found
+
+
+def failure_of(run: Any, *arguments: Any, **options: Any) -> str:
+    """Run what must fail in the eyes of a Flight client; returns the error, its class's name first."""
+    try:
+        run(*arguments, **options)
+    except (flight.FlightError, pa.ArrowException, KeyError) as error:
+        return f"{type(error).__name__}: {error}"
+    raise AssertionError("the call succeeded")

@@ -1,0 +1,47 @@
+"""What plain pyiceberg and DuckDB find in the data directory of a server."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+from pyiceberg.catalog.sql import SqlCatalog
+from pyiceberg.table import Table
+
+
+@contextmanager
+def open_catalog(data: Path) -> Iterator[SqlCatalog]:
+    """Open the embedded catalog as any pyiceberg user would."""
+    catalog = SqlCatalog("arka", uri=f"sqlite:///{data}/catalog.db", warehouse=f"file://{data}/warehouse")
+    try:
+        yield catalog
+    finally:
+        catalog.close()
+
+
+def load(data: Path, name: str) -> Table:
+    """Load a table of the default namespace."""
+    with open_catalog(data) as catalog:
+        return catalog.load_table(("default", name))
+
+
+def rows(data: Path, name: str) -> pa.Table:
+    """Read a table with plain pyiceberg."""
+    return load(data, name).scan().to_arrow()
+
+
+def open_duckdb() -> Any:
+    """Open a DuckDB that reads Iceberg; its extensions are loaded by path, since nothing can be downloaded."""
+    connection = duckdb.connect(config={"allow_unsigned_extensions": "true"})
+    for name in ("parquet", "json", "avro", "httpfs", "iceberg"):
+        spec = importlib.util.find_spec(f"duckdb_extension_{name}")
+        assert spec is not None
+        folder = Path(next(iter(spec.submodule_search_locations or ()))) / "extensions"
+        (path,) = folder.rglob(f"v{duckdb.__version__}/**/{name}.duckdb_extension")
+        connection.execute(f"LOAD '{path}'")
+    return connection
