@@ -26,10 +26,11 @@ from arka.flight.grpc import Health
 from arka.flight.http2 import ConnectionFactory
 from arka.flight.service import FlightService, prepare_spill_dir
 from arka.options import Settings
-from arka.storage.catalog import open_catalog
+from arka.storage.catalog import IcebergCatalog, open_catalog
 from arka.storage.datadir import announce, disk_uuid, free_bytes, lock_data_dir
 from arka.storage.disk import PosixDisk
 from arka.storage.objects import open_object_store, read_range
+from arka.storage.ports import CatalogUnavailable
 from arka.tiers.admission import Ledger
 from arka.tiers.demo import demo_definitions
 from arka.tiers.pipeline import Pipeline
@@ -214,8 +215,7 @@ async def _engine(settings: Settings, data_dir: Path) -> AsyncIterator[OpenLog]:
             )
     rng = random.Random()
     async with open_catalog(settings.iceberg, data_dir, settings.iceberg.catalog) as catalog:
-        await catalog.start()
-        yield await open_pipeline(
+        opened = await open_pipeline(
             settings,
             data_dir,
             disk=PosixDisk(),
@@ -227,6 +227,19 @@ async def _engine(settings: Settings, data_dir: Path) -> AsyncIterator[OpenLog]:
             survival=survival,
             rng=rng,
         )
+        async with trio.open_nursery() as warming:
+            # The first commit need not wait for imports, nor the clients for the first commit's.
+            warming.start_soon(_warm, catalog)
+            yield opened
+            warming.cancel_scope.cancel()
+
+
+async def _warm(catalog: IcebergCatalog) -> None:
+    try:
+        await catalog.start()
+    except CatalogUnavailable as error:
+        # Not needed yet: whoever needs it waits for it.
+        log.warning("catalog.unavailable", reason=str(error))
 
 
 def _survival(settings: Settings, data_dir: Path) -> dict[str, bool]:

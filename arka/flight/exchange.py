@@ -67,6 +67,8 @@ class Exchange:
         self._limits = limits
         self._outbound = outbound
         self._table: Table | None = None
+        # Whether table_name chose the table: the descriptor may repeat until the schema (T12) and yields to it.
+        self._named_by_request = False
         self._decoder: BatchDecoder | None = None
         self._schema_header: bytes | None = None
         self._schema_metadata: bytes | None = None
@@ -167,7 +169,9 @@ class Exchange:
     async def _take_descriptor(self, data: bytes) -> None:
         descriptor = messages.parse("FlightDescriptor", data)
         if descriptor.type == messages.DESCRIPTOR_PATH or descriptor.path:
-            await self._bind(TableName.from_parts(list(descriptor.path)))
+            name = TableName.from_parts(list(descriptor.path))
+            if not self._named_by_request:
+                await self._bind(name)
         elif descriptor.type == messages.DESCRIPTOR_CMD and descriptor.cmd:
             raise InvalidRequest("The descriptor must be a path that names the table, found a command")
 
@@ -177,8 +181,7 @@ class Exchange:
         metadata = message.app_metadata
         if metadata:
             request = parse_write_request(metadata)
-            if request.table_name is not None:
-                await self._bind(TableName.parse(request.table_name))
+            await self._bind_requested(request)
             self._schema_metadata = metadata
         self._schema_header = message.header
         if self._table is not None:
@@ -193,8 +196,7 @@ class Exchange:
     async def _take_defaults(self, metadata: bytes) -> None:
         """Read a WriteRequest that holds for the batches to come."""
         request = parse_write_request(metadata)
-        if request.table_name is not None:
-            await self._bind(TableName.parse(request.table_name))
+        await self._bind_requested(request)
         defaults = self._defaults
         if request.requested_durability is not None:
             defaults = replace(defaults, requested=Tier.parse(request.requested_durability))
@@ -255,6 +257,12 @@ class Exchange:
         if self._schema_header is not None:
             self._require_decoder()
 
+    async def _bind_requested(self, request: WriteRequest) -> None:
+        """Choose the table that a stream's WriteRequest names, whatever the descriptor says (protocol 3)."""
+        if request.table_name is not None:
+            await self._bind(TableName.parse(request.table_name))
+            self._named_by_request = True
+
     def _bound_table(self) -> Table:
         if self._table is None:
             raise InvalidRequest(
@@ -291,9 +299,7 @@ class Exchange:
         self._outbound.wake()
         return True
 
-    async def _decode(
-        self, decoder: BatchDecoder, message: FlightMessage, operation: Operation
-    ) -> DecodedBatch:
+    async def _decode(self, decoder: BatchDecoder, message: FlightMessage, operation: Operation) -> DecodedBatch:
         if message.oversized:
             raise ArkaError(
                 f"The batch's body has {message.body_bytes} bytes, the limit is {self._limits.batch_bytes} "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -43,6 +44,8 @@ class FileObjectStore:
         """
         self._root = root
         self._limiter = trio.CapacityLimiter(requests)
+        # Folders whose names, and those of all folders above them, this process has fsynced.
+        self._durable: set[Path] = set()
 
     @property
     def url(self) -> str:
@@ -87,7 +90,10 @@ class FileObjectStore:
         def job() -> None:
             for key in keys:
                 path = self._root / key
-                path.unlink(missing_ok=True)
+                try:
+                    path.unlink()
+                except (FileNotFoundError, NotADirectoryError):
+                    continue
                 _sync_directory(path.parent)
 
         await self._run(job)
@@ -100,8 +106,7 @@ class FileObjectStore:
 
     def _put(self, key: str, parts: Sequence[Buffer]) -> None:
         staging = self._root / _STAGING
-        if not staging.is_dir():
-            _make_directory(staging)
+        self._make_folder(staging)
         staged = staging / secrets.token_hex(16)
         target = self._root / key
         try:
@@ -110,41 +115,74 @@ class FileObjectStore:
                     file.write(part)
                 file.flush()
                 os.fsync(file.fileno())
-            if not target.parent.is_dir():
-                _make_directory(target.parent)
+            self._make_folder(target.parent)
             try:
                 # A link fails where the name is taken, and the name appears with all of the bytes or not at all.
                 os.link(staged, target)
             except FileExistsError:
+                # Whoever made it may have failed before its name was durable: an earlier attempt of ours, say,
+                # and the caller takes what exists for durable.
+                _sync_directory(target.parent)
                 raise ObjectExists(key) from None
             _sync_directory(target.parent)
         finally:
             staged.unlink(missing_ok=True)
 
+    def _make_folder(self, folder: Path) -> None:
+        """Make a folder at or below the root, durably with all above it.
+
+        One that is there already is fsynced too, once: whoever made it may have died before its name was durable.
+        """
+        if folder in self._durable and folder.is_dir():
+            return
+        if folder != self._root:
+            self._make_folder(folder.parent)
+            folder.mkdir(exist_ok=True)
+            _sync_directory(folder.parent)
+        else:
+            _make_root(folder)
+        self._durable.add(folder)
+
     def _list(self, prefix: str, start_after: str | None) -> list[ObjectMeta]:
         # The deepest folder that the prefix names: nothing outside it can match.
         top = self._root / prefix.rpartition("/")[0]
         found = []
-        for folder, folders, files in os.walk(top):
+        for folder, folders, files in os.walk(top, onerror=_check_absent):
             if Path(folder) == self._root and _STAGING in folders:
                 folders.remove(_STAGING)
             for name in files:
                 path = Path(folder) / name
                 key = path.relative_to(self._root).as_posix()
                 if key.startswith(prefix) and (start_after is None or key > start_after):
-                    found.append(ObjectMeta(key, path.stat().st_size))
+                    try:
+                        size = path.stat().st_size
+                    except FileNotFoundError:
+                        # Deleted since its folder was read.
+                        continue
+                    found.append(ObjectMeta(key, size))
         return sorted(found, key=lambda meta: meta.key)
 
 
-def _make_directory(directory: Path) -> None:
-    """Make a directory and its missing parents, durably."""
+def _check_absent(error: OSError) -> None:
+    """Let a listing go on only where a folder is not there: "nothing" must not stand for "cannot be read"."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
+
+
+def _make_root(root: Path) -> None:
+    """Make the root and its missing parents, durably."""
     missing = []
-    while not directory.is_dir():
-        missing.append(directory)
-        directory = directory.parent
+    folder = root
+    while not folder.is_dir():
+        missing.append(folder)
+        folder = folder.parent
     for path in reversed(missing):
         path.mkdir(exist_ok=True)
         _sync_directory(path.parent)
+    if not missing:
+        # A mount point's parent may be closed to us; its name is not ours to make durable then.
+        with suppress(PermissionError):
+            _sync_directory(root.parent)
 
 
 def _sync_directory(directory: Path) -> None:
@@ -179,7 +217,10 @@ class RemoteObjectStore:
         """See ``ports.ObjectStore.put_new``."""
         body = parts[0] if len(parts) == 1 else b"".join(parts)
         # One request: a multipart upload is not create-only.
-        await self._run(key, lambda: obstore.put(self._store, key, bytes(body), mode="create", use_multipart=False))
+        try:
+            await self._run(key, lambda: obstore.put(self._store, key, bytes(body), mode="create", use_multipart=False))
+        except KeyError as error:
+            raise self._no_bucket(error) from error
 
     async def get(self, key: str) -> bytes:
         """See ``ports.ObjectStore.get``."""
@@ -187,7 +228,20 @@ class RemoteObjectStore:
 
     async def get_range(self, key: str, start: int, length: int) -> bytes:
         """See ``ports.ObjectStore.get_range``."""
-        return await self._run(key, lambda: bytes(obstore.get_range(self._store, key, start=start, length=length)))
+
+        def job() -> bytes:
+            try:
+                if length:
+                    return bytes(obstore.get_range(self._store, key, start=start, length=length))
+            except obstore.exceptions.BaseError:
+                # Stores answer a range that begins behind the end with an error of no type of its own.
+                if obstore.head(self._store, key)["size"] > start:
+                    raise
+            else:
+                obstore.head(self._store, key)
+            return b""
+
+        return await self._run(key, job)
 
     async def list_keys(self, prefix: str, *, start_after: str | None = None) -> list[ObjectMeta]:
         """See ``ports.ObjectStore.list_keys``."""
@@ -199,7 +253,10 @@ class RemoteObjectStore:
             metas = [ObjectMeta(item["path"], item["size"]) for page in pages for item in page]
             return sorted((meta for meta in metas if meta.key.startswith(prefix)), key=lambda meta: meta.key)
 
-        return await self._run(prefix, job)
+        try:
+            return await self._run(prefix, job)
+        except KeyError as error:
+            raise self._no_bucket(error) from error
 
     async def delete(self, keys: Sequence[str]) -> None:
         """See ``ports.ObjectStore.delete``."""
@@ -213,6 +270,10 @@ class RemoteObjectStore:
 
         if keys:
             await self._run(keys[0], job)
+
+    def _no_bucket(self, error: KeyError) -> StoreUnavailable:
+        """Say "not found" where no object was asked for: it is the bucket, and it may come to be."""
+        return StoreUnavailable(f"{self._url}: {error.__cause__}")
 
     async def _run(self, key: str, job: Callable[[], T]) -> T:
         try:

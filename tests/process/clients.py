@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import queue
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import grpc
 import pyarrow as pa
 import pyarrow.flight as flight
+
+from arka.flight import messages
+from arka.testing.ipcstreams import StreamMessage, write_stream
 
 #: Ends only what hangs.
 CALL_TIMEOUT_S = 90.0
@@ -129,10 +135,8 @@ class Stream:
             raise AssertionError("the stream ended with OK") from None
         except (flight.FlightError, pa.ArrowException) as error:
             text = f"{type(error).__name__}: {error}"
-        try:
+        with contextlib.suppress(flight.FlightError, pa.ArrowException):
             self.writer.close()
-        except (flight.FlightError, pa.ArrowException):
-            pass
         return text
 
 
@@ -177,3 +181,80 @@ def failure_of(run: Any, *arguments: Any, **options: Any) -> str:
     except (flight.FlightError, pa.ArrowException, KeyError) as error:
         return f"{type(error).__name__}: {error}"
     raise AssertionError("the call succeeded")
+
+
+def flight_data(
+    message: StreamMessage | None = None, *, path: Sequence[str] = (), metadata: dict[str, Any] | bytes | None = None
+) -> bytes:
+    """Encode a FlightData message with exactly the fields that are given."""
+    out = b""
+    if path:
+        descriptor = messages.build("FlightDescriptor", type=messages.DESCRIPTOR_PATH, path=list(path))
+        out += b"\x0a" + messages.varint(len(descriptor)) + descriptor
+    if message is not None:
+        out += b"\x12" + messages.varint(len(message.header)) + message.header
+    if metadata is not None:
+        body = metadata if isinstance(metadata, bytes) else json.dumps(metadata).encode()
+        out += b"\x1a" + messages.varint(len(body)) + body
+    if message is not None and message.buffer.body_bytes:
+        out += b"\xc2\x3e" + messages.varint(message.buffer.body_bytes) + message.body
+    return out
+
+
+class RawStream:
+    """A DoExchange in the hands of stock grpcio: any bytes as messages, whether or not they are Flight's."""
+
+    def __init__(self, address: str, path: Sequence[str] = (), schema: pa.Schema | None = None) -> None:
+        """Open it on a connection of its own.
+
+        Args:
+            address: ``host:port``.
+            path: a descriptor to send with the schema.
+            schema: sent at once; None for nothing.
+        """
+        self._channel = grpc.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)])
+        call = self._channel.stream_stream(messages.SERVICE + "DoExchange")
+        self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._call = call(iter(self._outgoing.get, None), timeout=CALL_TIMEOUT_S)
+        if schema is not None:
+            self.send(flight_data(write_stream(schema, [])[0], path=path))
+
+    def send(self, message: bytes) -> None:
+        """Send one gRPC message."""
+        self._outgoing.put(message)
+
+    def ack(self) -> Ack:
+        """Read the next ack, which stands alone in its message."""
+        data: bytes = next(self._call)
+        assert data[:1] == b"\x1a"
+        found: Ack = json.loads(data[data.index(b"{") :])
+        return found
+
+    def finish(self) -> list[Ack]:
+        """Half-close, read what is left, close."""
+        self._outgoing.put(None)
+        left = []
+        try:
+            while True:
+                left.append(self.ack())
+        except StopIteration:
+            return left
+        finally:
+            self.close()
+
+    def failure(self) -> tuple[str, str]:
+        """Read until the server ends the stream with an error; returns the status's name and the message."""
+        try:
+            while True:
+                self.ack()
+        except StopIteration:
+            raise AssertionError("the stream ended with OK") from None
+        except grpc.RpcError as error:
+            return error.code().name, error.details()  # type: ignore[attr-defined]
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Cancel what is left of the call, and close the connection."""
+        self._outgoing.put(None)
+        self._channel.close()

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.flight as flight
 import pytest
 
+from arka.testing.ipcstreams import write_stream
 from arka.testing.serverprocess import ServerProcess
 
 from . import lake
@@ -17,11 +18,13 @@ from .clients import (
     CALL_TIMEOUT_S,
     NUMBERS,
     TIERS,
+    RawStream,
     Stream,
     action,
     check_order,
     connect,
     create,
+    flight_data,
     numbers,
     tiers_to,
     write_all,
@@ -382,13 +385,65 @@ def test_table_name_in_the_request(client: flight.FlightClient, table: str) -> N
     stream.write(numbers([2]), table_name=table)
     acks = stream.finish()
     assert [ack["error"] is None for ack in acks if ack["durability_level"] == "memory"] == [True, False]
-    assert lake_rows_of(client, f"{table}_b") == [1]
-    assert lake_rows_of(client, table) == []
+    assert _rows_of(client, f"{table}_b") == [1]
+    assert _rows_of(client, table) == []
 
 
-def lake_rows_of(client: flight.FlightClient, name: str) -> list[int]:
+def _rows_of(client: flight.FlightClient, name: str) -> list[int]:
     found: list[int] = client.do_get(flight.Ticket(name.encode())).read_all()["n"].to_pylist()
     return found
+
+
+T18_CASES = {
+    "on the schema": ({"requested_durability": "object_storage"}, None, ["memory", "disk", "object_storage"]),
+    "repeated on the batch": ({"requested_durability": "memory"}, {"requested_durability": "memory"}, ["memory"]),
+    "other on the batch": ({"requested_durability": "object_storage"}, {"requested_durability": "memory"}, ["memory"]),
+}
+
+
+@pytest.mark.parametrize("case", T18_CASES)
+def test_request_on_the_schema_message(
+    server: ServerProcess, client: flight.FlightClient, table: str, case: str
+) -> None:
+    """On a schema message a WriteRequest sets the stream's defaults, unless the first batch repeats it (T18)."""
+    on_schema, on_batch, first = T18_CASES[case]
+    create(client, table)
+    schema, one, two = write_stream(NUMBERS, [numbers([1]), numbers([2])])
+    stream = RawStream(server.flight)
+    stream.send(flight_data(schema, path=[table], metadata=on_schema))
+    stream.send(flight_data(one, metadata=on_batch))
+    stream.send(flight_data(two))
+    acks = stream.finish()
+    assert [ack["durability_level"] for ack in acks if ack["sequence"] == 0] == first
+    repeated = on_schema == on_batch
+    second = "disk" if repeated else "object_storage"
+    assert [ack["durability_level"] for ack in acks if ack["sequence"] == 1] == list(tiers_to(second))
+
+
+def test_key_on_schema_and_first_batch_is_the_batchs(
+    server: ServerProcess, client: flight.FlightClient, table: str
+) -> None:
+    """A client that repeats its first batch's request on the schema gives that batch its own key (T18)."""
+    create(client, table)
+    schema, one = write_stream(NUMBERS, [numbers([1])])
+    for duplicate in (False, True):
+        stream = RawStream(server.flight)
+        stream.send(flight_data(schema, path=[table], metadata={"idempotency_key": "k"}))
+        stream.send(flight_data(one, metadata={"idempotency_key": "k"}))
+        assert {ack.get("duplicate", False) for ack in stream.finish()} == {duplicate}
+    probe = Stream(client, table, requested_durability="memory")
+    probe.write(numbers([1]), idempotency_key="k")
+    assert probe.finish()[0]["duplicate"] is True
+
+
+def test_descriptor_repeated_on_every_message(server: ServerProcess, client: flight.FlightClient, table: str) -> None:
+    """The descriptor may repeat; the schema may come again as long as it is the same (T12)."""
+    create(client, table)
+    schema, one = write_stream(NUMBERS, [numbers([1])])
+    stream = RawStream(server.flight)
+    for message in (None, schema, schema, one, schema, one):
+        stream.send(flight_data(message, path=[table], metadata=b"" if message is None else None))
+    assert [ack["sequence"] for ack in stream.finish() if ack["durability_level"] == "disk"] == [0, 1]
 
 
 def test_two_part_descriptor(client: flight.FlightClient, table: str) -> None:

@@ -1,0 +1,91 @@
+"""What a remote store's failures mean to the tiers."""
+
+import obstore
+import obstore.exceptions
+import pytest
+from obstore.store import MemoryStore
+
+from arka.errors import ConfigurationError
+from arka.options import ObjectStoreOptions
+from arka.storage.objects import FileObjectStore, RemoteObjectStore, open_object_store
+from arka.storage.ports import StoreUnavailable
+
+
+@pytest.fixture
+def store():
+    return RemoteObjectStore(MemoryStore(), "s3://bucket/prefix", 4)
+
+
+FAILURES = [
+    obstore.exceptions.GenericError("503"),
+    obstore.exceptions.PermissionDeniedError("403"),
+    obstore.exceptions.UnauthenticatedError("401"),
+    ConnectionRefusedError("refused"),
+    TimeoutError("slow"),
+]
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)
+async def test_failures_may_pass(failure, store, monkeypatch):
+    """Whatever the network or the store's own rules refuse may be mended: every operation says StoreUnavailable."""
+
+    def fail(*args, **options):
+        raise failure
+
+    for name in ("put", "get", "get_range", "head", "list", "delete"):
+        monkeypatch.setattr(obstore, name, fail)
+    requests = [
+        lambda: store.put_new("n/a", [b"x"]),
+        lambda: store.get("n/a"),
+        lambda: store.get_range("n/a", 0, 5),
+        lambda: store.get_range("n/a", 0, 0),
+        lambda: store.list_keys("n/"),
+        lambda: store.delete(["n/a"]),
+    ]
+    for request in requests:
+        with pytest.raises(StoreUnavailable, match="s3://bucket/prefix"):
+            await request()
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError, obstore.exceptions.NotFoundError])
+async def test_missing_bucket_may_come(error, store, monkeypatch):
+    """"Not found" from a put or a listing is a missing bucket, not a missing object: an outage like others."""
+
+    def fail(*args, **options):
+        raise error("NoSuchBucket")
+
+    monkeypatch.setattr(obstore, "put", fail)
+    monkeypatch.setattr(obstore, "list", fail)
+    with pytest.raises(StoreUnavailable, match="NoSuchBucket"):
+        await store.put_new("n/a", [b"x"])
+    with pytest.raises(StoreUnavailable, match="NoSuchBucket"):
+        await store.list_keys("n/")
+
+
+async def test_put_is_one_create_only_request(store, monkeypatch):
+    """A multipart upload would replace what is there: puts of any size are one conditional request."""
+    calls = []
+    real = obstore.put
+
+    def put(store, key, body, **options):
+        calls.append((key, len(body), options))
+        return real(store, key, body, **options)
+
+    monkeypatch.setattr(obstore, "put", put)
+    await store.put_new("n/a", [bytes(20 << 20), b"x"])
+    assert calls == [("n/a", (20 << 20) + 1, {"mode": "create", "use_multipart": False})]
+
+
+async def test_urls(tmp_path):
+    """``file`` goes to the adapter that fsyncs, with escapes undone; other schemes go to obstore; nonsense is refused."""
+    local = open_object_store(ObjectStoreOptions(url=f"{tmp_path.as_uri()}/a%20b"))
+    assert isinstance(local, FileObjectStore)
+    await local.put_new("n/x", [b"x"])
+    assert (tmp_path / "a b" / "n" / "x").read_bytes() == b"x"
+    remote = open_object_store(ObjectStoreOptions(url="memory:///"))
+    assert isinstance(remote, RemoteObjectStore)
+    for url in ("nonsense://x", "", "s3://"):
+        with pytest.raises(ConfigurationError, match=r"object_store\.url"):
+            open_object_store(ObjectStoreOptions(url=url))
+    with pytest.raises(ConfigurationError, match=r"object_store\.url"):
+        open_object_store(ObjectStoreOptions(url="s3://bucket", config={"no_such_setting": "1"}))
