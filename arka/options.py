@@ -91,6 +91,9 @@ class WalOptions:
 
     segment_bytes: int = option(128 * MIB, "Preallocated size of a segment.", at_least=MIB)
     group_bytes: int = option(16 * MIB, "Most bytes of one group commit.", at_least=64 * KIB)
+    release_grace_s: float = option(
+        10.0, "How long a segment that nothing needs stays after its checkpoint.", at_least=0
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from arka.errors import ErrorCode, InvalidRequest
 from arka.flight.canonical import UnsupportedType, canonical_type, widens
 from arka.flight.convert import Converter, Dictionaries, How, Step, invalid_batch
 from arka.flight.datatypes import type_name
+from arka.flight.layout import wire_type
 from arka.flight.properties import PARTIAL, PARTIAL_NULL
 from arka.records import Operation, TableInfo, TableName, TableType
 
@@ -197,7 +198,7 @@ class _Planner:
             value = self._step(source.item_type, target.type.item_field, f"{path}.value")
             return self._nested(How.MAP, source, target, path, ((0, key), (1, value)))
         self._check_scalar(source, source, target.type, path)
-        return Step(How.KEEP if source == target.type else How.CAST, target.type, path)
+        return Step(How.KEEP if wire_type(source) == target.type else How.CAST, target.type, path)
 
     def _dictionary_step(self, source: pa.DataType, target: pa.Field, path: str) -> Step:
         slot = len(self._dictionary_types)
@@ -245,7 +246,7 @@ class _Planner:
         children: tuple[tuple[int | None, Step], ...],
     ) -> Step:
         """Make a nested field's step: kept whole only where nothing below can need a change."""
-        kept = source == target.type and not _has_required(target.type)
+        kept = wire_type(source) == target.type and not _has_required(target.type)
         return Step(How.KEEP if kept else how, target.type, path, children)
 
     def _differ(self, path: str, source: pa.DataType, target: pa.DataType) -> None:

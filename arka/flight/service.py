@@ -174,7 +174,7 @@ class FlightService:
         with source:
             reader = pa.ipc.MessageReader.open_stream(source)
             while (message := await run_compute(_next_message, reader)) is not None:
-                header = message.metadata.to_pybytes()
+                header = _public_header(message)
                 body = message.body
                 size = body.size if body is not None else 0
                 head = messages.flight_data_head(header, size)
@@ -313,6 +313,15 @@ def _next_message(reader: pa.ipc.MessageReader) -> pa.ipc.Message | None:
         return reader.read_next_message()
     except StopIteration:
         return None
+
+
+def _public_header(message: pa.ipc.Message) -> bytes:
+    """A message's flatbuffer; a schema's without the field ids and marks that the scan put there."""
+    if message.type != "schema":
+        return bytes(message.metadata)
+    schema = pa.ipc.read_schema(message)
+    bare = pa.schema([_strip_field_id(field) for field in schema])
+    return bytes(pa.ipc.read_message(bare.serialize()).metadata)
 
 
 def _parse_body(body: bytes) -> _NameBody:

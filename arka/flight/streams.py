@@ -373,6 +373,7 @@ class Streams:
 
     def _break_off(self, stream: Stream, status: RpcStatus, now: float) -> None:
         """End a stream without what is still to be sent."""
+        self._blocked.pop(stream.id, None)
         stream.output.give_up(status.trailers(), now)
         stream.scope.cancel()
 

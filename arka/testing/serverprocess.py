@@ -189,9 +189,17 @@ class ServerProcess:
             self.kill()
 
 
-def running(pids: set[int]) -> set[int]:
-    """Which of these processes still run; one that only waits to be reaped does not."""
-    return {pid for pid, _, state in _processes() if pid in pids and state != "Z"}
+def wait_gone(pids: set[int], timeout_s: float = 10.0) -> set[int]:
+    """Wait until none of these processes runs; returns those that still do after ``timeout_s``.
+
+    One that only waits to be reaped does not run.
+    """
+    deadline = time.monotonic() + timeout_s
+    while left := {pid for pid, _, state in _processes() if pid in pids and state != "Z"}:
+        if time.monotonic() > deadline:
+            return left
+        time.sleep(0.01)
+    return set()
 
 
 def _processes() -> Iterator[tuple[int, int, str]]:
@@ -203,4 +211,4 @@ def _processes() -> Iterator[tuple[int, int, str]]:
                 yield int(entry.name), int(parent), state
 
 
-__all__ = ["START_TIMEOUT_S", "STOP_TIMEOUT_S", "ServerFailed", "ServerProcess", "running"]
+__all__ = ["START_TIMEOUT_S", "STOP_TIMEOUT_S", "ServerFailed", "ServerProcess", "wait_gone"]

@@ -35,11 +35,11 @@ _RACES: Final = 16
 class _EpochRecord(msgspec.Struct, frozen=True):
     """Who took an epoch; fields are only ever added, with a default."""
 
-    log_uuid: str
+    log_uuid: UUID
     epoch: int
     node_id: str
     #: The data directory that the epoch's process wrote to (R13).
-    disk_uuid: str
+    disk_uuid: UUID
     started_us: int
     host: str
     pid: int
@@ -147,16 +147,16 @@ async def take_epoch(store: ObjectStore, node_id: str, *, local: LocalLog | None
         newest = await _newest(store, node_id)
         _check_disk(store, node_id, newest, local, disk_uuid)
         if newest is not None:
-            log_uuid, epoch = UUID(newest.log_uuid), newest.epoch + 1
+            log_uuid, epoch = newest.log_uuid, newest.epoch + 1
         elif local is not None:
             log_uuid, epoch = local.log_uuid, local.epoch + 1
         else:
             log_uuid, epoch = uuid4(), 1
         record = _EpochRecord(
-            log_uuid=str(log_uuid),
+            log_uuid=log_uuid,
             epoch=epoch,
             node_id=node_id,
-            disk_uuid=str(disk_uuid),
+            disk_uuid=disk_uuid,
             started_us=now_us(),
             host=socket.gethostname(),
             pid=os.getpid(),
@@ -168,9 +168,9 @@ async def take_epoch(store: ObjectStore, node_id: str, *, local: LocalLog | None
             continue
         reserved = await _reserved(store, node_id)
         known = max(reserved, local.lsn_ceiling if local is not None else 1)
-        lease = EpochLease(store, node_id, log_uuid, epoch, first_lsn=known, lsn_ceiling=reserved)
-        while lease.lsn_ceiling < known + STORE_BLOCK // 2:
-            await lease.reserve_block()
+        # Above both: a store that was emptied, or exchanged, knows less than the disk.
+        lease = EpochLease(store, node_id, log_uuid, epoch, first_lsn=known, lsn_ceiling=known)
+        await lease.reserve_block()
         return lease
     raise ConfigurationError(
         f"Other processes keep taking the epochs of node {node_id} in {store.url}: is it running twice?"
@@ -184,7 +184,7 @@ def _check_disk(
     if newest is None:
         return
     if local is None:
-        if newest.disk_uuid == str(disk_uuid):
+        if newest.disk_uuid == disk_uuid:
             # The very first start died between taking the epoch and writing the log's state.
             return
         raise ConfigurationError(
@@ -192,12 +192,12 @@ def _check_disk(
             "that log acknowledged on its own disk would be given up. Start with that data directory, or with "
             "another --node-id"
         )
-    if str(local.log_uuid) != newest.log_uuid:
+    if local.log_uuid != newest.log_uuid:
         raise ConfigurationError(
             f"The data directory holds log {local.log_uuid}, {store.url} holds log {newest.log_uuid} for node "
             f"{node_id}: one of them belongs to another node; check --node-id and --object-store"
         )
-    if newest.disk_uuid != str(disk_uuid):
+    if newest.disk_uuid != disk_uuid:
         raise ConfigurationError(
             f"Epoch {newest.epoch} of node {node_id} in {store.url} was taken by {newest.host} (pid {newest.pid}) with "
             f"another data directory; this one was last written in epoch {local.epoch}, up to LSN "
@@ -210,11 +210,15 @@ async def _newest(store: ObjectStore, node_id: str) -> _EpochRecord | None:
     keys = await store.list_keys(f"{node_id}/epoch/")
     if not keys:
         return None
-    data = await store.get(keys[-1].key)
+    key = keys[-1].key
+    data = await store.get(key)
     try:
-        return msgspec.json.decode(data, type=_EpochRecord)
-    except msgspec.MsgspecError as error:
-        raise DataCorruption(f"{store.url}/{keys[-1].key}", 0, "an epoch record", str(error)) from error
+        record = msgspec.json.decode(data, type=_EpochRecord)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise DataCorruption(f"{store.url}/{key}", 0, "an epoch record", str(error)) from error
+    if _epoch_key(node_id, record.epoch) != key:
+        raise DataCorruption(f"{store.url}/{key}", 0, f"the record of {key}", f"that of epoch {record.epoch}")
+    return record
 
 
 async def _reserved(store: ObjectStore, node_id: str) -> int:

@@ -1,12 +1,14 @@
 """Idempotency keys: which write a key belongs to, for as long as it is kept (protocol 3.2, R21).
 
 Owns: the index from (table, key) to the first write. Does not own durability: a key is as durable as
-the frame that carries it, and recovery fills the index again from the frames.
+the frame that carries it; recovery fills the index again from the frames, and for frames whose segment
+is gone from checkpoints (``arka.tiers.release``).
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 from uuid import UUID
@@ -19,12 +21,23 @@ class KeyedWrite(NamedTuple):
     digest: int
 
 
+class CheckpointKey(NamedTuple):
+    """A key as a checkpoint carries it."""
+
+    table: UUID
+    key: bytes
+    lsn: int
+    digest: int
+
+
 @dataclass(slots=True)
 class _TableKeys:
     # Invariant: in LSN order, because a key is inserted in the step that gives the LSN.
     writes: dict[bytes, KeyedWrite]
     # (committed LSN, monotonic seconds): from when on the keys up to that LSN have been committed.
     commits: deque[tuple[int, float]]
+    # Keys that no checkpoint covers, in LSN order.
+    uncovered: deque[bytes]
 
 
 class KeyIndex:
@@ -39,12 +52,44 @@ class KeyIndex:
         keys = self._tables.get(table)
         return keys.writes.get(key) if keys is not None else None
 
-    def insert(self, table: UUID, key: bytes, lsn: int, digest: int) -> None:
-        """Remember a key; the caller has just looked it up, in the same step."""
+    def insert(self, table: UUID, key: bytes, lsn: int, digest: int, *, covered: bool = False) -> None:
+        """Remember a key; the caller has just looked it up, in the same step.
+
+        Args:
+            table: the table's UUID.
+            key: the key.
+            lsn: its write's LSN, above those of all keys of the table that are known.
+            digest: a checksum of the write's payload.
+            covered: a checkpoint has it already.
+        """
         keys = self._tables.get(table)
         if keys is None:
-            keys = self._tables[table] = _TableKeys({}, deque())
-        keys.writes[key] = KeyedWrite(lsn, digest)
+            keys = self._tables[table] = _TableKeys({}, deque(), deque())
+        if key not in keys.writes:
+            keys.writes[key] = KeyedWrite(lsn, digest)
+            if not covered:
+                keys.uncovered.append(key)
+
+    def uncovered(self, through_lsn: int) -> Iterator[CheckpointKey]:
+        """Yield the keys up to ``through_lsn`` that no checkpoint covers."""
+        for table, keys in self._tables.items():
+            for key in keys.uncovered:
+                write = keys.writes.get(key)
+                if write is None:
+                    # Its retention is over.
+                    continue
+                if write.lsn > through_lsn:
+                    break
+                yield CheckpointKey(table, key, write.lsn, write.digest)
+
+    def forget_uncovered(self, through_lsn: int) -> None:
+        """Note that a checkpoint covers the keys up to ``through_lsn``."""
+        for keys in self._tables.values():
+            while keys.uncovered:
+                write = keys.writes.get(keys.uncovered[0])
+                if write is not None and write.lsn > through_lsn:
+                    break
+                keys.uncovered.popleft()
 
     def note_committed(self, table: UUID, lsn: int, now_s: float) -> None:
         """Start the retention of the keys up to ``lsn`` and forget those whose retention is over.
@@ -75,4 +120,4 @@ class KeyIndex:
         return sum(len(keys.writes) for keys in self._tables.values())
 
 
-__all__ = ["KeyIndex", "KeyedWrite"]
+__all__ = ["CheckpointKey", "KeyIndex", "KeyedWrite"]

@@ -97,6 +97,8 @@ class ObjectTier:
         self._submitted_lsn = 0
         self._arrived = trio.Event()
         self._hurried = trio.Event()
+        # What is pending up to here does not wait for company, in however many objects it goes.
+        self._hurried_lsn = 0
         self._head: ObjectRef | None = None
         # The objects whose PUT has not been acknowledged, oldest first; the value says whether the PUT returned.
         self._uploading: deque[_Upload] = deque()
@@ -175,6 +177,9 @@ class ObjectTier:
         else:
             # Without its frames: only bytes are uploaded.
             self._pending.append(replace(appended, frames=()))
+            if last is not None:
+                # What was last can grow no more: there is nothing to wait for.
+                self._hurried.set()
         self._pending_bytes += appended.end - appended.start
         self._arrived.set()
         if self._pending_bytes >= self._options.bytes:
@@ -182,6 +187,7 @@ class ObjectTier:
 
     def hurry(self) -> None:
         """Do not wait for company: somebody waits for what there is."""
+        self._hurried_lsn = self._submitted_lsn
         self._hurried.set()
 
     def statistics(self) -> ObjectStatistics:
@@ -213,7 +219,8 @@ class ObjectTier:
         while not self._pending:
             self._arrived = trio.Event()
             await self._arrived.wait()
-        if self._pending_bytes < self._options.bytes:
+        waits = self._pending[0].first_lsn > self._hurried_lsn and len(self._pending) == 1
+        if waits and self._pending_bytes < self._options.bytes:
             with trio.move_on_after(self._options.linger_s):
                 await self._hurried.wait()
         self._hurried = trio.Event()
@@ -257,7 +264,11 @@ class ObjectTier:
 
     async def _check_same(self, key: str, encoded: EncodedObject) -> None:
         """Tell a lost response of our own PUT from somebody else's object under our key."""
-        data = await self._store.get(key)
+        try:
+            data = await self._store.get(key)
+        except KeyError:
+            # Some stores say "exists" of a key whose first put is still under way.
+            raise StoreUnavailable(f"{self._store.url}/{key} exists and cannot be read yet") from None
         if data != b"".join(encoded.parts):
             await self._lease.verify()
             raise DataCorruption(

@@ -28,6 +28,7 @@ from arka.tiers.disk import DiskTier
 from arka.tiers.keys import KeyIndex
 from arka.tiers.memory import Appended, MemoryTier, Releasable
 from arka.tiers.objects import ObjectTier
+from arka.tiers.release import LogRelease
 from arka.tiers.space import DiskSpace
 from arka.tiers.table import Table, TableCommitter, TableState
 from arka.tiers.watermarks import Advance, Listener, Watermark
@@ -71,6 +72,7 @@ class Pipeline:
         marks: Marks,
         keys: KeyIndex,
         space: DiskSpace,
+        release: LogRelease,
         lost_from: int | None,
         limits: Limits,
         group_bytes: int,
@@ -89,6 +91,7 @@ class Pipeline:
             marks: the shared watermarks as recovery found them.
             keys: idempotency keys as recovery found them.
             space: whether the disk has room for new writes.
+            release: deletes what the log no longer needs.
             lost_from: the first LSN that a crash lost and that is still remembered (R3); None for none.
             limits: what clients may use.
             group_bytes: most bytes of one group commit.
@@ -105,6 +108,7 @@ class Pipeline:
         self._marks = marks
         self._keys = keys
         self._space = space
+        self._release = release
         self._lost_from = lost_from
         self._limits = limits
         self._iceberg = iceberg
@@ -137,6 +141,7 @@ class Pipeline:
             nursery.start_soon(self._writer.keep_spare)
             nursery.start_soon(self._objects.run)
             nursery.start_soon(self._space.run)
+            nursery.start_soon(self._release.run, self.needed_from)
             for table in self._by_uuid.values():
                 self._start_committer(table)
             task_status.started()
@@ -229,6 +234,7 @@ class Pipeline:
         self._space.note_written(appended.end - appended.start)
         self._objects.submit(appended)
         segment = appended.segment
+        self._release.note(segment, appended.last_lsn, appended.end - appended.start)
         path = str(segment.path)
         touched: dict[Table, None] = {}
         for frame in appended.frames:
@@ -240,6 +246,15 @@ class Pipeline:
                     table.note_durable(path, segment.number, segment.epoch, frame.lsn, frame.offset, frame.frame_bytes)
         for table in touched:
             table.wake()
+
+    def needed_from(self) -> int:
+        """The least LSN that some tier below the disk still needs; what lies below may be let go of (R12)."""
+        needed = self._marks.objects.lsn + 1
+        for table in self._by_uuid.values():
+            first = table.backlog.first_lsn if table.drop_lsn is None else table.drop_lsn
+            if first is not None:
+                needed = min(needed, first)
+        return needed
 
     # -- what streams listen to -------------------------------------------------------------------
 
@@ -353,6 +368,8 @@ class Pipeline:
             table = await self.find_table(name)
             lsn = ddl.log_drop(self.memory, table.info, purge=purge)
             await self._marks.disk.wait_reached(lsn)
+            # The record stays in the log until the catalog has done it: a restart finishes it.
+            table.drop_lsn = lsn
             table.end(ddl.dropped(table.info))
             await ddl.drop_table(self.catalog, table.info, purge=purge)
             del self._by_name[name]

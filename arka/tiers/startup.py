@@ -30,13 +30,14 @@ from arka.tiers.keys import KeyIndex
 from arka.tiers.memory import MemoryTier
 from arka.tiers.objects import ObjectTier, ReadRange
 from arka.tiers.pipeline import LogIdentity, Marks, Pipeline
+from arka.tiers.release import LogRelease, LostRange, load_checkpoints, merge_lost
 from arka.tiers.reservation import DISK_BLOCK, LsnReservation
 from arka.tiers.space import DiskSpace
 from arka.tiers.table import Ending, Table, TableState
-from arka.tiers.watermarks import Watermark
+from arka.tiers.watermarks import Watermark, now_us
 from arka.wal.logstate import LogState
 from arka.wal.recovery import RecoveredFrame, RecoveredLog, recover
-from arka.wal.segment import encode_lost
+from arka.wal.segment import encode_lost, parse_lost
 from arka.wal.writer import WalWriter
 
 log = structlog.get_logger(__name__)
@@ -65,6 +66,7 @@ class _Replay:
     def __init__(self) -> None:
         self.tables: dict[UUID, _TableFrames] = {}
         self.drops: list[ddl.DropRecord] = []
+        self.lost: list[LostRange] = []
 
     def take(self, frame: RecoveredFrame) -> None:
         """Take one frame, in LSN order."""
@@ -77,6 +79,8 @@ class _Replay:
                 self._frames(info.uuid).info = info
             case kind if kind == KIND_DROP:
                 self.drops.append(ddl.parse_drop(frame.payload()))
+            case kind if kind == KIND_LOST:
+                self.lost.append(LostRange(parse_lost(frame.payload()), header.accepted_us))
 
     def _frames(self, uuid: UUID) -> _TableFrames:
         frames = self.tables.get(uuid)
@@ -177,6 +181,8 @@ async def open_pipeline(
         rng=rng,
     )
     head_lsn = await objects.resume()
+    retention_s = settings.idempotency.retention_s
+    checkpoints = await load_checkpoints(store, node_id, lease.log_uuid, retention_s)
 
     replay = _Replay()
     recovered = await recover(
@@ -204,9 +210,27 @@ async def open_pipeline(
     )
 
     allocator = LsnAllocator(first_lsn, ceiling)
-    keys = KeyIndex(settings.idempotency.retention_s)
+    keys = KeyIndex(retention_s)
+    for known in checkpoints.keys:
+        keys.insert(known.table, known.key, known.lsn, known.digest, covered=True)
     memory = MemoryTier(allocator, keys)
-    lost_from = _note_lost(memory, recovered, last_lsn, first_lsn)
+    lost = merge_lost([checkpoints.lost, replay.lost, _note_lost(memory, recovered, last_lsn, first_lsn)])
+    space = _space(settings, recovered, read_free)
+    release = LogRelease(
+        store,
+        writer,
+        keys,
+        space,
+        node_id=node_id,
+        log_uuid=lease.log_uuid,
+        epoch=lease.epoch,
+        lost=lost,
+        after_lsn=checkpoints.through_lsn,
+        retention_s=retention_s,
+        grace_s=settings.wal.release_grace_s,
+    )
+    for segment in recovered.segments:
+        release.note(segment.ref, segment.last_lsn, segment.end_bytes)
     objects_mark.advance(head_lsn)
     pipeline = Pipeline(
         LogIdentity(lease.log_uuid, lease.epoch),
@@ -216,8 +240,9 @@ async def open_pipeline(
         catalog,
         marks=Marks(Watermark(Tier.DISK, recovered.last_lsn), objects_mark),
         keys=keys,
-        space=_space(settings, recovered, read_free),
-        lost_from=lost_from,
+        space=space,
+        release=release,
+        lost_from=lost[0].range.after + 1 if lost else None,
         limits=settings.limits,
         group_bytes=settings.wal.group_bytes,
         iceberg=settings.iceberg,
@@ -242,13 +267,13 @@ async def open_pipeline(
     return OpenLog(pipeline, reservation, lease.log_uuid, lease.epoch, last_lsn, first_lsn)
 
 
-def _note_lost(memory: MemoryTier, recovered: RecoveredLog, last_lsn: int, first_lsn: int) -> int | None:
-    """Record the LSNs that may have been given and are gone (R3); returns the first that is still remembered."""
-    lost = list(recovered.lost)
-    if first_lsn > last_lsn + 1 and not recovered.closed:
-        lost.append(LsnRange(last_lsn, first_lsn - 1))
-        memory.append_control(KIND_LOST, encode_lost(lost[-1]))
-    return lost[0].after + 1 if lost else None
+def _note_lost(memory: MemoryTier, recovered: RecoveredLog, last_lsn: int, first_lsn: int) -> list[LostRange]:
+    """Record the LSNs that may have been given and are gone (R3)."""
+    if first_lsn == last_lsn + 1 or recovered.closed:
+        return []
+    lost = LsnRange(last_lsn, first_lsn - 1)
+    memory.append_control(KIND_LOST, encode_lost(lost))
+    return [LostRange(lost, now_us())]
 
 
 def _space(settings: Settings, recovered: RecoveredLog, read_free: Callable[[], int]) -> DiskSpace:

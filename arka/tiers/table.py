@@ -8,9 +8,11 @@ in the table: outages are waited for, a table that cannot be committed for good 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
+from typing import TypeVar
 from uuid import UUID, uuid4
 
 import structlog
@@ -26,12 +28,13 @@ from arka.storage.ports import (
     CommitOutcome,
     CommitResult,
     EncodeJob,
-    StagedFiles,
 )
 from arka.tiers.backlog import Backlog, Cut
 from arka.tiers.watermarks import Watermark
 
 log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
 
 #: Longest pause between two attempts of a commit, in seconds.
 _MAX_RETRY_S = 5.0
@@ -73,6 +76,8 @@ class Table:
         #: The last LSN given to a write of this table; recovery raises it.
         self.last_lsn = committed_lsn
         self.ending: Ending | None = None
+        #: LSN of the drop record while the catalog has not dropped the table yet.
+        self.drop_lsn: int | None = None
         self.hurried_lsn = 0
         self.changed = trio.Event()
         self._end_listeners: dict[Callable[[Ending], None], None] = {}
@@ -163,8 +168,6 @@ class TableCommitter:
         self._rng = rng
         self._on_committed = on_committed
         self._failures = 0
-        # The pause before the next attempt while the catalog is away; 0 while it answers.
-        self._outage_pause_s = 0.0
 
     async def run(self) -> None:
         """Commit until the table is dropped or stopped.
@@ -184,20 +187,15 @@ class TableCommitter:
                 continue
             started = trio.current_time()
             try:
-                result = await self._commit(cut)
+                job = await self._encode(cut)
+                result = await self._commit(job)
             except Fenced:
                 raise
-            except CatalogUnavailable as error:
-                self._failures = 0
-                earliest = trio.current_time() + self._note_outage(str(error))
-                continue
             except ArkaError as error:
                 earliest = trio.current_time() + self._note_failure(error)
                 continue
             self._failures = 0
-            self._outage_pause_s = 0.0
-            if result is not None:
-                self._apply(cut, result)
+            self._apply(cut, result)
             now = trio.current_time()
             earliest = max(started + self._options.commit_interval_s, now + (now - started) * (1 / _COST_SHARE - 1) / 2)
 
@@ -213,7 +211,7 @@ class TableCommitter:
             with trio.move_on_after(self._options.commit_interval_s):
                 await self._objects.wait_reached(first)
             return False
-        if table.hurried_lsn >= first and self._outage_pause_s == 0.0:
+        if table.hurried_lsn >= first and self._failures == 0:
             return True
         if trio.current_time() < earliest:
             with trio.move_on_at(earliest):
@@ -221,31 +219,47 @@ class TableCommitter:
             return False
         return True
 
-    async def _commit(self, cut: Cut) -> CommitResult:
-        """Encode and commit one cut."""
+    async def _encode(self, cut: Cut) -> CommitJob:
+        """Have a cut's rows written as Parquet, for as long as it takes."""
         table = self._table
-        after_lsn = table.committed.lsn
-        staged = await self._catalog.encode(
-            EncodeJob(
-                table=table.info,
-                schemas={table.info.schema_id: table.info.schema.serialize().to_pybytes()},
-                log_uuid=self._log_uuid,
-                after_lsn=after_lsn,
-                through_lsn=cut.through_lsn,
-                slices=cut.slices,
-            )
-        )
-        return await self._commit_staged(staged)
-
-    async def _commit_staged(self, staged: StagedFiles) -> CommitResult:
-        job = CommitJob(
-            table=self._table.info,
+        job = EncodeJob(
+            table=table.info,
+            schemas={table.info.schema_id: table.info.schema.serialize().to_pybytes()},
             log_uuid=self._log_uuid,
-            epoch=self._epoch,
-            commit_id=uuid4(),
-            staged=staged,
+            after_lsn=table.committed.lsn,
+            through_lsn=cut.through_lsn,
+            slices=cut.slices,
         )
-        return await self._catalog.commit(job)
+        staged = await self._persist(partial(self._catalog.encode, job))
+        return CommitJob(table=table.info, log_uuid=self._log_uuid, epoch=self._epoch, commit_id=uuid4(), staged=staged)
+
+    async def _commit(self, job: CommitJob) -> CommitResult:
+        """Commit staged files, for as long as it takes.
+
+        The same job again after an unknown outcome: the table's own mark says whether it had landed (R16), and
+        no file is written twice.
+        """
+        return await self._persist(partial(self._catalog.commit, job))
+
+    async def _persist(self, request: Callable[[], Awaitable[T]]) -> T:
+        """Repeat a request until the catalog answers it or the table ends."""
+        pause_s = self._options.retry_s
+        stalled = False
+        while True:
+            try:
+                result = await request()
+            except CatalogUnavailable as error:
+                if not stalled:
+                    stalled = True
+                    log.warning("iceberg.stalled", table=str(self._table.info.name), reason=str(error))
+                if self._table.state is not TableState.ACTIVE:
+                    raise ArkaError(f"{self._table.info.name} ended while the catalog was away") from error
+                await trio.sleep(pause_s * self._rng.uniform(0.5, 1.0))
+                pause_s = min(pause_s * 2, _MAX_RETRY_S)
+            else:
+                if stalled:
+                    log.info("iceberg.recovered", table=str(self._table.info.name))
+                return result
 
     def _apply(self, cut: Cut, result: CommitResult) -> None:
         """Act on a definite outcome."""
@@ -288,15 +302,6 @@ class TableCommitter:
     def _stop(self, detail: str) -> None:
         log.error("table.stopped", table=str(self._table.info.name), reason=detail)
         self._table.end(Ending(TableState.STOPPED, ErrorCode.OUTCOME_UNKNOWN, detail))
-
-    def _note_outage(self, reason: str) -> float:
-        """Say once that the catalog is away; returns the pause before the next attempt in seconds."""
-        if self._outage_pause_s == 0.0:
-            log.warning("iceberg.stalled", table=str(self._table.info.name), reason=reason)
-            self._outage_pause_s = self._options.retry_s
-        else:
-            self._outage_pause_s = min(self._outage_pause_s * 2, _MAX_RETRY_S)
-        return self._outage_pause_s * self._rng.uniform(0.5, 1.0)
 
     def _note_failure(self, error: ArkaError) -> float:
         """Count a definite failure; stops the table when it does not pass. Returns the pause in seconds."""

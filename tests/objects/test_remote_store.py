@@ -77,7 +77,7 @@ async def test_put_is_one_create_only_request(store, monkeypatch):
 
 
 async def test_urls(tmp_path):
-    """``file`` goes to the adapter that fsyncs, with escapes undone; other schemes go to obstore; nonsense is refused."""
+    """``file`` goes to the adapter that fsyncs, escapes undone; others go to obstore; nonsense is refused."""
     local = open_object_store(ObjectStoreOptions(url=f"{tmp_path.as_uri()}/a%20b"))
     assert isinstance(local, FileObjectStore)
     await local.put_new("n/x", [b"x"])

@@ -153,6 +153,8 @@ class Peer:
         self.settings_acks = 0
         self.closed = False
         self._changed = trio.Event()
+        self._sending = trio.Lock()
+        self._tokens = 0
 
     async def listen(self) -> None:
         """Take in what the server says until it closes."""
@@ -239,13 +241,15 @@ class Peer:
 
     async def settle(self) -> None:
         """Wait until the server has taken note of all that was sent before."""
-        token = struct.pack(">Q", 0x7E57_0000_0000_0000 + len(self.pings))
+        self._tokens += 1
+        token = struct.pack(">Q", 0x7E57_0000_0000_0000 + self._tokens)
         await self.send(frame(PING, 0, 0, token))
         await self.wait(lambda: token in self.pings)
         await trio.testing.wait_all_tasks_blocked()
 
     async def send(self, *parts: bytes) -> None:
-        await self.stream.send_all(b"".join(parts))
+        async with self._sending:
+            await self.stream.send_all(b"".join(parts))
 
     async def shake_hands(self, values: dict[int, int] | None = None) -> None:
         await self.send(PREFACE, settings(values))
