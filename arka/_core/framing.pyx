@@ -415,11 +415,10 @@ cdef FrameHeader parse(const uint8_t *data, Py_ssize_t size, Py_ssize_t offset):
     header.table_uuid = PyBytes_FromStringAndSize(<char *> (at + 56), 16)
     if header.frame_bytes > <uint64_t> (size - offset):
         raise FrameError(offset, f"a frame that ends within {size} bytes", f"{header.frame_bytes} bytes")
-    # Cannot overflow: payload_bytes is checked against the size of the file first.
-    if header.payload_bytes <= <uint64_t> size:
-        expected = (HEADER + header.payload_bytes + header.key_bytes + 63) & ~(<uint64_t> 63)
-    else:
-        expected = 0
+    # Bounded first, so that the sum cannot overflow: then ``expected`` is at least the header's length.
+    if header.payload_bytes > <uint64_t> (size - offset):
+        raise FrameError(offset, f"a payload that ends within {size} bytes", f"{header.payload_bytes} bytes")
+    expected = (HEADER + header.payload_bytes + header.key_bytes + 63) & ~(<uint64_t> 63)
     if header.frame_bytes != expected:
         raise FrameError(
             offset,

@@ -204,6 +204,8 @@ class Connection:
                 raise WireError(ErrorCodes.PROTOCOL_ERROR, f"RST_STREAM on stream {stream_id}, which is idle")
         elif kind == FrameType.SETTINGS:
             self._count(Flood.SETTINGS)
+            if flags & frames.ACK and splitter.length:
+                raise WireError(ErrorCodes.FRAME_SIZE_ERROR, "an acknowledgement of SETTINGS has a payload")
         elif kind == FrameType.PING:
             self._count(Flood.PING)
         elif kind == FrameType.PRIORITY or kind > FrameType.CONTINUATION:
@@ -227,9 +229,7 @@ class Connection:
         elif isinstance(event, h2.events.StreamEnded):
             self._streams.end_by_peer(event.stream_id)
         elif isinstance(event, h2.events.StreamReset):
-            if not event.remote_reset:
-                self._count(Flood.RESETS_CAUSED)
-            self._streams.drop(event.stream_id)
+            self._streams.drop(event.stream_id, by_peer=event.remote_reset)
         elif isinstance(event, h2.events.RemoteSettingsChanged):
             self._connection_widened = True
         elif isinstance(event, h2.events.PingAckReceived) and event.ping_data == _DRAIN_PING:

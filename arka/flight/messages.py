@@ -1,7 +1,7 @@
 """The Flight messages that are not on the hot path, built from Arrow's published field numbers.
 
-The descriptors are made at import, so that no generated code and no compiler is needed. FlightData is never parsed with these
-(``arka._core.wire`` does that without a copy); only its outgoing form is written here.
+The descriptors are made at import, so that no generated code and no compiler is needed. FlightData is never
+parsed with these (``arka._core.wire`` does that without a copy); only its outgoing form is written here.
 
 Source: Apache Arrow's Flight protocol definition (package ``arrow.flight.protocol``).
 """

@@ -274,8 +274,11 @@ class Streams:
             stream.intake.end()
             self._splitter.close(stream_id)
 
-    def drop(self, stream_id: int) -> None:
-        """Forget a stream that h2 says was reset."""
+    def drop(self, stream_id: int, *, by_peer: bool) -> None:
+        """Forget a stream that h2 says was reset, by the peer or for what the peer did."""
+        if not by_peer:
+            self._count(Flood.RESETS_CAUSED)
+            self._remember_reset(stream_id)
         stream = self._open.get(stream_id)
         if stream is not None:
             self._forget(stream)

@@ -16,6 +16,7 @@ from uuid import uuid4
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyiceberg.io.pyarrow import (
+    DataFileStatistics,
     compute_statistics_plan,
     data_file_statistics_from_parquet_metadata,
     parquet_path_to_id_mapping,
@@ -37,6 +38,8 @@ _SMALL_BATCH_ROWS: Final = 4_096
 _ROW_GROUP_ROWS: Final = 1_048_576
 #: Writers that one worker keeps, each with its statistics plan (about 1 ms to make).
 _REMEMBERED_WRITERS: Final = 256
+#: Table properties that keep counts in manifests and leave bounds out.
+_WITHOUT_BOUNDS: Final = {TableProperties.DEFAULT_WRITE_METRICS_MODE: "counts"}
 #: Codecs that every reader of Iceberg tables has, by Iceberg's name and pyarrow's.
 _CODECS: Final = {
     "zstd": "zstd",
@@ -66,6 +69,7 @@ class FileWriter:
         self._schema: Schema = iceberg_schema(info.schema, info.schema_id)
         self._spec: PartitionSpec = partition_spec(info.partition, info.spec_id)
         self._plan = compute_statistics_plan(self._schema, properties)
+        self._plan_without_bounds = compute_statistics_plan(self._schema, _WITHOUT_BOUNDS)
         self._ids = parquet_path_to_id_mapping(self._schema)
         self._locations: LocationProvider = load_location_provider(info.location, properties)
         self._options = _writer_options(properties)
@@ -89,7 +93,7 @@ class FileWriter:
         sink = pa.BufferOutputStream()
         with pq.ParquetWriter(sink, self._info.schema, **self._options) as writer:
             writer.write_table(table, row_group_size=_ROW_GROUP_ROWS)
-        stats = data_file_statistics_from_parquet_metadata(writer.writer.metadata, self._plan, self._ids)
+        stats = self._statistics(writer.writer.metadata)
         folder = PartitionFolder(self._spec, self._schema, partition) if partition else None
         # The provider only asks a partition key for its path.
         location = self._locations.new_data_location(f"{stem}-{uuid4()}.parquet", folder)  # type: ignore[arg-type]
@@ -102,6 +106,14 @@ class FileWriter:
             size=size,
             stats=stats.to_serialized_dict(),
         )
+
+    def _statistics(self, footer: pq.FileMetaData) -> DataFileStatistics:
+        try:
+            return data_file_statistics_from_parquet_metadata(footer, self._plan, self._ids)
+        except UnicodeEncodeError:
+            # pyiceberg cuts an upper bound and adds one to its last character; behind U+D7FF comes what is no
+            # character. The file is as good without bounds: readers open it more often, and find the same rows.
+            return data_file_statistics_from_parquet_metadata(footer, self._plan_without_bounds, self._ids)
 
 
 def _writer_options(properties: Mapping[str, str]) -> dict[str, Any]:

@@ -8,7 +8,9 @@ Source: Iceberg table spec, "Partitioning".
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 from pyiceberg.partitioning import PARTITION_FIELD_ID_START, PartitionSpec
 from pyiceberg.partitioning import PartitionField as IcebergPartitionField
@@ -20,6 +22,9 @@ from arka._core import transforms
 from arka.iceberg.schema import field_id
 from arka.records import PartitionField, PartitionRequest, TableInfo
 from arka.storage.ports import CatalogConflict
+
+#: Most characters of one partition folder's name; file systems take 255 bytes, and the names are ASCII.
+_FOLDER_CHARACTERS: Final = 200
 
 
 def new_partition_spec(schema: Schema, requests: Sequence[PartitionRequest]) -> PartitionSpec:
@@ -118,7 +123,16 @@ class PartitionFolder:
 
     def to_path(self) -> str:
         """Spell the partition as ``name=value/name=value``, percent-encoded."""
-        return self._spec.partition_to_path(Record(*self._values), self._schema)
+        path = self._spec.partition_to_path(Record(*self._values), self._schema)
+        return "/".join(_short(part) for part in path.split("/"))
+
+
+def _short(part: str) -> str:
+    """Keep a folder's name below what file systems take; readers take values from manifests, not from paths."""
+    if len(part) <= _FOLDER_CHARACTERS:
+        return part
+    digest = hashlib.sha256(part.encode()).hexdigest()[:32]
+    return f"{part[: _FOLDER_CHARACTERS - len(digest) - 1]}-{digest}"
 
 
 __all__ = ["PartitionFolder", "new_partition_spec", "partition_fields", "partition_spec", "split_fields"]

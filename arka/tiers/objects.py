@@ -106,8 +106,12 @@ class ObjectTier:
         self._objects = 0
         self._stalled = False
 
-    async def resume(self) -> int:
+    async def resume(self, released_lsn: int = 0) -> int:
         """Find the end of the chain that the store holds.
+
+        Args:
+            released_lsn: objects up to here may have been deleted, since a checkpoint covers them (R12): a
+                predecessor that ends there is no break although it is not found.
 
         Returns:
             The last LSN in it; 0 for none. What lies behind a break was never acked and is reported (R11).
@@ -123,7 +127,7 @@ class ObjectTier:
         for meta in await self._store.list_keys(prefix):
             folders.setdefault(meta.key.rpartition("/")[0], []).append(meta.key)
         for folder in sorted(folders, reverse=True):
-            key = await self._last_linked(folders[folder])
+            key = await self._last_linked(folders[folder], released_lsn)
             if key is not None:
                 data = memoryview(await self._store.get(key))
                 self._head = parse_object(f"{self._store.url}/{key}", data, self._log_uuid).ref
@@ -131,7 +135,7 @@ class ObjectTier:
                 break
         return self._submitted_lsn
 
-    async def _last_linked(self, keys: list[str]) -> str | None:
+    async def _last_linked(self, keys: list[str], released_lsn: int) -> str | None:
         """Find the last object of one epoch that the chain reaches; None if it reaches none of them.
 
         At most ``MAX_UPLOADS`` objects of an epoch can lie behind a break: only so many are ever under way
@@ -151,8 +155,14 @@ class ObjectTier:
                     before.last_lsn,
                 )
             else:
-                # The epoch's first object names an older epoch's; where older ones were cut off, it is acknowledged.
-                follows = len(tail) < len(keys) or named is None or named.epoch < header.epoch
+                # The epoch's first object names an older epoch's, or a released one; where older ones were cut
+                # off, it is acknowledged.
+                follows = (
+                    len(tail) < len(keys)
+                    or named is None
+                    or named.epoch < header.epoch
+                    or named.last_lsn <= released_lsn
+                )
             if not follows:
                 log.warning("objects.behind_a_break", keys=tail[index:][:10], count=len(tail) - index)
                 break

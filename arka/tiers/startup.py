@@ -180,9 +180,9 @@ async def open_pipeline(
         read_range=read_range,
         rng=rng,
     )
-    head_lsn = await objects.resume()
     retention_s = settings.idempotency.retention_s
     checkpoints = await load_checkpoints(store, node_id, lease.log_uuid, retention_s)
+    head_lsn = await objects.resume(checkpoints.through_lsn)
 
     replay = _Replay()
     recovered = await recover(

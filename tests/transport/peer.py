@@ -16,6 +16,9 @@ from arka.flight.http2 import ConnectionFactory
 from arka.options import MIB, Limits
 from arka.tiers.admission import Ledger
 
+#: Ends a test that hangs; on a clock that jumps, longer than any of the deadlines under test.
+HANG_S = 1000
+
 DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
 END_STREAM = ACK = 0x1
 END_HEADERS = 0x4
@@ -218,14 +221,16 @@ class Peer:
 
     async def wait(self, condition) -> None:
         """Wait until ``condition()`` holds."""
-        while not condition():
-            assert not self.closed, f"closed while waiting: {self.goaways}"
-            await self._changed.wait()
+        with trio.fail_after(HANG_S):
+            while not condition():
+                assert not self.closed, f"closed while waiting: {self.goaways}"
+                await self._changed.wait()
 
     async def wait_closed(self) -> tuple[int, bytes]:
         """Wait until the server has closed; returns the last GOAWAY's code and detail."""
-        while not self.closed:
-            await self._changed.wait()
+        with trio.fail_after(HANG_S):
+            while not self.closed:
+                await self._changed.wait()
         assert self.goaways, "closed without GOAWAY"
         return self.goaways[-1][1:]
 

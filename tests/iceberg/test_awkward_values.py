@@ -1,0 +1,48 @@
+"""Values that Arrow, Iceberg and Parquet can hold must never fail the encoder after their ack (R17)."""
+
+from __future__ import annotations
+
+from uuid import uuid4
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from arka.iceberg.fileio import WarehouseFileIO
+from arka.iceberg.parquet import FileWriter
+from arka.records import PartitionField, TableInfo, TableName, TableType
+
+
+def table(tmp_path, partition=()):
+    schema = pa.schema([pa.field("s", pa.string(), metadata={"PARQUET:field_id": "1"})])
+    location = f"file://{tmp_path}/t-00000000"
+    return TableInfo(
+        uuid4(), TableName("default", "t"), schema, 0, TableType.APPEND_ONLY, (), 0, tuple(partition), location, {}
+    )
+
+
+def rows_of(path):
+    return pq.read_table(path.removeprefix("file://"), partitioning=None).column("s").to_pylist()
+
+
+def test_a_bound_that_cannot_be_truncated_is_left_out(tmp_path):
+    """A string cut behind U+D7FF has no next character: the file is written, its rows are all there."""
+    info = table(tmp_path)
+    value = "a" * 15 + "\ud7ff" + "x"
+    batch = pa.record_batch([pa.array([value, "b"])], schema=info.schema)
+    file = FileWriter(info, WarehouseFileIO({})).write([batch], (), "f")
+    assert rows_of(file.path) == [value, "b"]
+    assert file.rows == 2
+
+
+@pytest.mark.parametrize("value", ["x" * 300, "é" * 60, "/" * 120])
+def test_long_partition_values_have_short_folders(tmp_path, value):
+    """An identity partition on a long string is written under a folder that file systems take."""
+    info = table(tmp_path, [PartitionField(1, 1000, "s", "identity")])
+    batch = pa.record_batch([pa.array([value])], schema=info.schema)
+    writer = FileWriter(info, WarehouseFileIO({}))
+    file = writer.write([batch], (value,), "f")
+    other = writer.write([batch], (value + "y",), "f")
+    assert rows_of(file.path) == [value]
+    assert file.path.rpartition("/")[0] != other.path.rpartition("/")[0]
+    assert all(len(part) <= 200 for part in file.path.removeprefix("file://").split("/")[:-1])

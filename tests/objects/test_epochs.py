@@ -1,0 +1,316 @@
+"""Epochs and LSN blocks: who may write a node's log, and which LSNs it may give (R1, R2, R10, R13)."""
+
+import random
+from uuid import UUID
+
+import msgspec
+import pytest
+import trio
+import trio.testing
+from hypothesis import given
+from hypothesis import strategies as st
+
+from arka.errors import ConfigurationError, DataCorruption, Fenced
+from arka.records import MAX_LSN
+from arka.storage.ports import StoreUnavailable
+from arka.testing.simstore import Fault, Outcome, SimStore
+from arka.tiers.epochs import STORE_BLOCK, LocalLog, take_epoch
+
+DISK = UUID(int=0xD15C)
+OTHER_DISK = UUID(int=0x07DE)
+LOG = UUID(int=0x106)
+
+
+@pytest.fixture
+def store():
+    return SimStore()
+
+
+async def take(store, *, local=None, disk=DISK, node="n"):
+    return await take_epoch(store, node, local=local, disk_uuid=disk)
+
+
+def after(lease, *, given=0):
+    """What the disk knows once a process with this lease has given ``given`` LSNs."""
+    return LocalLog(lease.log_uuid, lease.epoch, lease.first_lsn + given)
+
+
+def epochs(store, node="n"):
+    return [int(key.rpartition("/")[2]) for key in sorted(store.objects) if key.startswith(f"{node}/epoch/")]
+
+
+async def test_first_start(store):
+    """Where disk and store are empty a log is minted, at epoch 1 and LSN 1, with a block reserved (R1, R2)."""
+    lease = await take(store)
+    assert (lease.epoch, lease.first_lsn) == (1, 1)
+    assert lease.lsn_ceiling >= 1 + STORE_BLOCK // 2
+    await lease.verify()
+    assert epochs(store) == [1]
+    other = await take(store, node="m")
+    assert (other.epoch, other.first_lsn) == (1, 1)
+    assert other.log_uuid != lease.log_uuid, "another node is another log"
+    await lease.verify()
+
+
+async def test_node_whose_name_begins_the_same_is_another(store):
+    """The epochs of node n1 are not those of node n."""
+    lease = await take(store, node="n")
+    for _ in range(3):
+        await take(store, node="n1")
+    await lease.verify()
+    assert epochs(store, "n") == [1]
+
+
+async def test_restart_on_the_same_disk(store):
+    """A restart keeps the log, takes the next epoch and fences the one before (R10)."""
+    first = await take(store)
+    second = await take(store, local=after(first, given=1000))
+    assert second.log_uuid == first.log_uuid
+    assert second.epoch == 2
+    await second.verify()
+    with pytest.raises(Fenced, match="epoch 1 is over"):
+        await first.verify()
+
+
+async def test_epoch_ten_is_above_nine(store):
+    """The highest epoch wins, by number."""
+    lease = await take(store)
+    for epoch in range(2, 13):
+        before, lease = lease, await take(store, local=after(lease))
+        assert lease.epoch == epoch
+        await lease.verify()
+        with pytest.raises(Fenced):
+            await before.verify()
+
+
+async def test_crash_between_epoch_and_log_state(store):
+    """A first start that died before the disk knew of its log is continued, above the block that it reserved (R2)."""
+    first = await take(store)
+    again = await take(store, local=None)
+    assert again.log_uuid == first.log_uuid
+    assert again.epoch == 2
+    assert again.first_lsn >= first.lsn_ceiling
+
+
+async def test_other_log_is_refused(store):
+    """A disk of another log is refused, naming both; no epoch is taken from the log's owner (R1)."""
+    lease = await take(store)
+    with pytest.raises(ConfigurationError) as refused:
+        await take(store, local=LocalLog(LOG, 7, 100))
+    assert str(LOG) in refused.value.detail
+    assert str(lease.log_uuid) in refused.value.detail
+    assert epochs(store) == [1]
+    await lease.verify()
+
+
+async def test_stale_disk_is_refused(store):
+    """A disk that is not the newest epoch's does not replay by itself; the message names its LSNs (R13)."""
+    first = await take(store)
+    local = after(first, given=500)
+    store.objects["n/epoch/0000000002"] = msgspec.json.encode(
+        {
+            "log_uuid": str(first.log_uuid),
+            "epoch": 2,
+            "node_id": "n",
+            "disk_uuid": str(OTHER_DISK),
+            "started_us": 0,
+            "host": "elsewhere",
+            "pid": 7,
+        }
+    )
+    with pytest.raises(ConfigurationError, match=r"LSN 500 .*stale"):
+        await take(store, local=local)
+    assert epochs(store) == [1, 2]
+    second = await take(store, local=LocalLog(first.log_uuid, 2, 900), disk=OTHER_DISK)
+    assert second.epoch == 3
+
+
+async def test_empty_disk_is_refused_where_the_store_has_a_log(store):
+    """A data directory without a log does not take over one that another directory wrote (R13)."""
+    lease = await take(store)
+    with pytest.raises(ConfigurationError, match=str(lease.log_uuid)):
+        await take(store, local=None, disk=OTHER_DISK)
+    assert epochs(store) == [1]
+    await lease.verify()
+
+
+async def test_emptied_store(store):
+    """Where the store knows nothing the disk's log goes on: epochs, LSNs and ceilings above the disk's (R1, R2)."""
+    lease = await take(store, local=LocalLog(LOG, 41, 10**12))
+    assert (lease.log_uuid, lease.epoch) == (LOG, 42)
+    assert lease.lsn_ceiling >= 10**12 + STORE_BLOCK // 2
+    assert len(store.of("put_new", "n/lsn/")) == 1
+
+
+@pytest.mark.parametrize("racers", [2, 5])
+async def test_racers_win_each_number_once(racers, autojump_clock):
+    """Of processes on one disk that take epochs at once each gets its own, and only the highest stays (R10)."""
+    store = SimStore(random.Random(racers), max_delay_s=1.0)
+    first = await take(store)
+    leases = []
+
+    async def race():
+        leases.append(await take(store, local=after(first, given=10)))
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(racers):
+            nursery.start_soon(race)
+    assert sorted(lease.epoch for lease in leases) == list(range(2, 2 + racers))
+    newest = max(leases, key=lambda lease: lease.epoch)
+    for lease in leases:
+        if lease is newest:
+            await lease.verify()
+        else:
+            with pytest.raises(Fenced):
+                await lease.verify()
+
+
+async def test_first_starts_race(autojump_clock):
+    """Of two empty disks that start at once one mints the log, and the other is refused (R1)."""
+    store = SimStore(random.Random(1), max_delay_s=1.0)
+    minted, refused = [], []
+
+    async def race(disk):
+        try:
+            minted.append(await take(store, disk=disk))
+        except ConfigurationError:
+            refused.append(disk)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(race, DISK)
+        nursery.start_soon(race, OTHER_DISK)
+    assert len(minted) == len(refused) == 1
+    await minted[0].verify()
+
+
+async def test_epochs_that_others_keep_taking(store):
+    """Whoever loses every race is told so, instead of trying for ever."""
+    store.plan("list_keys", *[Fault()] * 100, key="n/epoch/")
+    real = store.put_new
+
+    async def lose(key, parts):
+        await real(key, parts)
+        await real(key, parts)
+
+    store.put_new = lose
+    with pytest.raises(ConfigurationError, match="running twice"):
+        await take(store)
+
+
+async def test_lost_response_of_an_epoch(store):
+    """An epoch whose response was lost is not used by whoever did not hear of it; the next one is taken."""
+    store.plan("put_new", Fault(Outcome.LOST), key="n/epoch/")
+    with pytest.raises(StoreUnavailable):
+        await take(store)
+    lease = await take(store)
+    assert lease.epoch == 2
+    await lease.verify()
+
+
+async def test_outage_says_nothing(store):
+    """While the store does not answer nobody is told that an epoch is still theirs (R10)."""
+    lease = await take(store)
+    store.away = True
+    with pytest.raises(StoreUnavailable):
+        await lease.verify()
+    with pytest.raises(StoreUnavailable):
+        await take(store, local=after(lease))
+    with pytest.raises(StoreUnavailable):
+        await lease.reserve_block()
+
+
+async def test_blocks_follow_each_other(store):
+    """Each block lies above the one before, also where the response to its reservation was lost (R2)."""
+    lease = await take(store)
+    ceilings = [lease.lsn_ceiling]
+    for outcome in (Outcome.ANSWERED, Outcome.LOST, Outcome.REFUSED, Outcome.LATE, Outcome.ANSWERED):
+        store.plan("put_new", Fault(outcome), key="n/lsn/")
+        while lease.lsn_ceiling == ceilings[-1]:
+            try:
+                await lease.reserve_block()
+            except StoreUnavailable:
+                assert lease.lsn_ceiling == ceilings[-1], "not reserved for all we know"
+        ceilings.append(lease.lsn_ceiling)
+        assert f"n/lsn/{lease.lsn_ceiling:016d}" in store.objects
+    assert [high - low for low, high in zip(ceilings, ceilings[1:], strict=False)] == [STORE_BLOCK] * 5
+
+
+async def test_lsns_end(store):
+    """Ceilings never exceed what JavaScript can count; a start at the end of the LSNs ends (R2)."""
+    lease = await take(store, local=LocalLog(LOG, 1, MAX_LSN - 5))
+    assert lease.lsn_ceiling == MAX_LSN + 1
+    assert await lease.reserve_block() == MAX_LSN + 1
+
+
+@pytest.mark.parametrize("at", range(0, 190, 3))
+async def test_damaged_epoch_record(at, store):
+    """A byte flip in the newest epoch's record is found, or changes nothing that decides; nobody minting a new log."""
+    lease = await take(store)
+    key = "n/epoch/0000000001"
+    data = bytearray(store.objects[key])
+    at %= len(data)
+    data[at] ^= 0x80
+    store.objects[key] = bytes(data)
+    with pytest.raises((DataCorruption, ConfigurationError)) as found:
+        await take(store, local=after(lease))
+    if isinstance(found.value, DataCorruption):
+        assert key in found.value.path
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"null", b"\xff\xfe", b'{"log_uuid":"x"}'])
+async def test_epoch_record_of_another_shape(content, store):
+    """What is no epoch record is damage with its path, not a fresh start."""
+    await take(store)
+    store.objects["n/epoch/0000000001"] = content
+    with pytest.raises(DataCorruption, match="n/epoch/0000000001"):
+        await take(store)
+
+
+async def test_epoch_record_in_the_wrong_place(store):
+    """A record under another epoch's key is damage: keys decide who is newest."""
+    await take(store)
+    store.objects["n/epoch/0000000009"] = store.objects["n/epoch/0000000001"]
+    with pytest.raises(DataCorruption, match="n/epoch/0000000009"):
+        await take(store)
+
+
+async def test_records_may_grow(store):
+    """A field that a later version added does not stop this one."""
+    first = await take(store)
+    key = "n/epoch/0000000001"
+    store.objects[key] = store.objects[key][:-1] + b',"heartbeat_us":5}'
+    assert (await take(store, local=after(first))).epoch == 2
+
+
+@given(seed=st.integers(0, 2**32), starts=st.integers(2, 6), share=st.sampled_from([0.0, 0.2, 0.5]))
+def test_lsns_are_never_given_twice(seed, starts, share):
+    """Whatever faults and crashes: no two processes of a log share a block, on one disk or after losing it (R2)."""
+
+    async def main():
+        rng = random.Random(seed)
+        store = SimStore(rng, fault_share=share, max_delay_s=2.0)
+        local, used, log_uuid, last_epoch = None, 0, None, 0
+        for _ in range(starts):
+            try:
+                lease = await take(store, local=local)
+            except StoreUnavailable:
+                continue
+            assert log_uuid in (None, lease.log_uuid)
+            log_uuid = lease.log_uuid
+            assert lease.epoch > last_epoch
+            last_epoch = lease.epoch
+            assert lease.first_lsn > used or local is not None
+            first = lease.first_lsn if local is None else local.lsn_ceiling
+            assert first > used
+            ceiling = lease.lsn_ceiling
+            for _ in range(rng.randrange(3)):
+                try:
+                    ceiling = await lease.reserve_block()
+                except StoreUnavailable:
+                    continue
+            used = rng.randrange(first, ceiling)
+            assert any(int(key[6:]) > used for key in store.objects if key.startswith("n/lsn/"))
+            # The disk's state may be lost before it is written: then it is an empty one of the same identity.
+            local = LocalLog(log_uuid, lease.epoch, used + 1) if rng.random() < 0.6 else None
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
