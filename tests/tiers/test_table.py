@@ -1,0 +1,195 @@
+"""The committer: cuts go into Iceberg in order and once, whatever the catalog answers."""
+
+from __future__ import annotations
+
+import random
+from uuid import UUID, uuid4
+
+import pyarrow as pa
+import pytest
+import trio
+from trio.testing import MockClock
+
+from arka.errors import ErrorCode, Fenced, InternalError
+from arka.options import IcebergOptions
+from arka.records import TableInfo, TableName, TableType, Tier
+from arka.storage.ports import (
+    CatalogUnavailable,
+    CommitJob,
+    CommitOutcome,
+    CommitResult,
+    EncodeJob,
+    StagedFiles,
+)
+from arka.tiers.table import Table, TableCommitter, TableState
+from arka.tiers.watermarks import Watermark
+
+LOG = UUID(int=7)
+SCHEMA = pa.schema([pa.field("id", pa.int64(), metadata={"PARQUET:field_id": "1"})])
+
+
+class ScriptedCatalog:
+    """Answers encode and commit from a script; without one, everything commits."""
+
+    def __init__(self) -> None:
+        self.encoded: list[tuple[int, int]] = []
+        self.commits: list[CommitJob] = []
+        self.answers: list[CommitResult | Exception] = []
+        self.encode_errors: list[Exception] = []
+
+    async def encode(self, job: EncodeJob) -> StagedFiles:
+        await trio.sleep(0.01)
+        self.encoded.append((job.after_lsn, job.through_lsn))
+        if self.encode_errors:
+            raise self.encode_errors.pop(0)
+        return StagedFiles(job.after_lsn, job.through_lsn, (), 0)
+
+    async def commit(self, job: CommitJob) -> CommitResult:
+        await trio.sleep(0.01)
+        self.commits.append(job)
+        answer = self.answers.pop(0) if self.answers else None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer or CommitResult(CommitOutcome.COMMITTED, job.staged.through_lsn, len(self.commits))
+
+
+class Bench:
+    def __init__(self) -> None:
+        info = TableInfo(
+            uuid4(), TableName("default", "t"), SCHEMA, 0, TableType.APPEND_ONLY, (), 0, (), "file:///t-00000000", {}
+        )
+        self.table = Table(info, 0, None)
+        self.catalog = ScriptedCatalog()
+        self.objects = Watermark(Tier.OBJECT_STORAGE)
+        self.lsn = 0
+        self.committer = TableCommitter(
+            self.table,
+            self.catalog,
+            self.objects,
+            log_uuid=LOG,
+            epoch=3,
+            options=IcebergOptions(),
+            rng=random.Random(1),
+            on_committed=lambda table: None,
+        )
+
+    def write(self, count: int = 1) -> None:
+        for _ in range(count):
+            self.lsn += 1
+            self.table.last_lsn = self.lsn
+            self.table.note_durable("segment", 1, 3, self.lsn, self.lsn * 64, 64)
+        self.table.wake()
+
+
+@pytest.fixture
+async def bench(nursery: trio.Nursery) -> Bench:
+    bench = Bench()
+    nursery.start_soon(bench.committer.run)
+    return bench
+
+
+async def test_commits_only_what_the_object_store_has(autojump_clock: MockClock, bench: Bench) -> None:
+    """A commit never holds an LSN above the object_storage watermark (R4)."""
+    bench.write(5)
+    await trio.sleep(5)
+    assert bench.catalog.encoded == []
+    bench.objects.advance(3)
+    await bench.table.committed.wait_reached(3)
+    assert bench.catalog.encoded == [(0, 3)]
+    bench.objects.advance(9)
+    await bench.table.committed.wait_reached(5)
+    assert bench.catalog.encoded == [(0, 3), (3, 5)]
+
+
+async def test_nothing_new_makes_no_commit(autojump_clock: MockClock, bench: Bench) -> None:
+    """An idle table makes no snapshots."""
+    bench.write()
+    bench.objects.advance(1)
+    await trio.sleep(60)
+    assert len(bench.catalog.commits) == 1
+
+
+async def test_unknown_outcome_is_asked_again_with_the_same_files(autojump_clock: MockClock, bench: Bench) -> None:
+    """After a lost response the very same commit is tried again: nothing is encoded twice (R16)."""
+    bench.catalog.answers = [CatalogUnavailable("timeout"), CatalogUnavailable("timeout")]
+    bench.write()
+    bench.objects.advance(1)
+    await bench.table.committed.wait_reached(1)
+    assert len(bench.catalog.encoded) == 1
+    assert len(bench.catalog.commits) == 3
+    assert len({job.commit_id for job in bench.catalog.commits}) == 1
+
+
+async def test_recut_after_a_commit_that_had_landed(autojump_clock: MockClock, bench: Bench) -> None:
+    """A table that stands further than we knew moves the mark; only the rest is committed again."""
+    bench.catalog.answers = [CommitResult(CommitOutcome.RECUT, 2, 77)]
+    bench.write(4)
+    bench.objects.advance(4)
+    await bench.table.committed.wait_reached(4)
+    assert bench.catalog.encoded == [(0, 4), (2, 4)]
+
+
+async def test_rollback_stops_the_table(autojump_clock: MockClock, bench: Bench) -> None:
+    """A table below what was committed is stopped with both numbers; nothing is replayed (R20)."""
+    endings = []
+    bench.table.listen_end(endings.append)
+    bench.write()
+    bench.objects.advance(1)
+    await bench.table.committed.wait_reached(1)
+    bench.catalog.answers = [CommitResult(CommitOutcome.RECUT, 0, 5)]
+    bench.write()
+    bench.objects.advance(2)
+    while bench.table.state is TableState.ACTIVE:
+        await trio.sleep(0.1)
+    (ending,) = endings
+    assert ending.code is ErrorCode.OUTCOME_UNKNOWN
+    assert "LSN 0" in ending.detail
+    assert "1 was committed" in ending.detail
+    with pytest.raises(Exception, match="stands at LSN 0") as refused:
+        bench.table.check_active()
+    assert refused.value.code is ErrorCode.TABLE_STOPPED
+
+
+async def test_a_gone_table_is_stopped_and_keeps_its_frames(autojump_clock: MockClock, bench: Bench) -> None:
+    """A table that others dropped or renamed takes no more writes; its backlog stays (R18)."""
+    bench.catalog.answers = [CommitResult(CommitOutcome.TABLE_GONE, 0, None)]
+    bench.write()
+    bench.objects.advance(1)
+    await trio.sleep(5)
+    assert bench.table.state is TableState.STOPPED
+    assert bench.table.backlog.first_lsn == 1
+
+
+async def test_failures_that_do_not_pass_stop_the_table(autojump_clock: MockClock, bench: Bench) -> None:
+    """A definite failure is tried a few times, then the table is stopped instead of looping for ever."""
+    bench.catalog.encode_errors = [InternalError("broken")] * 50
+    bench.write()
+    bench.objects.advance(1)
+    await trio.sleep(120)
+    assert bench.table.state is TableState.STOPPED
+    assert len(bench.catalog.encoded) == 5
+
+
+async def test_fenced_ends_the_committer(autojump_clock: MockClock) -> None:
+    """A higher epoch's commit ends this process: the error leaves the committer."""
+    bench = Bench()
+    bench.catalog.answers = [CommitResult(CommitOutcome.FENCED, 0, None)]
+    bench.write()
+    bench.objects.advance(1)
+    with pytest.raises(Fenced):
+        await bench.committer.run()
+
+
+async def test_dropped_while_the_catalog_is_away(autojump_clock: MockClock, bench: Bench) -> None:
+    """A dropped table's committer ends although the catalog never answers."""
+    from arka.tiers.ddl import dropped
+
+    bench.catalog.answers = [CatalogUnavailable("away")] * 1000
+    bench.write()
+    bench.objects.advance(1)
+    await trio.sleep(2)
+    bench.table.end(dropped(bench.table.info))
+    await trio.sleep(60)
+    tried = len(bench.catalog.commits)
+    await trio.sleep(600)
+    assert len(bench.catalog.commits) == tried
