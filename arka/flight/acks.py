@@ -79,12 +79,8 @@ class AckQueue:
     error ends a write's acks (protocol 3).
     """
 
-    def __init__(self, starting: tuple[Advance, Advance, Advance]) -> None:
-        """Start empty.
-
-        Args:
-            starting: where the ``disk``, ``object_storage`` and ``iceberg_committed`` marks stand now.
-        """
+    def __init__(self) -> None:
+        """Start empty, and without knowing how far any tier is: ``advance`` says so."""
         self.form = AckForm.METADATA
         self.coalesce = False
         # Invariant: _lsns[i] belongs to sequence _base + i; 0 marks a rejection.
@@ -96,7 +92,7 @@ class AckQueue:
         # Invariant: _cursor[t] is the first sequence whose ack for tier t is not out; never rises with t.
         self._cursor = [0, 0, 0, 0]
         # Rises that some unsent ack may still need for its timestamp, oldest first; never empty.
-        self._rises: list[deque[Advance]] = [deque(), *(deque([advance]) for advance in starting)]
+        self._rises: list[deque[Advance]] = [deque([Advance(tier, 0, 0)]) for tier in _TIERS]
         self._failure: Rejection | None = None
         self._failed_through = 0
         self._preamble: deque[bytes] = deque()
@@ -117,6 +113,20 @@ class AckQueue:
     def unread(self) -> int:
         """How many writes have a memory ack that is due and that the client makes no room for."""
         return self.writes - self._cursor[Tier.MEMORY]
+
+    @property
+    def due(self) -> bool:
+        """Whether an ack could go out now: what is held back is the client's doing, not a tier's."""
+        if self._preamble or self._failure is not None or self.unread:
+            return True
+        for tier in _TIERS[1:]:
+            risen = self._rises[tier][-1].lsn
+            for sequence in range(self._cursor[tier], self._cursor[tier - 1]):
+                if self._requested[sequence - self._base] >= tier:
+                    if self._lsns[sequence - self._base] <= risen:
+                        return True
+                    break
+        return False
 
     @property
     def settled(self) -> bool:

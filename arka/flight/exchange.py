@@ -75,16 +75,21 @@ class Exchange:
         self._defaults = _Defaults()
         self._key_prefix: str | None = None
         self._key_next = 0
-        self.acks = AckQueue(pipeline.durable_marks())
+        self.acks = AckQueue()
         self.acks.form = form
         self._form_fixed = form is AckForm.PUT_RESULT
         self._moved = trio.Event()
+        self._attending = False
+        pipeline.listen_failure(self._on_failure)
+        # Bytes of acks that the transport has taken so far.
+        self._taken = 0
 
     # -- the transport's side ---------------------------------------------------------------------
 
     def take(self, budget: int) -> bytes:
         """Give acks that are due, about ``budget`` bytes of them (see ``AckQueue.take``)."""
         out = self.acks.take(budget)
+        self._taken += len(out)
         if out or self.acks.settled:
             self._moved.set()
         return out
@@ -105,26 +110,33 @@ class Exchange:
         Cancellation: nothing changes.
         """
         limit = self._limits.unread_acks
-        if self.acks.unsent < limit:
-            return
-        # Only a client that does not read is timed; one that waits for a slow tier is merely held back.
+        timeout_s = self._limits.unread_acks_timeout_s
+        deadline: float | None = None
+        taken = self._taken
         while self.acks.unsent >= limit:
-            timeout_s = self._limits.unread_acks_timeout_s
             self._moved = trio.Event()
-            with trio.move_on_after(timeout_s) as scope:
+            # Only a client that does not read is timed; one that waits for a slow tier is merely held back.
+            if not self.acks.due or self._taken != taken:
+                deadline, taken = None, self._taken
+            if not self.acks.due:
                 await self._moved.wait()
-            if scope.cancelled_caught and self.acks.unread >= limit:
+                continue
+            if deadline is None:
+                deadline = trio.current_time() + timeout_s
+            with trio.move_on_at(deadline) as scope:
+                await self._moved.wait()
+            if scope.cancelled_caught:
                 raise ArkaError(
-                    f"{self.acks.unread} acks are unread and none was read for {timeout_s:g} s: "
+                    f"{self.acks.unsent} writes have unread acks and none was read for {timeout_s:g} s: "
                     "read acks while writing",
                     code=ErrorCode.TOO_LARGE,
                 )
 
     def close(self) -> None:
         """Stop listening to the tiers. To be called once, however the stream ends."""
-        self._pipeline.unlisten(self._on_advance, self._on_failure)
+        self._stop_attending()
+        self._pipeline.unlisten_failure(self._on_failure)
         if self._table is not None:
-            self._table.committed.unlisten(self._on_advance)
             self._table.unlisten_end(self._on_end)
         if self._decoder is not None:
             self._decoder.close()
@@ -244,15 +256,10 @@ class Exchange:
             raise InvalidRequest(f"The stream writes to {self._table.info.name}: {name} needs a stream of its own")
         table = await self._pipeline.find_table(name)
         if self._table is not None:
-            self._table.committed.unlisten(self._on_advance)
             self._table.unlisten_end(self._on_end)
             if self._decoder is not None:
                 self._decoder.close()
-        else:
-            self._pipeline.listen(self._on_advance, self._on_failure)
         self._table, self._decoder = table, None
-        self.acks.advance(table.committed.latest)
-        table.committed.listen(self._on_advance)
         table.listen_end(self._on_end)
         if self._schema_header is not None:
             self._require_decoder()
@@ -325,6 +332,7 @@ class Exchange:
             self.acks.duplicate(appended.lsn, decoded.rows, options.requested, code)
         else:
             self.acks.accept(appended.lsn, decoded.rows, options.requested)
+        self._attend()
 
     def _write_options(self, metadata: bytes | None, number: int) -> _WriteOptions:
         """Resolve what holds for one write from its own WriteRequest and the stream's defaults."""
@@ -357,11 +365,27 @@ class Exchange:
             raise InvalidRequest(f"operation delete needs a primary-key table; {table.info.name} is append-only")
         return operation
 
+    def _attend(self) -> None:
+        """Listen to the tiers while writes wait for them: an idle stream must not cost each commit anything."""
+        if self._attending:
+            return
+        self._attending = True
+        for mark in self._pipeline.marks_of(self._bound_table()):
+            self.acks.advance(mark.latest)
+            mark.listen(self._on_advance)
+
+    def _stop_attending(self) -> None:
+        self._attending = False
+        if self._table is not None:
+            for mark in self._pipeline.marks_of(self._table):
+                mark.unlisten(self._on_advance)
+
     # -- what comes back up -----------------------------------------------------------------------
 
     def _on_advance(self, advance: Advance) -> None:
         self.acks.advance(advance)
         if self.acks.unsent:
+            self._moved.set()
             self._outbound.wake()
 
     def _on_end(self, ending: Ending) -> None:

@@ -327,7 +327,7 @@ def _public_header(message: pa.ipc.Message) -> bytes:
 def _parse_body(body: bytes) -> _NameBody:
     try:
         return msgspec.json.decode(body, type=_NameBody)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"Malformed action body: {error}; expected JSON with 'name'") from error
 
 
@@ -338,7 +338,7 @@ def _parse_ticket(data: bytes) -> _Ticket:
     if data.lstrip()[:1] == b"{":
         try:
             return msgspec.json.decode(data, type=_Ticket)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise InvalidRequest(f"Malformed ticket: {error}") from error
     try:
         return _Ticket(data.decode())

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from uuid import UUID
 
 import structlog
@@ -44,6 +44,8 @@ _MAX_RETRY_S: Final = 5.0
 MAX_UPLOADS: Final = 64
 
 ReadRange = Callable[[Path, int, int], Awaitable[bytes]]
+#: Runs ``function(*args)`` where it holds nobody up.
+Compute = Callable[..., Awaitable[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,7 @@ class ObjectTier:
         on_advance: Callable[[int], None],
         read_range: ReadRange,
         rng: random.Random,
+        compute: Compute = run_compute,
     ) -> None:
         """Join the log to the store.
 
@@ -82,6 +85,7 @@ class ObjectTier:
             on_advance: told the last LSN of which the tier's promise is true; rises.
             read_range: reads ``(path, start, end)`` of a segment.
             rng: for the jitter of retries.
+            compute: runs the encoding of an object; simulations have no threads.
         """
         self._store = store
         self._lease = lease
@@ -91,6 +95,7 @@ class ObjectTier:
         self._on_advance = on_advance
         self._read_range = read_range
         self._rng = rng
+        self._compute = compute
         # Invariant: LSNs rise along _pending, and all of them lie above what was cut into objects.
         self._pending: deque[AppendedRange] = deque()
         self._pending_bytes = 0
@@ -241,7 +246,7 @@ class ObjectTier:
         size = piece.end - piece.start
         self._pending_bytes -= size
         data = await self._read_range(piece.segment.path, piece.start, piece.end)
-        encoded = await run_compute(self._encode, piece, data)
+        encoded: EncodedObject = await self._compute(self._encode, piece, data)
         self._head = encoded.ref
         return encoded
 
@@ -343,4 +348,4 @@ def _merge(known: tuple[TableInfo, ...], more: tuple[TableInfo, ...]) -> tuple[T
     return tuple(seen.values()) if len(seen) > len(known) else known
 
 
-__all__ = ["ObjectStatistics", "ObjectTier"]
+__all__ = ["Compute", "ObjectStatistics", "ObjectTier"]

@@ -31,7 +31,7 @@ from arka.tiers.objects import ObjectTier
 from arka.tiers.release import LogRelease
 from arka.tiers.space import DiskSpace
 from arka.tiers.table import Table, TableCommitter, TableState
-from arka.tiers.watermarks import Advance, Listener, Watermark
+from arka.tiers.watermarks import Watermark
 from arka.wal.writer import AppendedRange, WalPoisoned, WalWriter
 
 log = structlog.get_logger(__name__)
@@ -258,21 +258,17 @@ class Pipeline:
 
     # -- what streams listen to -------------------------------------------------------------------
 
-    def durable_marks(self) -> tuple[Advance, Advance, Advance]:
-        """Where the tiers below memory stand, for a stream that has no table yet."""
-        return (self._marks.disk.latest, self._marks.objects.latest, Advance(Tier.ICEBERG_COMMITTED, 0, 0))
+    def marks_of(self, table: Table) -> tuple[Watermark, Watermark, Watermark]:
+        """The watermarks below memory that a write to ``table`` goes through."""
+        return (self._marks.disk, self._marks.objects, table.committed)
 
-    def listen(self, on_advance: Listener, on_failure: FailureListener) -> None:
-        """Tell a stream when the shared tiers rise and when the log fails."""
-        self._marks.disk.listen(on_advance)
-        self._marks.objects.listen(on_advance)
-        self._failure_listeners[on_failure] = None
+    def listen_failure(self, listener: FailureListener) -> None:
+        """Call ``listener`` if the log fails; it must not raise or wait."""
+        self._failure_listeners[listener] = None
 
-    def unlisten(self, on_advance: Listener, on_failure: FailureListener) -> None:
-        """Undo ``listen``; does nothing where it was not called."""
-        self._marks.disk.unlisten(on_advance)
-        self._marks.objects.unlisten(on_advance)
-        self._failure_listeners.pop(on_failure, None)
+    def unlisten_failure(self, listener: FailureListener) -> None:
+        """Undo ``listen_failure``."""
+        self._failure_listeners.pop(listener, None)
 
     def table_marks(self, table: Table) -> dict[Tier, int]:
         """How far each tier is, seen from one table."""

@@ -24,11 +24,12 @@ from arka.errors import ErrorCode
 from arka.options import Settings
 from arka.records import LsnRange, TableInfo, Tier
 from arka.storage.ports import Catalog, CatalogTable, CatalogUnavailable, Disk, ObjectStore, TableMissing
+from arka.storage.threads import run_compute
 from arka.tiers import ddl
 from arka.tiers.epochs import LocalLog, take_epoch
 from arka.tiers.keys import KeyIndex
 from arka.tiers.memory import MemoryTier
-from arka.tiers.objects import ObjectTier, ReadRange
+from arka.tiers.objects import Compute, ObjectTier, ReadRange
 from arka.tiers.pipeline import LogIdentity, Marks, Pipeline
 from arka.tiers.release import LogRelease, LostRange, load_checkpoints, merge_lost
 from arka.tiers.reservation import DISK_BLOCK, LsnReservation
@@ -138,6 +139,7 @@ async def open_pipeline(
     read_free: Callable[[], int],
     survival: dict[str, bool],
     rng: random.Random,
+    compute: Compute = run_compute,
 ) -> OpenLog:
     """Take the log over and bring up everything that a crash left.
 
@@ -152,6 +154,7 @@ async def open_pipeline(
         read_free: returns the data directory's free bytes.
         survival: what each tier survives with these settings (R14).
         rng: for the jitter of retries.
+        compute: runs what would hold trio's thread up; simulations have no threads.
 
     Raises:
         ConfigurationError: disk and store belong to different logs, or the disk is stale (R13).
@@ -179,6 +182,7 @@ async def open_pipeline(
         on_advance=objects_mark.advance,
         read_range=read_range,
         rng=rng,
+        compute=compute,
     )
     retention_s = settings.idempotency.retention_s
     checkpoints = await load_checkpoints(store, node_id, lease.log_uuid, retention_s)

@@ -13,12 +13,6 @@ from arka.flight.acks import AckForm, AckQueue
 from arka.records import Tier
 from arka.tiers.watermarks import Advance
 
-START = (
-    Advance(Tier.DISK, 0, 1),
-    Advance(Tier.OBJECT_STORAGE, 0, 1),
-    Advance(Tier.ICEBERG_COMMITTED, 0, 1),
-)
-
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
     value = shift = 0
@@ -69,7 +63,7 @@ def drain(queue: AckQueue, budget: int = 1 << 20) -> list[dict[str, object]]:
 
 def test_one_write_reaches_every_tier() -> None:
     """A write that asked for the last tier has one ack per tier, in order, each when the tier has it."""
-    queue = AckQueue(START)
+    queue = AckQueue()
     assert queue.settled
     assert queue.accept(5, 10, Tier.ICEBERG_COMMITTED) == 0
     (memory,) = drain(queue)
@@ -93,7 +87,7 @@ def test_one_write_reaches_every_tier() -> None:
 
 def test_timestamp_is_the_first_rise_that_covers_the_write() -> None:
     """An ack that goes out late says when the tier was reached, not when it was sent."""
-    queue = AckQueue(START)
+    queue = AckQueue()
     for lsn in (1, 2, 3):
         queue.accept(lsn, 1, Tier.DISK)
     queue.advance(Advance(Tier.DISK, 1, 100))
@@ -104,7 +98,7 @@ def test_timestamp_is_the_first_rise_that_covers_the_write() -> None:
 
 def test_rejection_takes_its_turn() -> None:
     """A rejected write is told in sequence, once, with lsn 0, and does not hold up later writes."""
-    queue = AckQueue(START)
+    queue = AckQueue()
     queue.accept(1, 1, Tier.DISK)
     queue.reject(ErrorCode.INVALID_BATCH, "column 'a' has \"nulls\"")
     queue.accept(2, 1, Tier.DISK)
@@ -125,7 +119,7 @@ def test_rejection_takes_its_turn() -> None:
 
 def test_duplicate_carries_the_first_lsn_and_keeps_its_place() -> None:
     """A duplicate's ack for a tier comes when its first write and all earlier writes of the stream have it."""
-    queue = AckQueue(START)
+    queue = AckQueue()
     queue.accept(8, 1, Tier.DISK)
     queue.duplicate(3, 1, Tier.DISK, None)
     queue.duplicate(4, 1, Tier.DISK, ErrorCode.KEY_REUSED)
@@ -143,7 +137,7 @@ def test_duplicate_carries_the_first_lsn_and_keeps_its_place() -> None:
 
 def test_failure_ends_only_open_writes() -> None:
     """After a failure each open write gets one error ack in order; settled and later writes are untouched."""
-    queue = AckQueue(START)
+    queue = AckQueue()
     queue.accept(1, 1, Tier.MEMORY)
     queue.accept(2, 1, Tier.DISK)
     queue.accept(3, 1, Tier.ICEBERG_COMMITTED)
@@ -161,7 +155,7 @@ def test_failure_ends_only_open_writes() -> None:
 
 def test_watermark_mode_tells_only_the_latest() -> None:
     """acks=watermark gives one ack per tier at a time; duplicates and rejections still get their own."""
-    queue = AckQueue(START)
+    queue = AckQueue()
     queue.coalesce = True
     for lsn in range(1, 101):
         queue.accept(lsn, 1, Tier.DISK)
@@ -181,7 +175,7 @@ def test_batch_form_sends_a_schema_first_and_put_form_uses_put_result() -> None:
     """ack_as=batch is a readable record-batch stream; DoPut's acks are PutResults."""
     import pyarrow as pa
 
-    queue = AckQueue(START)
+    queue = AckQueue()
     queue.form = AckForm.BATCH
     queue.accept(1, 1, Tier.MEMORY)
     queue.accept(2, 1, Tier.MEMORY)
@@ -193,7 +187,7 @@ def test_batch_form_sends_a_schema_first_and_put_form_uses_put_result() -> None:
         assert batch.num_rows == 0
         assert json.loads(message[3])["durability_level"] == "memory"
 
-    queue = AckQueue(START)
+    queue = AckQueue()
     queue.form = AckForm.PUT_RESULT
     queue.accept(1, 1, Tier.MEMORY)
     assert [a["lsn"] for a in acks(queue.take(1 << 20), number=1)] == [1]
@@ -206,7 +200,7 @@ def _encapsulated(header: bytes) -> bytes:
 
 def test_handshake_stands_outside_the_order() -> None:
     """resume_after_lsn is answered by one ack per tier with sequence -1, before anything else."""
-    queue = AckQueue(START)
+    queue = AckQueue()
     queue.accept(9, 1, Tier.MEMORY)
     queue.handshake({Tier.MEMORY: 8, Tier.DISK: 7, Tier.OBJECT_STORAGE: 6, Tier.ICEBERG_COMMITTED: 0})
     assert [(a["sequence"], a["lsn"]) for a in drain(queue)] == [(-1, 8), (-1, 7), (-1, 6), (-1, 0), (0, 9)]
@@ -217,7 +211,7 @@ def test_handshake_stands_outside_the_order() -> None:
 @given(data=st.data())
 def test_any_interleaving_keeps_the_order_rules(form: AckForm, data: st.DataObject) -> None:
     """Each write gets each of its acks exactly once, never skipped, never out of order, never early."""
-    queue = AckQueue(START)
+    queue = AckQueue()
     queue.form = form
     number = 3 if form is AckForm.METADATA else 1
     marks = dict.fromkeys(Tier, 0)
@@ -279,7 +273,7 @@ def test_a_million_unread_acks_stay_small() -> None:
     import tracemalloc
 
     tracemalloc.start()
-    queue = AckQueue(START)
+    queue = AckQueue()
     for lsn in range(1, 1_000_001):
         queue.accept(lsn, 1, Tier.DISK)
     size, _ = tracemalloc.get_traced_memory()
