@@ -1,7 +1,5 @@
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
-cdef uint32_t crc32c_update(uint32_t crc, const uint8_t *data, size_t size) noexcept nogil
-
 
 cdef class Frame:
     cdef readonly uint8_t kind

@@ -290,8 +290,8 @@ cdef class MessageAssembler:
 
     @property
     def between_messages(self):
-        """Whether the stream may end here without cutting a message off."""
-        return self.state == S_PREFIX and self.prefix_have == 0
+        """Whether the stream may end here without cutting off a message that anybody waits for."""
+        return self.state == S_DEAD or (self.state == S_PREFIX and self.prefix_have == 0)
 
     def abort(self):
         """Drop the message in progress and discard what follows. The reader's own view of a buffer stays valid."""

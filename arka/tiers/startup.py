@@ -20,7 +20,7 @@ import trio
 
 from arka._core.framing import KIND_BATCH, KIND_DROP, KIND_LOST, KIND_TABLE, crc32c
 from arka._core.lsn import LsnAllocator
-from arka.errors import ErrorCode
+from arka.errors import DataCorruption, ErrorCode
 from arka.options import Settings
 from arka.records import LsnRange, TableInfo, Tier
 from arka.storage.ports import Catalog, CatalogTable, CatalogUnavailable, Disk, ObjectStore, TableMissing
@@ -199,7 +199,12 @@ async def open_pipeline(
     )
     if recovered.torn is not None:
         log.warning("wal.torn_tail_dropped", **asdict(recovered.torn))
-    last_lsn = max(recovered.last_lsn, head_lsn)
+    last_lsn = recovered.last_lsn
+    if head_lsn > last_lsn:
+        # Only what is fsynced is uploaded (R4), so the disk has lost what it had promised (R7).
+        raise DataCorruption(
+            str(wal_dir), 0, f"LSN {head_lsn}, which {store.url} holds", f"a log that ends at LSN {last_lsn}"
+        )
     first_lsn = max(first_lsn, last_lsn + 1)
     ceiling = min(first_lsn + DISK_BLOCK, lease.lsn_ceiling)
     # A higher epoch and a higher ceiling, before a segment carries the one or a write the other.

@@ -12,26 +12,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 from uuid import UUID
 
 from arka._core.framing import (
-    KIND_BATCH,
     KIND_GROUP,
     KIND_LOST,
     KIND_TABLE,
-    FrameHeader,
 )
 from arka.errors import DataCorruption, Fenced
-from arka.options import MIB
 from arka.records import LsnRange, TableInfo
 from arka.storage.ports import Disk
+from arka.wal.ranges import RangeCutter, RecoveredFrame
 from arka.wal.rewrite import copy_segment
 from arka.wal.scan import SegmentScan, may_have_tail
 from arka.wal.seal import SEAL_NAME, SealMark, read_seal, write_seal, write_whole
 from arka.wal.segment import (
-    FRAME_HEADER_BYTES,
-    HEADER_BYTES,
     UNFINISHED_SUFFIX,
     AppendedRange,
     SegmentHeader,
@@ -40,42 +35,6 @@ from arka.wal.segment import (
     parse_segment_name,
     segment_name,
 )
-
-#: Ranges of recovered segments are cut at about this size.
-_RANGE_BYTES: Final = 8 * MIB
-
-
-class RecoveredFrame:
-    """A frame that recovery found, at the place where it stays.
-
-    Attributes:
-        header: its header.
-        segment: the segment it is in.
-        offset: its offset in that.
-    """
-
-    __slots__ = ("_data", "header", "offset", "segment")
-
-    def __init__(self, header: FrameHeader, segment: SegmentRef, offset: int, data: memoryview) -> None:
-        self.header = header
-        self.segment = segment
-        self.offset = offset
-        self._data = data
-
-    @property
-    def key(self) -> bytes:
-        """The idempotency key; empty for none."""
-        start = self.offset + FRAME_HEADER_BYTES + self.header.payload_bytes
-        return bytes(self._data[start : start + self.header.key_bytes])
-
-    def payload(self) -> bytes:
-        """A copy of the payload: for a batch frame its whole IPC message."""
-        return bytes(self.payload_view())
-
-    def payload_view(self) -> memoryview:
-        """The payload without copying; it keeps the segment mapped while it lives."""
-        start = self.offset + FRAME_HEADER_BYTES
-        return self._data[start : start + self.header.payload_bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,7 +275,7 @@ class _Recovery:
 
     def _read_sealed(self, number: int) -> None:
         scan, ref, data = self._open_scan(number)
-        cutter = _RangeCutter(ref)
+        cutter = RangeCutter(ref)
         for offset, header in scan.frames():
             if header.kind == KIND_GROUP:
                 cutter.begin_group(offset)
@@ -383,54 +342,6 @@ class _Recovery:
             return number
         self._read_sealed(copy_number)
         return copy_number
-
-
-class _RangeCutter:
-    """Cuts a segment's frames into AppendedRanges at GROUP frames."""
-
-    def __init__(self, segment: SegmentRef) -> None:
-        self._segment = segment
-        self._known: dict[tuple[bytes, int], TableInfo] = {}
-        self._ranges: list[AppendedRange] = []
-        self._start = HEADER_BYTES
-        self._first_lsn = self._last_lsn = 0
-        self._tables: dict[tuple[bytes, int], TableInfo] = {}
-
-    def begin_group(self, offset: int) -> None:
-        """Note a GROUP frame."""
-        if offset - self._start >= _RANGE_BYTES:
-            self._cut(offset)
-
-    def add(self, frame: RecoveredFrame, table: TableInfo | None) -> None:
-        """Note any other frame; ``table`` is the payload of a TABLE frame."""
-        header = frame.header
-        key = (header.table_uuid, header.schema_id)
-        if table is not None:
-            self._known[key] = table
-            return
-        if header.kind == KIND_BATCH and key not in self._tables:
-            if key not in self._known:
-                raise DataCorruption(
-                    str(frame.segment.path), frame.offset, "a TABLE frame before its first batch", "none"
-                )
-            self._tables[key] = self._known[key]
-        self._first_lsn = self._first_lsn or header.lsn
-        self._last_lsn = header.lsn
-
-    def finish(self, end: int) -> tuple[AppendedRange, ...]:
-        """All ranges, the last one ending at ``end``."""
-        self._cut(end)
-        return tuple(self._ranges)
-
-    def _cut(self, end: int) -> None:
-        if self._first_lsn:
-            tables = tuple(self._tables.values())
-            self._ranges.append(
-                AppendedRange(self._segment, self._start, end, self._first_lsn, self._last_lsn, tables, ())
-            )
-        self._start = end
-        self._first_lsn = 0
-        self._tables = {}
 
 
 __all__ = ["RecoveredFrame", "RecoveredLog", "RecoveredSegment", "TornTail", "recover"]
