@@ -280,7 +280,7 @@ def parse_write_request(data: bytes) -> WriteRequest:
     """
     try:
         return _REQUEST_DECODER.decode(data)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"Malformed WriteRequest in app_metadata: {error}") from error
 
 

@@ -6,10 +6,12 @@ Owns: how a put becomes create-only and durable, and what a failure means. Does 
 
 from __future__ import annotations
 
+import mmap
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -22,7 +24,7 @@ from obstore.store import from_url
 
 from arka.errors import ConfigurationError
 from arka.options import ObjectStoreOptions
-from arka.storage.ports import Buffer, ObjectExists, ObjectMeta, ObjectStore, StoreUnavailable
+from arka.storage.ports import Buffer, ObjectExists, ObjectMeta, ObjectStore, StoreRefused, StoreUnavailable
 
 T = TypeVar("T")
 
@@ -30,6 +32,19 @@ T = TypeVar("T")
 _SPARE_REQUESTS: Final = 4
 #: Folder of objects that are being written; its name is no legal first part of a key.
 _STAGING: Final = ".staging"
+
+#: One request's longest time, and obstore's own retries: short, since the tiers retry for ever and say so.
+_REQUEST_TIMEOUT: Final = "60s"
+_CONNECT_TIMEOUT: Final = "5s"
+_RETRIES: Final = 2
+_RETRY_TIMEOUT: Final = timedelta(seconds=10)
+#: Settings and variables that hold an endpoint, in the order in which they are looked at.
+_ENDPOINTS: Final = ("aws_endpoint_url_s3", "aws_endpoint_url", "aws_endpoint", "endpoint_url", "endpoint")
+
+
+async def _run_in_thread(job: Callable[[], T], limiter: trio.CapacityLimiter) -> T:
+    """Run a request. Cancelled, it goes on in its thread unwatched: a dead store must not hold up a drain."""
+    return await trio.to_thread.run_sync(job, abandon_on_cancel=True, limiter=limiter)
 
 
 class FileObjectStore:
@@ -100,7 +115,7 @@ class FileObjectStore:
 
     async def _run(self, job: Callable[[], T]) -> T:
         try:
-            return await trio.to_thread.run_sync(job, limiter=self._limiter)
+            return await _run_in_thread(job, self._limiter)
         except OSError as error:
             raise StoreUnavailable(f"{self.url}: {error}") from error
 
@@ -277,13 +292,19 @@ class RemoteObjectStore:
 
     async def _run(self, key: str, job: Callable[[], T]) -> T:
         try:
-            return await trio.to_thread.run_sync(job, limiter=self._limiter)
+            return await _run_in_thread(job, self._limiter)
         except obstore.exceptions.AlreadyExistsError as error:
             raise ObjectExists(key) from error
         except (FileNotFoundError, obstore.exceptions.NotFoundError) as error:
             raise KeyError(key) from error
+        except (
+            obstore.exceptions.PermissionDeniedError,
+            obstore.exceptions.UnauthenticatedError,
+            obstore.exceptions.NotSupportedError,
+        ) as error:
+            # A start ends with it; later it is waited for, since it may be mended in the store.
+            raise StoreRefused(f"{self._url}: {key}: {error}") from error
         except (obstore.exceptions.BaseError, OSError) as error:
-            # Also refused credentials: they may be mended in the store while the server waits.
             raise StoreUnavailable(f"{self._url}: {key}: {error}") from error
 
 
@@ -302,36 +323,51 @@ def open_object_store(options: ObjectStoreOptions) -> ObjectStore:
     if parts.scheme == "file":
         return FileObjectStore(Path(unquote(parts.path)), requests)
     config: dict[str, str] = dict(options.config)
-    allow_http = config.get("endpoint", config.get("aws_endpoint", "")).startswith("http://")
     try:
-        store = from_url(
+        store = from_url(  # type: ignore[call-overload]
             options.url,
-            config=config or None,  # type: ignore[arg-type]
-            client_options={"allow_http": True} if allow_http else None,
+            config=config or None,
+            client_options={
+                "timeout": _REQUEST_TIMEOUT,
+                "connect_timeout": _CONNECT_TIMEOUT,
+                "allow_http": _wants_http(config),
+            },
+            retry_config={"max_retries": _RETRIES, "retry_timeout": _RETRY_TIMEOUT},
         )
     except (obstore.exceptions.BaseError, ValueError, TypeError) as error:
         raise ConfigurationError(f"object_store.url {options.url!r} cannot be opened: {error}") from error
     return RemoteObjectStore(store, options.url, requests)
 
 
-async def read_range(path: Path, start: int, end: int) -> bytes:
-    """Read ``[start, end)`` of a local file in a thread.
+def _wants_http(config: Mapping[str, str]) -> bool:
+    """Whether the endpoint is an ``http://`` one, from the settings or the environment: who writes that means it."""
+    given = {name.lower(): value for name, value in config.items()}
+    endpoint = next((given[name] for name in _ENDPOINTS if name in given), None)
+    if endpoint is None:
+        endpoint = next((os.environ[name.upper()] for name in _ENDPOINTS if name.upper() in os.environ), "")
+    return endpoint.startswith("http://")
+
+
+async def read_range(path: Path, start: int, end: int) -> memoryview:
+    """Map ``[start, end)`` of a segment, which is never shortened (R9).
+
+    No heap is used: what waits for an outage to end costs page cache, which the kernel may take back.
 
     Raises:
         OSError: the file is gone or shorter.
 
-    Cancellation: nothing was read.
+    Cancellation: nothing stays mapped.
     """
+    aligned = start - start % mmap.ALLOCATIONGRANULARITY
 
-    def job() -> bytes:
+    def job() -> memoryview:
         with path.open("rb") as file:
-            data = os.pread(file.fileno(), end - start, start)
-            while len(data) < end - start:
-                more = os.pread(file.fileno(), end - start - len(data), start + len(data))
-                if not more:
-                    raise OSError(f"{path} ends at {start + len(data)}, expected at least {end}")
-                data += more
-            return data
+            size = os.fstat(file.fileno()).st_size
+            if size < end:
+                raise OSError(f"{path} ends at {size}, expected at least {end}")
+            mapped = mmap.mmap(file.fileno(), end - aligned, access=mmap.ACCESS_READ, offset=aligned)
+        mapped.madvise(mmap.MADV_WILLNEED)
+        return memoryview(mapped)[start - aligned :]
 
     return await trio.to_thread.run_sync(job)
 

@@ -4,7 +4,7 @@ Owns: the epoch objects and the LSN blocks of a node in the object store. Does n
 under an epoch (``arka.tiers.objects`` asks before each ack).
 
 Layout, below the node's id; every object is create-only and never changed:
-    ``epoch/<epoch, 10 digits>``    JSON, see ``_EpochRecord``; the highest wins
+    ``epoch/<epoch, 10 digits>``    JSON and its CRC, see ``_EpochRecord``; the highest wins
     ``lsn/<ceiling, 16 digits>``    empty; LSNs below the highest ceiling may have been given
 """
 
@@ -19,6 +19,7 @@ from uuid import UUID, uuid4
 import msgspec
 import structlog
 
+from arka._core.framing import crc32c
 from arka.errors import ConfigurationError, DataCorruption, Fenced
 from arka.records import MAX_LSN
 from arka.storage.ports import ObjectExists, ObjectStore
@@ -43,6 +44,10 @@ class _EpochRecord(msgspec.Struct, frozen=True):
     started_us: int
     host: str
     pid: int
+    #: What that directory said of itself then: a start that died before it could write to the disk is told from
+    #: one that went on by it. 0 for a directory without a log.
+    disk_epoch: int = 0
+    disk_ceiling: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,16 +93,19 @@ class EpochLease:
         """Read the newest epoch; it is still this one if this returns (R10).
 
         Raises:
-            Fenced: another process has taken a higher one.
+            Fenced: another process has taken a higher one, or ours is gone from the store.
             StoreUnavailable: the store does not say.
 
         Cancellation: nothing changes.
         """
         prefix = f"{self._node_id}/epoch/"
-        newer = await self._store.list_keys(prefix, start_after=_epoch_key(self._node_id, self.epoch))
-        if newer:
+        ours = _epoch_key(self._node_id, self.epoch)
+        found = await self._store.list_keys(prefix, start_after=_epoch_key(self._node_id, self.epoch - 1))
+        if not found:
+            raise Fenced(f"{self._store.url} has lost {ours}: nothing more is promised from there")
+        if found[-1].key != ours:
             raise Fenced(
-                f"Epoch {newer[-1].key.removeprefix(prefix)} of node {self._node_id} has been taken by another "
+                f"Epoch {found[-1].key.removeprefix(prefix)} of node {self._node_id} has been taken by another "
                 f"process: epoch {self.epoch} is over"
             )
 
@@ -108,6 +116,7 @@ class EpochLease:
             The new ceiling.
 
         Raises:
+            Fenced: another process has taken a higher epoch; it may have reserved the same block.
             StoreUnavailable: it may or may not be reserved; ask again.
 
         Durability: the ceiling is in the store on return.
@@ -116,9 +125,12 @@ class EpochLease:
         try:
             await self._store.put_new(f"{self._node_id}/lsn/{ceiling:016d}", [b""])
         except ObjectExists:
-            # An earlier attempt of ours whose response was lost: a block is only ever reserved by the
-            # epoch's owner, and the next owner starts above whatever is there.
+            # An earlier attempt of ours whose response was lost, or that of an owner who was fenced between our
+            # listing and it.
             log.debug("lsn.block_exists", ceiling=ceiling)
+        # Whoever takes an epoch lists the blocks afterwards. So either the next owner has seen this one and starts
+        # above it, or this read shows the next owner; one of two that reserved the same block never uses it.
+        await self.verify()
         self._lsn_ceiling = ceiling
         return ceiling
 
@@ -136,22 +148,23 @@ async def take_epoch(store: ObjectStore, node_id: str, *, local: LocalLog | None
         The lease.
 
     Raises:
-        ConfigurationError: the disk belongs to another log, or is not the one that the newest epoch wrote
-            to (R13), or has no log although the store has one.
+        ConfigurationError: the disk belongs to another log, is stale (R13), or has no log although the store
+            has one, or the other way round.
         DataCorruption: an epoch object cannot be read.
-        StoreUnavailable: the store does not answer.
+        Fenced: another process took a higher epoch meanwhile.
+        StoreUnavailable: the store does not answer; ask again.
 
     Cancellation: an epoch may have been taken; the next start takes a higher one.
     """
     for _ in range(_RACES):
         newest = await _newest(store, node_id)
         _check_disk(store, node_id, newest, local, disk_uuid)
-        if newest is not None:
-            log_uuid, epoch = newest.log_uuid, newest.epoch + 1
-        elif local is not None:
-            log_uuid, epoch = local.log_uuid, local.epoch + 1
-        else:
+        if newest is None:
             log_uuid, epoch = uuid4(), 1
+        else:
+            log_uuid, epoch = newest.log_uuid, newest.epoch + 1
+            if local is not None:
+                await _check_not_stale(store, node_id, newest, local, disk_uuid)
         record = _EpochRecord(
             log_uuid=log_uuid,
             epoch=epoch,
@@ -160,11 +173,13 @@ async def take_epoch(store: ObjectStore, node_id: str, *, local: LocalLog | None
             started_us=now_us(),
             host=socket.gethostname(),
             pid=os.getpid(),
+            disk_epoch=0 if local is None else local.epoch,
+            disk_ceiling=0 if local is None else local.lsn_ceiling,
         )
         try:
-            await store.put_new(_epoch_key(node_id, epoch), [msgspec.json.encode(record)])
+            await store.put_new(_epoch_key(node_id, epoch), [_encode(record)])
         except ObjectExists:
-            # Somebody else took it, or our own response was lost: either way the next one is free.
+            # Somebody else took it, or our own response was lost: the record says which, and the next one is free.
             continue
         reserved = await _reserved(store, node_id)
         known = max(reserved, local.lsn_ceiling if local is not None else 1)
@@ -180,8 +195,15 @@ async def take_epoch(store: ObjectStore, node_id: str, *, local: LocalLog | None
 def _check_disk(
     store: ObjectStore, node_id: str, newest: _EpochRecord | None, local: LocalLog | None, disk_uuid: UUID
 ) -> None:
-    """Refuse a disk that must not go on with what the store holds."""
+    """Refuse a disk that has nothing to do with what the store holds."""
     if newest is None:
+        if local is not None:
+            # Whether the disk is stale only the epochs can say (R13), and a mistyped URL looks like this.
+            raise ConfigurationError(
+                f"This data directory holds log {local.log_uuid}, written up to epoch {local.epoch}, but {store.url} "
+                f"holds no epoch of node {node_id}: check --node-id and --object-store. If that store is lost for "
+                "good, start with an empty data directory; what is not in Iceberg yet has to be sent again"
+            )
         return
     if local is None:
         if newest.disk_uuid == disk_uuid:
@@ -206,14 +228,58 @@ def _check_disk(
         )
 
 
+async def _check_not_stale(
+    store: ObjectStore, node_id: str, newest: _EpochRecord, local: LocalLog, disk_uuid: UUID
+) -> None:
+    """Refuse a disk whose last epoch is not the store's newest (R13).
+
+    Starts that died before they wrote their epoch to the disk do not count: their records name the disk as it is
+    now. A data directory that was restored from a snapshot, or cloned, has the same UUID and an older state.
+    """
+    if newest.epoch < local.epoch:
+        raise ConfigurationError(
+            f"The data directory was written in epoch {local.epoch}, the newest of node {node_id} in {store.url} is "
+            f"{newest.epoch}: that store has lost objects, or is another one; check --object-store"
+        )
+    for epoch in range(newest.epoch, local.epoch, -1):
+        record = newest
+        if epoch < newest.epoch:
+            record = await _read_epoch(store, node_id, _epoch_key(node_id, epoch))
+        seen = (record.disk_uuid, record.disk_epoch, record.disk_ceiling)
+        if seen != (disk_uuid, local.epoch, local.lsn_ceiling):
+            raise ConfigurationError(
+                f"Epoch {epoch} of node {node_id} in {store.url} was taken by {record.host} (pid {record.pid}) when "
+                f"its disk was at epoch {record.disk_epoch} and LSN {record.disk_ceiling - 1}; this data directory "
+                f"is at epoch {local.epoch} and LSN {local.lsn_ceiling - 1}. It is stale, an old snapshot or a copy, "
+                "and is not replayed by itself: start with the newest directory"
+            )
+
+
 async def _newest(store: ObjectStore, node_id: str) -> _EpochRecord | None:
     keys = await store.list_keys(f"{node_id}/epoch/")
-    if not keys:
-        return None
-    key = keys[-1].key
-    data = await store.get(key)
+    return await _read_epoch(store, node_id, keys[-1].key) if keys else None
+
+
+def _encode(record: _EpochRecord) -> bytes:
+    """One line of JSON, for people, and one with its CRC-32C in hex."""
+    body = msgspec.json.encode(record)
+    return body + b"\n" + _crc(body) + b"\n"
+
+
+def _crc(body: bytes) -> bytes:
+    return b"%08x" % crc32c(body)
+
+
+async def _read_epoch(store: ObjectStore, node_id: str, key: str) -> _EpochRecord:
     try:
-        record = msgspec.json.decode(data, type=_EpochRecord)
+        data = await store.get(key)
+    except KeyError:
+        raise DataCorruption(f"{store.url}/{key}", 0, "an epoch record", "no object") from None
+    body, _, crc = data.rstrip(b"\n").rpartition(b"\n")
+    if crc != _crc(body):
+        raise DataCorruption(f"{store.url}/{key}", len(body) + 1, f"crc {_crc(body)!r}", repr(crc[:16]))
+    try:
+        record = msgspec.json.decode(body, type=_EpochRecord)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise DataCorruption(f"{store.url}/{key}", 0, "an epoch record", str(error)) from error
     if _epoch_key(node_id, record.epoch) != key:

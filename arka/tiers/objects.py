@@ -22,7 +22,7 @@ import trio
 from arka.errors import DataCorruption, InternalError
 from arka.options import ObjectStoreOptions
 from arka.records import TableInfo
-from arka.storage.ports import ObjectExists, ObjectStore, StoreUnavailable
+from arka.storage.ports import Buffer, ObjectExists, ObjectStore, StoreUnavailable
 from arka.storage.threads import run_compute
 from arka.tiers.epochs import EpochLease
 from arka.wal.objectfile import (
@@ -43,7 +43,7 @@ _MAX_RETRY_S: Final = 5.0
 #: The largest ``object_store.uploads``: objects under way beyond the last acknowledged one, of any process.
 MAX_UPLOADS: Final = 64
 
-ReadRange = Callable[[Path, int, int], Awaitable[bytes]]
+ReadRange = Callable[[Path, int, int], Awaitable[Buffer]]
 #: Runs ``function(*args)`` where it holds nobody up.
 Compute = Callable[..., Awaitable[Any]]
 
@@ -104,6 +104,9 @@ class ObjectTier:
         self._hurried = trio.Event()
         # What is pending up to here does not wait for company, in however many objects it goes.
         self._hurried_lsn = 0
+        self._hurry_always = False
+        # The last LSN that was acknowledged; goes into each object (R11).
+        self._stored_lsn = 0
         self._head: ObjectRef | None = None
         # The objects whose PUT has not been acknowledged, oldest first; the value says whether the PUT returned.
         self._uploading: deque[_Upload] = deque()
@@ -122,8 +125,9 @@ class ObjectTier:
             The last LSN in it; 0 for none. What lies behind a break was never acked and is reported (R11).
 
         Raises:
-            DataCorruption: an object that the chain reaches is damaged.
-            StoreUnavailable: the store does not answer.
+            DataCorruption: an object that the chain reaches is damaged, or one that was acknowledged is gone.
+            Fenced: another process has taken a higher epoch.
+            StoreUnavailable: the store does not answer; ask again.
 
         Cancellation: nothing changes.
         """
@@ -131,17 +135,32 @@ class ObjectTier:
         folders: dict[str, list[str]] = {}
         for meta in await self._store.list_keys(prefix):
             folders.setdefault(meta.key.rpartition("/")[0], []).append(meta.key)
+        stored_through = 0
+        behind: str | None = None
         for folder in sorted(folders, reverse=True):
-            key = await self._last_linked(folders[folder], released_lsn)
+            key, lost = await self._last_linked(folders[folder], released_lsn)
+            if lost is not None and lost.stored_through > stored_through:
+                stored_through, behind = lost.stored_through, folder
             if key is not None:
                 data = memoryview(await self._store.get(key))
                 self._head = parse_object(f"{self._store.url}/{key}", data, self._log_uuid).ref
-                self._submitted_lsn = self._head.last_lsn
+                self._submitted_lsn = self._stored_lsn = self._head.last_lsn
                 break
+        if stored_through > max(self._submitted_lsn, released_lsn):
+            raise DataCorruption(
+                f"{self._store.url}/{behind}",
+                0,
+                f"a chain up to LSN {stored_through}, which was acknowledged",
+                f"a break behind LSN {self._submitted_lsn}",
+            )
+        # What the chain holds counts as acknowledged from here on: after a read of the newest epoch, as ever (R10).
+        await self._lease.verify()
         return self._submitted_lsn
 
-    async def _last_linked(self, keys: list[str], released_lsn: int) -> str | None:
+    async def _last_linked(self, keys: list[str], released_lsn: int) -> tuple[str | None, ObjectHeader | None]:
         """Find the last object of one epoch that the chain reaches; None if it reaches none of them.
+
+        Beside it, the last object behind a break, if there is one: it knows best what had been acknowledged.
 
         At most ``MAX_UPLOADS`` objects of an epoch can lie behind a break: only so many are ever under way
         beyond the last acknowledged one. So only the folder's end has to be looked at.
@@ -150,8 +169,7 @@ class ObjectTier:
         before: ObjectHeader | None = None
         linked: str | None = None
         for index, key in enumerate(tail):
-            head = memoryview(await self._store.get_range(key, 0, HEADER_BYTES))
-            header = ObjectHeader.from_bytes(f"{self._store.url}/{key}", head)
+            header = await self._read_header(key)
             named = header.predecessor
             if before is not None:
                 follows = named is not None and (named.epoch, named.first_lsn, named.last_lsn) == (
@@ -170,9 +188,13 @@ class ObjectTier:
                 )
             if not follows:
                 log.warning("objects.behind_a_break", keys=tail[index:][:10], count=len(tail) - index)
-                break
+                return linked, header if key == tail[-1] else await self._read_header(tail[-1])
             before, linked = header, key
-        return linked
+        return linked, None
+
+    async def _read_header(self, key: str) -> ObjectHeader:
+        head = await self._store.get_range(key, 0, HEADER_BYTES)
+        return ObjectHeader.from_bytes(f"{self._store.url}/{key}", memoryview(head))
 
     def submit(self, appended: AppendedRange) -> None:
         """Take a range that is on disk (R4); LSN order. Does not wait."""
@@ -200,8 +222,13 @@ class ObjectTier:
         if self._pending_bytes >= self._options.bytes:
             self._hurried.set()
 
-    def hurry(self) -> None:
-        """Do not wait for company: somebody waits for what there is."""
+    def hurry(self, *, from_now_on: bool = False) -> None:
+        """Do not wait for company: somebody waits for what there is.
+
+        Args:
+            from_now_on: nor for what is submitted later (drain).
+        """
+        self._hurry_always |= from_now_on
         self._hurried_lsn = self._submitted_lsn
         self._hurried.set()
 
@@ -235,7 +262,7 @@ class ObjectTier:
             self._arrived = trio.Event()
             await self._arrived.wait()
         waits = self._pending[0].first_lsn > self._hurried_lsn and len(self._pending) == 1
-        if waits and self._pending_bytes < self._options.bytes:
+        if waits and not self._hurry_always and self._pending_bytes < self._options.bytes:
             with trio.move_on_after(self._options.linger_s):
                 await self._hurried.wait()
         self._hurried = trio.Event()
@@ -250,7 +277,7 @@ class ObjectTier:
         self._head = encoded.ref
         return encoded
 
-    def _encode(self, piece: AppendedRange, data: bytes) -> EncodedObject:
+    def _encode(self, piece: AppendedRange, data: Buffer) -> EncodedObject:
         return encode_object(
             self._log_uuid,
             self._lease.epoch,
@@ -261,6 +288,7 @@ class ObjectTier:
             tables=piece.tables,
             frames=data,
             predecessor=self._head,
+            stored_through=self._stored_lsn,
         )
 
     async def _upload(self, upload: _Upload) -> None:
@@ -309,6 +337,7 @@ class ObjectTier:
                     self._uploading.popleft()
                     slots.release()
                 self._objects += finished
+                self._stored_lsn = last_lsn
                 self._on_advance(last_lsn)
 
     async def _persist(self, request: Callable[[], Awaitable[None]]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 from uuid import UUID
 
@@ -161,7 +162,7 @@ class Pipeline:
     def start_drain(self) -> None:
         """Refuse new writes from now on, and bring what is accepted down without waiting for company."""
         self._draining = True
-        self._objects.hurry()
+        self._objects.hurry(from_now_on=True)
         for table in self._by_uuid.values():
             table.hurry()
 
@@ -176,7 +177,9 @@ class Pipeline:
                 changed = table.changed
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(_first_of, changed.wait, nursery.cancel_scope)
-                    nursery.start_soon(_first_of, table.committed.wait_risen, nursery.cancel_scope)
+                    # Not wait_risen: the mark may rise before that task runs for the first time.
+                    reached = partial(table.committed.wait_reached, table.last_lsn)
+                    nursery.start_soon(_first_of, reached, nursery.cancel_scope)
 
     async def close(self) -> None:
         """Write what waits to disk and seal the log. To be called while ``run`` runs.

@@ -9,10 +9,11 @@ from __future__ import annotations
 import random
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 from uuid import UUID
 
 import structlog
@@ -20,10 +21,19 @@ import trio
 
 from arka._core.framing import KIND_BATCH, KIND_DROP, KIND_LOST, KIND_TABLE, crc32c
 from arka._core.lsn import LsnAllocator
-from arka.errors import DataCorruption, ErrorCode
+from arka.errors import ConfigurationError, DataCorruption, ErrorCode
 from arka.options import Settings
 from arka.records import LsnRange, TableInfo, Tier
-from arka.storage.ports import Catalog, CatalogTable, CatalogUnavailable, Disk, ObjectStore, TableMissing
+from arka.storage.ports import (
+    Catalog,
+    CatalogTable,
+    CatalogUnavailable,
+    Disk,
+    ObjectStore,
+    StoreRefused,
+    StoreUnavailable,
+    TableMissing,
+)
 from arka.storage.threads import run_compute
 from arka.tiers import ddl
 from arka.tiers.epochs import LocalLog, take_epoch
@@ -43,8 +53,12 @@ from arka.wal.writer import WalWriter
 
 log = structlog.get_logger(__name__)
 
+T = TypeVar("T")
+
 #: Pause between two questions to a catalog that is away at start, in seconds.
 _CATALOG_RETRY_S: Final = 1.0
+#: The same for an object store.
+_STORE_RETRY_S: Final = 1.0
 #: How often a long recovery says how far it is, in seconds.
 _PROGRESS_S: Final = 1.0
 
@@ -165,9 +179,12 @@ async def open_pipeline(
     """
     wal_dir = data_dir / "wal"
     state = await LogState.read(wal_dir, disk)
+    if state is not None:
+        # What a failed fsync left in the page cache is not on the disk: make it so before the store hears of it.
+        state = await state.write(wal_dir, disk)
     local = None if state is None else LocalLog(state.log_uuid, state.epoch, state.lsn_ceiling)
     node_id = settings.server.node_id
-    lease = await take_epoch(store, node_id, local=local, disk_uuid=disk_uuid)
+    lease = await _ask_store(partial(take_epoch, store, node_id, local=local, disk_uuid=disk_uuid))
     first_lsn = lease.first_lsn if state is None else state.lsn_ceiling
     if state is None:
         state = await LogState.create(wal_dir, disk, log_uuid=lease.log_uuid, epoch=lease.epoch, lsn_ceiling=first_lsn)
@@ -185,8 +202,8 @@ async def open_pipeline(
         compute=compute,
     )
     retention_s = settings.idempotency.retention_s
-    checkpoints = await load_checkpoints(store, node_id, lease.log_uuid, retention_s)
-    head_lsn = await objects.resume(checkpoints.through_lsn)
+    checkpoints = await _ask_store(partial(load_checkpoints, store, node_id, lease.log_uuid, retention_s))
+    head_lsn = await _ask_store(partial(objects.resume, checkpoints.through_lsn))
 
     replay = _Replay()
     recovered = await recover(
@@ -223,7 +240,10 @@ async def open_pipeline(
     for known in checkpoints.keys:
         keys.insert(known.table, known.key, known.lsn, known.digest, covered=True)
     memory = MemoryTier(allocator, keys)
-    lost = merge_lost([checkpoints.lost, replay.lost, _note_lost(memory, recovered, last_lsn, first_lsn)])
+    # Closed by the last process that gave LSNs, not by an earlier one: one that died before it wrote a segment
+    # has left nothing else behind.
+    complete = recovered.closed and (local is None or recovered.sealed_epoch == local.epoch)
+    lost = merge_lost([checkpoints.lost, replay.lost, _note_lost(memory, complete, last_lsn, first_lsn)])
     space = _space(settings, recovered, read_free)
     release = LogRelease(
         store,
@@ -276,9 +296,9 @@ async def open_pipeline(
     return OpenLog(pipeline, reservation, lease.log_uuid, lease.epoch, last_lsn, first_lsn)
 
 
-def _note_lost(memory: MemoryTier, recovered: RecoveredLog, last_lsn: int, first_lsn: int) -> list[LostRange]:
-    """Record the LSNs that may have been given and are gone (R3)."""
-    if first_lsn == last_lsn + 1 or recovered.closed:
+def _note_lost(memory: MemoryTier, complete: bool, last_lsn: int, first_lsn: int) -> list[LostRange]:
+    """Record the LSNs that may have been given and are gone (R3); none are from a log that was closed."""
+    if first_lsn == last_lsn + 1 or complete:
         return []
     lost = LsnRange(last_lsn, first_lsn - 1)
     memory.append_control(KIND_LOST, encode_lost(lost))
@@ -337,6 +357,22 @@ def _restore_missing(pipeline: Pipeline, frames: _TableFrames) -> Table | None:
     log.error("table.stopped", table=str(info.name), reason=detail)
     table.end(Ending(TableState.STOPPED, ErrorCode.OUTCOME_UNKNOWN, detail))
     return table
+
+
+async def _ask_store(request: Callable[[], Awaitable[T]]) -> T:
+    """Ask the object store until it answers: an outage delays a start, it does not end it.
+
+    Raises:
+        ConfigurationError: it refuses our requests.
+    """
+    while True:
+        try:
+            return await request()
+        except StoreRefused as error:
+            raise ConfigurationError(f"The object store refuses our requests: {error}") from error
+        except StoreUnavailable as error:
+            log.warning("objects.unavailable", reason=str(error), retry_s=_STORE_RETRY_S)
+            await trio.sleep(_STORE_RETRY_S)
 
 
 async def _list_tables(catalog: Catalog) -> list[CatalogTable]:

@@ -300,6 +300,9 @@ class TableCommitter:
         self._on_committed(self._table)
 
     def _stop(self, detail: str) -> None:
+        if self._table.state is not TableState.ACTIVE:
+            # Dropped while the commit was under way: that it is gone is no news.
+            return
         log.error("table.stopped", table=str(self._table.info.name), reason=detail)
         self._table.end(Ending(TableState.STOPPED, ErrorCode.OUTCOME_UNKNOWN, detail))
 

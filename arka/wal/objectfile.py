@@ -24,6 +24,7 @@ from arka._core.framing import (
 )
 from arka.errors import DataCorruption
 from arka.records import TableInfo
+from arka.storage.ports import Buffer
 from arka.wal.blocks import magic
 
 FORMAT_VERSION: Final = 1
@@ -33,8 +34,8 @@ FOOTER_BYTES: Final = 64
 _HEADER_MAGIC: Final = magic(b"ARKO")
 _FOOTER_MAGIC: Final = magic(b"ARKE")
 # magic, crc, version, reserved, log uuid, epoch, segment, segment epoch, first lsn, last lsn, table bytes,
-# frame bytes, predecessor's epoch, first lsn, last lsn, checksum, reserved
-_HEADER: Final = struct.Struct("<IIII16sQQQQQQQQQQII")
+# frame bytes, predecessor's epoch, first lsn, last lsn, checksum, reserved, stored through
+_HEADER: Final = struct.Struct("<IIII16sQQQQQQQQQQIIQ")
 # magic, crc of all before the footer, size of the object, crc of the footer's first 16 bytes
 _FOOTER: Final = struct.Struct("<IIQI")
 
@@ -74,6 +75,8 @@ class ObjectHeader:
         table_bytes: length of the TABLE frames behind the header.
         frame_bytes: length of the frames behind those.
         predecessor: the object before it in the chain; None for the chain's first.
+        stored_through: the chain was acknowledged up to this LSN when the object was made: a break below it is
+            damage, one above it the end of what was acked (R11).
     """
 
     log_uuid: UUID
@@ -85,6 +88,7 @@ class ObjectHeader:
     table_bytes: int
     frame_bytes: int
     predecessor: ObjectRef | None
+    stored_through: int = 0
 
     def to_bytes(self) -> bytes:
         """Encode with its CRC."""
@@ -107,6 +111,7 @@ class ObjectHeader:
             before.last_lsn,
             before.checksum,
             0,
+            self.stored_through,
         ).ljust(HEADER_BYTES, b"\0")
         return fields[:4] + crc32c(fields[8:]).to_bytes(4, "little") + fields[8:]
 
@@ -136,6 +141,7 @@ class ObjectHeader:
             table_bytes=fields[10],
             frame_bytes=fields[11],
             predecessor=before,
+            stored_through=fields[17],
         )
 
 
@@ -143,7 +149,7 @@ class ObjectHeader:
 class EncodedObject:
     """A WAL object's bytes in parts, and how its successor names it."""
 
-    parts: tuple[bytes, ...]
+    parts: tuple[Buffer, ...]
     ref: ObjectRef
     size: int
 
@@ -162,8 +168,9 @@ def encode_object(
     first_lsn: int,
     last_lsn: int,
     tables: tuple[TableInfo, ...],
-    frames: bytes,
+    frames: Buffer,
     predecessor: ObjectRef | None,
+    stored_through: int = 0,
 ) -> EncodedObject:
     """Put an object together.
 
@@ -177,6 +184,7 @@ def encode_object(
         tables: the tables of the batch frames, each at each schema used (R24).
         frames: whole frames, as they stand in the segment.
         predecessor: the object before it.
+        stored_through: the last LSN that is acknowledged.
     """
     seed = crc_seed(log_uuid, segment_epoch, segment)
     records = [
@@ -185,7 +193,16 @@ def encode_object(
     ]
     table_bytes = Group(records, 0, seed).to_bytes() if records else b""
     header = ObjectHeader(
-        log_uuid, epoch, segment, segment_epoch, first_lsn, last_lsn, len(table_bytes), len(frames), predecessor
+        log_uuid,
+        epoch,
+        segment,
+        segment_epoch,
+        first_lsn,
+        last_lsn,
+        len(table_bytes),
+        len(frames),
+        predecessor,
+        stored_through,
     ).to_bytes()
     checksum = crc32c(frames, crc32c(table_bytes, crc32c(header)))
     size = len(header) + len(table_bytes) + len(frames) + FOOTER_BYTES

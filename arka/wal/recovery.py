@@ -96,6 +96,8 @@ class RecoveredLog:
         lost: the lost ranges that the log's LOST frames record (R3), in log order.
         torn: what was dropped from the tail, if anything.
         closed: the writer had closed the log, so nothing that was appended is missing.
+        sealed_epoch: the epoch that had sealed it, before this recovery; 0 for none. A later process may have
+            given LSNs since and have written nothing.
     """
 
     segments: tuple[RecoveredSegment, ...]
@@ -104,6 +106,7 @@ class RecoveredLog:
     lost: tuple[LsnRange, ...]
     torn: TornTail | None
     closed: bool
+    sealed_epoch: int
 
 
 async def recover(
@@ -201,6 +204,7 @@ class _Recovery:
             lost=tuple(self._lost),
             torn=self._torn,
             closed=closed,
+            sealed_epoch=seal.epoch if seal is not None else 0,
         )
 
     # -- what there is ----------------------------------------------------------------------------

@@ -14,13 +14,9 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
 import shutil
-import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,11 +25,10 @@ from typing import NoReturn
 
 import pytest
 
+from arka.testing.serverprocess import ServerProcess
+
 # Longest time of one step of a build, cold, on a slow line.
 BUILD_TIMEOUT_S = 300
-START_TIMEOUT_S = 60
-# Above the server's own drain_s: the process ends by itself.
-STOP_TIMEOUT_S = 30
 
 
 @dataclass(frozen=True)
@@ -163,38 +158,6 @@ def workshop() -> Workshop:
     return Workshop(cache.absolute(), required=os.environ.get("CONFORMANCE_REQUIRED", "0") not in ("", "0"))
 
 
-@contextmanager
-def _server_process(directory: Path) -> Iterator[str]:
-    """Run a server until it is ready, give its host:port, then end it with SIGTERM and expect exit code 0."""
-    data, output = directory / "data", directory / "server.log"
-    # pytest's monkeypatch hides a developer's settings from each test; this process outlives a test.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("ARKA_")}
-    command = [sys.executable, "-c", "from arka.cli import main_server; main_server()"]
-    command += ["--data-dir", str(data), "--port", "0", "--http-port", "0"]
-    with output.open("wb") as log:
-        process = subprocess.Popen(
-            command, cwd=directory, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-        )
-    try:
-        ready = data / "server.json"
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not ready.exists():
-            log_text = f"the server's log:\n{_tail(output.read_text(), lines=50)}"
-            assert process.poll() is None, f"exit code {process.returncode} at the start; {log_text}"
-            assert time.monotonic() < deadline, f"not ready after {START_TIMEOUT_S} s; {log_text}"
-            time.sleep(0.02)
-        yield json.loads(ready.read_text())["flight"].removeprefix("grpc://")
-        gone = process.poll()
-        process.send_signal(signal.SIGTERM)
-        code = process.wait(STOP_TIMEOUT_S)
-        log_text = f"the server's log:\n{_tail(output.read_text(), lines=50)}"
-        assert gone is None, f"the server went away with exit code {gone}; {log_text}"
-        assert code == 0, f"exit code {code} after SIGTERM; {log_text}"
-    finally:
-        process.kill()
-        process.wait()
-
-
 @pytest.fixture(scope="module")
 def server_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Give the host:port of a server of this module's own; in the end it must drain and exit with 0."""
@@ -202,5 +165,5 @@ def server_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     if running:
         yield running
         return
-    with _server_process(tmp_path_factory.mktemp("server")) as address:
-        yield address
+    with ServerProcess(tmp_path_factory.mktemp("server") / "data") as process:
+        yield process.flight

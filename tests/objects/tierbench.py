@@ -131,6 +131,7 @@ class Bench:
         self.ranges: list[AppendedRange] = []
         self.last_lsn = 0
         self.acked = 0
+        self.newest: Process | None = None
         self.next_segment = 1
 
     async def boot(self, released_lsn: int = 0) -> Process:
@@ -140,6 +141,7 @@ class Bench:
         process = Process(self, lease)
         process.resumed = await process.tier.resume(released_lsn)
         assert process.resumed >= self.acked, "acknowledged, and not reached by the chain"
+        self.newest = process
         for found in self.ranges:
             if found.last_lsn > process.resumed:
                 process.tier.submit(found)
@@ -190,6 +192,7 @@ class Process:
             on_advance=self._advance,
             read_range=self._read_range,
             rng=bench.rng,
+            compute=run_inline,
         )
 
     async def _read_range(self, path: Path, start: int, end: int) -> bytes:
@@ -199,6 +202,9 @@ class Process:
     def _advance(self, lsn: int) -> None:
         assert lsn > self.acked_lsn, "promises rise"
         assert lsn <= self.bench.last_lsn, "R4: nothing is promised that is not on disk"
+        newest = self.bench.newest
+        # An ack may be late; what it is about was in the store when the newest process looked (R10).
+        assert newest is None or newest is self or lsn <= newest.resumed, "promised by a fenced process"
         self.acked_lsn = lsn
         self.bench.acked = max(self.bench.acked, lsn)
         self.acks.append(Ack(lsn, len(self.bench.store.requests), trio.current_time()))

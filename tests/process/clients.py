@@ -242,6 +242,20 @@ class RawStream:
         finally:
             self.close()
 
+    def outcome(self) -> tuple[list[Ack], str]:
+        """Half-close and read until the server ends the stream; returns the acks and the status's name."""
+        self._outgoing.put(None)
+        acks = []
+        try:
+            while True:
+                acks.append(self.ack())
+        except StopIteration:
+            return acks, "OK"
+        except grpc.RpcError as error:
+            return acks, error.code().name  # type: ignore[attr-defined]
+        finally:
+            self.close()
+
     def failure(self) -> tuple[str, str]:
         """Read until the server ends the stream with an error; returns the status's name and the message."""
         try:

@@ -29,7 +29,7 @@ SCHEMA = pa.schema(
         pa.field("n", pa.int64()),
         pa.field("word", pa.string()),
         pa.field("day", pa.date32()),
-        pa.field("at", pa.timestamp("us")),
+        pa.field("moment", pa.timestamp("us")),
         pa.field("utc", pa.timestamp("us", tz="UTC")),
         pa.field("amount", pa.decimal128(12, 2)),
         pa.field("small", pa.int32()),
@@ -39,7 +39,7 @@ FIELDS = [
     ("n", "int64"),
     ("word", "utf8"),
     ("day", "date32"),
-    ("at", "timestamp[us]"),
+    ("moment", "timestamp[us]"),
     ("utc", "timestamp[us, tz=UTC]"),
     ("amount", "decimal128(12, 2)"),
     ("small", "int32"),
@@ -72,7 +72,7 @@ def _rows() -> list[dict[str, Any]]:
                 "n": value,
                 "word": words[number % len(words)],
                 "day": None if at is None or number % 4 == 3 else at.date(),
-                "at": at,
+                "moment": at,
                 "utc": None if at is None else at.replace(tzinfo=dt.UTC),
                 "amount": amount,
                 "small": None if value is None else value % 100 - 50,
@@ -156,9 +156,9 @@ CASES = {
     "identity of a number": [Part("n", "identity", "identity")],
     "identity of a date": [Part("day", "Identity", "identity")],
     "identity of a decimal": [Part("amount", "Identity", "identity")],
-    "year of a timestamp": [Part("at", "Year", "year")],
+    "year of a timestamp": [Part("moment", "Year", "year")],
     "month of a date": [Part("day", "Month", "month")],
-    "day of a timestamp": [Part("at", "Day", "day")],
+    "day of a timestamp": [Part("moment", "Day", "day")],
     "day of a date": [Part("day", "day", "day")],
     "hour of a zoned timestamp": [Part("utc", "Hour", "hour")],
     "bucket of a number": [Part("n", "Bucket(5)", "bucket[5]")],
@@ -168,7 +168,7 @@ CASES = {
     "truncate of a string": [Part("word", "Truncate(3)", "truncate[3]")],
     "truncate of a number": [Part("small", "truncate[10]", "truncate[10]")],
     "truncate of a decimal": [Part("amount", {"Truncate": 10}, "truncate[10]")],
-    "day and bucket": [Part("at", "Day", "day"), Part("n", "Bucket(5)", "bucket[5]")],
+    "day and bucket": [Part("moment", "Day", "day"), Part("n", "Bucket(5)", "bucket[5]")],
     "month and truncate": [Part("day", "Month", "month"), Part("word", "Truncate(3)", "truncate[3]")],
 }
 
@@ -225,24 +225,28 @@ def _check_rows(server: ServerProcess, duck: Any, table: str, rows: list[dict[st
 
 def _check_filter(found: Any, duck: Any, rows: list[dict[str, Any]]) -> None:
     """Filters that prune by partition drop no row: negatives are where a transform that is off by one shows."""
-    at_text = "1969-12-31T23:59:59.999999"
-    wanted = {
-        f"at >= '{at_text}'": [r for r in rows if r["at"] and r["at"] >= dt.datetime.fromisoformat(at_text)],
-        f"at < '{at_text}'": [r for r in rows if r["at"] and r["at"] < dt.datetime.fromisoformat(at_text)],
-        "day = '1969-12-31'": [r for r in rows if r["day"] == dt.date(1969, 12, 31)],
-        "n = -8": [r for r in rows if r["n"] == -8],
-        "small < -43": [r for r in rows if r["small"] is not None and r["small"] < -43],
-        "word = '🎈🎈🎈🎈'": [r for r in rows if r["word"] == "🎈🎈🎈🎈"],
-        "amount = -12.34": [r for r in rows if r["amount"] == Decimal("-12.34")],
-        "n IS NULL": [r for r in rows if r["n"] is None],
+    before, after = "1969-12-31T23:59:59.999999", "2024-02-29T23:00:00"
+    wanted: dict[str, Callable[[dict[str, Any]], Any]] = {
+        f"moment >= '{before}'": lambda row: row["moment"] and row["moment"].isoformat() >= before,
+        f"moment < '{before}'": lambda row: row["moment"] and row["moment"].isoformat() < before,
+        f"moment >= '{after}'": lambda row: row["moment"] and row["moment"].isoformat() >= after,
+        f"moment < '{after}'": lambda row: row["moment"] and row["moment"].isoformat() < after,
+        "day = '1969-12-31'": lambda row: row["day"] == dt.date(1969, 12, 31),
+        "n = -8": lambda row: row["n"] == -8,
+        "small < -43": lambda row: row["small"] is not None and row["small"] < -43,
+        "word = '🎈🎈🎈🎈'": lambda row: row["word"] == "🎈🎈🎈🎈",
+        "amount = -12.34": lambda row: row["amount"] == Decimal("-12.34"),
+        "n IS NULL": lambda row: row["n"] is None,
     }
-    for row_filter, expected in wanted.items():
+    for row_filter, matches in wanted.items():
+        expected = len([row for row in rows if matches(row)])
         assert expected, row_filter
-        assert found.scan(row_filter=row_filter).to_arrow().num_rows == len(expected), row_filter
-        (by_duckdb,) = duck.execute(
-            f"SELECT count(*) FROM iceberg_scan(?) WHERE {row_filter}", [found.metadata_location]
-        ).fetchone()
-        assert by_duckdb == len(expected), row_filter
+        assert found.scan(row_filter=row_filter).to_arrow().num_rows == expected, row_filter
+        if before not in row_filter:
+            # DuckDB 1.5.5 rounds the day of a bound before 1970 towards zero and then prunes too much, also on
+            # tables that pyiceberg has written.
+            query = f"SELECT count(*) FROM iceberg_scan(?) WHERE {row_filter}"
+            assert duck.execute(query, [found.metadata_location]).fetchone() == (expected,), row_filter
 
 
 def test_do_get_of_a_partitioned_table(client: flight.FlightClient, table: str) -> None:
