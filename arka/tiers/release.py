@@ -221,7 +221,8 @@ class LogRelease:
         firsts = [int(meta.key.rpartition("/")[2].removesuffix(".wal")) for meta in metas]
         dead = [meta.key for meta, following in zip(metas, firsts[1:], strict=False) if following <= through_lsn + 1]
         expired_us = now_us() - int(self._retention_s * 1e6)
-        for meta in await self._store.list_keys(f"{self._node_id}/checkpoint/"):
+        # The newest one stays: it says how far the log was let go of.
+        for meta in (await self._store.list_keys(f"{self._node_id}/checkpoint/"))[:-1]:
             record = _parse(self._store.url, meta.key, await self._store.get(meta.key), self._log_uuid)
             if record.written_us >= expired_us:
                 break

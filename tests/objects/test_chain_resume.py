@@ -159,6 +159,16 @@ async def test_released_objects_do_not_excuse_strays(store, autojump_clock):
     assert again.resumed == 0
 
 
+@pytest.mark.parametrize("gone", [0, 1, 2])
+async def test_break_below_what_was_acked(gone, store, autojump_clock):
+    """Where an object is gone that a later one knew to be acked the start is refused: damage, no leftover (R11)."""
+    bench = make_bench(store)
+    await upload(await bench.boot(), 5)
+    del store.objects[bench.wal_keys()[gone]]
+    with pytest.raises(DataCorruption, match="acknowledged"):
+        await bench.boot()
+
+
 @pytest.mark.parametrize("part", ["header", "tables", "frames", "footer", "cut", "empty"])
 async def test_damaged_head(part, store, autojump_clock):
     """A damaged last object refuses the start, with its path: it was acked (R11)."""

@@ -49,7 +49,7 @@ async def test_failures_may_pass(failure, store, monkeypatch):
 
 @pytest.mark.parametrize("error", [FileNotFoundError, obstore.exceptions.NotFoundError])
 async def test_missing_bucket_may_come(error, store, monkeypatch):
-    """ "Not found" from a put or a listing is a missing bucket, not a missing object: an outage like others."""
+    """A put or listing that finds "nothing there" means a missing bucket, no missing object: an outage like others."""
 
     def fail(*args, **options):
         raise error("NoSuchBucket")
