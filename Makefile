@@ -69,6 +69,10 @@ fuzz: $(VENV)/.installed-test ## a million mutated byte streams and IPC messages
 	$(PYTHON) tests/fuzz/fuzz_wire.py --cases 1000000 --seed 1
 	$(PYTHON) tests/fuzz/fuzz_ipc.py --cases 100000 --seed 1
 
+.PHONY: soak
+soak: $(VENV)/.installed-test ## 10,000 simulated histories of the engine, in parallel; no failing seed is expected
+	$(PYTHON) -m arka.testing.simulation --seeds 10000
+
 .PHONY: docs
 docs: $(VENV)/.installed-test ## write the generated pages and tables again
 	$(PYTHON) docs/generate_configuration.py

@@ -101,9 +101,7 @@ class AckReader:
         self._reader = reader
         self._sizes = sizes
         self._progress = progress
-        self._bars: dict[str, TaskID] = {
-            tier: progress.add_task(tier, total=sum(sizes), unit="rows") for tier in TIERS
-        }
+        self._bars: dict[str, TaskID] = {tier: progress.add_task(tier, total=sum(sizes), unit="rows") for tier in TIERS}
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -251,9 +249,7 @@ def check_read_back(flights: pa.Table, data: Path) -> None:
         if difference is not None:
             raise DemoFailed(f"{name} read something else than was sent: {difference}")
         elapsed_s = time.monotonic() - started
-        console.print(
-            f"[green]equal[/]  {name:9} read all {flights.num_rows:,} rows back ({elapsed_s:.1f} s)"
-        )
+        console.print(f"[green]equal[/]  {name:9} read all {flights.num_rows:,} rows back ({elapsed_s:.1f} s)")
     days = pc.count_distinct(flights["time_hour"].cast(pa.date32())).as_py()
     partitions = table.inspect.partitions().num_rows
     if partitions != days:

@@ -149,17 +149,13 @@ def first_line(error: Exception) -> str:
 def main() -> int:
     """Run on the command line; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "location", nargs="?", default="grpc://localhost:8815", help="where the server listens"
-    )
+    parser.add_argument("location", nargs="?", default="grpc://localhost:8815", help="where the server listens")
     arguments = parser.parse_args()
     with flight.FlightClient(arguments.location) as client:
         try:
             create_table(client)
         except flight.FlightUnavailableError as error:
-            print(
-                f"No server on {arguments.location}: start one with `arka-server` ({error})", file=sys.stderr
-            )
+            print(f"No server on {arguments.location}: start one with `arka-server` ({error})", file=sys.stderr)
             return 1
         print("Three writes, down to a committed Iceberg snapshot:")
         show_acks(write(client, [make_batch(10 * n, 10) for n in range(3)], "iceberg_committed"))

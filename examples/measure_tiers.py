@@ -103,9 +103,7 @@ def make_table(latencies_s: dict[str, list[float]], conditions: str) -> str:
     lines = ["| Tier | Its ack promises | p50 | p99 |", "|---|---|--:|--:|"]
     for tier, promise in PROMISES.items():
         high = quantiles(latencies_s[tier], n=100, method="inclusive")[98]
-        lines.append(
-            f"| `{tier}` | {promise} | {format_latency(median(latencies_s[tier]))} | {format_latency(high)} |"
-        )
+        lines.append(f"| `{tier}` | {promise} | {format_latency(median(latencies_s[tier]))} | {format_latency(high)} |")
     return "\n".join([*lines, "", f"Measured: {conditions}"])
 
 

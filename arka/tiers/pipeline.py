@@ -346,6 +346,11 @@ class Pipeline:
                 if error.code is not ErrorCode.TABLE_NOT_FOUND:
                     raise
             else:
+                if existing.state is TableState.DROPPED:
+                    raise Unavailable(
+                        f"{definition.name} is being dropped and the catalog has not done it yet: ask for DropTable "
+                        "again, then create it"
+                    )
                 ddl.check_identical(definition, existing.info)
                 return existing, False
             if self._draining:

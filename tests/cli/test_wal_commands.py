@@ -21,9 +21,7 @@ LOG = UUID(int=7)
 
 async def write_log(directory: Path) -> None:
     options = WalOptions(segment_bytes=1 << 20)
-    writer = await WalWriter.open(
-        directory, PosixDisk(), log_uuid=LOG, epoch=3, first_segment=1, options=options
-    )
+    writer = await WalWriter.open(directory, PosixDisk(), log_uuid=LOG, epoch=3, first_segment=1, options=options)
     for lsn in (1, 2, 3):
         await writer.append([Frame(KIND_CREATE, lsn, table=None, payload=b"x" * 100, accepted_us=lsn)])
     await writer.close()

@@ -82,9 +82,7 @@ def test_stock_client(command, scenarios, workshop, request):
     program = command(workshop)
     # Not an argument: a server is started only for a program that could be built.
     address = request.getfixturevalue("server_address")
-    done = subprocess.run(
-        [*program, address], capture_output=True, text=True, timeout=RUN_TIMEOUT_S, check=False
-    )
+    done = subprocess.run([*program, address], capture_output=True, text=True, timeout=RUN_TIMEOUT_S, check=False)
     said = f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     print(said)
     reports = [json.loads(line) for line in done.stdout.splitlines()]

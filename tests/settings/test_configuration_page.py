@@ -13,9 +13,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 def test_page_is_what_the_generator_writes():
     """docs/configuration.md was generated from the options as they are now."""
-    spec = importlib.util.spec_from_file_location(
-        "generate_configuration", DOCS / "generate_configuration.py"
-    )
+    spec = importlib.util.spec_from_file_location("generate_configuration", DOCS / "generate_configuration.py")
     generator = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generator)
     assert (DOCS / "configuration.md").read_text(encoding="utf-8") == generator.make_page()

@@ -34,9 +34,7 @@ def test_later_source_wins_and_is_named(tmp_path):
     """Defaults < TOML < environment < flags, and the origin says which of them it was."""
     config = toml(tmp_path, "[server]\nport = 1\nhttp_port = 2\ndrain_s = 3\n")
     environment = {"ARKA_SERVER_PORT": "11", "ARKA_SERVER_HTTP_PORT": "12"}
-    loaded = load_settings(
-        config=config, environment=environment, flags=[Given("server.port", "21", "--port")]
-    )
+    loaded = load_settings(config=config, environment=environment, flags=[Given("server.port", "21", "--port")])
     server = loaded.settings.server
     assert (server.port, server.http_port, server.drain_s, server.host) == (21, 12, 3.0, "127.0.0.1")
     assert [loaded.origins[f"server.{name}"] for name in ("port", "http_port", "drain_s", "host")] == [

@@ -1,0 +1,316 @@
+"""What Arka promises, as a model that hears every ack and sees every commit of a simulation.
+
+Owns: which writes there are, what was promised of each, and when a promise is broken. One method per moment at
+which a promise can break: an ack, a commit, a start, the end.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Protocol
+from uuid import UUID
+
+import pyarrow as pa
+
+from arka.records import AckMessage, Tier
+from arka.storage.ports import CommitJob
+from arka.testing.simworld import MachineDisk, Trace
+from arka.wal.objectfile import parse_object
+
+
+class PromiseBroken(AssertionError):
+    """The engine broke a promise."""
+
+
+@dataclass(eq=False, slots=True)
+class Write:
+    """One write as its client knows it.
+
+    Attributes:
+        number: in its rows' ``id`` column; no other write has it.
+        rows: how many.
+        table: the UUID of the table that it was sent to.
+        key: its idempotency key; empty for none.
+        requested: the tier it asks for.
+        sends: how often it was sent.
+        lsn: the LSN that its acks have named, once that binds.
+        reached: the highest tier of which an ack binds; -1 for none.
+        refused: it was told that it is not in the table and never will be.
+        finished: its last ack has come.
+    """
+
+    number: int
+    rows: int
+    table: UUID
+    key: str
+    requested: Tier
+    sends: int = 0
+    lsn: int = 0
+    reached: int = -1
+    refused: bool = False
+    finished: bool = False
+
+
+class Node(Protocol):
+    """What a check asks of the process that sent an ack."""
+
+    name: str
+    epoch: int
+    disk: MachineDisk
+
+    @property
+    def superseded(self) -> bool:
+        """Whether another process went on with a copy of this one's disk: its disk acks bind its own disk only."""
+        ...
+
+
+@dataclass(slots=True)
+class StreamAcks:
+    """The acks of one stream, to be checked for order.
+
+    Attributes:
+        writes: the stream's writes by sequence.
+        coalesced: ``acks: watermark``.
+    """
+
+    coalesced: bool
+    writes: list[Write] = field(default_factory=list)
+    next_tier: list[int] = field(default_factory=list)
+    last_sequence: dict[Tier, int] = field(default_factory=dict)
+    last_lsn: dict[Tier, int] = field(default_factory=dict)
+
+    def add(self, write: Write) -> None:
+        """Note that a write was sent."""
+        self.writes.append(write)
+        self.next_tier.append(0)
+
+
+class Promises:
+    """The model."""
+
+    def __init__(self, trace: Trace, objects: dict[str, bytes]) -> None:
+        self._trace = trace
+        self._objects = objects
+        self.writes: dict[int, Write] = {}
+        self.log_uuid: UUID | None = None
+        self._epoch = 0
+        self._given_lsn = 0
+        self._lsn_of: dict[int, int] = {}
+        # By table UUID and write: how many of its rows Iceberg has.
+        self.committed: dict[UUID, Counter[int]] = {}
+        self._commit_order: dict[UUID, dict[int, None]] = {}
+        self._snapshots: dict[UUID, set[str]] = {}
+        self._parsed: set[str] = set()
+        self._stored: set[int] = set()
+        self._disk_lsn = 0
+        self._object_lsn = 0
+        #: Tables whose drop was asked for, and those whose drop was confirmed.
+        self.drop_asked: set[UUID] = set()
+        self.drop_confirmed: set[UUID] = set()
+        self.acks: Counter[str] = Counter()
+
+    def note(self, what: str) -> None:
+        """Add a line to the trace."""
+        self._trace.note(what)
+
+    def fail(self, why: str) -> None:
+        """Say that a promise is broken.
+
+        Raises:
+            PromiseBroken: always.
+        """
+        self._trace.note(f"BROKEN: {why}")
+        raise PromiseBroken(why)
+
+    # -- acks -------------------------------------------------------------------------------------
+
+    def take_ack(self, node: Node, stream: StreamAcks, ack: AckMessage) -> None:
+        """Check one ack and note what it promises."""
+        tier = Tier.parse(ack.durability_level)
+        if not 0 <= ack.sequence < len(stream.writes):
+            self.fail(f"{node.name}: an ack for sequence {ack.sequence} of {len(stream.writes)}: {ack}")
+        write = stream.writes[ack.sequence]
+        self._trace.note(
+            f"ack: {node.name} write {write.number} {tier.word} lsn {ack.lsn} {ack.code or ''}"
+            f"{' duplicate' if ack.duplicate else ''}"
+        )
+        if ack.error is not None:
+            self.acks[f"error {ack.code}"] += 1
+            self._take_error(node, stream, write, ack)
+            return
+        self.acks[tier.word] += 1
+        if ack.code is not None:
+            self.fail(f"write {write.number} was sent with the payload it had before, and got {ack.code}")
+        self._check_order(stream, ack, tier)
+        first = stream.last_sequence.get(tier, -1) + 1 if stream.coalesced and not ack.duplicate else ack.sequence
+        stream.last_sequence[tier] = ack.sequence
+        for sequence in range(first, ack.sequence + 1):
+            if stream.next_tier[sequence] == tier and stream.writes[sequence].requested >= tier:
+                lsn = ack.lsn if sequence == ack.sequence else 0
+                stream.next_tier[sequence] = tier + 1
+                self._bind(node, stream.writes[sequence], tier, lsn, ack)
+
+    def _take_error(self, node: Node, stream: StreamAcks, write: Write, ack: AckMessage) -> None:
+        if stream.next_tier[ack.sequence] > write.requested:
+            self.fail(f"write {write.number} got an error after its last ack: {ack}")
+        stream.next_tier[ack.sequence] = len(Tier)
+        if ack.code == "outcome_unknown":
+            return
+        if ack.code == "table_dropped":
+            if write.table not in self.drop_asked:
+                self.fail(f"write {write.number} got table_dropped and nobody dropped its table")
+        elif write.sends == 1 and not node.superseded:
+            write.refused = True
+        if ack.code not in ("overloaded", "unavailable"):
+            write.finished = True
+
+    def _check_order(self, stream: StreamAcks, ack: AckMessage, tier: Tier) -> None:
+        sequence = ack.sequence
+        if sequence <= stream.last_sequence.get(tier, -1):
+            self.fail(f"{tier.word} acks of one stream go back to sequence {sequence}: {ack}")
+        if stream.next_tier[sequence] != tier:
+            self.fail(f"sequence {sequence} got {tier.word}, expected tier {stream.next_tier[sequence]}: {ack}")
+        if tier > stream.writes[sequence].requested:
+            self.fail(f"sequence {sequence} asked for {stream.writes[sequence].requested.word}: {ack}")
+        if not stream.coalesced:
+            behind = [at for at in range(sequence) if stream.next_tier[at] == tier <= stream.writes[at].requested]
+            if behind:
+                self.fail(f"{tier.word} ack of sequence {sequence} overtook sequence {behind[0]}: {ack}")
+        if not ack.duplicate:
+            if ack.lsn <= stream.last_lsn.get(tier, 0):
+                self.fail(f"LSNs of one stream do not rise at {tier.word}: {ack}")
+            stream.last_lsn[tier] = ack.lsn
+
+    def _bind(self, node: Node, write: Write, tier: Tier, lsn: int, ack: AckMessage) -> None:
+        """Check that a tier's promise is true of one write, and remember that it was made."""
+        if lsn and not node.superseded:
+            self._check_lsn(node, write, lsn, duplicate=ack.duplicate)
+        elif not lsn and write.reached < Tier.DISK:
+            # A coalesced ack names its last write's LSN only; what an earlier life gave may be void.
+            write.lsn = 0
+        if tier is Tier.DISK and lsn and not node.disk.on_platter(lsn):
+            self.fail(f"write {write.number} (LSN {lsn}) was acked {tier.word} and is not fsynced")
+        if tier is Tier.OBJECT_STORAGE and lsn and not self.stored(lsn):
+            self.fail(f"write {write.number} (LSN {lsn}) was acked {tier.word} and is in no object")
+        if tier is Tier.ICEBERG_COMMITTED:
+            if self.committed.get(write.table, Counter())[write.number] != write.rows:
+                self.fail(f"write {write.number} (LSN {lsn}) was acked {tier.word} and is not in the table")
+            if ack.snapshot_id is not None and ack.snapshot_id not in self._snapshots.get(write.table, ()):
+                self.fail(f"snapshot {ack.snapshot_id} was named in an ack and does not exist: {ack}")
+        if node.superseded and tier <= Tier.DISK:
+            return
+        write.reached = max(write.reached, tier)
+        if tier >= Tier.DISK:
+            self._disk_lsn = max(self._disk_lsn, lsn)
+        if tier >= Tier.OBJECT_STORAGE:
+            self._object_lsn = max(self._object_lsn, lsn)
+        if tier == write.requested:
+            write.finished = True
+
+    def _check_lsn(self, node: Node, write: Write, lsn: int, *, duplicate: bool) -> None:
+        if write.lsn and lsn != write.lsn:
+            if write.reached >= Tier.DISK:
+                self.fail(f"write {write.number} had LSN {write.lsn} at {Tier(write.reached).word} and got {lsn}")
+            if lsn < write.lsn:
+                self.fail(f"write {write.number} was given LSN {write.lsn} and then {lsn}")
+        other = self._lsn_of.setdefault(lsn, write.number)
+        if other != write.number:
+            self.fail(f"{node.name}: LSN {lsn} was given to write {other} and to write {write.number}")
+        if duplicate and write.sends < 2:
+            self.fail(f"write {write.number} was sent once and called a duplicate")
+        write.lsn = lsn
+
+    def stored(self, lsn: int) -> bool:
+        """Whether an object was ever seen that holds the frame with this LSN."""
+        if lsn not in self._stored:
+            for key, data in self._objects.items():
+                if "/wal/" in key and key not in self._parsed:
+                    assert self.log_uuid is not None
+                    self._parsed.add(key)
+                    found = parse_object(key, memoryview(data), self.log_uuid)
+                    self._stored.update(header.lsn for _, header in found.frames() if header.lsn)
+        return lsn in self._stored
+
+    def take_handshake(self, node: Node, table: UUID, writes: list[Write], asked: int, marks: dict[Tier, int]) -> None:
+        """Note what a handshake promises of the writes that its client had sent (protocol 3.3)."""
+        if node.superseded:
+            return
+        for tier, mark in marks.items():
+            if mark > asked:
+                self.fail(f"the handshake names LSN {mark}, the client had {asked}")
+            for write in writes:
+                if tier >= Tier.DISK and write.table == table and 0 < write.lsn <= mark:
+                    write.reached = max(write.reached, tier)
+
+    # -- the engine's life ------------------------------------------------------------------------
+
+    def take_start(self, name: str, *, log_uuid: UUID, epoch: int, next_lsn: int, disk: int, objects: int) -> None:
+        """Check what a start found."""
+        self._trace.note(f"start: {name} epoch {epoch} next {next_lsn} disk {disk} objects {objects}")
+        if self.log_uuid not in (None, log_uuid):
+            self.fail(f"the log's UUID changed to {log_uuid}")
+        self.log_uuid = log_uuid
+        if epoch <= self._epoch:
+            self.fail(f"epoch {epoch} was taken after {self._epoch}")
+        self._epoch = epoch
+        if next_lsn <= self._given_lsn:
+            self.fail(f"the next LSN is {next_lsn}, {self._given_lsn} was given before the start")
+        if disk < self._disk_lsn:
+            self.fail(f"LSN {self._disk_lsn} was acked disk, recovery found {disk}")
+        if objects < self._object_lsn:
+            self.fail(f"LSN {self._object_lsn} was acked object_storage, the chain ends at {objects}")
+
+    def take_given(self, lsn: int) -> None:
+        """Note the last LSN that a process gave."""
+        self._given_lsn = max(self._given_lsn, lsn)
+
+    def take_snapshot(self, table: UUID, snapshot_id: int) -> None:
+        """Note a snapshot, ours or another writer's."""
+        self._snapshots.setdefault(table, set()).add(str(snapshot_id))
+
+    def take_commit(self, job: CommitJob, batches: list[pa.RecordBatch], snapshot_id: int) -> None:
+        """Check what has just appeared in Iceberg."""
+        table = job.table.uuid
+        self._trace.note(f"commit: {job.table.name} epoch {job.epoch} through {job.staged.through_lsn}")
+        if not self.stored(job.staged.through_lsn):
+            self.fail(f"{job.table.name} holds LSN {job.staged.through_lsn}, which is in no object (R4)")
+        self.take_snapshot(table, snapshot_id)
+        counts = self.committed.setdefault(table, Counter())
+        order = self._commit_order.setdefault(table, {})
+        for batch in batches:
+            for number in batch.column(batch.schema.get_field_index("id")).to_pylist():
+                counts[number] += 1
+                order[number] = None
+                write = self.writes.get(number)
+                if write is None:
+                    self.fail(f"rows of write {number}, which nobody sent, are in {job.table.name}")
+                elif counts[number] > write.rows:
+                    self.fail(f"write {number} (LSN {write.lsn}) is in {job.table.name} twice")
+                elif write.refused:
+                    self.fail(f"write {number} was refused for good and is in {job.table.name}")
+
+    def check_end(self, present: set[UUID]) -> None:
+        """Check everything that was promised, after a drain; ``present`` are the catalog's tables."""
+        for table in self.drop_confirmed & present:
+            self.fail(f"table {table} was dropped and is there")
+        for write in self.writes.values():
+            if write.table not in present:
+                if write.table not in self.drop_asked:
+                    self.fail(f"table {write.table} is gone and nobody dropped it")
+                continue
+            found = self.committed.get(write.table, Counter())[write.number]
+            if found not in (0, write.rows):
+                self.fail(f"{found} of {write.rows} rows of write {write.number} are there")
+            if write.reached >= Tier.DISK and found == 0:
+                self.fail(f"write {write.number} (LSN {write.lsn}) was acked {Tier(write.reached).word} and is lost")
+            if write.refused and found:
+                self.fail(f"write {write.number} was refused for good and is there")
+        for table, order in self._commit_order.items():
+            lsns = [write.lsn for write in map(self.writes.__getitem__, order) if write.reached >= Tier.DISK]
+            lsns = [lsn for lsn in lsns if lsn]
+            if lsns != sorted(lsns) and table in present:
+                self.fail(f"the rows of table {table} are not in LSN order")
+
+
+__all__ = ["Node", "PromiseBroken", "Promises", "StreamAcks", "Write"]

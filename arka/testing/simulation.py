@@ -1,0 +1,547 @@
+"""Deterministic simulation: the whole engine below the transport in a world that fails, from one seed.
+
+Owns: what a run is made of: lives of servers, faults, writers, table changes, and a quiet last life after which every
+promise is checked. The same seed gives the same run, event by event, in any process.
+
+Use ``simulate(seed)``, or run many: ``python -m arka.testing.simulation --seeds 10000``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import multiprocessing
+import os
+import random
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+from unittest import mock
+from uuid import UUID
+
+import pyarrow as pa
+import trio
+from trio.testing import MockClock
+
+from arka.errors import ArkaError, ErrorCode, Fenced, Unavailable
+from arka.options import (
+    KIB,
+    IcebergOptions,
+    Limits,
+    ObjectStoreOptions,
+    ServerOptions,
+    Settings,
+    WalOptions,
+)
+from arka.records import TableDefinition, TableName
+from arka.storage.ports import CommitJob, StoreUnavailable
+from arka.testing.simpromises import PromiseBroken, Promises
+from arka.testing.simstore import SimStore
+from arka.testing.simworld import (
+    CatalogWeather,
+    MachineDisk,
+    Process,
+    ProcessCatalog,
+    ProcessDisk,
+    ProcessStore,
+    Trace,
+    compute_inline,
+    deterministic,
+)
+from arka.testing.simwriters import SCHEMA, Writer
+from arka.tiers.admission import Ledger
+from arka.tiers.pipeline import Pipeline
+from arka.tiers.startup import OpenLog, open_pipeline
+
+_DISK_UUID: Final = UUID(int=0xD15C)
+_DATA: Final = Path("/data")
+#: Longest virtual time that a quiet engine may take to bring everything down, in seconds.
+_DRAIN_S: Final = 900.0
+#: How many lines of a failed run are shown.
+_TAIL_LINES: Final = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one seed.
+
+    Attributes:
+        seed: the seed.
+        broken: the promise that was broken, or the engine's own failure; None if all held.
+        trace: what happened.
+        counts: faults injected, acks, lives.
+    """
+
+    seed: int
+    broken: str | None
+    trace: tuple[str, ...]
+    counts: Counter[str]
+
+    def describe(self) -> str:
+        """The failure and the end of the trace, for people."""
+        tail = "\n".join(line[:300] for line in self.trace[-_TAIL_LINES:])
+        return f"seed {self.seed}: {self.broken}\n{tail}\nreplay: pytest tests/simulation --seed {self.seed}"
+
+
+class _Life:
+    """One server process and its machine. Satisfies ``simwriters.Server``."""
+
+    def __init__(self, world: _World, number: int, *, quiet: bool) -> None:
+        self.name = f"life {number}"
+        self.world = world
+        self.quiet = quiet
+        self.process = Process(self.name)
+        self.disk = world.disk
+        self.epoch = 0
+        self.superseded = False
+        self.draining = False
+        self.limits = world.settings.limits
+        self.ledger = Ledger(world.rng.choice((6 * KIB, 64 * KIB)))
+        self.opened = trio.Event()
+        self.left = trio.Event()
+        self.broken: BaseException | None = None
+        self._rng = world.rng
+        self._log: OpenLog | None = None
+        self._forked = trio.Event()
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The running pipeline."""
+        assert self._log is not None
+        return self._log.pipeline
+
+    async def run(self, writers: list[Writer], nursery: trio.Nursery) -> None:
+        """Live: start, serve, end by a fault, a stop or a failure; ``left`` is set when the next life may begin."""
+        try:
+            with self.process.scope:
+                await self._live(writers)
+        except BaseException as error:
+            self._judge(error)
+        finally:
+            self._bury()
+        del nursery
+
+    async def _live(self, writers: list[Writer]) -> None:
+        world, rng = self.world, self._rng
+        delay_s = 0.0 if self.quiet else rng.choice((0.0, 0.002, 0.05))
+        disk = ProcessDisk(self.process, self.disk, rng, max_delay_s=delay_s, on_power_cut=self.crash)
+        async with trio.open_nursery() as nursery:
+            if not self.quiet:
+                nursery.start_soon(self._inject)
+            self._log = await open_pipeline(
+                world.settings,
+                _DATA,
+                disk=disk,
+                store=ProcessStore(self.process, world.store),
+                catalog=ProcessCatalog(self.process, world.weather, disk),
+                disk_uuid=_DISK_UUID,
+                read_range=disk.read_range,
+                read_free=lambda: 1 << 40,
+                survival={},
+                rng=random.Random(rng.random()),
+                compute=compute_inline,
+            )
+            self._take_start(self._log)
+            await nursery.start(self._log.pipeline.run)
+            nursery.start_soon(self._log.reservation.run)
+            await self._make_tables()
+            async with trio.open_nursery() as streams:
+                for writer in writers:
+                    streams.start_soon(writer.run, self)
+                streams.start_soon(self._watch_memory)
+                if self.quiet:
+                    await self._drain()
+                    streams.cancel_scope.cancel()
+                else:
+                    streams.start_soon(self._change_tables)
+                    await trio.sleep(rng.choice((0.3, 3.0, 12.0)) * (0.2 + rng.random()))
+                    streams.cancel_scope.cancel()
+            await self._stop()
+            nursery.cancel_scope.cancel()
+
+    def _take_start(self, opened: OpenLog) -> None:
+        marks = opened.pipeline._marks
+        self.epoch = opened.epoch
+        self.world.promises.take_start(
+            self.name,
+            log_uuid=opened.log_uuid,
+            epoch=opened.epoch,
+            next_lsn=opened.next_lsn,
+            disk=marks.disk.lsn,
+            objects=marks.objects.lsn,
+        )
+        self.opened.set()
+
+    # -- tables -----------------------------------------------------------------------------------
+
+    async def _make_tables(self) -> None:
+        for name in self.world.tables:
+            await self._persist(partial(self.pipeline.create_table, TableDefinition(name, SCHEMA)))
+
+    async def _persist(self, request: Callable[[], Any]) -> None:
+        while True:
+            try:
+                await request()
+            except Unavailable as error:
+                self.world.trace.note(f"tables: {self.name}: {error.detail}")
+                await trio.sleep(0.3)
+            else:
+                return
+
+    async def _change_tables(self) -> None:
+        """Drop and create a table now and then."""
+        rng, world = self._rng, self.world
+        while True:
+            await trio.sleep(rng.uniform(0.5, 8))
+            if rng.random() > 0.3:
+                continue
+            name = rng.choice(world.tables)
+            try:
+                table = await self.pipeline.find_table(name)
+                world.trace.note(f"tables: {self.name} drops {name}")
+                world.promises.drop_asked.add(table.info.uuid)
+                await self._persist(partial(self.pipeline.drop_table, name, purge=False))
+                world.promises.drop_confirmed.add(table.info.uuid)
+                await self._persist(partial(self.pipeline.create_table, TableDefinition(name, SCHEMA)))
+            except ArkaError as error:
+                if error.code is not ErrorCode.TABLE_NOT_FOUND and not isinstance(error, Unavailable):
+                    raise
+
+    # -- faults -----------------------------------------------------------------------------------
+
+    async def _inject(self) -> None:
+        """Let things happen to this life."""
+        rng = self._rng
+        if rng.random() < 0.2:
+            self._cut_power_soon()
+        while True:
+            await trio.sleep(rng.expovariate(1.0))
+            match rng.randrange(16):
+                case 0:
+                    self.crash()
+                case 1:
+                    self.world.trace.count("kill")
+                    self._end(lambda: self.disk.kill())
+                case 2:
+                    self._cut_power_soon()
+                case 3 | 4:
+                    operation = rng.choice(("sync", "sync", "write", "create", "rename", "sync_directory"))
+                    self.world.trace.count(f"disk {operation} fails")
+                    self.disk.fail_next(operation, rng.choice((errno.EIO, errno.ENOSPC)), after=rng.randint(0, 3))
+                case 5 | 6:
+                    self.world.start_outage("store", rng.choice((2.0, 20.0, 180.0)) * rng.random())
+                case 7 | 8:
+                    self.world.start_outage("catalog", rng.choice((2.0, 20.0, 180.0)) * rng.random())
+                case 9:
+                    self.world.trace.count("clock jump")
+                    self.world.trace.wall_offset_s += rng.choice((-3600.0, -5.0, 0.5, 3600.0))
+                case 10 if self.opened.is_set() and not self.left.is_set():
+                    self._freeze()
+                case 11:
+                    self.world.append_foreign()
+                case _:
+                    pass
+
+    def _cut_power_soon(self) -> None:
+        self.world.trace.count("power cut inside a disk job")
+        self.disk.cut_power_after(self._rng.randrange(25))
+
+    def crash(self) -> None:
+        """Cut this machine's power now."""
+        if self.process.alive:
+            self.world.trace.count("power cut")
+            self._end(self.disk.crash)
+
+    def _end(self, effect: Callable[[], None]) -> None:
+        if self.process.alive:
+            self.process.die()
+            effect()
+
+    def _freeze(self) -> None:
+        """Freeze the machine; its disk goes on in another one, and it wakes when that one has taken over."""
+        self.world.trace.count("freeze")
+        self.process.freeze()
+        self.superseded = True
+        self.world.disk = self.disk.fork()
+        self.left.set()
+
+    def _judge(self, error: BaseException) -> None:
+        """Tell what a process may end with from what it may not."""
+        for leaf in _leaves(error):
+            if isinstance(leaf, PromiseBroken):
+                raise leaf
+            allowed: tuple[type[BaseException], ...] = (trio.Cancelled,)
+            if not self.quiet:
+                # What the disk and the store do to a process, and what the next owner does to a frozen one.
+                allowed += (OSError, StoreUnavailable)
+            poisoned = isinstance(leaf, ArkaError) and leaf.code is ErrorCode.OUTCOME_UNKNOWN and not self.quiet
+            fenced = isinstance(leaf, Fenced) and self.superseded
+            if not self.process.alive or isinstance(leaf, allowed) or poisoned or fenced:
+                self.world.trace.note(f"end: {self.name}: {type(leaf).__name__}: {leaf}")
+                if fenced:
+                    self.world.trace.counts["fenced"] += 1
+                continue
+            self.world.trace.note(f"BROKEN: {self.name} ended with {leaf!r}")
+            where = "".join(traceback.format_exception(leaf)[-6:])
+            raise PromiseBroken(f"{self.name} ended with {leaf!r}\n{where}") from leaf
+
+    def _bury(self) -> None:
+        if self._log is not None:
+            self.world.promises.take_given(self._log.pipeline.memory.last_lsn)
+        if self.process.alive:
+            # It ended by itself: the page cache stays.
+            self._end(self.disk.kill)
+        self.world.trace.note(f"end: {self.name}")
+        self.left.set()
+
+    # -- the end ----------------------------------------------------------------------------------
+
+    async def _watch_memory(self) -> None:
+        """Hold the ledger against what it counts."""
+        while True:
+            await trio.sleep(0.25)
+            charged = self.ledger.statistics().charged_bytes
+            # Control frames and TABLE frames are nobody's message.
+            if self.pipeline.memory.queued_bytes > charged + 16 * KIB:
+                self.world.promises.fail(
+                    f"{self.pipeline.memory.queued_bytes} bytes wait for the disk, {charged} are charged"
+                )
+
+    async def _drain(self) -> None:
+        """Let every writer finish and everything come down."""
+        with trio.move_on_after(_DRAIN_S) as scope:
+            await trio.sleep(2.0)
+            self.draining = True
+            await self.world.wait_writers(self)
+            self.pipeline.start_drain()
+            await self.pipeline.wait_drained()
+        if scope.cancelled_caught:
+            self.world.promises.fail(f"a quiet engine did not drain in {_DRAIN_S:g} s")
+
+    async def _stop(self) -> None:
+        """Stop as ``arka.server`` does."""
+        await self.pipeline.close()
+        statistics = self.ledger.statistics()
+        if statistics.charged_bytes and self.process.alive and not self.process.frozen:
+            self.world.promises.fail(f"{statistics.charged_bytes} bytes are charged and all streams have ended")
+
+
+class _World:
+    """One seed's run."""
+
+    def __init__(self, seed: int, trace: Trace) -> None:
+        self.rng = rng = random.Random(f"world {seed}")
+        self.trace = trace
+        self.disk = MachineDisk(rng)
+        self.store = SimStore(rng)
+        self.weather = CatalogWeather(rng, trace)
+        self.weather.on_commit = self._take_commit
+        self.promises = Promises(trace, self.store.objects)
+        self.tables = [TableName("default", f"t{number}") for number in range(rng.randint(1, 3))]
+        self.writers = [
+            Writer(number, rng.choice(self.tables), self.promises, random.Random(rng.random()))
+            for number in range(rng.randint(1, 4))
+        ]
+        self.settings = Settings(
+            server=ServerOptions(node_id="sim"),
+            limits=replace(Limits(), disk_free_bytes=0),
+            wal=WalOptions(
+                segment_bytes=rng.choice((8, 32, 256)) * KIB,
+                group_bytes=rng.choice((1, 64)) * KIB,
+                release_grace_s=rng.choice((0.0, 1.0)),
+            ),
+            object_store=ObjectStoreOptions(
+                linger_s=rng.choice((0.0, 0.05)), bytes=rng.choice((4, 64)) * KIB, uploads=rng.randint(1, 4)
+            ),
+            iceberg=IcebergOptions(commit_interval_s=rng.choice((0.02, 0.5)), commit_bytes=rng.choice((4, 64)) * KIB),
+        )
+        self._outages: Counter[str] = Counter()
+        self._nursery: trio.Nursery | None = None
+        trace.on_event = self._take_event
+
+    async def run(self) -> None:
+        """Some lives with faults, then a quiet one, then one that finds everything in order."""
+        rng = self.rng
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            frozen: list[_Life] = []
+            lives = rng.randint(1, 5)
+            for number in range(3 * lives):
+                self.store.fault_share = rng.choice((0.0, 0.05, 0.3))
+                self.store.max_delay_s = rng.choice((0.0, 0.05, 1.0))
+                self.weather.fault_share = rng.choice((0.0, 0.05, 0.3))
+                self.weather.max_delay_s = rng.choice((0.0, 0.05, 1.0))
+                life = await self._begin(number, quiet=False)
+                nursery.start_soon(self._wake, list(frozen), life)
+                await life.left.wait()
+                for old in frozen:
+                    old.crash()
+                frozen = [life] if life.process.alive else []
+                lives -= life.opened.is_set()
+                if not lives:
+                    break
+                await trio.sleep(rng.uniform(0, 2 if life.opened.is_set() else 60))
+            self.store.calm()
+            self.weather.calm()
+            for number, after_s in ((90, 0.0), (91, 3.0)):
+                life = await self._begin(number, quiet=True)
+                nursery.start_soon(self._wake, list(frozen), life)
+                await life.left.wait()
+                for old in frozen:
+                    old.crash()
+                frozen = []
+                await trio.sleep(after_s)
+                tables = {table.info.uuid for table in self.weather.tables._tables.values()}
+                self.promises.check_end(tables)
+            nursery.cancel_scope.cancel()
+
+    async def _begin(self, number: int, *, quiet: bool) -> _Life:
+        assert self._nursery is not None
+        life = _Life(self, number, quiet=quiet)
+        self.trace.counts["lives"] += 1
+        self._nursery.start_soon(life.run, self.writers, self._nursery)
+        return life
+
+    async def _wake(self, frozen: Iterable[_Life], life: _Life) -> None:
+        """Wake frozen machines some time after another one has taken their log over."""
+        await life.opened.wait()
+        await trio.sleep(self.rng.uniform(0, 2))
+        for old in frozen:
+            self.trace.note(f"thaw: {old.name}")
+            old.process.thaw()
+
+    async def wait_writers(self, life: _Life) -> None:
+        """Wait until each client has nothing left to send."""
+        # Polled on virtual time: nothing but the writers' own bookkeeping changes.
+        while any(writer.unfinished for writer in self.writers) and life.process.alive:  # noqa: ASYNC110
+            await trio.sleep(0.5)
+
+    def start_outage(self, what: str, seconds: float) -> None:
+        """Let the store or the catalog be away for a while."""
+        assert self._nursery is not None
+        self.trace.count(f"{what} outage")
+        self._nursery.start_soon(self._outage, what, seconds)
+
+    async def _outage(self, what: str, seconds: float) -> None:
+        self._outages[what] += 1
+        self._set_away(what)
+        await trio.sleep(seconds)
+        self._outages[what] -= 1
+        self._set_away(what)
+
+    def _set_away(self, what: str) -> None:
+        away = self._outages[what] > 0
+        if what == "store":
+            self.store.away = away
+        else:
+            self.weather.away = away
+
+    def append_foreign(self) -> None:
+        """Let another writer add a snapshot to a table of ours."""
+        name = self.rng.choice(self.tables)
+        if name in self.weather.tables._tables:
+            self.trace.count("foreign commit")
+            table = self.weather.tables._tables[name]
+            self.weather.tables.foreign_append(name, pa.RecordBatch.from_pylist([], schema=table.info.schema))
+            self.promises.take_snapshot(table.info.uuid, table.snapshots[-1])
+
+    def _take_commit(self, job: CommitJob, batches: list[pa.RecordBatch]) -> None:
+        table = self.weather.tables._tables[job.table.name]
+        self.promises.take_commit(job, batches, table.snapshots[-1])
+
+    def _take_event(self, event: str, fields: Any) -> None:
+        if event == "table.stopped":
+            self.promises.fail(f"a table was stopped: {fields}")
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error
+
+
+def simulate(seed: int) -> Outcome:
+    """Run one seed.
+
+    Args:
+        seed: decides everything.
+
+    Returns:
+        What became of it; never raises for a broken promise.
+    """
+    trace = Trace()
+    broken: str | None = None
+    blocks = random.Random(f"blocks {seed}")
+    disk_block, store_block = blocks.choice(((64, 256), (1 << 24, 1 << 32)))
+    with (
+        deterministic(seed, trace),
+        mock.patch("arka.tiers.startup.DISK_BLOCK", disk_block),
+        mock.patch("arka.tiers.reservation.DISK_BLOCK", disk_block),
+        mock.patch("arka.tiers.epochs.STORE_BLOCK", store_block),
+    ):
+        try:
+            world = _World(seed, trace)
+            trio.run(world.run, clock=MockClock(autojump_threshold=0))
+            trace.counts.update({f"acks {word}": count for word, count in world.promises.acks.items()})
+            trace.counts["writes"] += len(world.promises.writes)
+            trace.counts["commits"] += sum("commit: " in line for line in trace.lines)
+        except BaseException as error:
+            leaves = list(_leaves(error))
+            if any(isinstance(leaf, KeyboardInterrupt) for leaf in leaves):
+                raise
+            named = [leaf for leaf in leaves if isinstance(leaf, PromiseBroken)] or leaves
+            broken = (
+                str(named[0])
+                if isinstance(named[0], PromiseBroken)
+                else "".join(traceback.format_exception(named[0])[-8:])
+            )
+    return Outcome(seed, broken, tuple(trace.lines), trace.counts)
+
+
+def simulate_many(seeds: Iterable[int], processes: int) -> Iterator[Outcome]:
+    """Run many seeds in processes of their own; passing ones come back without their trace."""
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        yield from pool.imap_unordered(_simulate_short, seeds, chunksize=4)
+
+
+def _simulate_short(seed: int) -> Outcome:
+    outcome = simulate(seed)
+    return outcome if outcome.broken is not None else replace(outcome, trace=())
+
+
+def main() -> int:
+    """Run seeds from the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seeds", type=int, default=300, help="how many, from --first on")
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args()
+    started = time.monotonic()
+    counts: Counter[str] = Counter()
+    failed = []
+    for outcome in simulate_many(range(options.first, options.first + options.seeds), options.processes):
+        counts.update(outcome.counts)
+        if outcome.broken is not None:
+            failed.append(outcome.seed)
+            sys.stdout.write(outcome.describe() + "\n\n")
+    for name in sorted(counts):
+        sys.stdout.write(f"{name:40} {counts[name]:10,}\n")
+    seconds = time.monotonic() - started
+    sys.stdout.write(
+        f"{options.seeds} seeds, {len(failed)} failed {sorted(failed)[:50]}, {options.seeds / seconds:.1f} seeds/s\n"
+    )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+
+__all__ = ["Outcome", "simulate", "simulate_many"]

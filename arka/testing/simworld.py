@@ -1,0 +1,462 @@
+"""The world around a simulated engine: machines that lose power or freeze, and what their requests meet.
+
+Owns: one seed's time, randomness and trace, and the lives of processes: what a dead or frozen one can no longer do.
+Does not own what a disk, a store or a catalog is (``simdisk``, ``simstore``, ``simcatalog``).
+
+Whatever the engine takes from outside comes from the seed here: the wall clock, ``os.urandom``, trio's scheduling.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, TypeVar
+from unittest import mock
+from uuid import UUID
+
+import pyarrow as pa
+import structlog
+import trio
+
+from arka._core.framing import KIND_BATCH, FrameError, FrameHeader, verify_frame
+from arka.errors import DataCorruption
+from arka.storage.ports import (
+    Buffer,
+    CatalogUnavailable,
+    CommitJob,
+    CommitOutcome,
+    CommitResult,
+    DiskFile,
+    ObjectExists,
+    ObjectMeta,
+    SegmentSlice,
+    StoreUnavailable,
+)
+from arka.testing.simcatalog import SimCatalog
+from arka.testing.simdisk import PowerCut, SimDisk
+from arka.testing.simstore import SimStore
+from arka.wal.segment import FRAME_HEADER_BYTES, HEADER_BYTES, SegmentHeader, parse_segment_name
+
+T = TypeVar("T")
+
+#: What the simulated wall clock shows at the start: 2026-01-01, in nanoseconds.
+_WALL_NS: Final = 1_767_225_600 * 10**9
+
+WAL: Final = Path("/data/wal")
+
+
+class Trace:
+    """What happened, in order: the same for the same seed."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.counts: Counter[str] = Counter()
+        #: Seconds that clock jumps have added to the wall clock.
+        self.wall_offset_s = 0.0
+        #: The life whose task is running; for the engine's own log.
+        self.on_event: Callable[[str, MutableMapping[str, Any]], None] = lambda event, fields: None
+
+    def note(self, what: str) -> None:
+        """Add a line."""
+        self.lines.append(f"{trio.current_time():.6f} {what}")
+
+    def count(self, fault: str) -> None:
+        """Count and note an injected fault."""
+        self.counts[fault] += 1
+        self.note(f"fault: {fault}")
+
+    def wall_ns(self) -> int:
+        """What the wall clock shows."""
+        try:
+            now_s = trio.current_time()
+        except RuntimeError:
+            now_s = 0.0
+        return _WALL_NS + int((now_s + self.wall_offset_s) * 1e9)
+
+    def take_event(self, logger: Any, method: str, event: MutableMapping[str, Any]) -> Any:
+        """Take what the engine logs, as a structlog processor."""
+        del logger, method
+        name = str(event.pop("event"))
+        self.note(f"log: {name} " + " ".join(f"{key}={event[key]}" for key in sorted(event)))
+        self.on_event(name, event)
+        raise structlog.DropEvent
+
+
+@contextmanager
+def deterministic(seed: int, trace: Trace) -> Iterator[None]:
+    """Take the wall clock, the kernel's randomness, trio's scheduling and the log from one seed."""
+    entropy = random.Random(f"entropy {seed}")
+    kept = structlog.get_config() if structlog.is_configured() else None
+    with (
+        mock.patch.object(os, "urandom", entropy.randbytes),
+        mock.patch.object(random, "_urandom", entropy.randbytes),
+        mock.patch.object(time, "time_ns", trace.wall_ns),
+        mock.patch("trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING", new=True),
+        mock.patch("trio._core._run._r", random.Random(f"schedule {seed}")),
+    ):
+        structlog.configure(processors=[trace.take_event], cache_logger_on_first_use=False)
+        try:
+            yield
+        finally:
+            structlog.reset_defaults()
+            if kept is not None:
+                structlog.configure(**kept)
+
+
+class Process:
+    """One process's life, as far as the world sees it: it runs, it may freeze and wake, it dies."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.alive = True
+        self.scope = trio.CancelScope()
+        self._thawed: trio.Event | None = None
+        self._shields: dict[trio.CancelScope, None] = {}
+
+    @property
+    def frozen(self) -> bool:
+        """Whether it gets no time now."""
+        return self._thawed is not None and not self._thawed.is_set()
+
+    def freeze(self) -> None:
+        """Give it no more time: nothing it asks for is asked, nothing it was answered is heard."""
+        self._thawed = trio.Event()
+
+    def thaw(self) -> None:
+        """Let it go on as if nothing had happened."""
+        if self._thawed is not None:
+            self._thawed.set()
+
+    def die(self) -> None:
+        """End it in this instant: no later effect of it reaches the world."""
+        self.alive = False
+        self.scope.cancel()
+        for shield in tuple(self._shields):
+            shield.cancel()
+
+    async def gate(self) -> None:
+        """Pass while the process runs; wait while it is frozen; for ever once it is dead."""
+        while self.frozen:
+            assert self._thawed is not None
+            await self._thawed.wait()
+        if not self.alive:
+            await trio.sleep_forever()
+        await trio.lowlevel.checkpoint_if_cancelled()
+
+    async def sleep_shielded(self, seconds: float) -> None:
+        """Sleep although a cancellation waits, and pass the gate; the process's death ends it."""
+        with trio.CancelScope(shield=True) as shield:
+            self._shields[shield] = None
+            try:
+                await trio.sleep(seconds)
+                while self.frozen:
+                    assert self._thawed is not None
+                    await self._thawed.wait()
+            finally:
+                del self._shields[shield]
+        if not self.alive:
+            await trio.sleep_forever()
+
+
+class MachineDisk(SimDisk):
+    """A SimDisk that remembers that its machine went off, can be copied, and knows what is on its platter."""
+
+    def __init__(self, rng: random.Random) -> None:
+        super().__init__(rng)
+        self.power_lost = False
+        # By file: how far it was read, and which LSNs were found; an LSN that was durable once stays so.
+        self._read: dict[object, int] = {}
+        self._platter: set[int] = set()
+
+    def kill(self) -> None:
+        """Kill the process; see ``SimDisk.kill``."""
+        super().kill()
+        self.power_lost = False
+
+    def fork(self) -> MachineDisk:
+        """The disk of another machine that got what is on this platter, as after a power cut."""
+        other = MachineDisk(self._rng)
+        other._directories = copy.deepcopy(self._directories)
+        other._platter = set(self._platter)
+        other.crash()
+        return other
+
+    def remove(self, path: Path) -> None:
+        """Unlink; what was durable in it is remembered."""
+        self._read_platter()
+        super().remove(path)
+
+    def on_platter(self, lsn: int) -> bool:
+        """Whether the frame with this LSN was ever durable here, with its segment's name."""
+        if lsn not in self._platter:
+            self._read_platter()
+        return lsn in self._platter
+
+    def _read_platter(self) -> None:
+        directory = self._directories.get(WAL)
+        for name, inode in directory.durable.items() if directory is not None else ():
+            if parse_segment_name(name) is None or len(inode.durable) < HEADER_BYTES:
+                continue
+            data = memoryview(bytes(inode.durable))
+            try:
+                seed = SegmentHeader.from_bytes(name, data).seed
+            except DataCorruption:
+                continue
+            offset = self._read.get(inode, HEADER_BYTES)
+            while offset < len(data):
+                try:
+                    header = verify_frame(data, offset, seed)
+                except FrameError:
+                    break
+                offset += header.frame_bytes
+                if header.lsn:
+                    self._platter.add(header.lsn)
+            self._read[inode] = offset
+
+    def _step(self, operation: str) -> OSError | None:
+        try:
+            return super()._step(operation)
+        except PowerCut:
+            self.power_lost = True
+            raise
+
+
+class ProcessDisk:
+    """A disk as one process uses it: ``Disk``, with time, and without effect once the process is dead."""
+
+    def __init__(
+        self,
+        process: Process,
+        disk: MachineDisk,
+        rng: random.Random,
+        *,
+        max_delay_s: float,
+        on_power_cut: Callable[[], None],
+    ) -> None:
+        self._process = process
+        self.disk = disk
+        self._rng = rng
+        self._max_delay_s = max_delay_s
+        self._on_power_cut = on_power_cut
+
+    async def run(self, job: Callable[[], T]) -> T:
+        """Run a job: at once, at some moment of its duration."""
+        await trio.lowlevel.checkpoint()
+        await self._process.sleep_shielded(self._rng.uniform(0, self._max_delay_s))
+        await self._process.gate()
+        try:
+            result = job()
+        except BaseException:
+            if self.disk.power_lost:
+                self._on_power_cut()
+                await trio.sleep_forever()
+            raise
+        await self._process.sleep_shielded(self._rng.uniform(0, self._max_delay_s))
+        return result
+
+    def make_directory(self, directory: Path) -> None:
+        """See ``Disk``."""
+        self.disk.make_directory(directory)
+
+    def list_names(self, directory: Path) -> list[str]:
+        """See ``Disk``."""
+        return self.disk.list_names(directory)
+
+    def create(self, path: Path, size: int) -> DiskFile:
+        """See ``Disk``."""
+        return self.disk.create(path, size)
+
+    def open(self, path: Path) -> DiskFile:
+        """See ``Disk``."""
+        return self.disk.open(path)
+
+    def map(self, path: Path) -> memoryview:
+        """See ``Disk``."""
+        return self.disk.map(path)
+
+    def rename(self, old: Path, new: Path) -> None:
+        """See ``Disk``."""
+        self.disk.rename(old, new)
+
+    def remove(self, path: Path) -> None:
+        """See ``Disk``."""
+        self.disk.remove(path)
+
+    def sync_directory(self, directory: Path) -> None:
+        """See ``Disk``."""
+        self.disk.sync_directory(directory)
+
+    def free_bytes(self, directory: Path) -> int:
+        """See ``Disk``."""
+        return self.disk.free_bytes(directory)
+
+    async def read_range(self, path: Path, start: int, end: int) -> bytes:
+        """Read a piece of a segment, as ``arka.storage.objects.read_range`` does."""
+        return await self.run(lambda: bytes(self.disk.map(path)[start:end]))
+
+    def read_slice(self, piece: SegmentSlice, log_uuid: UUID) -> Iterator[tuple[FrameHeader, pa.Buffer]]:
+        """Read batch frames, as ``arka.wal.segment.read_slice`` does."""
+        data = self.disk.map(Path(piece.path))
+        header = SegmentHeader.from_bytes(piece.path, data)
+        header.check_is(piece.path, log_uuid, piece.segment, piece.epoch)
+        for offset in memoryview(piece.offsets).cast("Q"):
+            frame = verify_frame(data, offset, header.seed)
+            if frame.kind != KIND_BATCH:
+                raise DataCorruption(piece.path, offset, "a batch frame", f"a frame of kind {frame.kind}")
+            start = offset + FRAME_HEADER_BYTES
+            # A copy of its own: the view's alignment is the bytes object's, not the file's.
+            yield frame, pa.py_buffer(bytes(data[start : start + frame.payload_bytes]))
+
+
+class ProcessStore:
+    """The object store as one process uses it: ``ObjectStore``."""
+
+    def __init__(self, process: Process, store: SimStore) -> None:
+        self._process = process
+        self._store = store
+
+    @property
+    def url(self) -> str:
+        """See ``ObjectStore``."""
+        return self._store.url
+
+    async def put_new(self, key: str, parts: Sequence[Buffer]) -> None:
+        """See ``ObjectStore``."""
+        await self._ask(partial(self._store.put_new, key, parts))
+
+    async def get(self, key: str) -> bytes:
+        """See ``ObjectStore``."""
+        return await self._ask(partial(self._store.get, key))
+
+    async def get_range(self, key: str, start: int, length: int) -> bytes:
+        """See ``ObjectStore``."""
+        return await self._ask(partial(self._store.get_range, key, start, length))
+
+    async def list_keys(self, prefix: str, *, start_after: str | None = None) -> list[ObjectMeta]:
+        """See ``ObjectStore``."""
+        return await self._ask(partial(self._store.list_keys, prefix, start_after=start_after))
+
+    async def delete(self, keys: Sequence[str]) -> None:
+        """See ``ObjectStore``."""
+        await self._ask(partial(self._store.delete, keys))
+
+    async def _ask(self, request: Callable[[], Awaitable[T]]) -> T:
+        await self._process.gate()
+        try:
+            answer = await request()
+        except (StoreUnavailable, ObjectExists, KeyError):
+            await self._process.gate()
+            raise
+        await self._process.gate()
+        return answer
+
+
+class CatalogWeather:
+    """The catalog that all processes share: its tables, and what befalls requests to it.
+
+    Attributes:
+        away: while set, every request fails; those that change something may still have done so.
+        fault_share: the share of requests that fail.
+        max_delay_s: the longest that a request takes.
+    """
+
+    def __init__(self, rng: random.Random, trace: Trace) -> None:
+        self.rng = rng
+        self.trace = trace
+        self.away = False
+        self.fault_share = 0.0
+        self.max_delay_s = 0.0
+        self.tables = SimCatalog(lambda piece, log_uuid: ())
+        #: Told the table's UUID and the rows of each commit, in the step that applies it.
+        self.on_commit: Callable[[CommitJob, list[pa.RecordBatch]], None] = lambda job, rows: None
+        self._late: list[tuple[float, Callable[[], object]]] = []
+
+    def calm(self) -> None:
+        """No faults from here on; what is on its way still comes."""
+        self.away, self.fault_share, self.max_delay_s = False, 0.0, 0.0
+
+    def postpone(self, effect: Callable[[], object]) -> None:
+        """Let a request that was given up take effect later."""
+        self._late.append((trio.current_time() + self.rng.uniform(0, 5 * self.max_delay_s), effect))
+
+    def arrive(self) -> None:
+        """Let those take effect whose time has come."""
+        now = trio.current_time()
+        due = [effect for due_s, effect in self._late if due_s <= now]
+        self._late = [late for late in self._late if late[0] > now]
+        for effect in due:
+            self.trace.note("catalog: a late request takes effect")
+            effect()
+
+
+class ProcessCatalog(SimCatalog):
+    """The catalog as one process uses it; reads frames from that process's disk."""
+
+    def __init__(self, process: Process, weather: CatalogWeather, disk: ProcessDisk) -> None:
+        super().__init__(disk.read_slice)
+        self._process = process
+        self._weather = weather
+        self._tables = weather.tables._tables
+        self._staged = weather.tables._staged
+        self._snapshot_ids = weather.tables._snapshot_ids
+
+    async def _call(self, name: str, effect: Callable[[], T]) -> T:
+        weather, rng = self._weather, self._weather.rng
+        await self._process.gate()
+        fails = weather.away or rng.random() < weather.fault_share
+        applied = fails and rng.random() < 0.5
+        late = fails and not applied and name == "commit" and rng.random() < 0.5
+        try:
+            await trio.sleep(rng.uniform(0, weather.max_delay_s))
+        except trio.Cancelled:
+            if name == "commit" and rng.random() < 0.5:
+                weather.postpone(effect)
+            raise
+        weather.arrive()
+        result: T | None = None
+        if not fails or applied:
+            result = effect()
+        if late:
+            weather.postpone(effect)
+        await trio.sleep(rng.uniform(0, weather.max_delay_s))
+        await self._process.gate()
+        if fails:
+            fate = "response lost" if applied else "late" if late else "refused"
+            weather.trace.count(f"catalog {name} {fate}")
+            raise CatalogUnavailable(f"{name}: {fate}")
+        return result  # type: ignore[return-value]
+
+    def _commit(self, job: CommitJob) -> CommitResult:
+        table = self._tables.get(job.table.name)
+        before = len(table.rows) if table is not None else 0
+        result = super()._commit(job)
+        if table is not None and result.outcome is CommitOutcome.COMMITTED and len(table.rows) > before:
+            self._weather.on_commit(job, table.rows[before:])
+        return result
+
+
+async def compute_inline(function: Callable[..., T], *args: object) -> T:
+    """Run what the engine would run in a thread."""
+    await trio.lowlevel.checkpoint()
+    return function(*args)
+
+
+__all__ = [
+    "WAL",
+    "CatalogWeather",
+    "MachineDisk",
+    "Process",
+    "ProcessCatalog",
+    "ProcessDisk",
+    "ProcessStore",
+    "Trace",
+    "compute_inline",
+    "deterministic",
+]
