@@ -46,7 +46,7 @@ cdef class MessageAssembler:
     cdef int64_t filled
 
     cdef int feed(self, const unsigned char *data, int64_t size, int64_t after, int64_t *used) except -1
-    cdef int _begin(self, const unsigned char *data, int64_t size, int64_t after) except -1
+    cdef int _begin(self, int64_t at_hand) except -1
     cdef int _gather(self, const unsigned char *data, int64_t size, int64_t *used) except -1
     cdef int _parse(self, const unsigned char *data, int64_t have) except -1
     cdef int _open_body(self) except -1

@@ -5,6 +5,8 @@ Owns: frame headers, padding, both inbound windows' arithmetic, gRPC prefixes an
 not own sockets, stream states, who may send how much (``arka.flight.flow``) nor any other frame's meaning
 (h2). No I/O: bytes go in through ``Splitter.targets`` and ``received``, events come out of ``next``.
 
+One module, long as it is: the splitter feeds the assemblers without leaving C.
+
 Source: RFC 9113 sections 4.1, 6.1, 6.9; gRPC over HTTP/2 "Length-Prefixed-Message"; Protocol Buffers
 encoding; Flight.proto's FlightData (fields 1, 2, 3 and 1000).
 """
@@ -194,6 +196,7 @@ cdef class FlightMessage:
 
 cdef inline int read_varint(const unsigned char *data, int64_t have, int64_t *position, uint64_t *value) noexcept nogil:
     """Read one varint of at most ten bytes; 1 done, 0 truncated, -1 malformed."""
+    # SAFETY: reads data[position:have] only, which the caller keeps alive.
     cdef uint64_t result = 0
     cdef int shift = 0
     cdef int64_t at = position[0]
@@ -318,7 +321,7 @@ cdef class MessageAssembler:
                 used[0] = at
                 if self.prefix_have < PREFIX_SIZE:
                     return E_NEED
-                event = self._begin(data + at, size - at, after)
+                event = self._begin(size - at + after)
                 if event:
                     return event
             if self.state == S_BEGIN:
@@ -368,8 +371,8 @@ cdef class MessageAssembler:
                 return E_NEED
             return E_MESSAGE
 
-    cdef int _begin(self, const unsigned char *data, int64_t size, int64_t after) except -1:
-        """Look at a complete prefix."""
+    cdef int _begin(self, int64_t at_hand) except -1:
+        """Look at a complete prefix; the frame has ``at_hand`` bytes more, which the window has already."""
         self.prefix_have = 0
         self.need = (
             <int64_t> self.prefix[1] << 24
@@ -390,7 +393,7 @@ cdef class MessageAssembler:
         self.filled = 0
         self.message_bytes = self.need + PREFIX_SIZE
         self.state = S_BEGIN
-        self.shortfall = self.need - size - after - self.window
+        self.shortfall = self.need - at_hand - self.window
         # An empty message needs no window, and no payload may follow that would wake it up after the event.
         if self.need and (self.shortfall > 0 or self.ahead > 0):
             return E_PREFIX
@@ -616,7 +619,7 @@ cdef class Splitter:
         Returns:
             One or two writable memoryviews, valid until ``received``; never empty.
         """
-        cdef int64_t room = 0, stop = self.ring_bytes
+        cdef int64_t room = 0, place, stop = self.ring_bytes
         if self.start:
             if self.end > self.start:
                 memmove(self.ring, self.ring + self.start, self.end - self.start)
@@ -630,8 +633,8 @@ cdef class Splitter:
             if room >= DIRECT_MIN:
                 self.direct = room
                 self.direct_assembler = self.current
-                room = self.current.frame.body_offset + self.current.filled
-                return [memoryview(self.current.frame)[room:room + self.direct], memoryview(self)[:DIRECT_TAIL]]
+                place = self.current.frame.body_offset + self.current.filled
+                return [memoryview(self.current.frame)[place:place + room], memoryview(self)[:DIRECT_TAIL]]
         if self.bulk:
             # The next body shall be received in place, so take little more than what comes before it.
             stop = min(stop, self.end + DIRECT_TAIL)

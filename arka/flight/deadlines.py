@@ -1,7 +1,7 @@
 """When a connection has been silent, idle or unfinished for too long. A clock without a clock: times go in.
 
 Owns: the handshake, keepalive and idle deadlines of one connection. Does not own what is done about them
-(``arka.flight.http2``) nor deadlines of RPCs.
+(``arka.flight.connection``) nor deadlines of RPCs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How often a peer may do what costs us more than it costs the peer (T9).
 
 Owns: the kinds, their rates, and the tokens of one connection. Does not own what happens to a flooder: the
-connection ends with ENHANCE_YOUR_CALM (``arka.flight.http2``).
+connection ends with ENHANCE_YOUR_CALM (``arka.flight.connection``).
 
 Source: CVE-2023-44487 (resets received), CVE-2025-8671 (resets caused), CVE-2019-9512, -9515 and -9518
 (PING, SETTINGS and empty frames).

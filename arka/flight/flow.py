@@ -130,6 +130,9 @@ class StreamIntake:
         """Charge the initial window.
 
         Args:
+            assembler: puts the stream's messages together.
+            ledger: charged with them.
+            read_ahead: bounds what is reserved ahead.
             on_credit: called when ``increment`` grows, with whether the peer should be told at once.
         """
         self.assembler = assembler
@@ -245,7 +248,7 @@ class StreamIntake:
     def end(self) -> None:
         """Note that the peer has ended its side."""
         self.ended = True
-        if not self.assembler.between_messages and self._error is None:
+        if not self.assembler.between_messages:
             self.fail(ArkaError("the request ended in the middle of a message", code=ErrorCode.INVALID_REQUEST))
         self._wakeup.set()
 

@@ -1,7 +1,7 @@
 """HTTP/2 frames that Arka writes itself: those that h2 must not see, or must not count.
 
 Owns: frame types and the bytes of SETTINGS, WINDOW_UPDATE, GOAWAY and DATA's header. Does not own when they
-are sent (``arka.flight.http2``, ``arka.flight.outbound``).
+are sent (``arka.flight.connection``, ``arka.flight.outbound``).
 
 Source: RFC 9113 sections 4.1, 6.5, 6.8 and 6.9.
 """

@@ -1,7 +1,7 @@
 """gRPC on top of a stream: the call a handler sees, its routes, metadata, timeouts and the health service.
 
 Owns: request metadata, ``grpc-timeout``, message prefixes, ``grpc.health.v1``. Does not own HTTP/2
-(``arka.flight.http2``) nor what Flight's methods do (``arka.flight.service``).
+(``arka.flight.connection``) nor what Flight's methods do (``arka.flight.service``).
 
 Source: gRPC over HTTP/2 (PROTOCOL-HTTP2.md), Requests; gRPC health checking protocol (health/v1/health.proto).
 """

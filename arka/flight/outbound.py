@@ -1,8 +1,11 @@
 """Outbound: what streams have to say, and whose turn it is (T6).
 
-Owns: each stream's bounded send buffer, its outbox and its trailers, and the fair order between streams. Does not
-own windows (h2 has the outbound ones) nor the socket (``arka.flight.http2``). Nothing is ever dropped: what does
-not fit the peer's windows stays where it is, unsent acks as their stream's state and not as bytes.
+Owns: each stream's bounded send buffer, its outbox, its DATA frames and its trailers. Does not own windows (h2
+has the outbound ones) nor the socket (``arka.flight.connection``). Nothing is ever dropped: what does not fit
+the peer's windows stays where it is, unsent acks as their stream's state and not as bytes.
+
+DATA frames are raw: h2 would copy their payload four times. Its windows are read and lowered here, as its own
+``send_data`` does; everything else that it knows of a stream does not depend on DATA.
 """
 
 from __future__ import annotations
@@ -15,10 +18,15 @@ from typing import Final, Protocol
 import h2.connection
 import trio
 
+from arka.flight.frames import FrameType, frame_header
+
 #: Bytes of messages that wait for the peer's window, above which ``send`` waits.
 SEND_BUFFER_BYTES: Final = 256 * 1024
 #: Most DATA bytes of one stream before it is the next one's turn.
-_TURN_BYTES: Final = 64 * 1024
+_TURN_BYTES: Final = 128 * 1024
+
+#: What is written: whole frames, or pieces of them in order.
+Parts = list[bytes | memoryview]
 
 
 class Outbox(Protocol):
@@ -88,14 +96,14 @@ class StreamOutput:
         """Queue the parts of one message.
 
         Raises:
-            trio.ClosedResourceError: the stream is over.
+            trio.ClosedResourceError: the stream is over, and the caller not cancelled for it.
 
         Cancellation: nothing was queued.
         """
         while self._buffered >= SEND_BUFFER_BYTES and not self._closed:
             await self._room.park()
         if self._closed:
-            raise trio.ClosedResourceError("the stream is closed")
+            await self._refuse()
         self._parts.extend(parts)
         self._buffered += size
         self._on_ready()
@@ -110,8 +118,10 @@ class StreamOutput:
         """Wait until the outbox had nothing more. Cancellation: nothing changes.
 
         Raises:
-            trio.ClosedResourceError: the stream is over.
+            trio.ClosedResourceError: the stream is over, and the caller not cancelled for it.
         """
+        if self._closed:
+            await self._refuse()
         if self._outbox is None:
             return
         if self._drained is None:
@@ -119,7 +129,13 @@ class StreamOutput:
         self.wake()
         await self._drained.wait()
         if self._closed:
-            raise trio.ClosedResourceError("the stream is closed")
+            await self._refuse()
+
+    async def _refuse(self) -> None:
+        """End a call on a stream that is over."""
+        # The RPC was cancelled together with the stream: that is what it is to see, not an error of its own.
+        await trio.lowlevel.checkpoint()
+        raise trio.ClosedResourceError("the stream is closed")
 
     def finish(self, trailers: list[tuple[bytes, bytes]], now: float) -> None:
         """End the stream behind everything that is queued.
@@ -134,11 +150,12 @@ class StreamOutput:
             self._on_ready()
 
     def give_up(self, trailers: list[tuple[bytes, bytes]], now: float) -> None:
-        """End the stream now, without what could not be sent."""
+        """End the stream now, without what could not be sent; an error that waits to be told stays the end."""
         self._parts.clear()
         self._buffered = 0
         self._outbox = None
-        self.finish(trailers, now)
+        waiting = self._trailers
+        self.finish(waiting if waiting and (b"grpc-status", b"0") not in waiting else trailers, now)
 
     def close(self) -> None:
         """Forget everything: the stream is over. Whoever waits to send is told."""
@@ -151,8 +168,14 @@ class StreamOutput:
         if self._drained is not None:
             self._drained.set()
 
-    def pump(self, connection: h2.connection.H2Connection, now: float) -> Turn:
-        """Hand one turn's worth to h2."""
+    def pump(self, connection: h2.connection.H2Connection, now: float, parts: Parts) -> Turn:
+        """Append one turn's worth of frames to ``parts``.
+
+        Args:
+            connection: has the windows, and makes the trailers.
+            now: trio time.
+            parts: frames that go before these.
+        """
         turn = _TURN_BYTES
         window = connection.local_flow_control_window(self.stream_id)
         while turn > 0:
@@ -161,7 +184,10 @@ class StreamOutput:
             size = min(window, turn, connection.max_outbound_frame_size, self._buffered)
             if size <= 0:
                 return Turn.BLOCKED
-            connection.send_data(self.stream_id, self._cut(size))
+            parts.append(frame_header(size, FrameType.DATA, 0, self.stream_id))
+            self._cut(size, parts)
+            connection.outbound_flow_control_window -= size
+            connection.streams[self.stream_id].outbound_flow_control_window -= size
             self.last_progress = now
             window -= size
             turn -= size
@@ -173,6 +199,7 @@ class StreamOutput:
             connection.send_headers(self.stream_id, self._trailers, end_stream=True)
         else:
             connection.end_stream(self.stream_id)
+        parts.append(connection.data_to_send())
         self._trailers = None
         return Turn.DONE
 
@@ -188,32 +215,22 @@ class StreamOutput:
             self._drained = None
         return False
 
-    def _cut(self, size: int) -> bytes | memoryview:
-        """Take exactly ``size`` bytes off the front of the buffer."""
-        first = self._parts[0]
-        if len(first) <= size:
-            self._parts.popleft()
-            chunk: bytes | memoryview = first
-            if len(first) < size:
-                pieces = [first]
-                left = size - len(first)
-                while left:
-                    piece = self._parts[0]
-                    if len(piece) <= left:
-                        self._parts.popleft()
-                    else:
-                        self._parts[0] = memoryview(piece)[left:]
-                        piece = memoryview(piece)[:left]
-                    pieces.append(piece)
-                    left -= len(piece)
-                chunk = b"".join(pieces)
-        else:
-            chunk = memoryview(first)[:size]
-            self._parts[0] = memoryview(first)[size:]
+    def _cut(self, size: int, parts: Parts) -> None:
+        """Move exactly ``size`` bytes from the front of the buffer to ``parts``."""
+        buffer, left = self._parts, size
+        while left:
+            first = buffer[0]
+            if len(first) <= left:
+                parts.append(buffer.popleft())
+                left -= len(first)
+            else:
+                view = memoryview(first)
+                parts.append(view[:left])
+                buffer[0] = view[left:]
+                left = 0
         self._buffered -= size
         if self._buffered < SEND_BUFFER_BYTES:
             self._room.unpark_all()
-        return chunk
 
 
-__all__ = ["SEND_BUFFER_BYTES", "Outbox", "StreamOutput", "Turn"]
+__all__ = ["SEND_BUFFER_BYTES", "Outbox", "Parts", "StreamOutput", "Turn"]

@@ -1,7 +1,7 @@
 """The streams of one connection: how each begins, whose turn it is to send, and how it ends.
 
 Owns: the table of open streams, their RPC tasks, and which closed ones may still get DATA. Does not own the
-socket, frames, nor the connection's end (``arka.flight.http2``).
+socket, frames, nor the connection's end (``arka.flight.connection``).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import structlog
 import trio
 from h2.errors import ErrorCodes
 
-from arka._core.wire import INITIAL_WINDOW, MessageAssembler, Splitter, WireError
+from arka._core.wire import CONNECTION_WINDOW, INITIAL_WINDOW, MessageAssembler, Splitter, WireError
 from arka.errors import AdmissionRejected, ArkaError, Unavailable
 from arka.flight import frames
 from arka.flight.floods import Flood
 from arka.flight.flow import ReadAhead, StreamIntake
 from arka.flight.grpc import Call, Request, Route, parse_metadata, parse_timeout, read_request, run_call
-from arka.flight.outbound import StreamOutput, Turn
+from arka.flight.outbound import Parts, StreamOutput, Turn
 from arka.flight.status import RpcStatus, Status, status_of
 from arka.options import Limits
 from arka.tiers.admission import Ledger
@@ -32,12 +32,15 @@ log = structlog.get_logger(__name__)
 
 #: How many times limits.streams_per_connection is advertised: at what is advertised clients hang in silence (T10).
 ADVERTISED_STREAMS: Final = 4
-#: Streams that get a turn in one write to the socket.
-_TURNS_PER_WRITE: Final = 16
+#: Streams that get a turn in one write to the socket, and bytes after which none does any more.
+_TURNS_PER_WRITE: Final = 64
+_WRITE_BYTES: Final = 512 * 1024
 #: Streams reset by us that are remembered: their DATA is on its way and no error.
 _RESETS_REMEMBERED: Final = 4096
 #: Largest content-length that is told from a larger one.
 _CONTENT_BYTES: Final = 2**62
+#: Seconds to wait for the rest of a request that is not gRPC.
+_FOREIGN_S: Final = 10.0
 _FOREIGN_BODY: Final = b"This endpoint speaks gRPC (Arrow Flight).\n"
 
 _RESPONSE_FIELDS: Final = [
@@ -164,7 +167,10 @@ class Streams:
         if event.stream_ended is not None and request.content_bytes > 0:
             self.reset(stream, ErrorCodes.PROTOCOL_ERROR)
         elif not request.is_grpc:
-            self._refuse_foreign(stream, is_head=request.is_head)
+            # Its DATA is not made of messages, and discarded: no window of ours needs to be kept for that.
+            stream.intake.abandon()
+            stream.intake.assembler.window = CONNECTION_WINDOW
+            nursery.start_soon(self._refuse_foreign, stream, request.is_head)
         elif route is None:
             self._answer(stream, RpcStatus(Status.UNIMPLEMENTED, f"[unimplemented] Unknown method {request.path}"))
         else:
@@ -231,18 +237,23 @@ class Streams:
         stream.intake.abandon()
         stream.output.finish([*_RESPONSE_FIELDS, *status.trailers()], trio.current_time())
 
-    def _refuse_foreign(self, stream: Stream, *, is_head: bool) -> None:
-        """Answer what is not gRPC with 415 and a body (T11)."""
-        stream.intake.abandon()
-        fields = [
-            (b":status", b"415"),
-            (b"content-type", b"text/plain; charset=utf-8"),
-            (b"content-length", b"%d" % len(_FOREIGN_BODY)),
-        ]
-        self._h2.send_headers(stream.id, fields)
-        if not is_head:
-            stream.output.put_nowait(_FOREIGN_BODY)
-        stream.output.finish([], trio.current_time())
+    async def _refuse_foreign(self, stream: Stream, is_head: bool) -> None:
+        """Answer what is not gRPC with 415 and a body (T11), once all of the request is there and in order."""
+        with stream.scope:
+            with trio.move_on_after(_FOREIGN_S):
+                await stream.intake.receive()
+            if stream.id not in self._open:
+                # Reset by either side at the moment at which it ended.
+                return
+            fields = [
+                (b":status", b"415"),
+                (b"content-type", b"text/plain; charset=utf-8"),
+                (b"content-length", b"%d" % len(_FOREIGN_BODY)),
+            ]
+            self._h2.send_headers(stream.id, fields)
+            if not is_head:
+                stream.output.put_nowait(_FOREIGN_BODY)
+            stream.output.finish([], trio.current_time())
 
     # -- what the peer does -----------------------------------------------------------------------
 
@@ -305,16 +316,23 @@ class Streams:
             if (increment := stream.intake.take_increment())
         )
 
-    def pump(self) -> None:
-        """Hand one write's worth of DATA and trailers to h2: a turn for each of some streams."""
+    def pump(self, parts: Parts) -> None:
+        """Append one write's worth of DATA and trailers: a turn for each of some streams.
+
+        Args:
+            parts: what goes before them, h2's own output included.
+        """
         now = trio.current_time()
+        budget, counted = _WRITE_BYTES, len(parts)
         for _ in range(_TURNS_PER_WRITE):
-            if not self._ready:
+            budget -= sum(map(len, parts[counted:]))
+            counted = len(parts)
+            if not self._ready or budget <= 0:
                 return
             stream_id = next(iter(self._ready))
             stream = self._ready.pop(stream_id)
             try:
-                turn = stream.output.pump(self._h2, now)
+                turn = stream.output.pump(self._h2, now, parts)
             except Exception:
                 # An outbox is its RPC's code: what fails in it ends that RPC.
                 incident = uuid4().hex[:12]

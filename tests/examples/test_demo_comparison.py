@@ -25,9 +25,7 @@ ROWS = [
 
 def table(rows, schema=SCHEMA) -> pa.Table:
     columns = zip(*rows, strict=True)
-    return pa.table(
-        [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema
-    )
+    return pa.table([pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema)
 
 
 @pytest.fixture

@@ -96,9 +96,7 @@ def test_embedding_program_keeps_its_tables(run_example, tmp_path):
 
 
 def snippets(page: str) -> list[str]:
-    return re.findall(
-        r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
-    )
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
 def test_readme_snippet_works_as_printed(embedded_server):
@@ -120,9 +118,7 @@ def test_demo_ends_with_everything_equal(run_example):
 def test_tier_measurement_fills_its_block(run_example, tmp_path):
     """The script behind the README's tier table measures every tier and replaces its block only."""
     page = tmp_path / "page.md"
-    page.write_text(
-        "before\n<!-- tiers: written by examples/measure_tiers.py -->\nold\n<!-- tiers: end -->\nafter\n"
-    )
+    page.write_text("before\n<!-- tiers: written by examples/measure_tiers.py -->\nold\n<!-- tiers: end -->\nafter\n")
     run(run_example("measure_tiers.py", "--writes", 10, "--per-second", 50, "--write", page))
     text = page.read_text()
     assert text.startswith("before\n")

@@ -10,36 +10,29 @@ import trio
 import trio.testing
 
 from arka._core.wire import INITIAL_WINDOW
-from arka.errors import ErrorCode, InvalidRequest
+from arka.errors import InvalidRequest
+from arka.flight.connection import MAX_FRAME_BYTES
 from arka.flight.floods import RATES, Flood
 from arka.flight.grpc import Call, Route
-from arka.flight.http2 import MAX_FRAME_BYTES, ConnectionFactory
+from arka.flight.http2 import ConnectionFactory
 from arka.flight.status import Status
 from arka.options import MIB, Limits
 from arka.tiers.admission import Ledger
 from tests.transport.peer import (
     ACK,
-    CONTINUATION,
     DATA,
     ECHO,
-    END_HEADERS,
     ENHANCE_YOUR_CALM,
     FLOW_CONTROL_ERROR,
-    GOAWAY,
-    HEADERS,
     NO_ERROR,
     PING,
     PREFACE,
     PRIORITY,
-    PROTOCOL_ERROR,
     REFUSED_STREAM,
     RST_STREAM,
     S_INITIAL_WINDOW_SIZE,
     S_MAX_CONCURRENT_STREAMS,
     S_MAX_FRAME_SIZE,
-    SETTINGS,
-    STREAM_CLOSED,
-    WINDOW_UPDATE,
     WRITES,
     Writes,
     connected,
@@ -134,6 +127,15 @@ class TestCalls:
             assert dict(response.headers)[b":status"] == status
             assert bool(response.body) == (status == b"415")
 
+    async def test_foreign_request_that_does_not_end(self, autojump_clock):
+        """T11: a request that is not gRPC and does not end is answered all the same, and told to stop."""
+        async with served() as s:
+            await s.peer.send(s.peer.request(1, content_type=None), data(1, bytes(60_000)))
+            response = await s.peer.response(1)
+            assert dict(response.headers)[b":status"] == b"415"
+            assert await s.peer.wait_reset(1) == NO_ERROR
+            assert s.ledger.statistics().charged_bytes == 0
+
     async def test_foreign_body_is_under_flow_control(self):
         """T11: the body of a 415 waits for the client's window like any other."""
         async with served(client_settings={S_INITIAL_WINDOW_SIZE: 5}) as s:
@@ -205,6 +207,34 @@ class TestCalls:
                 await s.peer.send(s.peer.request(3, end=True))
                 assert (await s.peer.response(3)).status == Status.OK
         assert [entry["event"] for entry in logs if entry["log_level"] == "error"] == ["rpc.failed"]
+
+    async def test_bug_in_the_reader_ends_its_connection_only(self, monkeypatch):
+        """T2: an unexpected error while frames are read is logged, told as INTERNAL_ERROR, and ends one connection."""
+        factory = ConnectionFactory({ECHO: Route(echo)}, Ledger(64 * MIB), LIMITS)
+        with structlog.testing.capture_logs() as logs:
+            async with connected(factory) as (other, _), connected(factory) as (peer, _):
+                with monkeypatch.context() as patch:
+                    patch.setattr("arka.flight.streams.read_request", lambda fields: 1 // 0)
+                    await peer.send(peer.request(1))
+                    assert (await peer.wait_closed())[0] == 2
+                await other.send(other.request(1, end=True))
+                assert (await other.response(1)).status == Status.OK
+        [failed] = [entry for entry in logs if entry["event"] == "connection.failed"]
+        assert failed["incident"].encode() in peer.goaways[-1][2]
+
+    async def test_bug_beside_the_reader_ends_its_connection_only(self, monkeypatch):
+        """T2: an unexpected error in another of a connection's tasks does not reach other connections."""
+        factory = ConnectionFactory({ECHO: Route(echo)}, Ledger(64 * MIB), LIMITS)
+        with structlog.testing.capture_logs() as logs:
+            async with connected(factory) as (other, _):
+                with monkeypatch.context() as patch:
+                    patch.setattr("arka.flight.connection.Connection._watch", lambda self: trio.sleep(1 // 0))
+                    async with connected(factory, shake_hands=False) as (peer, _):
+                        while not peer.closed:
+                            await trio.testing.wait_all_tasks_blocked()
+                await other.send(other.request(1, end=True))
+                assert (await other.response(1)).status == Status.OK
+        assert "connection.failed" in [entry["event"] for entry in logs]
 
     async def test_deadline(self, autojump_clock):
         """grpc-timeout cancels the handler and is DEADLINE_EXCEEDED."""
@@ -659,6 +689,27 @@ class TestOutboundFlow:
             await s.peer.settle()
             assert s.factory.calls == 0
 
+    @pytest.mark.parametrize("act", ["send", "wait_outbox_drained"])
+    async def test_reset_is_cancellation_for_a_busy_sender(self, act):
+        """A handler that goes on sending on a stream that was reset is cancelled, not failed."""
+        cancelled = []
+
+        async def talk(call: Call) -> None:
+            try:
+                await call.receive()
+            except trio.Cancelled:
+                with trio.CancelScope(shield=True), pytest.raises(trio.ClosedResourceError):
+                    await getattr(call, act)()
+                cancelled.append(1)
+                await getattr(call, act)()
+
+        with structlog.testing.capture_logs() as logs:
+            async with served({"/x": Route(talk)}) as s:
+                await s.peer.send(s.peer.request(1, "/x"), rst_stream(1))
+                await s.peer.settle()
+        assert cancelled == [1]
+        assert [entry["event"] for entry in logs] == ["connection.closed"]
+
     async def test_turns(self):
         """A stream with little to say does not wait behind one with much."""
 
@@ -809,10 +860,10 @@ class TestLimits:
         with structlog.testing.capture_logs() as logs:
             async with served(lockstep=True, listen=False) as s:
                 await s.peer.send(PREFACE, settings())
-                with pytest.raises(trio.BrokenResourceError):
+                with pytest.raises(trio.BrokenResourceError):  # noqa: PT012
                     for at in range(1, 20_000, 200):
                         ids = range(at, at + 200, 2)
-                        await s.peer.send(*(s.peer.request(i, content_type=None) for i in ids))
+                        await s.peer.send(*(s.peer.request(i, content_type=None, end=True) for i in ids))
                         await trio.testing.wait_all_tasks_blocked()
         [line] = [entry for entry in logs if entry["event"] == "connection.closed"]
         assert line["reason"].startswith("ENHANCE_YOUR_CALM")

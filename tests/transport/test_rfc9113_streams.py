@@ -190,7 +190,8 @@ def request_block(peer, fields) -> bytes:
     return peer.encoder.encode(fields)
 
 
-GOOD = [(":method", "POST"), (":scheme", "http"), (":path", ECHO), ("content-type", "application/grpc")]
+AUTHORITY = (":authority", "test")
+GOOD = [(":method", "POST"), (":scheme", "http"), (":path", ECHO), AUTHORITY, ("content-type", "application/grpc")]
 MALFORMED = [
     ("8.2.1 upper case", [*GOOD, ("X-Upper", "v")]),
     ("8.2.1 control character in a value", [*GOOD, ("x", "a\nb")]),
@@ -199,15 +200,22 @@ MALFORMED = [
     ("8.2.2 te", [*GOOD, ("te", "gzip")]),
     ("8.3 unknown pseudo-header", [(":mine", "x"), *GOOD]),
     ("8.3 pseudo-header of responses", [(":status", "200"), *GOOD]),
-    ("8.3 pseudo-header behind others", [*GOOD, (":authority", "x")]),
+    ("8.3 pseudo-header behind others", [*GOOD[:3], GOOD[4], AUTHORITY]),
     ("8.3.1 no method", GOOD[1:]),
     ("8.3.1 no scheme", [GOOD[0], *GOOD[2:]]),
-    ("8.3.1 no path", [*GOOD[:2], GOOD[3]]),
-    ("8.3.1 empty path", [*GOOD[:2], (":path", ""), GOOD[3]]),
+    ("8.3.1 no path", [*GOOD[:2], *GOOD[3:]]),
+    ("8.3.1 empty path", [*GOOD[:2], (":path", ""), *GOOD[3:]]),
     ("8.3.1 method twice", [GOOD[0], *GOOD]),
     ("8.1.1 content-length that is no number", [*GOOD, ("content-length", "ten")]),
     ("8.1.1 contradicting content-lengths", [*GOOD, ("content-length", "1"), ("content-length", "2")]),
 ]
+
+
+async def test_well_formed_request():
+    """Section 8.3.1: the request that those below are variations of is served."""
+    async with served(ROUTES) as s:
+        await s.peer.send(frame(HEADERS, END_HEADERS | END_STREAM, 1, request_block(s.peer, GOOD)))
+        assert (await s.peer.response(1)).status == 0
 
 
 @pytest.mark.parametrize("fields", [pytest.param(case[1], id=case[0]) for case in MALFORMED])

@@ -199,7 +199,10 @@ class TestFlightData:
 
     def test_oversized_body(self):
         """T17: a body over its limit is discarded, the other fields stay, the next message is as always."""
-        big, small = flight_data(descriptor=b"D", header=b"H", body=bytes(101)), flight_data(header=b"H", body=bytes(100))
+        big, small = (
+            flight_data(descriptor=b"D", header=b"H", body=bytes(101)),
+            flight_data(header=b"H", body=bytes(100)),
+        )
         events = assemble(grpc_message(big) + grpc_message(small), body_limit=100)
         assert [event[2] for event in events] == [
             (b"D", b"H", None, 101, True, None),
@@ -311,6 +314,20 @@ class TestFrames:
         made = assembler(flight=False)
         made.window = 10
         assert run([data(1, bytes(11))], {1: made}) == [(wire.OVERRUN, 1)]
+
+    @pytest.mark.slow
+    def test_connection_overrun(self):
+        """T5: DATA beyond the connection's window is FLOW_CONTROL_ERROR; what was given back may be sent again."""
+        splitter = Splitter(LIMIT)
+        list(receive(splitter, PREFACE))
+        full = data(99, bytes(LIMIT))
+        for _ in range(2**31 // LIMIT - 1):
+            list(receive(splitter, full))
+        assert splitter.connection_window == LIMIT - 1
+        with pytest.raises(WireError) as caught:
+            list(receive(splitter, full))
+        assert caught.value.code == 3
+        assert splitter.take_credit() == 2**31 - LIMIT
 
     @pytest.mark.parametrize(
         ("frames", "bad"),

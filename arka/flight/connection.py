@@ -1,0 +1,402 @@
+"""One HTTP/2 connection: a nursery with one reader, one writer, one clock and a task for each RPC (T2).
+
+Owns: which frames h2 sees, GOAWAY, and how a connection ends. Does not own frame parsing
+(``arka._core.wire``), windows (``arka.flight.flow``, h2), streams (``arka.flight.streams``) nor gRPC.
+
+h2 gets every frame but DATA and GOAWAY, whole. DATA goes from the receive buffer to its stream's assembler;
+GOAWAY would close h2 for good while the peer merely opens no more streams (T1). Our WINDOW_UPDATE and GOAWAY
+frames are raw for the same reasons.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+from uuid import uuid4
+
+import h2.config
+import h2.connection
+import h2.events
+import h2.exceptions
+import h2.settings
+import structlog
+import trio
+from h2.errors import ErrorCodes
+from h2.settings import SettingCodes
+
+from arka._core import wire
+from arka._core.wire import CONNECTION_WINDOW, INITIAL_WINDOW, MessageAssembler, Splitter, WireError
+from arka.errors import ArkaError, ErrorCode
+from arka.flight import frames
+from arka.flight.channels import channel_of, peer_of
+from arka.flight.deadlines import Deadlines, Due
+from arka.flight.floods import Flood, FloodGuard
+from arka.flight.flow import Wakeup
+from arka.flight.frames import FrameType
+from arka.flight.outbound import Parts
+from arka.flight.streams import ADVERTISED_STREAMS, Shared, Streams
+from arka.options import Limits
+
+log = structlog.get_logger(__name__)
+
+#: MAX_FRAME_SIZE, bytes: larger frames are no faster, and one frame is discarded whole (T9).
+MAX_FRAME_BYTES: Final = 1024 * 1024
+#: Most bytes of control frames that wait for the socket because the peer does not read (T9).
+_CONTROL_BYTES: Final = 256 * 1024
+#: Bytes for the connection's window that are put off: a small part of its 2**31-1.
+_CONNECTION_CREDIT_BYTES: Final = 1024 * 1024
+#: MAX_HEADER_LIST_SIZE, bytes (T9).
+_HEADER_LIST_BYTES: Final = 64 * 1024
+#: Seconds to wait for a peer to read our last frames, or to take note of a GOAWAY.
+_GOODBYE_S: Final = 1.0
+#: How often in limits.message_stall_s the progress of streams is looked at.
+_STALL_CHECKS: Final = 4
+_DRAIN_PING: Final = b"arkdrain"
+_KEEPALIVE_PING: Final = b"arkalive"
+
+
+class Connection:
+    """One client's connection, from its preface to its end. Nothing it does can end another connection."""
+
+    def __init__(self, stream: trio.abc.Stream, shared: Shared) -> None:
+        """Prepare to serve ``stream``; the caller closes it after ``run``."""
+        self._stream = stream
+        self._limits = shared.limits
+        self._channel = channel_of(stream)
+        self._peer = peer_of(stream)
+        self._splitter = Splitter(MAX_FRAME_BYTES)
+        self._h2 = _make_h2()
+        self._now = now = trio.current_time()
+        self._floods = FloodGuard(now)
+        self._deadlines = Deadlines(shared.limits, now)
+        self._wakeup = Wakeup()
+        self._streams = Streams(
+            shared,
+            self._h2,
+            self._splitter,
+            self._peer,
+            count=self._count,
+            wake=self._wakeup.set,
+            set_busy=lambda busy: self._deadlines.set_busy(busy, trio.current_time()),
+        )
+        # Frames of our own and of h2's that are not DATA, in order.
+        self._control = bytearray(_first_frames(shared.limits))
+        self._flushed = trio.Event()
+        self._reading = trio.CancelScope()
+        self._nursery: trio.Nursery | None = None
+        self._settings_seen = False
+        self._connection_widened = False
+        self._drain_asked = False
+        # Why the connection ends, once it does.
+        self._ending: str | None = None
+        self._bytes_in = 0
+        self._bytes_out = 0
+
+    async def run(self) -> None:
+        """Serve until either side ends the connection.
+
+        Cancellation: RPCs are cancelled, the peer is told nothing more.
+        """
+        started = self._now
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                nursery.start_soon(self._write)
+                nursery.start_soon(self._watch)
+                if self._drain_asked:
+                    nursery.start_soon(self._drain)
+                with self._reading:
+                    await self._read(nursery)
+                await self._say_goodbye()
+                nursery.cancel_scope.cancel()
+        finally:
+            self._streams.abandon_all()
+            log.info(
+                "connection.closed",
+                peer=self._peer,
+                reason=self._ending or "cancelled",
+                rpcs=self._streams.calls,
+                bytes_in=self._bytes_in,
+                bytes_out=self._bytes_out,
+                seconds=round(trio.current_time() - started, 3),
+            )
+
+    def start_drain(self) -> None:
+        """Ask the peer to open no more streams; those that are open go on, without new window (T1, T19)."""
+        if not self._drain_asked:
+            self._drain_asked = True
+            self._streams.withhold()
+            if self._nursery is not None and self._ending is None:
+                self._nursery.start_soon(self._drain)
+
+    # -- reading ----------------------------------------------------------------------------------
+
+    async def _read(self, nursery: trio.Nursery) -> None:
+        """Take bytes in and act on them until the connection ends."""
+        splitter = self._splitter
+        try:
+            while size := await self._channel.receive_into(splitter.targets()):
+                self._now = now = trio.current_time()
+                self._deadlines.heard(now)
+                self._bytes_in += size
+                splitter.received(size)
+                while event := splitter.next():
+                    self._handle(event, nursery)
+                self._pick_up()
+            self._ending = self._ending or "the peer closed it"
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            self._ending = self._ending or "the peer is gone"
+        except WireError as error:
+            self._fail(ErrorCodes(error.code), error.detail)
+        except h2.exceptions.ProtocolError as error:
+            # h2 has its GOAWAY ready.
+            self._ending = self._ending or f"{ErrorCodes(error.error_code).name}: {error}"
+        except Exception:
+            # The outermost handler of a connection: a bug, or one of h2's, ends this connection and no other.
+            incident = uuid4().hex[:12]
+            log.exception("connection.failed", peer=self._peer, incident=incident)
+            self._fail(ErrorCodes.INTERNAL_ERROR, f"incident {incident}")
+
+    def _handle(self, event: int, nursery: trio.Nursery) -> None:
+        """Act on one event of the splitter's; the frequent ones first."""
+        splitter = self._splitter
+        if event == wire.MESSAGE:
+            splitter.assembler.owner.intake.complete(splitter.message, splitter.length)
+        elif event == wire.PREFIX:
+            splitter.assembler.owner.intake.begin(splitter.length, splitter.assembler.shortfall)
+        elif event == wire.CONTROL:
+            self._handle_frame(nursery)
+        elif event == wire.ENDED:
+            self._h2.receive_data(frames.end_of_stream(splitter.stream_id))
+            self._streams.end_by_peer(splitter.stream_id)
+        elif event == wire.REFUSED:
+            splitter.assembler.owner.intake.fail(_error_of(splitter.assembler))
+        elif event == wire.STRAY:
+            self._streams.judge_stray(splitter.stream_id)
+        elif event == wire.OVERRUN:
+            self._streams.reset(splitter.assembler.owner, ErrorCodes.FLOW_CONTROL_ERROR)
+        elif event == wire.LENGTH:
+            self._streams.reset(splitter.assembler.owner, ErrorCodes.PROTOCOL_ERROR)
+        elif event == wire.PADDING:
+            splitter.assembler.owner.intake.add_padding(splitter.length)
+        elif event == wire.EMPTY:
+            self._count(Flood.EMPTY_DATA)
+        elif event == wire.PREFACE:
+            self._h2.receive_data(splitter.frame)
+
+    def _handle_frame(self, nursery: trio.Nursery) -> None:
+        """Act on a frame other than DATA, most of them by way of h2."""
+        splitter = self._splitter
+        kind, flags, stream_id = splitter.frame_type, splitter.flags, splitter.stream_id
+        if not self._settings_seen:
+            if kind != FrameType.SETTINGS or flags & frames.ACK:
+                raise WireError(ErrorCodes.PROTOCOL_ERROR, "the first frame is not SETTINGS")
+            self._settings_seen = True
+            self._deadlines.shook_hands()
+        if kind == FrameType.GOAWAY:
+            self._handle_goaway(stream_id, splitter.frame)
+            return
+        if kind == FrameType.RST_STREAM:
+            self._count(Flood.RESETS_RECEIVED)
+            # h2 takes no notice of this one (T8).
+            if self._streams.is_idle(stream_id):
+                raise WireError(ErrorCodes.PROTOCOL_ERROR, f"RST_STREAM on stream {stream_id}, which is idle")
+        elif kind == FrameType.SETTINGS:
+            self._count(Flood.SETTINGS)
+            if flags & frames.ACK and splitter.length:
+                raise WireError(ErrorCodes.FRAME_SIZE_ERROR, "an acknowledgement of SETTINGS has a payload")
+        elif kind == FrameType.PING:
+            self._count(Flood.PING)
+        elif kind == FrameType.PRIORITY or kind > FrameType.CONTINUATION:
+            self._count(Flood.OTHER)
+        events = self._h2.receive_data(splitter.frame)
+        for event in events:
+            self._handle_h2(event, nursery)
+        if not events and kind in (FrameType.HEADERS, FrameType.CONTINUATION) and flags & frames.END_HEADERS:
+            # h2 has answered HEADERS on a stream that was reset with another reset.
+            self._count(Flood.RESETS_CAUSED)
+
+    def _handle_h2(self, event: h2.events.Event, nursery: trio.Nursery) -> None:
+        """Act on an event of h2's."""
+        if isinstance(event, h2.events.WindowUpdated):
+            if event.stream_id:
+                self._streams.widen(event.stream_id)
+            else:
+                self._connection_widened = True
+        elif isinstance(event, h2.events.RequestReceived):
+            self._streams.begin(event, nursery)
+        elif isinstance(event, h2.events.StreamEnded):
+            self._streams.end_by_peer(event.stream_id)
+        elif isinstance(event, h2.events.StreamReset):
+            self._streams.drop(event.stream_id, by_peer=event.remote_reset)
+        elif isinstance(event, h2.events.RemoteSettingsChanged):
+            self._connection_widened = True
+        elif isinstance(event, h2.events.PingAckReceived) and event.ping_data == _DRAIN_PING:
+            self._finish_drain()
+
+    def _handle_goaway(self, stream_id: int, frame: bytes) -> None:
+        """Note that the peer opens no more streams; its open ones go on (T1)."""
+        if stream_id:
+            raise WireError(ErrorCodes.PROTOCOL_ERROR, f"GOAWAY on stream {stream_id}")
+        if len(frame) < 17:
+            raise WireError(ErrorCodes.FRAME_SIZE_ERROR, f"GOAWAY of {len(frame) - 9} bytes")
+        code = int.from_bytes(frame[13:17], "big")
+        if code != ErrorCodes.NO_ERROR:
+            detail = frame[17:].decode("ascii", "replace")
+            log.info("connection.peer_goaway", peer=self._peer, code=code, detail=detail)
+
+    def _count(self, kind: Flood) -> None:
+        if not self._floods.allow(kind, self._now):
+            raise WireError(ErrorCodes.ENHANCE_YOUR_CALM, f"too many {kind.value}")
+
+    def _pick_up(self) -> None:
+        """See to it that what the last bytes caused is written."""
+        control = self._control
+        control += self._h2.data_to_send()
+        if len(control) > _CONTROL_BYTES:
+            raise WireError(ErrorCodes.ENHANCE_YOUR_CALM, "answers pile up: the peer does not read them")
+        if self._connection_widened:
+            # Once for all WINDOW_UPDATEs of a read: each touches every stream that waits.
+            self._connection_widened = False
+            self._streams.widen(0)
+        credit = self._splitter.take_credit(_CONNECTION_CREDIT_BYTES)
+        if credit:
+            control += frames.window_update(0, credit)
+        if control:
+            self._wakeup.set()
+
+    # -- writing ----------------------------------------------------------------------------------
+
+    async def _write(self) -> None:
+        """Write what is due until the connection ends and all of it is out."""
+        try:
+            while True:
+                parts: Parts = [bytes(self._control), self._streams.take_updates(), self._h2.data_to_send()]
+                self._control.clear()
+                self._streams.pump(parts)
+                # What the turns have caused: resets of streams whose client was still sending.
+                parts.append(self._h2.data_to_send())
+                size = sum(map(len, parts))
+                if size:
+                    await self._channel.send_all(parts)
+                    self._bytes_out += size
+                elif self._ending is not None:
+                    break
+                elif self._streams.last_served != frames.MAX_STREAM_ID and not self._streams:
+                    self._stop("drained")
+                elif not self._streams.has_output:
+                    await self._wakeup.wait()
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            self._stop("the peer is gone")
+        self._flushed.set()
+
+    # -- time and the end -------------------------------------------------------------------------
+
+    async def _watch(self) -> None:
+        """Keep the connection's deadlines."""
+        while True:
+            now = trio.current_time()
+            stall_check_at = now + self._limits.message_stall_s / _STALL_CHECKS
+            await trio.sleep_until(min(self._deadlines.next_at(now), stall_check_at))
+            if self._ending is not None:
+                return
+            now = trio.current_time()
+            due = self._deadlines.due(now)
+            if due is Due.PING:
+                self._h2.ping(_KEEPALIVE_PING)
+                self._wakeup.set()
+            elif due is Due.IDLE:
+                self._h2.close_connection(ErrorCodes.NO_ERROR, b"idle")
+                self._stop("idle")
+            elif due is Due.HANDSHAKE:
+                self._stop("the handshake took too long")
+            elif due is Due.SILENT:
+                self._stop("the peer does not answer")
+            self._streams.check_progress(now)
+
+    async def _drain(self) -> None:
+        """Tell the peer of the drain in two steps, so that streams on their way meanwhile are still served."""
+        self._control += frames.goaway(frames.MAX_STREAM_ID, ErrorCodes.NO_ERROR, "draining")
+        self._h2.ping(_DRAIN_PING)
+        self._wakeup.set()
+        await trio.sleep(_GOODBYE_S)
+        self._finish_drain()
+
+    def _finish_drain(self) -> None:
+        """Name the last stream that is served: the peer has had time to hear of the drain."""
+        if self._streams.last_served == frames.MAX_STREAM_ID and self._ending is None:
+            self._streams.last_served = last = self._h2.highest_inbound_stream_id
+            self._control += frames.goaway(last, ErrorCodes.NO_ERROR, "draining")
+            self._wakeup.set()
+
+    def _fail(self, code: ErrorCodes, detail: str) -> None:
+        """End the connection for what its peer did, and say so."""
+        self._h2.close_connection(code, detail.encode("ascii", "replace"))
+        self._ending = self._ending or f"{code.name}: {detail}"
+
+    def _stop(self, reason: str) -> None:
+        """End the connection from outside the reader."""
+        self._ending = self._ending or reason
+        self._reading.cancel()
+
+    async def _say_goodbye(self) -> None:
+        """Cancel what runs, write the last frames, and let the peer read them."""
+        self._streams.abandon_all()
+        self._wakeup.set()
+        with trio.move_on_after(_GOODBYE_S):
+            await self._flushed.wait()
+            try:
+                if isinstance(self._stream, trio.abc.HalfCloseableStream):
+                    await self._stream.send_eof()
+                # Closing with bytes unread would reset the connection, and the peer lose our GOAWAY.
+                scratch = [memoryview(bytearray(4096))]
+                while await self._channel.receive_into(scratch):
+                    pass
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                return
+
+
+def _make_h2() -> h2.connection.H2Connection:
+    """Make h2's side of a connection. It announces nothing: our SETTINGS are raw."""
+    config = h2.config.H2Configuration(client_side=False, header_encoding=None)
+    connection = h2.connection.H2Connection(config)
+    # h2 answers one stream too many with a fatal error; the limits that hold are ours (T10).
+    connection.local_settings = h2.settings.Settings(
+        client=False,
+        initial_values={
+            SettingCodes.MAX_CONCURRENT_STREAMS: frames.MAX_STREAM_ID,
+            SettingCodes.MAX_HEADER_LIST_SIZE: _HEADER_LIST_BYTES,
+        },
+    )
+    connection.initiate_connection()
+    connection.clear_outbound_data_buffer()
+    return connection
+
+
+def _first_frames(limits: Limits) -> bytes:
+    """What the server says first."""
+    values: dict[int, int] = {
+        SettingCodes.ENABLE_PUSH: 0,
+        SettingCodes.MAX_CONCURRENT_STREAMS: ADVERTISED_STREAMS * limits.streams_per_connection,
+        SettingCodes.INITIAL_WINDOW_SIZE: INITIAL_WINDOW,
+        SettingCodes.MAX_FRAME_SIZE: MAX_FRAME_BYTES,
+        SettingCodes.MAX_HEADER_LIST_SIZE: _HEADER_LIST_BYTES,
+    }
+    return frames.settings(values) + frames.window_update(0, CONNECTION_WINDOW - 65_535)
+
+
+_CODE_OF_REFUSAL: Final = {
+    "compressed": ErrorCode.UNIMPLEMENTED,
+    "flag": ErrorCode.INTERNAL,
+    "too_large": ErrorCode.TOO_LARGE,
+    "malformed": ErrorCode.INVALID_REQUEST,
+}
+
+
+def _error_of(assembler: MessageAssembler) -> ArkaError:
+    """What an RPC is told about bytes that are no message (T12, T17)."""
+    refusal = assembler.error
+    assert refusal is not None
+    return ArkaError(refusal.detail, code=_CODE_OF_REFUSAL[refusal.kind])
+
+
+__all__ = ["MAX_FRAME_BYTES", "Connection"]
