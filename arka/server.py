@@ -111,7 +111,7 @@ class Server:
         """
         async with trio.open_nursery() as tiers:
             await tiers.start(self._pipeline.run)
-            tiers.start_soon(self._reservation.run)
+            tiers.start_soon(self._pipeline.guard_log, self._reservation.run)
             if prepare is not None:
                 await prepare()
             async with trio.open_nursery() as connections:

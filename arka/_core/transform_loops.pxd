@@ -66,7 +66,7 @@ cdef struct Kernel:
     uint64_t reciprocal         # of the divisor, see bind_parameter
     uint64_t bias               # truncate: a multiple of W that makes each value non-negative
     int64_t lowest              # truncate of int, long: the least value whose result is representable
-    int128_t lowest_wide        # truncate of decimal: the least result that a manifest can hold
+    int128_t lowest_wide        # truncate of decimal: the least result of its precision
 
 
 cdef inline uint64_t fill_bool(const Kernel *kernel, int64_t start, int64_t count, void *out) noexcept nogil:

@@ -293,10 +293,11 @@ cdef void bind_parameter(Kernel *kernel, int kind, int source, object type, obje
         kernel.bias = (<uint64_t> 1 << (31 if source == INT else 63)) / kernel.divisor * kernel.divisor
         kernel.lowest = <int64_t> (0 - kernel.bias)
         if source == DECIMAL:
-            # Iceberg spec, appendix A: a manifest holds a decimal in the fewest bytes for its precision.
-            bits = 8 * (((10**type.precision - 1).bit_length() + 8) // 8) - 1
-            # In two steps: 2**127 itself is no int128.
-            kernel.lowest_wide = -(<int128_t> 1 << <int> (bits - 1)) * 2
+            # The result has the source's precision: writers refuse a value with a digit more. In two halves, as
+            # 10**38 fits an int128 and no other C integer.
+            lowest = 10**type.precision - 1
+            kernel.lowest_wide = <int128_t> <uint64_t> (lowest >> 64) << 64
+            kernel.lowest_wide = -(kernel.lowest_wide | <int128_t> <uint64_t> (lowest & 0xFFFFFFFFFFFFFFFF))
 
 
 @final
@@ -450,7 +451,7 @@ cdef class Transform:
         """Check that each value of an array has a result, without making the results.
 
         Two transforms lack some: ``hour`` for timestamps some 245,000 years from 1970, and ``truncate``
-        for numbers within W of the least one of their type (of what a manifest can hold, for decimals).
+        for numbers within W of the least one of their type (for decimals: of their precision).
 
         Args:
             array: as for ``apply``.

@@ -134,7 +134,8 @@ def list_tables(config: CatalogConfig) -> list[CatalogTable]:
             except TableMissing:
                 # Dropped between the listing and the load.
                 continue
-            except FileNotFoundError as error:
+            except Exception as error:
+                # One table that cannot be read, for whatever reason, must not keep the others from being served.
                 _log.warning("catalog.table_broken table=%s reason=%s", ".".join(identifier), error)
     return sorted(found, key=lambda table: table.info.name)
 

@@ -36,12 +36,13 @@ class CreateRecord(msgspec.Struct, frozen=True):
 
 
 class DropRecord(msgspec.Struct, frozen=True):
-    """Payload of a DROP record."""
+    """Payload of a DROP record: the intent, and with ``done`` that the catalog has done it."""
 
     namespace: str
     name: str
     table_uuid: str
     purge: bool
+    done: bool = False
 
 
 def parse_drop(payload: bytes) -> DropRecord:
@@ -62,9 +63,9 @@ def log_create(memory: MemoryTier, definition: TableDefinition, location_suffix:
     return memory.append_control(KIND_CREATE, msgspec.msgpack.encode(record))
 
 
-def log_drop(memory: MemoryTier, info: TableInfo, *, purge: bool) -> int:
+def log_drop(memory: MemoryTier, info: TableInfo, *, purge: bool, done: bool = False) -> int:
     """Put a DROP record into the log; returns its LSN."""
-    record = DropRecord(info.name.namespace, info.name.name, str(info.uuid), purge)
+    record = DropRecord(info.name.namespace, info.name.name, str(info.uuid), purge, done)
     return memory.append_control(KIND_DROP, msgspec.msgpack.encode(record))
 
 

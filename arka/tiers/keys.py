@@ -36,8 +36,9 @@ class _TableKeys:
     writes: dict[bytes, KeyedWrite]
     # (committed LSN, monotonic seconds): from when on the keys up to that LSN have been committed.
     commits: deque[tuple[int, float]]
-    # Keys that no checkpoint covers, in LSN order.
-    uncovered: deque[bytes]
+    # Keys that no checkpoint covers, with their writes' LSNs, in LSN order. A key whose retention ended, and that
+    # was used again since, is in it twice: the LSN tells the two apart.
+    uncovered: deque[tuple[bytes, int]]
 
 
 class KeyIndex:
@@ -68,27 +69,22 @@ class KeyIndex:
         if key not in keys.writes:
             keys.writes[key] = KeyedWrite(lsn, digest)
             if not covered:
-                keys.uncovered.append(key)
+                keys.uncovered.append((key, lsn))
 
     def uncovered(self, through_lsn: int) -> Iterator[CheckpointKey]:
         """Yield the keys up to ``through_lsn`` that no checkpoint covers."""
         for table, keys in self._tables.items():
-            for key in keys.uncovered:
-                write = keys.writes.get(key)
-                if write is None:
-                    # Its retention is over.
-                    continue
-                if write.lsn > through_lsn:
+            for key, lsn in keys.uncovered:
+                if lsn > through_lsn:
                     break
-                yield CheckpointKey(table, key, write.lsn, write.digest)
+                write = keys.writes.get(key)
+                if write is not None and write.lsn == lsn:
+                    yield CheckpointKey(table, key, lsn, write.digest)
 
     def forget_uncovered(self, through_lsn: int) -> None:
         """Note that a checkpoint covers the keys up to ``through_lsn``."""
         for keys in self._tables.values():
-            while keys.uncovered:
-                write = keys.writes.get(keys.uncovered[0])
-                if write is not None and write.lsn > through_lsn:
-                    break
+            while keys.uncovered and keys.uncovered[0][1] <= through_lsn:
                 keys.uncovered.popleft()
 
     def note_committed(self, table: UUID, lsn: int, now_s: float) -> None:

@@ -9,7 +9,7 @@ table's failure stays in the table.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -29,10 +29,10 @@ from arka.tiers.disk import DiskTier
 from arka.tiers.keys import KeyIndex
 from arka.tiers.memory import Appended, MemoryTier, Releasable
 from arka.tiers.objects import ObjectTier
-from arka.tiers.release import LogRelease
+from arka.tiers.release import LogRelease, LostRange
 from arka.tiers.space import DiskSpace
 from arka.tiers.table import Table, TableCommitter, TableState
-from arka.tiers.watermarks import Watermark
+from arka.tiers.watermarks import Watermark, now_us
 from arka.wal.writer import AppendedRange, WalPoisoned, WalWriter
 
 log = structlog.get_logger(__name__)
@@ -59,6 +59,23 @@ class Marks:
     objects: Watermark
 
 
+class _Outcome:
+    """How a task ended, for whoever still waits for it."""
+
+    def __init__(self) -> None:
+        self._ended = trio.Event()
+        self._error: ArkaError | None = None
+
+    def set(self, error: ArkaError | None) -> None:
+        self._error = error
+        self._ended.set()
+
+    async def wait(self) -> None:
+        await self._ended.wait()
+        if self._error is not None:
+            raise self._error
+
+
 class Pipeline:
     """What a write goes through. Used from trio's thread only."""
 
@@ -74,7 +91,8 @@ class Pipeline:
         keys: KeyIndex,
         space: DiskSpace,
         release: LogRelease,
-        lost_from: int | None,
+        lost: Sequence[LostRange],
+        retention_s: float,
         limits: Limits,
         group_bytes: int,
         iceberg: IcebergOptions,
@@ -93,7 +111,8 @@ class Pipeline:
             keys: idempotency keys as recovery found them.
             space: whether the disk has room for new writes.
             release: deletes what the log no longer needs.
-            lost_from: the first LSN that a crash lost and that is still remembered (R3); None for none.
+            lost: LSNs that crashes lost (R3).
+            retention_s: for how long they are remembered.
             limits: what clients may use.
             group_bytes: most bytes of one group commit.
             iceberg: cadence and sizes of commits.
@@ -110,13 +129,16 @@ class Pipeline:
         self._keys = keys
         self._space = space
         self._release = release
-        self._lost_from = lost_from
+        self._lost = tuple(lost)
+        self._retention_s = retention_s
         self._limits = limits
         self._iceberg = iceberg
         self._rng = rng
         self._disk_tier = DiskTier(memory, writer, marks.disk, group_bytes=group_bytes, on_durable=self._note_durable)
         self._by_uuid: dict[UUID, Table] = {}
         self._by_name: dict[TableName, Table] = {}
+        # Tables that this process dropped: whoever loaded one meanwhile must not bring it back.
+        self._dropped: set[UUID] = set()
         self._ddl_lock = trio.Lock()
         self._draining = False
         self._failure: OutcomeUnknown | None = None
@@ -148,8 +170,13 @@ class Pipeline:
             task_status.started()
 
     async def _run_disk(self) -> None:
+        await self.guard_log(self._disk_tier.run)
+        self._disk_ended.set()
+
+    async def guard_log(self, task: Callable[[], Awaitable[None]]) -> None:
+        """Run a task that writes to the log's disk; if that fails, tell the streams before it ends everything (R6)."""
         try:
-            await self._disk_tier.run()
+            await task()
         except WalPoisoned as error:
             self._failure = error
             log.critical("disk.poisoned", reason=error.detail)
@@ -157,7 +184,6 @@ class Pipeline:
                 listener(ErrorCode.OUTCOME_UNKNOWN, error.detail)
             await trio.sleep(_POISON_GRACE_S)
             raise
-        self._disk_ended.set()
 
     def start_drain(self) -> None:
         """Refuse new writes from now on, and bring what is accepted down without waiting for company."""
@@ -218,12 +244,12 @@ class Pipeline:
             ArkaError: ``table_dropped``, ``table_stopped``, ``overloaded`` or ``unavailable``; the charge
                 stays with the caller.
         """
-        if self._failure is not None:
-            raise Closed("The log's disk has failed; nothing is accepted any more")
-        if self._draining:
-            raise Unavailable("The server is draining: reconnect to the same node and resume")
-        table.check_active()
-        self._space.check()
+        known = self._keys.find(table.info.uuid, key) if key else None
+        if known is None:
+            self._check_open(table)
+        else:
+            # A resend is answered whatever the gates say: refusing it would say that it is not in the table.
+            self._check_known(table, known.lsn)
         digest = crc32c(payload.ipc) if key else 0
         appended = self.memory.append(
             table.info, payload, rows=rows, operation=operation, key=key, digest=digest, charge=charge
@@ -231,6 +257,22 @@ class Pipeline:
         if not appended.duplicate:
             table.last_lsn = appended.lsn
         return appended
+
+    def _check_open(self, table: Table) -> None:
+        """Refuse a new write where none is taken."""
+        if self._failure is not None:
+            raise Closed("The log's disk has failed; nothing is accepted any more")
+        if self._draining:
+            raise Unavailable("The server is draining: reconnect to the same node and resume")
+        table.check_active()
+        self._space.check()
+
+    def _check_known(self, table: Table, lsn: int) -> None:
+        """Refuse to answer for a known write whose own outcome nobody can say now."""
+        if self._failure is not None and lsn > self._marks.disk.lsn:
+            raise self._failure
+        if table.ending is not None and lsn > table.committed.lsn:
+            raise ArkaError(table.ending.detail, code=table.ending.code)
 
     def _note_durable(self, appended: AppendedRange) -> None:
         """Hand a fsynced range down: to the object tier and to the tables' backlogs."""
@@ -288,7 +330,9 @@ class Pipeline:
         if not table.backlog and table.last_lsn <= table.committed.lsn:
             # Nothing of this table is on its way: it holds all there is.
             marks[Tier.ICEBERG_COMMITTED] = marks[Tier.OBJECT_STORAGE]
-        cap = lsn if self._lost_from is None else min(lsn, self._lost_from - 1)
+        oldest_us = now_us() - int(self._retention_s * 1e6)
+        remembered = [lost.range.after for lost in self._lost if lost.recorded_us >= oldest_us]
+        cap = min([lsn, *remembered])
         return {tier: min(mark, cap) for tier, mark in marks.items()}
 
     # -- tables -----------------------------------------------------------------------------------
@@ -298,6 +342,12 @@ class Pipeline:
         known = self._by_uuid.get(found.info.uuid)
         if known is not None:
             return known
+        if found.info.uuid in self._dropped:
+            raise ArkaError(
+                f"Table was dropped: {found.info.name} (what stands under the name now is the same table, registered "
+                "again: restart the server to take it in)",
+                code=ErrorCode.TABLE_DROPPED,
+            )
         table = Table(found.info, found.committed_lsn(self.identity.log_uuid), found.snapshot_id)
         self._by_uuid[found.info.uuid] = table
         named = self._by_name.get(found.info.name)
@@ -309,7 +359,8 @@ class Pipeline:
 
     def tables(self) -> Iterable[Table]:
         """All tables that are not dropped, by full name."""
-        return [self._by_name[name] for name in sorted(self._by_name, key=str)]
+        names = sorted(self._by_name, key=str)
+        return [self._by_name[name] for name in names if self._by_name[name].state is not TableState.DROPPED]
 
     async def find_table(self, name: TableName) -> Table:
         """Find a table by name; one that others have created since the start is loaded.
@@ -370,16 +421,36 @@ class Pipeline:
         """
         async with self._ddl_lock:
             table = await self.find_table(name)
-            lsn = ddl.log_drop(self.memory, table.info, purge=purge)
-            await self._marks.disk.wait_reached(lsn)
-            # The record stays in the log until the catalog has done it: a restart finishes it.
-            table.drop_lsn = lsn
-            table.end(ddl.dropped(table.info))
-            await ddl.drop_table(self.catalog, table.info, purge=purge)
-            del self._by_name[name]
-            self._by_uuid.pop(table.info.uuid, None)
-            self._keys.drop_table(table.info.uuid)
-            return name
+        # The client may go away, the drop may not: once its record is in the log it is carried out.
+        done = _Outcome()
+        assert self._nursery is not None
+        self._nursery.start_soon(self._drop, table, purge, done)
+        await done.wait()
+        return name
+
+    async def _drop(self, table: Table, purge: bool, done: _Outcome) -> None:
+        info = table.info
+        async with self._ddl_lock:
+            if info.uuid in self._dropped:
+                done.set(None)
+                return
+            if table.drop_lsn is None:
+                # The record stays in the log until the catalog has done it: a restart finishes it.
+                table.drop_lsn = ddl.log_drop(self.memory, info, purge=purge)
+                table.end(ddl.dropped(info))
+            await self._marks.disk.wait_reached(table.drop_lsn)
+            try:
+                await ddl.drop_table(self.catalog, info, purge=purge)
+            except ArkaError as error:
+                done.set(error)
+                return
+            ddl.log_drop(self.memory, info, purge=purge, done=True)
+            self._dropped.add(info.uuid)
+            if self._by_name.get(info.name) is table:
+                del self._by_name[info.name]
+            self._by_uuid.pop(info.uuid, None)
+            self._keys.drop_table(info.uuid)
+        done.set(None)
 
     async def flush(self, table: Table, tier: Tier) -> int:
         """Wait until everything that was accepted for the table has reached ``tier``.

@@ -14,6 +14,7 @@ import trio
 
 from arka._core.lsn import LsnAllocator
 from arka.storage.ports import StoreUnavailable
+from arka.wal.writer import WalPoisoned
 
 log = structlog.get_logger(__name__)
 
@@ -52,7 +53,7 @@ class LsnReservation:
         """Raise the ceilings at half, until cancelled.
 
         Raises:
-            OSError: the disk does not take the ceiling; the log has failed.
+            WalPoisoned: the disk does not take the ceiling; the log has failed (R6).
             Fenced: a newer epoch owns the log.
         """
         while True:
@@ -71,7 +72,10 @@ class LsnReservation:
                 log.warning("lsn.reserve_stalled", remaining=allocator.remaining, reason=str(error))
         ceiling = min(wanted, self._store_ceiling)
         if ceiling > allocator.ceiling:
-            await self._write_disk_ceiling(ceiling)
+            try:
+                await self._write_disk_ceiling(ceiling)
+            except OSError as error:
+                raise WalPoisoned(f"The log's state cannot be written: {error}; restart the server") from error
             allocator.raise_ceiling(ceiling)
 
 

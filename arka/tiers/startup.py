@@ -72,7 +72,8 @@ class _TableFrames:
     places: array[int] = field(default_factory=lambda: array("Q"))
     keys: list[tuple[bytes, int, int]] = field(default_factory=list)
     last_lsn: int = 0
-    info: TableInfo | None = None
+    # By schema id; the last one met is the newest that this log knows.
+    infos: dict[int, TableInfo] = field(default_factory=dict)
 
 
 class _Replay:
@@ -80,7 +81,8 @@ class _Replay:
 
     def __init__(self) -> None:
         self.tables: dict[UUID, _TableFrames] = {}
-        self.drops: list[ddl.DropRecord] = []
+        # Drops that the catalog may not have done yet.
+        self.drops: dict[UUID, ddl.DropRecord] = {}
         self.lost: list[LostRange] = []
 
     def take(self, frame: RecoveredFrame) -> None:
@@ -91,9 +93,17 @@ class _Replay:
                 self._take_batch(frame)
             case kind if kind == KIND_TABLE:
                 info = TableInfo.from_bytes(frame.payload())
-                self._frames(info.uuid).info = info
+                self._frames(info.uuid).infos[info.schema_id] = info
             case kind if kind == KIND_DROP:
-                self.drops.append(ddl.parse_drop(frame.payload()))
+                record = ddl.parse_drop(frame.payload())
+                uuid = ddl.parse_table_uuid(record)
+                # What was written before the drop went with the table; what comes behind it, in a table that was
+                # registered again, does not.
+                self.tables.pop(uuid, None)
+                if record.done:
+                    self.drops.pop(uuid, None)
+                else:
+                    self.drops[uuid] = record
             case kind if kind == KIND_LOST:
                 self.lost.append(LostRange(parse_lost(frame.payload()), header.accepted_us))
 
@@ -271,7 +281,8 @@ async def open_pipeline(
         keys=keys,
         space=space,
         release=release,
-        lost_from=lost[0].range.after + 1 if lost else None,
+        lost=lost,
+        retention_s=retention_s,
         limits=settings.limits,
         group_bytes=settings.wal.group_bytes,
         iceberg=settings.iceberg,
@@ -317,8 +328,7 @@ def _space(settings: Settings, recovered: RecoveredLog, read_free: Callable[[], 
 async def _restore_tables(pipeline: Pipeline, catalog: Catalog, replay: _Replay, keys: KeyIndex) -> None:
     """Load the tables, finish drops that a crash cut short, and give each table the frames it still needs."""
     found = {table.info.uuid: table for table in await _list_tables(catalog)}
-    for record in replay.drops:
-        uuid = ddl.parse_table_uuid(record)
+    for uuid, record in replay.drops.items():
         replay.tables.pop(uuid, None)
         left = found.pop(uuid, None)
         if left is not None:
@@ -331,6 +341,8 @@ async def _restore_tables(pipeline: Pipeline, catalog: Catalog, replay: _Replay,
         table = pipeline.register(loaded_table) if loaded_table is not None else _restore_missing(pipeline, frames)
         if table is None:
             continue
+        for schema_id, info in frames.infos.items():
+            table.schemas.setdefault(schema_id, info.schema)
         committed = table.committed.lsn
         places = frames.places
         for at in range(0, len(places), 4):
@@ -346,9 +358,9 @@ async def _restore_tables(pipeline: Pipeline, catalog: Catalog, replay: _Replay,
 
 def _restore_missing(pipeline: Pipeline, frames: _TableFrames) -> Table | None:
     """Keep the frames of a table that others renamed or dropped: stopped, never discarded (R5, R18)."""
-    if frames.info is None:
+    if not frames.infos:
         return None
-    info = frames.info
+    info = list(frames.infos.values())[-1]
     table = pipeline.register(CatalogTable(info, (), None))
     detail = (
         f"Table {info.name} ({info.uuid}) is not in the catalog and was not dropped here: it was renamed or dropped "

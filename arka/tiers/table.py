@@ -73,6 +73,8 @@ class Table:
         self.info = info
         self.committed = Watermark(Tier.ICEBERG_COMMITTED, committed_lsn, snapshot_id)
         self.backlog = Backlog()
+        #: The schemas that waiting frames may use, by id (R24).
+        self.schemas = {info.schema_id: info.schema}
         #: The last LSN given to a write of this table; recovery raises it.
         self.last_lsn = committed_lsn
         self.ending: Ending | None = None
@@ -224,7 +226,7 @@ class TableCommitter:
         table = self._table
         job = EncodeJob(
             table=table.info,
-            schemas={table.info.schema_id: table.info.schema.serialize().to_pybytes()},
+            schemas={number: schema.serialize().to_pybytes() for number, schema in table.schemas.items()},
             log_uuid=self._log_uuid,
             after_lsn=table.committed.lsn,
             through_lsn=cut.through_lsn,

@@ -9,7 +9,7 @@ import pickle
 import random
 import struct
 import sys
-from decimal import Decimal
+from decimal import Decimal, localcontext
 from uuid import UUID
 
 import pyarrow as pa
@@ -216,12 +216,17 @@ def test_results_are_the_specs(name, data):
             assert same([found], [scalar(value)]), value
 
 
-def test_truncated_decimals_may_fill_the_bytes_of_their_precision():
-    """A result is refused when the manifest's bytes cannot hold it, not at the precision's last digit."""
-    array = pa.array([Decimal(-99)], pa.decimal128(2, 0))
-    assert parse_transform("truncate[64]").apply(array).to_pylist() == [Decimal(-128)]
-    with pytest.raises(ValueError, match=r"truncate\[65\] has no result for the decimal128\(2, 0\) in row 0"):
-        parse_transform("truncate[65]").apply(array)
+@pytest.mark.parametrize("precision", [2, 9, 18, 19, 38])
+def test_truncated_decimals_stay_within_their_precision(precision):
+    """A result with a digit more than the type has is refused: no commit could write it (R17)."""
+    with localcontext() as context:
+        context.prec = 60
+        least = -(Decimal(10) ** precision - 1)
+        kind = pa.decimal128(precision, 0)
+        transform = parse_transform("truncate[10]")
+        assert transform.apply(pa.array([least + 9], kind)).to_pylist() == [least + 9]
+        with pytest.raises(ValueError, match=r"truncate\[10\] has no result"):
+            transform.check_values(pa.array([least], kind))
 
 
 #: Iceberg spec, appendix B: the hashes of example values.

@@ -30,3 +30,16 @@ def test_keys_belong_to_the_table() -> None:
     keys.drop_table(one)
     assert keys.find(one, b"k") is None
     assert keys.find(other, b"k") == KeyedWrite(2, 0)
+
+
+def test_a_key_used_again_does_not_hide_the_keys_between() -> None:
+    """A key that expired and came again must not keep later keys out of the checkpoint (R12, R21)."""
+    keys, table = KeyIndex(0.0), uuid4()
+    keys.insert(table, b"k", 10, 1)
+    keys.note_committed(table, 10, 1.0)
+    assert keys.find(table, b"k") is None
+    keys.insert(table, b"x", 300, 2)
+    keys.insert(table, b"k", 500, 3)
+    assert [(key.key, key.lsn) for key in keys.uncovered(400)] == [(b"x", 300)]
+    keys.forget_uncovered(400)
+    assert [(key.key, key.lsn) for key in keys.uncovered(999)] == [(b"k", 500)]
