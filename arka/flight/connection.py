@@ -171,7 +171,7 @@ class Connection:
         elif event == wire.REFUSED:
             splitter.assembler.owner.intake.fail(_error_of(splitter.assembler))
         elif event == wire.STRAY:
-            self._streams.judge_stray(splitter.stream_id)
+            self._control += self._streams.judge_stray(splitter.stream_id)
         elif event == wire.OVERRUN:
             self._streams.reset(splitter.assembler.owner, ErrorCodes.FLOW_CONTROL_ERROR)
         elif event == wire.LENGTH:

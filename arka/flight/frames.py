@@ -59,6 +59,11 @@ def window_update(stream_id: int, increment: int) -> bytes:
     return _WINDOW_UPDATE.pack(0, 4, FrameType.WINDOW_UPDATE, 0, stream_id, increment)
 
 
+def rst_stream(stream_id: int, error_code: int) -> bytes:
+    """Encode a RST_STREAM frame (RFC 9113, section 6.4)."""
+    return frame_header(4, FrameType.RST_STREAM, 0, stream_id) + error_code.to_bytes(4, "big")
+
+
 def goaway(last_stream_id: int, error_code: int, detail: str = "") -> bytes:
     """Encode a GOAWAY.
 

@@ -141,6 +141,8 @@ class Streams:
         self._owed: dict[int, Stream] = {}
         # Streams that we reset while the peer could still be sending, oldest first; the newest one forgotten.
         self._resets: OrderedDict[int, None] = OrderedDict()
+        # Streams that the peer reset and has sent nothing on since.
+        self._reset_by_peer: OrderedDict[int, None] = OrderedDict()
         self._resets_forgotten = 0
 
     def __len__(self) -> int:
@@ -261,21 +263,31 @@ class Streams:
         """Whether the peer has never used a stream."""
         return stream_id % 2 == 0 or stream_id > self._h2.highest_inbound_stream_id
 
-    def judge_stray(self, stream_id: int) -> None:
+    def judge_stray(self, stream_id: int) -> bytes:
         """Judge DATA on a stream that is not live; the splitter discards it (T7).
 
+        Returns:
+            A frame to send, or nothing. DATA behind the peer's own RST_STREAM is an error of that stream alone
+            (RFC 9113, section 5.1): netty sends some when a call is cancelled while it writes.
+
         Raises:
-            WireError: the peer could know that the stream is not open.
+            WireError: the peer had ended the stream.
         """
         self._count(Flood.STRAY_DATA)
+        if stream_id in self._reset_by_peer:
+            del self._reset_by_peer[stream_id]
+            self._count(Flood.RESETS_CAUSED)
+            self._remember_reset(stream_id)
+            return frames.rst_stream(stream_id, ErrorCodes.STREAM_CLOSED)
         if stream_id in self._resets or 0 < stream_id <= self._resets_forgotten:
-            return
+            return b""
         if self.is_idle(stream_id):
             raise WireError(ErrorCodes.PROTOCOL_ERROR, f"DATA on stream {stream_id}, which is idle")
         stream = self._open.get(stream_id)
         if stream is None:
             raise WireError(ErrorCodes.STREAM_CLOSED, f"DATA on stream {stream_id}, which is closed")
         self.reset(stream, ErrorCodes.STREAM_CLOSED)
+        return b""
 
     def end_by_peer(self, stream_id: int) -> None:
         """Note that the peer has half-closed a stream."""
@@ -287,7 +299,11 @@ class Streams:
 
     def drop(self, stream_id: int, *, by_peer: bool) -> None:
         """Forget a stream that h2 says was reset, by the peer or for what the peer did."""
-        if not by_peer:
+        if by_peer:
+            self._reset_by_peer[stream_id] = None
+            if len(self._reset_by_peer) > _RESETS_REMEMBERED:
+                self._resets_forgotten = max(self._resets_forgotten, self._reset_by_peer.popitem(last=False)[0])
+        else:
             self._count(Flood.RESETS_CAUSED)
             self._remember_reset(stream_id)
         stream = self._open.get(stream_id)

@@ -113,6 +113,16 @@ class TestClosed:
             _, code = await outcome(s, 1)
             assert code == STREAM_CLOSED
 
+    async def test_data_behind_the_peers_own_reset(self):
+        """DATA behind the peer's RST_STREAM costs that stream alone: clients that cancel while they write send some."""
+        async with served(ROUTES) as s:
+            await self.close_by_peer(s)
+            await s.peer.settle()
+            await s.peer.send(data(1, bytes(1000)) * 50, data(1, end=True))
+            await s.peer.send(s.peer.request(3, end=True))
+            assert (await s.peer.response(3)).status == 0
+            assert [f.kind for f in s.peer.frames].count(3) == 1
+
     async def test_peer_could_not_know(self):
         """DATA on a stream that we reset is discarded: it may have been on its way."""
         async with served(ROUTES) as s:
