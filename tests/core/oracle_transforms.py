@@ -81,10 +81,10 @@ def year_and_month(days: int) -> tuple[int, int]:
 
 
 def largest_magnitude(kind: pa.DataType) -> int:
-    """Return m such that a result must lie in [-m, m)."""
+    """Return m such that no result may lie below -m."""
     if pa.types.is_decimal(kind):
-        # What the fewest bytes that hold the precision can hold.
-        return 1 << (8 * len(minimal_bytes(10**kind.precision - 1)) - 1)
+        # Of the source's precision: a writer refuses a digit more.
+        return int(10**kind.precision) - 1
     return 1 << (kind.bit_width - 1)
 
 
