@@ -56,6 +56,7 @@ _FLAGS: Final = {
     "catalog_uri": ("--catalog-uri", "iceberg.catalog_uri"),
     "warehouse": ("--warehouse", "iceberg.warehouse"),
     "demo_tables": ("--demo-tables", "server.demo_tables"),
+    "take_over": ("--take-over", "server.take_over"),
     "log_format": ("--log-format", "log.format"),
     "log_level": ("--log-level", "log.level"),
 }
@@ -74,6 +75,7 @@ log = structlog.get_logger(__name__)
 @click.option("--catalog-uri", metavar="URI", help="Iceberg catalog.  [sqlite:///DATA/catalog.db]")
 @click.option("--warehouse", metavar="URL", help="Iceberg warehouse.  [file://DATA/warehouse]")
 @click.option("--demo-tables", is_flag=True, default=None, help="Register the example tables at start.")
+@click.option("--take-over", is_flag=True, default=None, help="Take the log from a server that runs elsewhere.")
 @click.option("--log-format", metavar="console|json", help="Log lines for people or for machines.  [console]")
 @click.option("--log-level", metavar="LEVEL", help="debug, info, warning or error.  [info]")
 @click.option("--show-config", is_flag=True, help="Print every setting with its origin and exit.")

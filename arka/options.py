@@ -50,6 +50,7 @@ class ServerOptions:
     )
     drain_s: float = option(10.0, "Longest time from SIGTERM to exit.", at_least=0.1, at_most=3600)
     demo_tables: bool = option(False, "Register the example tables at start.")
+    take_over: bool = option(False, "Take the node's log from another data directory's server that still runs.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +106,12 @@ class ObjectStoreOptions:
     bytes: int = option(32 * MIB, "Size at which an upload starts without waiting.", at_least=64 * KIB)
     uploads: int = option(4, "Uploads at a time.", at_least=1, at_most=64)
     retry_s: float = option(0.2, "First pause after a failed request; doubles up to 5 s.", at_least=0.001)
+    heartbeat_s: float = option(
+        2.0,
+        "How often the server shows in the store that it runs, and looks whether the log is still its own.",
+        at_least=0.1,
+        at_most=600,
+    )
     config: Mapping[str, str] = pass_through("The store's own settings, as obstore names them (credentials, region).")
 
 

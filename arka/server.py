@@ -29,12 +29,12 @@ from arka.options import Settings
 from arka.storage.catalog import IcebergCatalog, open_catalog
 from arka.storage.datadir import announce, disk_uuid, free_bytes, lock_data_dir
 from arka.storage.disk import PosixDisk
-from arka.storage.objects import open_object_store, read_range
+from arka.storage.objects import open_folder, open_object_store, read_range
 from arka.storage.ports import CatalogUnavailable
 from arka.tiers.admission import Ledger
 from arka.tiers.demo import demo_definitions
 from arka.tiers.pipeline import Pipeline
-from arka.tiers.startup import OpenLog, open_pipeline
+from arka.tiers.startup import OpenLog, Surroundings, open_pipeline
 
 log = structlog.get_logger(__name__)
 
@@ -42,8 +42,8 @@ log = structlog.get_logger(__name__)
 _ACK_SHARE: Final = 0.7
 #: Share of drain_s after which connections are cancelled.
 _CONNECTION_SHARE: Final = 0.8
-#: Share of drain_s that sealing the log may take.
-_SEAL_SHARE: Final = 0.1
+#: Share of drain_s that sealing the log may take, and then leaving the store.
+_SEAL_SHARE: Final = 0.08
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +125,8 @@ class Server:
                 await self._pipeline.close()
             if sealing.cancelled_caught:
                 log.warning("server.not_sealed", reason="the disk is slow; the next start recovers the log")
+            with trio.move_on_after(self._drain_s * _SEAL_SHARE):
+                await self._pipeline.uplink.leave()
             tiers.cancel_scope.cancel()
 
     async def _accept(self, accepting: trio.CancelScope, connections: trio.Nursery) -> None:
@@ -213,20 +215,19 @@ async def _engine(settings: Settings, data_dir: Path) -> AsyncIterator[OpenLog]:
                 tier=tier,
                 hint="it lies in the data directory: its acks do not survive the loss of this disk",
             )
-    rng = random.Random()
     async with open_catalog(settings.iceberg, data_dir, settings.iceberg.catalog) as catalog:
-        opened = await open_pipeline(
-            settings,
-            data_dir,
+        surroundings = Surroundings(
             disk=PosixDisk(),
-            store=open_object_store(settings.object_store),
-            catalog=catalog,
             disk_uuid=disk_uuid(data_dir),
+            store=open_object_store(settings.object_store),
+            checkpoints=open_folder(data_dir / "checkpoints"),
+            catalog=catalog,
             read_range=read_range,
             read_free=lambda: free_bytes(data_dir),
             survival=survival,
-            rng=rng,
+            rng=random.Random(),
         )
+        opened = await open_pipeline(settings, data_dir, surroundings)
         async with trio.open_nursery() as warming:
             # The first commit need not wait for imports, nor the clients for the first commit's.
             warming.start_soon(_warm, catalog)
@@ -260,7 +261,7 @@ def _survival(settings: Settings, data_dir: Path) -> dict[str, bool]:
 async def _register_demo_tables(pipeline: Pipeline) -> None:
     for definition in demo_definitions():
         try:
-            await pipeline.create_table(definition)
+            await pipeline.tables.create(definition)
         except ArkaError as error:
             if error.code is not ErrorCode.TABLE_EXISTS:
                 raise

@@ -254,7 +254,7 @@ class Exchange:
         if self.acks.writes:
             assert self._table is not None
             raise InvalidRequest(f"The stream writes to {self._table.info.name}: {name} needs a stream of its own")
-        table = await self._pipeline.find_table(name)
+        table = await self._pipeline.tables.find(name)
         if self._table is not None:
             self._table.unlisten_end(self._on_end)
             if self._decoder is not None:
@@ -393,8 +393,10 @@ class Exchange:
         self._outbound.wake()
 
     def _on_failure(self, code: ErrorCode, detail: str) -> None:
-        self.acks.fail(code, detail)
-        self._outbound.wake()
+        if code is ErrorCode.OUTCOME_UNKNOWN:
+            # Else the log is another process's now, and the stream ends with a status (protocol 3.4).
+            self.acks.fail(code, detail)
+            self._outbound.wake()
 
 
 def _check_key(key: str) -> None:

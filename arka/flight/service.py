@@ -75,9 +75,11 @@ class FlightService:
         self._limits = limits
         self._spill_dir = spill_dir
         self._draining = False
+        self._drain_reason = "The server is draining: reconnect to the same node and resume"
         self._drain_deadline = 0.0
         # The scopes in which write streams read, cancelled when the server drains.
         self._readers: dict[trio.CancelScope, None] = {}
+        pipeline.listen_failure(self._on_failure)
 
     def start_drain(self, deadline: float) -> None:
         """Read no write stream any more; deliver acks until ``deadline`` (trio's clock), then end them (T19)."""
@@ -85,6 +87,12 @@ class FlightService:
         self._drain_deadline = deadline
         for reading in tuple(self._readers):
             reading.cancel()
+
+    def _on_failure(self, code: ErrorCode, detail: str) -> None:
+        if code is ErrorCode.UNAVAILABLE:
+            # Fenced: what is on its way has its outcome with the log's new owner.
+            self._drain_reason = detail
+            self.start_drain(trio.current_time())
 
     def routes(self) -> Mapping[str, Route]:
         """Return the handlers by gRPC path."""
@@ -124,7 +132,7 @@ class FlightService:
             # Draining: the acks that come in time go out, the client resumes for the rest (protocol 3.4).
             with trio.move_on_at(self._drain_deadline):
                 await exchange.wait_settled()
-            raise Unavailable("The server is draining: reconnect to the same node and resume")
+            raise Unavailable(self._drain_reason)
         finally:
             exchange.close()
 
@@ -151,7 +159,7 @@ class FlightService:
     async def do_get(self, call: Call) -> None:
         """Send the table's current Iceberg snapshot as record batches."""
         ticket = _parse_ticket(bytes(messages.parse("Ticket", await _request(call)).ticket))
-        table = await self._pipeline.find_table(TableName.parse(ticket.table_name))
+        table = await self._pipeline.tables.find(TableName.parse(ticket.table_name))
         if ticket.columns is not None:
             known = set(table.info.schema.names)
             unknown = [column for column in ticket.columns if column not in known]
@@ -168,7 +176,7 @@ class FlightService:
                 code=ErrorCode.OUT_OF_RANGE,
             )
         with self._spill() as path:
-            await self._pipeline.catalog.scan(table.info, ticket.columns, ticket.limit, str(path))
+            await self._pipeline.tables.catalog.scan(table.info, ticket.columns, ticket.limit, str(path))
             source = await run_compute(pa.memory_map, str(path), "r")
         # The file is unlinked here: the map keeps its bytes until the last of them is sent.
         with source:
@@ -206,7 +214,7 @@ class FlightService:
     async def list_flights(self, call: Call) -> None:
         """Send the FlightInfo of each table; criteria, if any, are a prefix of its full name."""
         prefix = bytes(messages.parse("Criteria", await _request(call)).expression).decode("utf-8", "replace")
-        for table in self._pipeline.tables():
+        for table in self._pipeline.tables.listed():
             if str(table.info.name).startswith(prefix):
                 path = [table.info.name.namespace, table.info.name.name]
                 descriptor = messages.make("FlightDescriptor", type=messages.DESCRIPTOR_PATH, path=path)
@@ -216,7 +224,7 @@ class FlightService:
         descriptor = messages.parse("FlightDescriptor", data)
         if not descriptor.path:
             raise InvalidRequest("The descriptor must be a path that names a table")
-        return await self._pipeline.find_table(TableName.from_parts(list(descriptor.path)))
+        return await self._pipeline.tables.find(TableName.from_parts(list(descriptor.path)))
 
     async def handshake(self, call: Call) -> None:
         """Answer each handshake request; no credentials are asked for."""
@@ -241,7 +249,7 @@ class FlightService:
             case "CreateTable":
                 result = await self._create_table(body)
             case "ListTables":
-                result = [str(table.info.name) for table in self._pipeline.tables()]
+                result = [str(table.info.name) for table in self._pipeline.tables.listed()]
             case "DropTable":
                 result = await self._drop_table(body)
             case "DescribeTable":
@@ -256,16 +264,16 @@ class FlightService:
         await call.send(messages.build("Result", body=json.dumps(result).encode()))
 
     async def _create_table(self, body: bytes) -> Any:
-        table, created = await self._pipeline.create_table(parse_create_table(body))
+        table, created = await self._pipeline.tables.create(parse_create_table(body))
         return {"name": str(table.info.name), "table_uuid": str(table.info.uuid), "created": created}
 
     async def _drop_table(self, body: bytes) -> Any:
         request = _parse_body(body)
-        name = await self._pipeline.drop_table(TableName.parse(request.name), purge=request.purge)
+        name = await self._pipeline.tables.drop(TableName.parse(request.name), purge=request.purge)
         return {"name": str(name), "dropped": True}
 
     async def _describe_table(self, body: bytes) -> Any:
-        table = await self._pipeline.find_table(TableName.parse(_parse_body(body).name))
+        table = await self._pipeline.tables.find(TableName.parse(_parse_body(body).name))
         info = table.info
         marks = self._pipeline.table_marks(table)
         return {
@@ -294,7 +302,7 @@ class FlightService:
     async def _flush(self, body: bytes) -> Any:
         request = _parse_body(body)
         tier = Tier.parse(request.durability)
-        table = await self._pipeline.find_table(TableName.parse(request.name))
+        table = await self._pipeline.tables.find(TableName.parse(request.name))
         lsn = await self._pipeline.flush(table, tier)
         return {"name": str(table.info.name), "durability": tier.word, "lsn": lsn}
 

@@ -339,6 +339,11 @@ def open_object_store(options: ObjectStoreOptions) -> ObjectStore:
     return RemoteObjectStore(store, options.url, requests)
 
 
+def open_folder(root: Path) -> ObjectStore:
+    """Open a local folder as a store; it is made by the first put."""
+    return FileObjectStore(root, _SPARE_REQUESTS)
+
+
 def _wants_http(config: Mapping[str, str]) -> bool:
     """Whether the endpoint is an ``http://`` one, from the settings or the environment: who writes that means it."""
     given = {name.lower(): value for name, value in config.items()}
@@ -372,4 +377,4 @@ async def read_range(path: Path, start: int, end: int) -> memoryview:
     return await trio.to_thread.run_sync(job)
 
 
-__all__ = ["FileObjectStore", "RemoteObjectStore", "open_object_store", "read_range"]
+__all__ = ["FileObjectStore", "RemoteObjectStore", "open_folder", "open_object_store", "read_range"]

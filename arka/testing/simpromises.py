@@ -56,7 +56,6 @@ class Node(Protocol):
     """What a check asks of the process that sent an ack."""
 
     name: str
-    epoch: int
     disk: MachineDisk
 
     @property
@@ -245,19 +244,23 @@ class Promises:
 
     # -- the engine's life ------------------------------------------------------------------------
 
-    def take_start(self, name: str, *, log_uuid: UUID, epoch: int, next_lsn: int, disk: int, objects: int) -> None:
-        """Check what a start found."""
-        self._trace.note(f"start: {name} epoch {epoch} next {next_lsn} disk {disk} objects {objects}")
+    def take_start(self, name: str, *, log_uuid: UUID, next_lsn: int, disk: int) -> None:
+        """Check what a start found on its disk."""
+        self._trace.note(f"start: {name} next {next_lsn} disk {disk}")
         if self.log_uuid not in (None, log_uuid):
             self.fail(f"the log's UUID changed to {log_uuid}")
         self.log_uuid = log_uuid
-        if epoch <= self._epoch:
-            self.fail(f"epoch {epoch} was taken after {self._epoch}")
-        self._epoch = epoch
         if next_lsn <= self._given_lsn:
             self.fail(f"the next LSN is {next_lsn}, {self._given_lsn} was given before the start")
         if disk < self._disk_lsn:
             self.fail(f"LSN {self._disk_lsn} was acked disk, recovery found {disk}")
+
+    def take_epoch(self, name: str, *, epoch: int, objects: int) -> None:
+        """Check what a process found in the store once it had its epoch."""
+        self._trace.note(f"epoch: {name} epoch {epoch} objects {objects}")
+        if epoch <= self._epoch:
+            self.fail(f"epoch {epoch} was taken after {self._epoch}")
+        self._epoch = epoch
         if objects < self._object_lsn:
             self.fail(f"LSN {self._object_lsn} was acked object_storage, the chain ends at {objects}")
 

@@ -57,9 +57,8 @@ from arka.testing.simworld import (
 from arka.testing.simwriters import SCHEMA, Writer
 from arka.tiers.admission import Ledger
 from arka.tiers.pipeline import Pipeline
-from arka.tiers.startup import OpenLog, open_pipeline
+from arka.tiers.startup import OpenLog, Surroundings, open_pipeline
 
-_DISK_UUID: Final = UUID(int=0xD15C)
 _DATA: Final = Path("/data")
 #: Longest virtual time that a quiet engine may take to bring everything down, in seconds.
 _DRAIN_S: Final = 900.0
@@ -98,7 +97,6 @@ class _Life:
         self.quiet = quiet
         self.process = Process(self.name)
         self.disk = world.disk
-        self.epoch = 0
         self.superseded = False
         self.draining = False
         self.limits = world.settings.limits
@@ -134,20 +132,21 @@ class _Life:
         async with trio.open_nursery() as nursery:
             if not self.quiet:
                 nursery.start_soon(self._inject)
-            self._log = await open_pipeline(
-                world.settings,
-                _DATA,
+            surroundings = Surroundings(
                 disk=disk,
+                disk_uuid=self.disk.uuid,
                 store=ProcessStore(self.process, world.store),
+                checkpoints=ProcessStore(self.process, self.disk.checkpoints),
                 catalog=ProcessCatalog(self.process, world.weather, disk),
-                disk_uuid=_DISK_UUID,
                 read_range=disk.read_range,
                 read_free=lambda: 1 << 40,
                 survival={},
                 rng=random.Random(rng.random()),
                 compute=compute_inline,
             )
+            self._log = await open_pipeline(world.settings, _DATA, surroundings)
             self._take_start(self._log)
+            nursery.start_soon(self._take_epoch, self._log.pipeline)
             await nursery.start(self._log.pipeline.run)
             nursery.start_soon(self._log.reservation.run)
             await self._make_tables()
@@ -166,23 +165,23 @@ class _Life:
             nursery.cancel_scope.cancel()
 
     def _take_start(self, opened: OpenLog) -> None:
-        marks = opened.pipeline._marks
-        self.epoch = opened.epoch
         self.world.promises.take_start(
-            self.name,
-            log_uuid=opened.log_uuid,
-            epoch=opened.epoch,
-            next_lsn=opened.next_lsn,
-            disk=marks.disk.lsn,
-            objects=marks.objects.lsn,
+            self.name, log_uuid=opened.log_uuid, next_lsn=opened.next_lsn, disk=opened.recovered_lsn
         )
         self.opened.set()
+
+    async def _take_epoch(self, pipeline: Pipeline) -> None:
+        """Check what the process finds in the store, at the start or when the store is back."""
+        if not pipeline.uplink.connected:
+            self.world.trace.count("offline start")
+        epoch = await pipeline.uplink.wait_connected()
+        self.world.promises.take_epoch(self.name, epoch=epoch, objects=pipeline._marks.objects.lsn)
 
     # -- tables -----------------------------------------------------------------------------------
 
     async def _make_tables(self) -> None:
         for name in self.world.tables:
-            await self._persist(partial(self.pipeline.create_table, TableDefinition(name, SCHEMA)))
+            await self._persist(partial(self.pipeline.tables.create, TableDefinition(name, SCHEMA)))
 
     async def _persist(self, request: Callable[[], Any]) -> None:
         while True:
@@ -203,12 +202,12 @@ class _Life:
                 continue
             name = rng.choice(world.tables)
             try:
-                table = await self.pipeline.find_table(name)
+                table = await self.pipeline.tables.find(name)
                 world.trace.note(f"tables: {self.name} drops {name}")
                 world.promises.drop_asked.add(table.info.uuid)
-                await self._persist(partial(self.pipeline.drop_table, name, purge=False))
+                await self._persist(partial(self.pipeline.tables.drop, name, purge=False))
                 world.promises.drop_confirmed.add(table.info.uuid)
-                await self._persist(partial(self.pipeline.create_table, TableDefinition(name, SCHEMA)))
+                await self._persist(partial(self.pipeline.tables.create, TableDefinition(name, SCHEMA)))
             except ArkaError as error:
                 if error.code is not ErrorCode.TABLE_NOT_FOUND and not isinstance(error, Unavailable):
                     raise
@@ -338,7 +337,7 @@ class _World:
     def __init__(self, seed: int, trace: Trace) -> None:
         self.rng = rng = random.Random(f"world {seed}")
         self.trace = trace
-        self.disk = MachineDisk(rng)
+        self.disk = MachineDisk(rng, UUID(int=0xD15C))
         self.store = SimStore(rng)
         self.weather = CatalogWeather(rng, trace)
         self.weather.on_commit = self._take_commit

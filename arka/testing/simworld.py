@@ -14,7 +14,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -38,6 +38,8 @@ from arka.storage.ports import (
     ObjectMeta,
     SegmentSlice,
     StoreUnavailable,
+    TableExists,
+    TableMissing,
 )
 from arka.testing.simcatalog import SimCatalog
 from arka.testing.simdisk import PowerCut, SimDisk
@@ -166,10 +168,17 @@ class Process:
 
 
 class MachineDisk(SimDisk):
-    """A SimDisk that remembers that its machine went off, can be copied, and knows what is on its platter."""
+    """A SimDisk that remembers that its machine went off, can be copied, and knows what is on its platter.
 
-    def __init__(self, rng: random.Random) -> None:
+    Attributes:
+        uuid: the identity of its data directory; a copy has the same.
+        checkpoints: the folder of checkpoints on it.
+    """
+
+    def __init__(self, rng: random.Random, uuid: UUID) -> None:
         super().__init__(rng)
+        self.uuid = uuid
+        self.checkpoints = SimStore()
         self.power_lost = False
         # By file: how far it was read, and which LSNs were found; an LSN that was durable once stays so.
         self._read: dict[object, int] = {}
@@ -182,7 +191,8 @@ class MachineDisk(SimDisk):
 
     def fork(self) -> MachineDisk:
         """The disk of another machine that got what is on this platter, as after a power cut."""
-        other = MachineDisk(self._rng)
+        other = MachineDisk(self._rng, self.uuid)
+        other.checkpoints.objects.update(self.checkpoints.objects)
         other._directories = copy.deepcopy(self._directories)
         other._platter = set(self._platter)
         other.crash()
@@ -421,7 +431,11 @@ class ProcessCatalog(SimCatalog):
             raise
         weather.arrive()
         result: T | None = None
-        if not fails or applied:
+        if applied:
+            # Whatever came of it is lost with the response.
+            with suppress(TableExists, TableMissing):
+                effect()
+        elif not fails:
             result = effect()
         if late:
             weather.postpone(effect)

@@ -55,6 +55,11 @@ class Backlog:
         return self._chunks[0].lsns[0] if self._chunks else None
 
     @property
+    def last_lsn(self) -> int:
+        """The last LSN that was ever added; 0 for none."""
+        return self._last_lsn
+
+    @property
     def frame_bytes(self) -> int:
         """Bytes of all uncommitted frames."""
         return sum(chunk.ends[-1] for chunk in self._chunks)
@@ -70,6 +75,19 @@ class Backlog:
         chunk.lsns.append(lsn)
         chunk.offsets.append(offset)
         chunk.ends.append((chunk.ends[-1] if chunk.ends else 0) + frame_bytes)
+
+    def put_before(self, earlier: Backlog) -> None:
+        """Take in frames that lie before all of this backlog's, and leave ``earlier`` empty.
+
+        Raises:
+            InternalError: they do not.
+        """
+        first = self.first_lsn
+        if first is not None and first <= earlier._last_lsn:
+            raise InternalError(f"frames up to LSN {earlier._last_lsn} were to go before LSN {first}")
+        self._last_lsn = max(self._last_lsn, earlier._last_lsn)
+        self._chunks.extendleft(reversed(earlier._chunks))
+        earlier._chunks.clear()
 
     def cut(self, through_lsn: int, limit_bytes: int) -> Cut | None:
         """Choose the frames of the next commit, oldest first.

@@ -1,12 +1,14 @@
 """Creating and dropping tables: log first, catalog second (R5).
 
 Owns: the payloads of create and drop records, and what "the same table" means. Does not own the list of
-tables (``arka.tiers.pipeline``).
+tables (``arka.tiers.tables``).
 """
 
 from __future__ import annotations
 
 import secrets
+from contextlib import suppress
+from dataclasses import dataclass
 from uuid import UUID
 
 import msgspec
@@ -28,11 +30,13 @@ from arka.tiers.table import Ending, TableState
 
 
 class CreateRecord(msgspec.Struct, frozen=True):
-    """Payload of a CREATE record: which table was about to be made, and where."""
+    """Payload of a CREATE record: which table was about to be made, and where; with ``table`` what was made."""
 
     namespace: str
     name: str
     location_suffix: str
+    #: ``TableInfo.to_bytes``; empty for the intent.
+    table: bytes = b""
 
 
 class DropRecord(msgspec.Struct, frozen=True):
@@ -43,6 +47,27 @@ class DropRecord(msgspec.Struct, frozen=True):
     table_uuid: str
     purge: bool
     done: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PendingDrop:
+    """A drop that the log asks for and that is not known to be done: its record's LSN, and whether files go too."""
+
+    lsn: int
+    purge: bool
+
+
+def parse_created(payload: bytes) -> TableInfo | None:
+    """Read what a CREATE record's payload says was made; None for an intent.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        record = msgspec.msgpack.decode(payload, type=CreateRecord)
+    except msgspec.MsgspecError as error:
+        raise ValueError(f"not a create record: {error}") from error
+    return TableInfo.from_bytes(record.table) if record.table else None
 
 
 def parse_drop(payload: bytes) -> DropRecord:
@@ -60,6 +85,12 @@ def parse_drop(payload: bytes) -> DropRecord:
 def log_create(memory: MemoryTier, definition: TableDefinition, location_suffix: str) -> int:
     """Put a CREATE record into the log; returns its LSN."""
     record = CreateRecord(definition.name.namespace, definition.name.name, location_suffix)
+    return memory.append_control(KIND_CREATE, msgspec.msgpack.encode(record))
+
+
+def log_created(memory: MemoryTier, info: TableInfo, location_suffix: str) -> int:
+    """Put a CREATE record with the table that was made into the log; returns its LSN."""
+    record = CreateRecord(info.name.namespace, info.name.name, location_suffix, info.to_bytes())
     return memory.append_control(KIND_CREATE, msgspec.msgpack.encode(record))
 
 
@@ -203,6 +234,16 @@ async def drop_table(catalog: Catalog, info: TableInfo, *, purge: bool) -> None:
         raise Unavailable(f"The catalog does not answer, so {info.name} may still be there: {error}") from error
 
 
+async def finish_drop(catalog: Catalog, info: TableInfo, *, purge: bool) -> None:
+    """Do a drop that an earlier process did not finish; a table that is gone is no error.
+
+    Raises:
+        CatalogUnavailable: ask again.
+    """
+    with suppress(TableMissing):
+        await catalog.drop_table(info, purge=purge)
+
+
 def parse_table_uuid(record: DropRecord) -> UUID:
     """The dropped table's UUID."""
     return UUID(record.table_uuid)
@@ -211,15 +252,19 @@ def parse_table_uuid(record: DropRecord) -> UUID:
 __all__ = [
     "CreateRecord",
     "DropRecord",
+    "PendingDrop",
     "check_identical",
     "check_supported",
     "create_table",
     "drop_table",
     "dropped",
+    "finish_drop",
     "load_table",
     "log_create",
+    "log_created",
     "log_drop",
     "new_location_suffix",
+    "parse_created",
     "parse_drop",
     "parse_table_uuid",
 ]

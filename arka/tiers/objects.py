@@ -2,8 +2,9 @@
 
 Owns: which frames make an object, the chain's order (R11), and the moment from which ``object_storage`` may be
 acked: all PUTs up to there have returned, and a read of the newest epoch *begun after that* still shows ours
-(R10). Does not own bytes (``arka.wal.objectfile``), epochs (``arka.tiers.epochs``) nor the watermark's
-listeners. Keeps ranges of segments, never frames: an outage costs disk, not memory.
+(R10). Does not own bytes (``arka.wal.objectfile``), epochs (``arka.tiers.lease``), where the chain ended before
+(``arka.tiers.chain``) nor the watermark's listeners. Keeps ranges of segments, never frames: an outage costs
+disk, not memory.
 """
 
 from __future__ import annotations
@@ -24,24 +25,14 @@ from arka.options import ObjectStoreOptions
 from arka.records import TableInfo
 from arka.storage.ports import Buffer, ObjectExists, ObjectStore, StoreUnavailable
 from arka.storage.threads import run_compute
-from arka.tiers.epochs import EpochLease
-from arka.wal.objectfile import (
-    HEADER_BYTES,
-    EncodedObject,
-    ObjectHeader,
-    ObjectRef,
-    encode_object,
-    parse_object,
-)
+from arka.tiers.lease import EpochLease
+from arka.wal.objectfile import EncodedObject, ObjectRef, encode_object
 from arka.wal.segment import AppendedRange
 
 log = structlog.get_logger(__name__)
 
 #: Longest pause between two attempts of a request, in seconds.
 _MAX_RETRY_S: Final = 5.0
-
-#: The largest ``object_store.uploads``: objects under way beyond the last acknowledged one, of any process.
-MAX_UPLOADS: Final = 64
 
 ReadRange = Callable[[Path, int, int], Awaitable[Buffer]]
 #: Runs ``function(*args)`` where it holds nobody up.
@@ -64,7 +55,6 @@ class ObjectTier:
     def __init__(
         self,
         store: ObjectStore,
-        lease: EpochLease,
         *,
         node_id: str,
         log_uuid: UUID,
@@ -74,11 +64,10 @@ class ObjectTier:
         rng: random.Random,
         compute: Compute = run_compute,
     ) -> None:
-        """Join the log to the store.
+        """Join the log to the store; nothing is asked of it before ``connect``.
 
         Args:
             store: where the objects go.
-            lease: this process's epoch.
             node_id: the node's name in the store.
             log_uuid: the log.
             options: sizes and times.
@@ -88,7 +77,8 @@ class ObjectTier:
             compute: runs the encoding of an object; simulations have no threads.
         """
         self._store = store
-        self._lease = lease
+        self._lease: EpochLease | None = None
+        self._connected = trio.Event()
         self._node_id = node_id
         self._log_uuid = log_uuid
         self._options = options
@@ -100,6 +90,7 @@ class ObjectTier:
         self._pending: deque[AppendedRange] = deque()
         self._pending_bytes = 0
         self._submitted_lsn = 0
+        self._recovered_lsn = 0
         self._arrived = trio.Event()
         self._hurried = trio.Event()
         # What is pending up to here does not wait for company, in however many objects it goes.
@@ -114,87 +105,28 @@ class ObjectTier:
         self._objects = 0
         self._stalled = False
 
-    async def resume(self, released_lsn: int = 0) -> int:
-        """Find the end of the chain that the store holds.
+    @property
+    def connected(self) -> bool:
+        """Whether there is an epoch to upload under."""
+        return self._connected.is_set()
+
+    def connect(self, lease: EpochLease, head: ObjectRef | None) -> None:
+        """Begin to upload, under an epoch, behind the chain's end; once.
 
         Args:
-            released_lsn: objects up to here may have been deleted, since a checkpoint covers them (R12): a
-                predecessor that ends there is no break although it is not found.
-
-        Returns:
-            The last LSN in it; 0 for none. What lies behind a break was never acked and is reported (R11).
-
-        Raises:
-            DataCorruption: an object that the chain reaches is damaged, or one that was acknowledged is gone.
-            Fenced: another process has taken a higher epoch.
-            StoreUnavailable: the store does not answer; ask again.
-
-        Cancellation: nothing changes.
+            lease: this process's epoch; its start is recorded with this head.
+            head: the last object of the chain, not above the log's end; what was submitted up to there needs no
+                upload.
         """
-        prefix = f"{self._node_id}/wal/"
-        folders: dict[str, list[str]] = {}
-        for meta in await self._store.list_keys(prefix):
-            folders.setdefault(meta.key.rpartition("/")[0], []).append(meta.key)
-        stored_through = 0
-        behind: str | None = None
-        for folder in sorted(folders, reverse=True):
-            key, lost = await self._last_linked(folders[folder], released_lsn)
-            if lost is not None and lost.stored_through > stored_through:
-                stored_through, behind = lost.stored_through, folder
-            if key is not None:
-                data = memoryview(await self._store.get(key))
-                self._head = parse_object(f"{self._store.url}/{key}", data, self._log_uuid).ref
-                self._submitted_lsn = self._stored_lsn = self._head.last_lsn
-                break
-        if stored_through > max(self._submitted_lsn, released_lsn):
-            raise DataCorruption(
-                f"{self._store.url}/{behind}",
-                0,
-                f"a chain up to LSN {stored_through}, which was acknowledged",
-                f"a break behind LSN {self._submitted_lsn}",
-            )
-        # What the chain holds counts as acknowledged from here on: after a read of the newest epoch, as ever (R10).
-        await self._lease.verify()
-        return self._submitted_lsn
-
-    async def _last_linked(self, keys: list[str], released_lsn: int) -> tuple[str | None, ObjectHeader | None]:
-        """Find the last object of one epoch that the chain reaches; None if it reaches none of them.
-
-        Beside it, the last object behind a break, if there is one: it knows best what had been acknowledged.
-
-        At most ``MAX_UPLOADS`` objects of an epoch can lie behind a break: only so many are ever under way
-        beyond the last acknowledged one. So only the folder's end has to be looked at.
-        """
-        tail = keys[-(MAX_UPLOADS + 1) :]
-        before: ObjectHeader | None = None
-        linked: str | None = None
-        for index, key in enumerate(tail):
-            header = await self._read_header(key)
-            named = header.predecessor
-            if before is not None:
-                follows = named is not None and (named.epoch, named.first_lsn, named.last_lsn) == (
-                    before.epoch,
-                    before.first_lsn,
-                    before.last_lsn,
-                )
-            else:
-                # The epoch's first object names an older epoch's, or a released one; where older ones were cut
-                # off, it is acknowledged.
-                follows = (
-                    len(tail) < len(keys)
-                    or named is None
-                    or named.epoch < header.epoch
-                    or named.last_lsn <= released_lsn
-                )
-            if not follows:
-                log.warning("objects.behind_a_break", keys=tail[index:][:10], count=len(tail) - index)
-                return linked, header if key == tail[-1] else await self._read_header(tail[-1])
-            before, linked = header, key
-        return linked, None
-
-    async def _read_header(self, key: str) -> ObjectHeader:
-        head = await self._store.get_range(key, 0, HEADER_BYTES)
-        return ObjectHeader.from_bytes(f"{self._store.url}/{key}", memoryview(head))
+        if head is not None:
+            self._submitted_lsn = max(self._submitted_lsn, head.last_lsn)
+            while self._pending and self._pending[0].last_lsn <= head.last_lsn:
+                piece = self._pending.popleft()
+                self._pending_bytes -= piece.end - piece.start
+            self._stored_lsn = head.last_lsn
+            self._on_advance(head.last_lsn)
+        self._lease, self._head = lease, head
+        self._connected.set()
 
     def submit(self, appended: AppendedRange) -> None:
         """Take a range that is on disk (R4); LSN order. Does not wait."""
@@ -204,6 +136,7 @@ class ObjectTier:
         last = self._pending[-1] if self._pending else None
         if (
             last is not None
+            and last.first_lsn > self._recovered_lsn
             and last.segment == appended.segment
             and last.end == appended.start
             and last.end - last.start < self._options.bytes
@@ -222,6 +155,14 @@ class ObjectTier:
         if self._pending_bytes >= self._options.bytes:
             self._hurried.set()
 
+    def submit_recovered(self, appended: AppendedRange) -> None:
+        """Take a range that recovery found, before ``connect``; LSN order. It stays as it is.
+
+        ``connect`` drops those that the chain holds, so none may grow beyond what was uploaded.
+        """
+        self.submit(appended)
+        self._recovered_lsn = appended.last_lsn
+
     def hurry(self, *, from_now_on: bool = False) -> None:
         """Do not wait for company: somebody waits for what there is.
 
@@ -237,7 +178,7 @@ class ObjectTier:
         return ObjectStatistics(self._pending_bytes, len(self._uploading), self._objects, self._stalled)
 
     async def run(self) -> None:
-        """Upload until cancelled; outages are waited for.
+        """Upload until cancelled, once there is an epoch; outages are waited for.
 
         Raises:
             Fenced: another process has taken a higher epoch; nothing is acked any more.
@@ -246,6 +187,7 @@ class ObjectTier:
 
         Cancellation: PUTs that are under way may or may not land; the chain says so at the next start.
         """
+        await self._connected.wait()
         async with trio.open_nursery() as nursery:
             slots = trio.Semaphore(self._options.uploads)
             nursery.start_soon(self._acknowledge, slots)
@@ -277,10 +219,15 @@ class ObjectTier:
         self._head = encoded.ref
         return encoded
 
+    @property
+    def _held(self) -> EpochLease:
+        assert self._lease is not None, "nothing is uploaded before connect"
+        return self._lease
+
     def _encode(self, piece: AppendedRange, data: Buffer) -> EncodedObject:
         return encode_object(
             self._log_uuid,
-            self._lease.epoch,
+            self._held.epoch,
             piece.segment.number,
             piece.segment.epoch,
             first_lsn=piece.first_lsn,
@@ -313,7 +260,7 @@ class ObjectTier:
             # Some stores say "exists" of a key whose first put is still under way.
             raise StoreUnavailable(f"{self._store.url}/{key} exists and cannot be read yet") from None
         if data != b"".join(encoded.parts):
-            await self._lease.verify()
+            await self._held.verify()
             raise DataCorruption(
                 f"{self._store.url}/{key}", 0, f"the object with checksum {encoded.ref.checksum:08x}", "other bytes"
             )
@@ -332,7 +279,7 @@ class ObjectTier:
                 last_lsn = upload.encoded.ref.last_lsn
             if finished:
                 # Begun after those PUTs returned: one read covers them all.
-                await self._persist(self._lease.verify)
+                await self._persist(self._held.verify)
                 for _ in range(finished):
                     self._uploading.popleft()
                     slots.release()

@@ -1,15 +1,14 @@
 """The pipeline: one log, its tiers and its tables, as the RPCs see them.
 
-Owns: which tables there are, who may write now, and the lives of the tiers' tasks. Does not own any
-tier's progress: each watermark has one tier that raises it. Data goes down: memory, disk, objects,
-table; only watermarks come back up. A tier that fails with what it cannot outlive ends the pipeline; a
+Owns: who may write now, and the lives of the tiers' tasks. Does not own any tier's progress: each watermark has
+one tier that raises it; nor which tables there are (``arka.tiers.tables``). Data goes down: memory, disk,
+objects, table; only watermarks come back up. A tier that fails with what it cannot outlive ends the pipeline; a
 table's failure stays in the table.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -20,35 +19,29 @@ import trio
 
 from arka._core.buffers import FrameBuffer
 from arka._core.framing import KIND_BATCH, crc32c
-from arka.errors import ArkaError, Closed, ErrorCode, OutcomeUnknown, Unavailable
-from arka.options import IcebergOptions, Limits
-from arka.records import Operation, TableDefinition, TableName, Tier
-from arka.storage.ports import Catalog, CatalogTable
-from arka.tiers import ddl
+from arka.errors import ArkaError, Closed, ErrorCode, Fenced, OutcomeUnknown, Unavailable
+from arka.options import Settings
+from arka.records import Operation, Tier
 from arka.tiers.disk import DiskTier
 from arka.tiers.keys import KeyIndex
 from arka.tiers.memory import Appended, MemoryTier, Releasable
 from arka.tiers.objects import ObjectTier
 from arka.tiers.release import LogRelease, LostRange
 from arka.tiers.space import DiskSpace
-from arka.tiers.table import Table, TableCommitter, TableState
+from arka.tiers.table import Table, TableState
+from arka.tiers.tables import Tables
+from arka.tiers.uplink import Taken, Uplink
 from arka.tiers.watermarks import Watermark, now_us
+from arka.wal.logstate import LogStateFile
+from arka.wal.objectfile import ObjectRef
 from arka.wal.writer import AppendedRange, WalPoisoned, WalWriter
 
 log = structlog.get_logger(__name__)
 
-#: How long streams have to send ``outcome_unknown`` after the log is poisoned, in seconds (R6).
-_POISON_GRACE_S: Final = 1.0
+#: How long streams have to send their last acks after the log is poisoned or fenced, in seconds (R6).
+_LAST_WORDS_S: Final = 1.0
 
 FailureListener = Callable[[ErrorCode, str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class LogIdentity:
-    """Whose log this is: its UUID and the epoch in which this process writes it (R1, R10)."""
-
-    log_uuid: UUID
-    epoch: int
 
 
 @dataclass(slots=True)
@@ -59,21 +52,33 @@ class Marks:
     objects: Watermark
 
 
-class _Outcome:
-    """How a task ended, for whoever still waits for it."""
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The components of one log, which its pipeline runs.
 
-    def __init__(self) -> None:
-        self._ended = trio.Event()
-        self._error: ArkaError | None = None
+    Attributes:
+        memory: gives LSNs.
+        writer: the WAL's writer.
+        state: the log's state on disk.
+        objects: the object tier; raises ``marks.objects``.
+        uplink: the tie to the object store.
+        tables: the tables.
+        marks: the shared watermarks as recovery found them.
+        keys: idempotency keys as recovery found them.
+        space: whether the disk has room for new writes.
+        release: deletes what the log no longer needs.
+    """
 
-    def set(self, error: ArkaError | None) -> None:
-        self._error = error
-        self._ended.set()
-
-    async def wait(self) -> None:
-        await self._ended.wait()
-        if self._error is not None:
-            raise self._error
+    memory: MemoryTier
+    writer: WalWriter
+    state: LogStateFile
+    objects: ObjectTier
+    uplink: Uplink
+    tables: Tables
+    marks: Marks
+    keys: KeyIndex
+    space: DiskSpace
+    release: LogRelease
 
 
 class Pipeline:
@@ -81,69 +86,49 @@ class Pipeline:
 
     def __init__(
         self,
-        identity: LogIdentity,
-        memory: MemoryTier,
-        writer: WalWriter,
-        objects: ObjectTier,
-        catalog: Catalog,
+        log_uuid: UUID,
+        parts: Parts,
+        settings: Settings,
         *,
-        marks: Marks,
-        keys: KeyIndex,
-        space: DiskSpace,
-        release: LogRelease,
         lost: Sequence[LostRange],
-        retention_s: float,
-        limits: Limits,
-        group_bytes: int,
-        iceberg: IcebergOptions,
         survival: dict[str, bool],
-        rng: random.Random,
     ) -> None:
         """Join the tiers.
 
         Args:
-            identity: the log.
-            memory: gives LSNs.
-            writer: the WAL's writer.
-            objects: the object tier; raises ``marks.objects``.
-            catalog: the Iceberg catalog and its workers.
-            marks: the shared watermarks as recovery found them.
-            keys: idempotency keys as recovery found them.
-            space: whether the disk has room for new writes.
-            release: deletes what the log no longer needs.
+            log_uuid: the log.
+            parts: its components.
+            settings: of the log.
             lost: LSNs that crashes lost (R3).
-            retention_s: for how long they are remembered.
-            limits: what clients may use.
-            group_bytes: most bytes of one group commit.
-            iceberg: cadence and sizes of commits.
             survival: what each tier's promise survives with these settings (R14), for people.
-            rng: for the jitter of retries.
         """
-        self.identity = identity
-        self.catalog = catalog
+        self.log_uuid = log_uuid
         self.survival = survival
-        self.memory = memory
-        self._writer = writer
-        self._objects = objects
-        self._marks = marks
-        self._keys = keys
-        self._space = space
-        self._release = release
+        self.memory = parts.memory
+        self.tables = parts.tables
+        self.uplink = parts.uplink
+        self._writer = parts.writer
+        self._state = parts.state
+        self._objects = parts.objects
+        self._marks = parts.marks
+        self._keys = parts.keys
+        self._space = parts.space
+        self._release = parts.release
         self._lost = tuple(lost)
-        self._retention_s = retention_s
-        self._limits = limits
-        self._iceberg = iceberg
-        self._rng = rng
-        self._disk_tier = DiskTier(memory, writer, marks.disk, group_bytes=group_bytes, on_durable=self._note_durable)
-        self._by_uuid: dict[UUID, Table] = {}
-        self._by_name: dict[TableName, Table] = {}
-        # Tables that this process dropped: whoever loaded one meanwhile must not bring it back.
-        self._dropped: set[UUID] = set()
-        self._ddl_lock = trio.Lock()
+        self._retention_s = settings.idempotency.retention_s
+        self._commit_interval_s = settings.iceberg.commit_interval_s
+        self._disk_tier = DiskTier(
+            parts.memory,
+            parts.writer,
+            parts.marks.disk,
+            group_bytes=settings.wal.group_bytes,
+            on_durable=self._note_durable,
+        )
+        # Where the log ended on this disk when the process began.
+        self._recovered_lsn = parts.marks.disk.lsn
         self._draining = False
         self._failure: OutcomeUnknown | None = None
         self._failure_listeners: dict[FailureListener, None] = {}
-        self._nursery: trio.Nursery | None = None
         self._disk_ended = trio.Event()
 
     # -- life -------------------------------------------------------------------------------------
@@ -153,44 +138,61 @@ class Pipeline:
 
         Raises:
             WalPoisoned: a disk write failed; the streams were told ``outcome_unknown`` (R6).
-            Fenced: a newer epoch owns the log.
+            Fenced: a newer epoch owns the log; the streams were told.
 
         Cancellation: what is accepted stays in the log as far as it is on disk; nothing is promised beyond
         what was acked.
         """
         async with trio.open_nursery() as nursery:
-            self._nursery = nursery
             nursery.start_soon(self._run_disk)
             nursery.start_soon(self._writer.keep_spare)
-            nursery.start_soon(self._objects.run)
             nursery.start_soon(self._space.run)
-            nursery.start_soon(self._release.run, self.needed_from)
-            for table in self._by_uuid.values():
-                self._start_committer(table)
+            link = partial(self.uplink.run, self._state, self._objects, self._recovered_lsn)
+            nursery.start_soon(self.guard_log, link)
+            nursery.start_soon(self.guard_log, self._objects.run)
+            nursery.start_soon(self.guard_log, self._run_release)
+            await nursery.start(self._run_tables)
             task_status.started()
+
+    async def connect(self, taken: Taken, head: ObjectRef | None) -> None:
+        """Let the log go to the object store; see ``Uplink.connect``."""
+        await self.uplink.connect(taken, self._state, self._objects, self._recovered_lsn, head)
 
     async def _run_disk(self) -> None:
         await self.guard_log(self._disk_tier.run)
         self._disk_ended.set()
 
+    async def _run_release(self) -> None:
+        await self.uplink.wait_connected()
+        await self._release.run(self.needed_from)
+
+    async def _run_tables(self, task_status: trio.TaskStatus[None]) -> None:
+        await self.guard_log(partial(self.tables.run, task_status))
+
     async def guard_log(self, task: Callable[[], Awaitable[None]]) -> None:
-        """Run a task that writes to the log's disk; if that fails, tell the streams before it ends everything (R6)."""
+        """Run a task of the log; what ends the log ends the process, after its streams were told (R6, protocol 3.4)."""
         try:
             await task()
-        except WalPoisoned as error:
-            self._failure = error
-            log.critical("disk.poisoned", reason=error.detail)
+        except* (WalPoisoned, Fenced) as group:
+            error = _first_leaf(group)
+            if isinstance(error, WalPoisoned):
+                self._failure = error
+                log.critical("disk.poisoned", reason=error.detail)
+                code = ErrorCode.OUTCOME_UNKNOWN
+            else:
+                self._draining = True
+                log.critical("log.fenced", reason=error.detail)
+                code = ErrorCode.UNAVAILABLE
             for listener in tuple(self._failure_listeners):
-                listener(ErrorCode.OUTCOME_UNKNOWN, error.detail)
-            await trio.sleep(_POISON_GRACE_S)
-            raise
+                listener(code, error.detail)
+            await trio.sleep(_LAST_WORDS_S)
+            raise error from None
 
     def start_drain(self) -> None:
         """Refuse new writes from now on, and bring what is accepted down without waiting for company."""
         self._draining = True
         self._objects.hurry(from_now_on=True)
-        for table in self._by_uuid.values():
-            table.hurry()
+        self.tables.start_drain()
 
     async def wait_drained(self) -> None:
         """Wait until every accepted write is committed, as far as its table can be.
@@ -198,7 +200,7 @@ class Pipeline:
         Cancellation: nothing changes; what is on disk is brought down after the next start.
         """
         await self._marks.disk.wait_reached(self.memory.last_lsn)
-        for table in tuple(self._by_uuid.values()):
+        for table in self.tables.all():
             while table.state is TableState.ACTIVE and table.committed.lsn < table.last_lsn:
                 changed = table.changed
                 async with trio.open_nursery() as nursery:
@@ -284,7 +286,7 @@ class Pipeline:
         touched: dict[Table, None] = {}
         for frame in appended.frames:
             if frame.kind == KIND_BATCH and frame.table is not None:
-                table = self._by_uuid.get(frame.table.uuid)
+                table = self.tables.get(frame.table.uuid)
                 if table is not None:
                     if not table.backlog:
                         touched[table] = None
@@ -294,12 +296,9 @@ class Pipeline:
 
     def needed_from(self) -> int:
         """The least LSN that some tier below the disk still needs; what lies below may be let go of (R12)."""
-        needed = self._marks.objects.lsn + 1
-        for table in self._by_uuid.values():
-            first = table.backlog.first_lsn if table.drop_lsn is None else table.drop_lsn
-            if first is not None:
-                needed = min(needed, first)
-        return needed
+        above = self._marks.objects.lsn + 1
+        needed = self.tables.needed_from()
+        return above if needed is None else min(above, needed)
 
     # -- what streams listen to -------------------------------------------------------------------
 
@@ -327,130 +326,13 @@ class Pipeline:
     def resume_marks(self, table: Table, lsn: int) -> dict[Tier, int]:
         """Answer a handshake: per tier the largest W such that nothing up to min(W, ``lsn``) is missing (3.3)."""
         marks = self.table_marks(table)
-        if not table.backlog and table.last_lsn <= table.committed.lsn:
+        if table.taken_up and not table.backlog and table.last_lsn <= table.committed.lsn:
             # Nothing of this table is on its way: it holds all there is.
             marks[Tier.ICEBERG_COMMITTED] = marks[Tier.OBJECT_STORAGE]
         oldest_us = now_us() - int(self._retention_s * 1e6)
         remembered = [lost.range.after for lost in self._lost if lost.recorded_us >= oldest_us]
         cap = min([lsn, *remembered])
         return {tier: min(mark, cap) for tier, mark in marks.items()}
-
-    # -- tables -----------------------------------------------------------------------------------
-
-    def register(self, found: CatalogTable) -> Table:
-        """Take a table of the catalog in; one that is known by its UUID stays as it is."""
-        known = self._by_uuid.get(found.info.uuid)
-        if known is not None:
-            return known
-        if found.info.uuid in self._dropped:
-            raise ArkaError(
-                f"Table was dropped: {found.info.name} (what stands under the name now is the same table, registered "
-                "again: restart the server to take it in)",
-                code=ErrorCode.TABLE_DROPPED,
-            )
-        table = Table(found.info, found.committed_lsn(self.identity.log_uuid), found.snapshot_id)
-        self._by_uuid[found.info.uuid] = table
-        named = self._by_name.get(found.info.name)
-        if named is None or named.state is not TableState.ACTIVE:
-            self._by_name[found.info.name] = table
-        if self._nursery is not None:
-            self._start_committer(table)
-        return table
-
-    def tables(self) -> Iterable[Table]:
-        """All tables that are not dropped, by full name."""
-        names = sorted(self._by_name, key=str)
-        return [self._by_name[name] for name in names if self._by_name[name].state is not TableState.DROPPED]
-
-    async def find_table(self, name: TableName) -> Table:
-        """Find a table by name; one that others have created since the start is loaded.
-
-        Raises:
-            ArkaError: ``table_not_found``.
-            Unavailable: it is not known here and the catalog does not answer.
-        """
-        table = self._by_name.get(name)
-        if table is not None:
-            return table
-        found = await ddl.load_table(self.catalog, name)
-        if found is None:
-            raise ArkaError(f"Table not found: {_spoken(name)}", code=ErrorCode.TABLE_NOT_FOUND)
-        return self.register(found)
-
-    async def create_table(self, definition: TableDefinition) -> tuple[Table, bool]:
-        """Create a table, or find the identical one (protocol 5).
-
-        Returns:
-            The table, and whether it was created.
-
-        Raises:
-            ArkaError: ``table_exists``, ``unimplemented`` or ``invalid_request``.
-            Unavailable: the catalog does not answer.
-
-        Durability: the request is in the log before the catalog is called (R5).
-        """
-        ddl.check_supported(definition)
-        async with self._ddl_lock:
-            try:
-                existing = await self.find_table(definition.name)
-            except ArkaError as error:
-                if error.code is not ErrorCode.TABLE_NOT_FOUND:
-                    raise
-            else:
-                if existing.state is TableState.DROPPED:
-                    raise Unavailable(
-                        f"{definition.name} is being dropped and the catalog has not done it yet: ask for DropTable "
-                        "again, then create it"
-                    )
-                ddl.check_identical(definition, existing.info)
-                return existing, False
-            if self._draining:
-                raise Unavailable("The server is draining")
-            suffix = ddl.new_location_suffix()
-            lsn = ddl.log_create(self.memory, definition, suffix)
-            await self._marks.disk.wait_reached(lsn)
-            found, created = await ddl.create_table(self.catalog, definition, suffix)
-            return self.register(found), created
-
-    async def drop_table(self, name: TableName, *, purge: bool) -> TableName:
-        """Drop a table; its writes in flight end with ``table_dropped``.
-
-        Raises:
-            ArkaError: ``table_not_found``.
-            Unavailable: the catalog does not answer; the drop is in the log and may be asked for again.
-        """
-        async with self._ddl_lock:
-            table = await self.find_table(name)
-        # The client may go away, the drop may not: once its record is in the log it is carried out.
-        done = _Outcome()
-        assert self._nursery is not None
-        self._nursery.start_soon(self._drop, table, purge, done)
-        await done.wait()
-        return name
-
-    async def _drop(self, table: Table, purge: bool, done: _Outcome) -> None:
-        info = table.info
-        async with self._ddl_lock:
-            if info.uuid in self._dropped:
-                done.set(None)
-                return
-            if table.drop_lsn is None:
-                # The record stays in the log until the catalog has done it: a restart finishes it.
-                table.drop_lsn = ddl.log_drop(self.memory, info, purge=purge)
-                table.end(ddl.dropped(info))
-            await self._marks.disk.wait_reached(table.drop_lsn)
-            try:
-                await ddl.drop_table(self.catalog, info, purge=purge)
-            except ArkaError as error:
-                done.set(error)
-                return
-            ddl.log_drop(self.memory, info, purge=purge, done=True)
-            self._dropped.add(info.uuid)
-            if self._by_name.get(info.name) is table:
-                del self._by_name[info.name]
-            self._by_uuid.pop(info.uuid, None)
-            self._keys.drop_table(info.uuid)
-        done.set(None)
 
     async def flush(self, table: Table, tier: Tier) -> int:
         """Wait until everything that was accepted for the table has reached ``tier``.
@@ -473,26 +355,9 @@ class Pipeline:
             table.hurry()
             while table.committed.lsn < lsn:
                 table.check_active()
-                with trio.move_on_after(self._iceberg.commit_interval_s):
+                with trio.move_on_after(self._commit_interval_s):
                     await table.committed.wait_risen()
         return lsn
-
-    def _start_committer(self, table: Table) -> None:
-        assert self._nursery is not None
-        committer = TableCommitter(
-            table,
-            self.catalog,
-            self._marks.objects,
-            log_uuid=self.identity.log_uuid,
-            epoch=self.identity.epoch,
-            options=self._iceberg,
-            rng=self._rng,
-            on_committed=self._note_committed,
-        )
-        self._nursery.start_soon(committer.run)
-
-    def _note_committed(self, table: Table) -> None:
-        self._keys.note_committed(table.info.uuid, table.committed.lsn, trio.current_time())
 
 
 async def _first_of(wait: Callable[[], object], scope: trio.CancelScope) -> None:
@@ -500,9 +365,14 @@ async def _first_of(wait: Callable[[], object], scope: trio.CancelScope) -> None
     scope.cancel()
 
 
-def _spoken(name: TableName) -> str:
-    """A table's name as its client most likely wrote it: without the default namespace."""
-    return name.name if name.namespace == "default" else str(name)
+def _first_leaf(group: BaseExceptionGroup[WalPoisoned | Fenced]) -> WalPoisoned | Fenced:
+    """The first error of a group; a failed disk before all else, since it concerns every write."""
+    poisoned, others = group.split(WalPoisoned)
+    error: BaseException = poisoned or others or group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, WalPoisoned | Fenced)
+    return error
 
 
-__all__ = ["LogIdentity", "Marks", "Pipeline"]
+__all__ = ["Marks", "Parts", "Pipeline"]

@@ -14,6 +14,7 @@ import trio
 
 from arka._core.lsn import LsnAllocator
 from arka.storage.ports import StoreUnavailable
+from arka.wal.logstate import LogStateFile
 from arka.wal.writer import WalPoisoned
 
 log = structlog.get_logger(__name__)
@@ -31,22 +32,19 @@ class LsnReservation:
     def __init__(
         self,
         allocator: LsnAllocator,
+        state: LogStateFile,
         *,
-        store_ceiling: int,
-        write_disk_ceiling: Callable[[int], Awaitable[None]],
         reserve_store_block: Callable[[], Awaitable[int]],
     ) -> None:
         """Join the allocator with where its ceiling is kept.
 
         Args:
             allocator: its ceiling is the one on disk.
-            store_ceiling: the ceiling that the object store holds; the disk's never goes above it.
-            write_disk_ceiling: makes a ceiling durable on disk.
+            state: the log's state on disk; holds the store's ceiling too, above which the disk's never goes.
             reserve_store_block: makes a higher ceiling durable in the store and returns it.
         """
         self._allocator = allocator
-        self._store_ceiling = store_ceiling
-        self._write_disk_ceiling = write_disk_ceiling
+        self._state = state
         self._reserve_store_block = reserve_store_block
 
     async def run(self) -> None:
@@ -64,16 +62,17 @@ class LsnReservation:
     async def _raise(self) -> None:
         allocator = self._allocator
         wanted = allocator.ceiling + DISK_BLOCK
-        if wanted > self._store_ceiling:
+        store_ceiling = self._state.state.store_ceiling
+        if wanted > store_ceiling:
             try:
-                self._store_ceiling = await self._reserve_store_block()
+                store_ceiling = await self._reserve_store_block()
             except StoreUnavailable as error:
                 # What is reserved goes on being given; with 2**32 to a block an outage rarely meets this.
                 log.warning("lsn.reserve_stalled", remaining=allocator.remaining, reason=str(error))
-        ceiling = min(wanted, self._store_ceiling)
+        ceiling = min(wanted, store_ceiling)
         if ceiling > allocator.ceiling:
             try:
-                await self._write_disk_ceiling(ceiling)
+                await self._state.raise_to(lsn_ceiling=ceiling, store_ceiling=store_ceiling)
             except OSError as error:
                 raise WalPoisoned(f"The log's state cannot be written: {error}; restart the server") from error
             allocator.raise_ceiling(ceiling)

@@ -67,6 +67,11 @@ class DiskSpace:
         self._used_bytes -= size
         self._judge()
 
+    def note_held(self, size: int) -> None:
+        """Count bytes outside the log that wait for a table to take them: parked ones; negative for gone."""
+        self._used_bytes += size
+        self._judge()
+
     async def run(self) -> None:
         """Watch the file system until cancelled."""
         while True:

@@ -1,142 +1,84 @@
 """From a data directory and an object store to a running pipeline: identity, recovery, replay.
 
 Owns: the order of a start. The epoch comes before anything else in the store is looked at (R10), recovered frames
-are disk-safe before anything calls them so (R6), tables come before their frames are handed to them.
+are disk-safe before anything calls them so (R6), tables come before their frames are handed to them. A store or
+a catalog that is away delays only what needs it: with a log on the disk the start goes on without (R5, R13).
 """
 
 from __future__ import annotations
 
 import random
-import time
-from array import array
-from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 from uuid import UUID
 
 import structlog
 import trio
 
-from arka._core.framing import KIND_BATCH, KIND_DROP, KIND_LOST, KIND_TABLE, crc32c
+from arka._core.framing import KIND_LOST
 from arka._core.lsn import LsnAllocator
-from arka.errors import ConfigurationError, DataCorruption, ErrorCode
 from arka.options import Settings
-from arka.records import LsnRange, TableInfo, Tier
-from arka.storage.ports import (
-    Catalog,
-    CatalogTable,
-    CatalogUnavailable,
-    Disk,
-    ObjectStore,
-    StoreRefused,
-    StoreUnavailable,
-    TableMissing,
-)
+from arka.records import LsnRange, Tier
+from arka.storage.ports import Catalog, Disk, ObjectStore, StoreUnavailable
 from arka.storage.threads import run_compute
-from arka.tiers import ddl
-from arka.tiers.epochs import LocalLog, take_epoch
+from arka.tiers.epochs import Claim, EpochLease
 from arka.tiers.keys import KeyIndex
 from arka.tiers.memory import MemoryTier
+from arka.tiers.mirror import CheckpointStore
 from arka.tiers.objects import Compute, ObjectTier, ReadRange
-from arka.tiers.pipeline import LogIdentity, Marks, Pipeline
-from arka.tiers.release import LogRelease, LostRange, load_checkpoints, merge_lost
+from arka.tiers.parking import Parking
+from arka.tiers.pipeline import Marks, Parts, Pipeline
+from arka.tiers.release import LoadedCheckpoints, LogRelease, LostRange, load_checkpoints, merge_lost
+from arka.tiers.replay import ProgressLog, Replay
 from arka.tiers.reservation import DISK_BLOCK, LsnReservation
+from arka.tiers.restore import restore_log
 from arka.tiers.space import DiskSpace
-from arka.tiers.table import Ending, Table, TableState
+from arka.tiers.table import Table, TableCommitter
+from arka.tiers.tables import Tables
+from arka.tiers.uplink import Taken, Uplink, ask_store
 from arka.tiers.watermarks import Watermark, now_us
-from arka.wal.logstate import LogState
-from arka.wal.recovery import RecoveredFrame, RecoveredLog, recover
-from arka.wal.segment import encode_lost, parse_lost
+from arka.wal.logstate import LogState, LogStateFile
+from arka.wal.objectfile import ObjectRef
+from arka.wal.recovery import RecoveredLog, recover
+from arka.wal.segment import encode_lost
 from arka.wal.writer import WalWriter
 
 log = structlog.get_logger(__name__)
 
-T = TypeVar("T")
-
-#: Pause between two questions to a catalog that is away at start, in seconds.
-_CATALOG_RETRY_S: Final = 1.0
-#: The same for an object store.
-_STORE_RETRY_S: Final = 1.0
-#: How often a long recovery says how far it is, in seconds.
-_PROGRESS_S: Final = 1.0
+#: How long a start that could go on without asks a store, and then a catalog, that do not answer, in seconds.
+_PATIENCE_S: Final = 5.0
 
 
-@dataclass(slots=True)
-class _TableFrames:
-    """One table's recovered frames: where they lie, as the backlog wants them."""
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a log needs of the world.
 
-    paths: list[tuple[str, int, int]] = field(default_factory=list)
-    # Per frame: index into paths, LSN, offset, frame bytes.
-    places: array[int] = field(default_factory=lambda: array("Q"))
-    keys: list[tuple[bytes, int, int]] = field(default_factory=list)
-    last_lsn: int = 0
-    # By schema id; the last one met is the newest that this log knows.
-    infos: dict[int, TableInfo] = field(default_factory=dict)
+    Attributes:
+        disk: where the WAL lies.
+        disk_uuid: the identity of the data directory (R13).
+        store: the object store.
+        checkpoints: a folder on the log's disk, for the checkpoints that the store has.
+        catalog: the Iceberg catalog.
+        read_range: reads ``(path, start, end)`` of a segment for the object tier.
+        read_free: returns the data directory's free bytes.
+        survival: what each tier survives with these settings (R14).
+        rng: for the jitter of retries.
+        compute: runs what would hold trio's thread up; simulations have no threads.
+    """
 
-
-class _Replay:
-    """What recovery finds, gathered by table with bounded memory: integers per write, bytes only per key."""
-
-    def __init__(self) -> None:
-        self.tables: dict[UUID, _TableFrames] = {}
-        # Drops that the catalog may not have done yet.
-        self.drops: dict[UUID, ddl.DropRecord] = {}
-        self.lost: list[LostRange] = []
-
-    def take(self, frame: RecoveredFrame) -> None:
-        """Take one frame, in LSN order."""
-        header = frame.header
-        match header.kind:
-            case kind if kind == KIND_BATCH:
-                self._take_batch(frame)
-            case kind if kind == KIND_TABLE:
-                info = TableInfo.from_bytes(frame.payload())
-                self._frames(info.uuid).infos[info.schema_id] = info
-            case kind if kind == KIND_DROP:
-                record = ddl.parse_drop(frame.payload())
-                uuid = ddl.parse_table_uuid(record)
-                # What was written before the drop went with the table; what comes behind it, in a table that was
-                # registered again, does not.
-                self.tables.pop(uuid, None)
-                if record.done:
-                    self.drops.pop(uuid, None)
-                else:
-                    self.drops[uuid] = record
-            case kind if kind == KIND_LOST:
-                self.lost.append(LostRange(parse_lost(frame.payload()), header.accepted_us))
-
-    def _frames(self, uuid: UUID) -> _TableFrames:
-        frames = self.tables.get(uuid)
-        if frames is None:
-            frames = self.tables[uuid] = _TableFrames()
-        return frames
-
-    def _take_batch(self, frame: RecoveredFrame) -> None:
-        header, segment = frame.header, frame.segment
-        frames = self._frames(UUID(bytes=header.table_uuid))
-        place = (str(segment.path), segment.number, segment.epoch)
-        if not frames.paths or frames.paths[-1] != place:
-            frames.paths.append(place)
-        frames.places.extend((len(frames.paths) - 1, header.lsn, frame.offset, header.frame_bytes))
-        frames.last_lsn = header.lsn
-        if header.key_bytes:
-            frames.keys.append((frame.key, header.lsn, crc32c(frame.payload_view())))
-
-
-class _ProgressLog:
-    """Says how far recovery is, once a second when it takes longer than that. Called in the disk's thread."""
-
-    def __init__(self) -> None:
-        self._next = time.monotonic() + _PROGRESS_S
-
-    def __call__(self, read_bytes: int, all_bytes: int) -> None:
-        now = time.monotonic()
-        if now >= self._next:
-            self._next = now + _PROGRESS_S
-            percent = 100 * read_bytes // max(all_bytes, 1)
-            log.info("wal.recovering", percent=percent, read_bytes=read_bytes, all_bytes=all_bytes)
+    disk: Disk
+    disk_uuid: UUID
+    store: ObjectStore
+    checkpoints: ObjectStore
+    catalog: Catalog
+    read_range: ReadRange
+    read_free: Callable[[], int]
+    survival: dict[str, bool]
+    rng: random.Random
+    compute: Compute = run_compute
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,263 +93,292 @@ class OpenLog:
     next_lsn: int
 
 
-async def open_pipeline(
-    settings: Settings,
-    data_dir: Path,
-    *,
-    disk: Disk,
-    store: ObjectStore,
-    catalog: Catalog,
-    disk_uuid: UUID,
-    read_range: ReadRange,
-    read_free: Callable[[], int],
-    survival: dict[str, bool],
-    rng: random.Random,
-    compute: Compute = run_compute,
-) -> OpenLog:
+async def open_pipeline(settings: Settings, data_dir: Path, world: Surroundings) -> OpenLog:
     """Take the log over and bring up everything that a crash left.
 
     Args:
         settings: all options; paths and URLs are already absolute.
         data_dir: holds ``wal/``.
-        disk: where the WAL lies.
-        store: the object store.
-        catalog: the Iceberg catalog.
-        disk_uuid: the identity of the data directory (R13).
-        read_range: reads ``(path, start, end)`` of a segment for the object tier.
-        read_free: returns the data directory's free bytes.
-        survival: what each tier survives with these settings (R14).
-        rng: for the jitter of retries.
-        compute: runs what would hold trio's thread up; simulations have no threads.
+        world: what is outside of the log.
 
     Raises:
-        ConfigurationError: disk and store belong to different logs, or the disk is stale (R13).
+        ConfigurationError: disk and store belong to different logs, the disk is stale (R13), or another disk's
+            process owns the log and lives.
         DataCorruption: the log is damaged (R7).
         Fenced: another process took a higher epoch meanwhile.
 
     Cancellation: as a crash: the next start does it again.
     """
-    wal_dir = data_dir / "wal"
-    state = await LogState.read(wal_dir, disk)
-    if state is not None:
-        # What a failed fsync left in the page cache is not on the disk: make it so before the store hears of it.
-        state = await state.write(wal_dir, disk)
-    local = None if state is None else LocalLog(state.log_uuid, state.epoch, state.lsn_ceiling)
-    node_id = settings.server.node_id
-    lease = await _ask_store(partial(take_epoch, store, node_id, local=local, disk_uuid=disk_uuid))
-    first_lsn = lease.first_lsn if state is None else state.lsn_ceiling
-    if state is None:
-        state = await LogState.create(wal_dir, disk, log_uuid=lease.log_uuid, epoch=lease.epoch, lsn_ceiling=first_lsn)
+    return await _Start(settings, data_dir, world).run()
 
-    objects_mark = Watermark(Tier.OBJECT_STORAGE)
-    objects = ObjectTier(
-        store,
-        lease,
-        node_id=node_id,
-        log_uuid=lease.log_uuid,
-        options=settings.object_store,
-        on_advance=objects_mark.advance,
-        read_range=read_range,
-        rng=rng,
-        compute=compute,
-    )
-    retention_s = settings.idempotency.retention_s
-    checkpoints = await _ask_store(partial(load_checkpoints, store, node_id, lease.log_uuid, retention_s))
-    head_lsn = await _ask_store(partial(objects.resume, checkpoints.through_lsn))
 
-    replay = _Replay()
-    recovered = await recover(
-        wal_dir,
-        disk,
-        log_uuid=lease.log_uuid,
-        new_epoch=lease.epoch,
-        on_frame=replay.take,
-        on_progress=_ProgressLog(),
-    )
-    if recovered.torn is not None:
-        log.warning("wal.torn_tail_dropped", **asdict(recovered.torn))
-    last_lsn = recovered.last_lsn
-    if head_lsn > last_lsn:
-        # Only what is fsynced is uploaded (R4), so the disk has lost what it had promised (R7).
-        raise DataCorruption(
-            str(wal_dir), 0, f"LSN {head_lsn}, which {store.url} holds", f"a log that ends at LSN {last_lsn}"
+class _Start:
+    """One start: the steps of ``open_pipeline``, and what they hand to each other."""
+
+    def __init__(self, settings: Settings, data_dir: Path, world: Surroundings) -> None:
+        self._settings = settings
+        self._world = world
+        self._wal_dir = data_dir / "wal"
+        self._parked_dir = data_dir / "parked"
+        self._node_id = settings.server.node_id
+        claim = Claim(
+            self._node_id,
+            None,
+            world.disk_uuid,
+            take_over=settings.server.take_over,
+            heartbeat_s=settings.object_store.heartbeat_s,
         )
-    first_lsn = max(first_lsn, last_lsn + 1)
-    ceiling = min(first_lsn + DISK_BLOCK, lease.lsn_ceiling)
-    # A higher epoch and a higher ceiling, before a segment carries the one or a write the other.
-    await LogState(lease.log_uuid, lease.epoch, ceiling).write(wal_dir, disk)
-    writer = await WalWriter.open(
-        wal_dir,
-        disk,
-        log_uuid=lease.log_uuid,
-        epoch=lease.epoch,
-        first_segment=recovered.next_segment,
-        options=settings.wal,
-    )
+        self._checkpoint_store = CheckpointStore(world.store, world.checkpoints, self._node_id)
+        self._uplink = Uplink(world.store, self._checkpoint_store, claim, settings)
+        self._replay = Replay()
 
-    allocator = LsnAllocator(first_lsn, ceiling)
-    keys = KeyIndex(retention_s)
-    for known in checkpoints.keys:
-        keys.insert(known.table, known.key, known.lsn, known.digest, covered=True)
-    memory = MemoryTier(allocator, keys)
-    # Closed by the last process that gave LSNs, not by an earlier one: one that died before it wrote a segment
-    # has left nothing else behind.
-    complete = recovered.closed and (local is None or recovered.sealed_epoch == local.epoch)
-    lost = merge_lost([checkpoints.lost, replay.lost, _note_lost(memory, complete, last_lsn, first_lsn)])
-    space = _space(settings, recovered, read_free)
-    release = LogRelease(
-        store,
-        writer,
-        keys,
-        space,
-        node_id=node_id,
-        log_uuid=lease.log_uuid,
-        epoch=lease.epoch,
-        lost=lost,
-        after_lsn=checkpoints.through_lsn,
-        retention_s=retention_s,
-        grace_s=settings.wal.release_grace_s,
-    )
-    for segment in recovered.segments:
-        release.note(segment.ref, segment.last_lsn, segment.end_bytes)
-    objects_mark.advance(head_lsn)
-    pipeline = Pipeline(
-        LogIdentity(lease.log_uuid, lease.epoch),
-        memory,
-        writer,
-        objects,
-        catalog,
-        marks=Marks(Watermark(Tier.DISK, recovered.last_lsn), objects_mark),
-        keys=keys,
-        space=space,
-        release=release,
-        lost=lost,
-        retention_s=retention_s,
-        limits=settings.limits,
-        group_bytes=settings.wal.group_bytes,
-        iceberg=settings.iceberg,
-        survival=survival,
-        rng=rng,
-    )
-    await _restore_tables(pipeline, catalog, replay, keys)
-    for segment in recovered.segments:
-        for appended in segment.ranges:
-            if appended.last_lsn > head_lsn:
-                objects.submit(appended)
+    async def run(self) -> OpenLog:
+        """Do all of it."""
+        state = await LogState.read(self._wal_dir, self._world.disk)
+        if state is not None:
+            # What a failed fsync left in the page cache is not on the disk: make it so before the store hears of it.
+            state = await state.write(self._wal_dir, self._world.disk)
+        taken = await self._take(state, patience_s=None if state is None else _PATIENCE_S)
+        head: ObjectRef | None = None
+        if state is None:
+            assert taken is not None
+            taken, state, head = await self._new_disk(taken)
+        state_file = LogStateFile(self._wal_dir, self._world.disk, state)
+        # A higher epoch, before a segment carries it; a higher ceiling, before a write does.
+        await self._note_epoch(state_file, taken)
+        recovered = await self._recover(state_file.state)
+        if taken is None and not await self._may_start_alone(state, recovered):
+            taken = await self._take(state, patience_s=None)
+            await self._note_epoch(state_file, taken)
+        if taken is not None and head is None:
+            head = await ask_store(taken.chain.find_head)
+        checkpoints = await self._checkpoints(state.log_uuid) if taken is None else taken.checkpoints
+        first_lsn = max(state.lsn_ceiling, recovered.last_lsn + 1)
+        ceiling = min(first_lsn + DISK_BLOCK, state_file.state.store_ceiling)
+        await state_file.raise_to(lsn_ceiling=ceiling)
+        opened = await self._assemble(state_file, recovered, checkpoints, LsnAllocator(first_lsn, ceiling), first_lsn)
+        if taken is not None:
+            await self._connect(taken, head, opened)
+        await self._know_tables(opened.pipeline.tables)
+        return opened
 
-    async def write_disk_ceiling(value: int) -> None:
-        await LogState(lease.log_uuid, lease.epoch, value).write(wal_dir, disk)
+    # -- the store --------------------------------------------------------------------------------
 
-    reservation = LsnReservation(
-        allocator,
-        store_ceiling=lease.lsn_ceiling,
-        write_disk_ceiling=write_disk_ceiling,
-        reserve_store_block=lease.reserve_block,
-    )
-    return OpenLog(pipeline, reservation, lease.log_uuid, lease.epoch, last_lsn, first_lsn)
+    async def _take(self, state: LogState | None, *, patience_s: float | None) -> Taken | None:
+        """Take the epoch; None when the store is away and patience is over."""
+        try:
+            return await ask_store(partial(self._uplink.take, state), patience_s=patience_s)
+        except StoreUnavailable:
+            return None
+
+    async def _may_start_alone(self, state: LogState, recovered: RecoveredLog) -> bool:
+        """Whether the disk knows all that a start needs: reserved LSNs, and the keys of what was released (R13)."""
+        checkpoints = await self._checkpoints(state.log_uuid)
+        if checkpoints.through_lsn < recovered.base_lsn:
+            log.warning("objects.needed", reason="the disk lacks checkpoints of released segments")
+            return False
+        if max(state.lsn_ceiling, recovered.last_lsn + 1) >= state.store_ceiling:
+            log.warning("objects.needed", reason="every LSN that was reserved in the object store is used up")
+            return False
+        return True
+
+    async def _checkpoints(self, log_uuid: UUID) -> LoadedCheckpoints:
+        """Read the checkpoints that the disk has."""
+        return await load_checkpoints(
+            self._world.checkpoints, self._node_id, log_uuid, self._settings.idempotency.retention_s
+        )
+
+    async def _new_disk(self, taken: Taken) -> tuple[Taken, LogState, ObjectRef | None]:
+        """Begin a log on an empty disk, or bring one back that the store has."""
+        lease = taken.lease
+        head: ObjectRef | None = None
+        if lease.epoch > 1:
+            taken, head = await self._restore(lease)
+        state = await LogState.create(
+            self._wal_dir,
+            self._world.disk,
+            log_uuid=lease.log_uuid,
+            epoch=lease.epoch,
+            lsn_ceiling=lease.first_lsn,
+            store_ceiling=lease.lsn_ceiling,
+        )
+        return taken, state, head
+
+    async def _restore(self, lease: EpochLease) -> tuple[Taken, ObjectRef | None]:
+        """Write the log anew from the store; returns what it was written from, and the chain's head."""
+        log.warning("log.restoring", epoch=lease.epoch, store=self._world.store.url)
+
+        async def attempt() -> tuple[Taken, ObjectRef | None]:
+            # Read anew at each attempt: what was released meanwhile is in a newer checkpoint.
+            again = await self._uplink.take(None)
+            head = await restore_log(
+                again.chain,
+                self._wal_dir,
+                self._world.disk,
+                log_uuid=lease.log_uuid,
+                epoch=lease.epoch,
+                released_lsn=again.checkpoints.through_lsn,
+                segment_bytes=self._settings.wal.segment_bytes,
+            )
+            return again, head
+
+        return await ask_store(attempt)
+
+    async def _connect(self, taken: Taken, head: ObjectRef | None, opened: OpenLog) -> None:
+        """Let the log go to the store; if that goes away just now, the pipeline does it later."""
+        try:
+            await ask_store(partial(opened.pipeline.connect, taken, head), patience_s=_PATIENCE_S)
+        except StoreUnavailable as error:
+            log.warning("objects.unavailable", reason=str(error))
+
+    # -- the disk ---------------------------------------------------------------------------------
+
+    async def _note_epoch(self, state_file: LogStateFile, taken: Taken | None) -> None:
+        """Let the disk know of the epoch, and of what is reserved under it."""
+        if taken is not None:
+            await state_file.raise_to(epoch=taken.lease.epoch, store_ceiling=taken.lease.lsn_ceiling)
+
+    async def _recover(self, state: LogState) -> RecoveredLog:
+        recovered = await recover(
+            self._wal_dir,
+            self._world.disk,
+            log_uuid=state.log_uuid,
+            new_epoch=state.epoch,
+            on_frame=self._replay.take,
+            on_progress=ProgressLog(),
+        )
+        if recovered.torn is not None:
+            log.warning("wal.torn_tail_dropped", **asdict(recovered.torn))
+        return recovered
+
+    # -- the parts --------------------------------------------------------------------------------
+
+    async def _assemble(
+        self,
+        state_file: LogStateFile,
+        recovered: RecoveredLog,
+        checkpoints: LoadedCheckpoints,
+        allocator: LsnAllocator,
+        first_lsn: int,
+    ) -> OpenLog:
+        """Make the components and give them what recovery found."""
+        settings, world = self._settings, self._world
+        log_uuid, epoch = state_file.state.log_uuid, state_file.state.epoch
+        writer = await WalWriter.open(
+            self._wal_dir,
+            world.disk,
+            log_uuid=log_uuid,
+            epoch=epoch,
+            first_segment=recovered.next_segment,
+            options=settings.wal,
+        )
+        keys = KeyIndex(settings.idempotency.retention_s)
+        for known in checkpoints.keys:
+            keys.insert(known.table, known.key, known.lsn, known.digest, covered=True)
+        memory = MemoryTier(allocator, keys)
+        found_lost = _note_lost(memory, recovered.closed, recovered.last_lsn, first_lsn)
+        lost = merge_lost([checkpoints.lost, self._replay.lost, found_lost])
+        marks = Marks(Watermark(Tier.DISK, recovered.last_lsn), Watermark(Tier.OBJECT_STORAGE))
+        objects = ObjectTier(
+            world.store,
+            node_id=self._node_id,
+            log_uuid=log_uuid,
+            options=settings.object_store,
+            on_advance=marks.objects.advance,
+            read_range=world.read_range,
+            rng=world.rng,
+            compute=world.compute,
+        )
+        space = DiskSpace(
+            limit_bytes=settings.limits.disk_bytes,
+            free_bytes=settings.limits.disk_free_bytes,
+            used_bytes=sum(segment.end_bytes for segment in recovered.segments),
+            read_free=world.read_free,
+        )
+        parking = Parking(
+            world.store,
+            world.disk,
+            self._parked_dir,
+            space,
+            node_id=self._node_id,
+            log_uuid=log_uuid,
+            objects=marks.objects,
+            wait_connected=self._uplink.wait_connected,
+            retry_s=settings.object_store.retry_s,
+            rng=world.rng,
+        )
+        tables = Tables(
+            world.catalog,
+            memory,
+            marks.disk,
+            keys,
+            parking,
+            log_uuid=log_uuid,
+            make_committer=partial(self._make_committer, log_uuid, marks, keys),
+        )
+        release = LogRelease(
+            self._checkpoint_store,
+            writer,
+            keys,
+            space,
+            node_id=self._node_id,
+            log_uuid=log_uuid,
+            epoch=epoch,
+            lost=lost,
+            after_lsn=checkpoints.through_lsn,
+            retention_s=settings.idempotency.retention_s,
+            grace_s=settings.wal.release_grace_s,
+        )
+        self._hand_over(recovered, tables, keys, objects, release)
+        parts = Parts(memory, writer, state_file, objects, self._uplink, tables, marks, keys, space, release)
+        pipeline = Pipeline(log_uuid, parts, settings, lost=lost, survival=world.survival)
+        reservation = LsnReservation(allocator, state_file, reserve_store_block=self._uplink.reserve_block)
+        return OpenLog(pipeline, reservation, log_uuid, epoch, recovered.last_lsn, first_lsn)
+
+    def _make_committer(self, log_uuid: UUID, marks: Marks, keys: KeyIndex, table: Table) -> TableCommitter:
+        def note_committed(committed: Table) -> None:
+            keys.note_committed(committed.info.uuid, committed.committed.lsn, trio.current_time())
+
+        return TableCommitter(
+            table,
+            self._world.catalog,
+            marks.objects,
+            log_uuid=log_uuid,
+            epoch=lambda: self._uplink.epoch,
+            options=self._settings.iceberg,
+            rng=self._world.rng,
+            on_committed=note_committed,
+        )
+
+    def _hand_over(
+        self, recovered: RecoveredLog, tables: Tables, keys: KeyIndex, objects: ObjectTier, release: LogRelease
+    ) -> None:
+        """Give each component what recovery found for it."""
+        tables.restore(self._replay.known(), self._replay.drops)
+        for uuid, frames in self._replay.tables.items():
+            table = tables.get(uuid)
+            if table is not None:
+                frames.hand_over(table, keys)
+        for segment in recovered.segments:
+            release.note(segment.ref, segment.last_lsn, segment.end_bytes)
+            for appended in segment.ranges:
+                objects.submit_recovered(appended)
+
+    async def _know_tables(self, tables: Tables) -> None:
+        """Ask the catalog before the first client does; one that is away is asked on and on, later."""
+        with trio.move_on_after(_PATIENCE_S) as scope:
+            await tables.wait_catalog(tables.reconcile)
+        if scope.cancelled_caught:
+            log.warning("catalog.offline", hint="tables that the log knows take writes; commits wait")
 
 
-def _note_lost(memory: MemoryTier, complete: bool, last_lsn: int, first_lsn: int) -> list[LostRange]:
+def _note_lost(memory: MemoryTier, closed: bool, last_lsn: int, first_lsn: int) -> list[LostRange]:
     """Record the LSNs that may have been given and are gone (R3); none are from a log that was closed."""
-    if first_lsn == last_lsn + 1 or complete:
+    if first_lsn == last_lsn + 1 or closed:
         return []
     lost = LsnRange(last_lsn, first_lsn - 1)
     memory.append_control(KIND_LOST, encode_lost(lost))
     return [LostRange(lost, now_us())]
 
 
-def _space(settings: Settings, recovered: RecoveredLog, read_free: Callable[[], int]) -> DiskSpace:
-    return DiskSpace(
-        limit_bytes=settings.limits.disk_bytes,
-        free_bytes=settings.limits.disk_free_bytes,
-        used_bytes=sum(segment.end_bytes for segment in recovered.segments),
-        read_free=read_free,
-    )
-
-
-async def _restore_tables(pipeline: Pipeline, catalog: Catalog, replay: _Replay, keys: KeyIndex) -> None:
-    """Load the tables, finish drops that a crash cut short, and give each table the frames it still needs."""
-    found = {table.info.uuid: table for table in await _list_tables(catalog)}
-    for uuid, record in replay.drops.items():
-        replay.tables.pop(uuid, None)
-        left = found.pop(uuid, None)
-        if left is not None:
-            log.info("table.drop_finished", table=str(left.info.name))
-            await _finish_drop(catalog, left, purge=record.purge)
-    for loaded in found.values():
-        pipeline.register(loaded)
-    for uuid, frames in replay.tables.items():
-        loaded_table = found.get(uuid)
-        table = pipeline.register(loaded_table) if loaded_table is not None else _restore_missing(pipeline, frames)
-        if table is None:
-            continue
-        for schema_id, info in frames.infos.items():
-            table.schemas.setdefault(schema_id, info.schema)
-        committed = table.committed.lsn
-        places = frames.places
-        for at in range(0, len(places), 4):
-            index, lsn, offset, frame_bytes = places[at : at + 4]
-            if lsn > committed:
-                path, number, epoch = frames.paths[index]
-                table.note_durable(path, number, epoch, lsn, offset, frame_bytes)
-        table.last_lsn = max(table.last_lsn, frames.last_lsn)
-        for key, lsn, digest in frames.keys:
-            keys.insert(uuid, key, lsn, digest)
-        keys.note_committed(uuid, committed, trio.current_time())
-
-
-def _restore_missing(pipeline: Pipeline, frames: _TableFrames) -> Table | None:
-    """Keep the frames of a table that others renamed or dropped: stopped, never discarded (R5, R18)."""
-    if not frames.infos:
-        return None
-    info = list(frames.infos.values())[-1]
-    table = pipeline.register(CatalogTable(info, (), None))
-    detail = (
-        f"Table {info.name} ({info.uuid}) is not in the catalog and was not dropped here: it was renamed or dropped "
-        "by others. Its writes are kept in the log"
-    )
-    log.error("table.stopped", table=str(info.name), reason=detail)
-    table.end(Ending(TableState.STOPPED, ErrorCode.OUTCOME_UNKNOWN, detail))
-    return table
-
-
-async def _ask_store(request: Callable[[], Awaitable[T]]) -> T:
-    """Ask the object store until it answers: an outage delays a start, it does not end it.
-
-    Raises:
-        ConfigurationError: it refuses our requests.
-    """
-    while True:
-        try:
-            return await request()
-        except StoreRefused as error:
-            raise ConfigurationError(f"The object store refuses our requests: {error}") from error
-        except StoreUnavailable as error:
-            log.warning("objects.unavailable", reason=str(error), retry_s=_STORE_RETRY_S)
-            await trio.sleep(_STORE_RETRY_S)
-
-
-async def _list_tables(catalog: Catalog) -> list[CatalogTable]:
-    """Ask the catalog until it answers."""
-    while True:
-        try:
-            return await catalog.list_tables()
-        except CatalogUnavailable as error:
-            log.warning("catalog.unavailable", reason=str(error), retry_s=_CATALOG_RETRY_S)
-            await trio.sleep(_CATALOG_RETRY_S)
-
-
-async def _finish_drop(catalog: Catalog, table: CatalogTable, *, purge: bool) -> None:
-    while True:
-        try:
-            await catalog.drop_table(table.info, purge=purge)
-        except TableMissing:
-            return
-        except CatalogUnavailable as error:
-            log.warning("catalog.unavailable", reason=str(error), retry_s=_CATALOG_RETRY_S)
-            await trio.sleep(_CATALOG_RETRY_S)
-        else:
-            return
-
-
-__all__ = ["OpenLog", "open_pipeline"]
+__all__ = ["OpenLog", "Surroundings", "open_pipeline"]

@@ -23,6 +23,7 @@ from arka.options import IcebergOptions
 from arka.records import TableInfo, Tier
 from arka.storage.ports import (
     Catalog,
+    CatalogTable,
     CatalogUnavailable,
     CommitJob,
     CommitOutcome,
@@ -80,6 +81,8 @@ class Table:
         self.ending: Ending | None = None
         #: LSN of the drop record while the catalog has not dropped the table yet.
         self.drop_lsn: int | None = None
+        #: Whether its backlog and ``last_lsn`` speak of all its frames, parked ones too.
+        self.taken_up = False
         self.hurried_lsn = 0
         self.changed = trio.Event()
         self._end_listeners: dict[Callable[[Ending], None], None] = {}
@@ -100,6 +103,26 @@ class Table:
             if code is ErrorCode.OUTCOME_UNKNOWN:
                 code = ErrorCode.TABLE_STOPPED
             raise ArkaError(self.ending.detail, code=code)
+
+    @property
+    def ending_detail(self) -> str:
+        """Why the table takes no writes, for people."""
+        return "" if self.ending is None else self.ending.detail
+
+    def adopt(self, found: CatalogTable, log_uuid: UUID) -> None:
+        """Learn from the catalog what the log alone could not say: name, schema, how far the table is.
+
+        Stops the table when it stands below what this process knows to be committed (R20).
+        """
+        self.info = found.info
+        self.schemas.setdefault(found.info.schema_id, found.info.schema)
+        committed_lsn = found.committed_lsn(log_uuid)
+        if committed_lsn < self.committed.lsn:
+            self.stop(_fell(self, committed_lsn))
+            return
+        self.backlog.discard_through(committed_lsn)
+        self.last_lsn = max(self.last_lsn, committed_lsn)
+        self.committed.advance(committed_lsn, snapshot_id=found.snapshot_id)
 
     def note_durable(self, path: str, segment: int, epoch: int, lsn: int, offset: int, frame_bytes: int) -> None:
         """Take a frame that is on disk into the backlog."""
@@ -125,6 +148,10 @@ class Table:
             listener(ending)
         self.wake()
 
+    def stop(self, detail: str) -> None:
+        """Stop a table that cannot be committed for good: waiting writes end with ``outcome_unknown`` (R18)."""
+        self.end(Ending(TableState.STOPPED, ErrorCode.OUTCOME_UNKNOWN, detail))
+
     def listen_end(self, listener: Callable[[Ending], None]) -> None:
         """Call ``listener`` if the table ends; it must not raise or wait."""
         self._end_listeners[listener] = None
@@ -144,7 +171,7 @@ class TableCommitter:
         objects: Watermark,
         *,
         log_uuid: UUID,
-        epoch: int,
+        epoch: Callable[[], int],
         options: IcebergOptions,
         rng: random.Random,
         on_committed: Callable[[Table], None],
@@ -156,7 +183,8 @@ class TableCommitter:
             catalog: encodes and commits in worker processes.
             objects: the ``object_storage`` mark; a commit holds nothing above it (R4).
             log_uuid: the log whose mark the table keeps (R15).
-            epoch: this process's epoch of it.
+            epoch: returns this process's epoch of it; asked when there is something to commit, since nothing is in
+                the object store before there is an epoch.
             options: cadence and sizes.
             rng: for the jitter of retries.
             on_committed: told after the mark rose.
@@ -171,8 +199,11 @@ class TableCommitter:
         self._on_committed = on_committed
         self._failures = 0
 
-    async def run(self) -> None:
-        """Commit until the table is dropped or stopped.
+    async def run(self) -> bool:
+        """Commit until the table is dropped or stopped, or is no longer under its name.
+
+        Returns:
+            Whether the table is not under its name any more: it may have been renamed.
 
         Raises:
             Fenced: a newer epoch of the log has committed to the table.
@@ -197,9 +228,12 @@ class TableCommitter:
                 earliest = trio.current_time() + self._note_failure(error)
                 continue
             self._failures = 0
+            if result.outcome is CommitOutcome.TABLE_GONE:
+                return table.state is TableState.ACTIVE
             self._apply(cut, result)
             now = trio.current_time()
             earliest = max(started + self._options.commit_interval_s, now + (now - started) * (1 / _COST_SHARE - 1) / 2)
+        return False
 
     async def _wait_work(self, earliest: float) -> bool:
         """Wait until there is something to commit and it is time; False: look at the state again."""
@@ -233,7 +267,9 @@ class TableCommitter:
             slices=cut.slices,
         )
         staged = await self._persist(partial(self._catalog.encode, job))
-        return CommitJob(table=table.info, log_uuid=self._log_uuid, epoch=self._epoch, commit_id=uuid4(), staged=staged)
+        return CommitJob(
+            table=table.info, log_uuid=self._log_uuid, epoch=self._epoch(), commit_id=uuid4(), staged=staged
+        )
 
     async def _commit(self, job: CommitJob) -> CommitResult:
         """Commit staged files, for as long as it takes.
@@ -281,19 +317,10 @@ class TableCommitter:
                 # An attempt whose response was lost has landed: the table itself says how far it is (R16).
                 self._advance(result.committed_lsn, result.snapshot_id)
             case CommitOutcome.RECUT:
-                self._stop(
-                    f"Table {table.info.name} stands at LSN {result.committed_lsn}, but {table.committed.lsn} was "
-                    "committed: it was rolled back or replaced by others. Nothing is replayed (R20); drop it or "
-                    "move it back, then restart"
-                )
-            case CommitOutcome.TABLE_GONE:
-                self._stop(
-                    f"Table {table.info.name} ({table.info.uuid}) is no longer in the catalog under that name: it "
-                    "was renamed or dropped by others. Its uncommitted writes are kept"
-                )
+                table.stop(_fell(table, result.committed_lsn))
             case CommitOutcome.FENCED:
                 raise Fenced(
-                    f"a newer epoch than {self._epoch} has committed to {table.info.name}: this process is fenced"
+                    f"a newer epoch than {self._epoch()} has committed to {table.info.name}: this process is fenced"
                 )
 
     def _advance(self, lsn: int, snapshot_id: int | None) -> None:
@@ -301,20 +328,20 @@ class TableCommitter:
         self._table.committed.advance(lsn, snapshot_id=snapshot_id)
         self._on_committed(self._table)
 
-    def _stop(self, detail: str) -> None:
-        if self._table.state is not TableState.ACTIVE:
-            # Dropped while the commit was under way: that it is gone is no news.
-            return
-        log.error("table.stopped", table=str(self._table.info.name), reason=detail)
-        self._table.end(Ending(TableState.STOPPED, ErrorCode.OUTCOME_UNKNOWN, detail))
-
     def _note_failure(self, error: ArkaError) -> float:
         """Count a definite failure; stops the table when it does not pass. Returns the pause in seconds."""
         self._failures += 1
         log.error("iceberg.failed", table=str(self._table.info.name), failures=self._failures, reason=error.detail)
         if self._failures >= _MAX_FAILURES:
-            self._stop(f"Table {self._table.info.name} cannot be committed: {error.detail}")
+            self._table.stop(f"Table {self._table.info.name} cannot be committed: {error.detail}")
         return min(self._options.retry_s * float(2**self._failures), _MAX_RETRY_S)
+
+
+def _fell(table: Table, found_lsn: int) -> str:
+    return (
+        f"Table {table.info.name} stands at LSN {found_lsn}, but {table.committed.lsn} was committed: it was rolled "
+        "back or replaced by others. Nothing is replayed (R20); drop it, or move it back and restart"
+    )
 
 
 __all__ = ["Ending", "Table", "TableCommitter", "TableState"]

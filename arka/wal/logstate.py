@@ -1,6 +1,6 @@
 """The log's state: whose log this is, and up to where LSNs may be given (R1, R2).
 
-Owns: the file ``log`` in the log's directory. Does not own when the ceiling is raised.
+Owns: the file ``log`` in the log's directory. Does not own when a ceiling is raised or an epoch taken.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 from uuid import UUID
+
+import trio
 
 from arka._core.lsn import LSN_END
 from arka.errors import ConfigurationError, DataCorruption, InternalError
@@ -23,8 +25,8 @@ _MAGIC: Final = magic(b"ARKL")
 #: A page each, so that writing one slot cannot tear the other.
 _SLOT_BYTES: Final = 4096
 _SLOTS: Final = 2
-# magic, crc, version, reserved, log uuid, epoch, lsn ceiling, generation
-_LAYOUT: Final = struct.Struct("<IIII16sQQQ")
+# magic, crc, version, reserved, log uuid, epoch, lsn ceiling, generation, store ceiling
+_LAYOUT: Final = struct.Struct("<IIII16sQQQQ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +37,21 @@ class LogState:
         log_uuid: the log.
         epoch: the highest epoch in which it was written.
         lsn_ceiling: no LSN at or above it was ever given.
+        store_ceiling: LSNs below it are reserved for this log in the object store: while the store is away a start
+            may give them all the same (R2, R13); never below ``lsn_ceiling``.
         generation: how often the state was written.
     """
 
     log_uuid: UUID
     epoch: int
     lsn_ceiling: int
+    store_ceiling: int
     generation: int = 1
 
     @classmethod
-    async def create(cls, directory: Path, disk: Disk, *, log_uuid: UUID, epoch: int, lsn_ceiling: int) -> LogState:
+    async def create(
+        cls, directory: Path, disk: Disk, *, log_uuid: UUID, epoch: int, lsn_ceiling: int, store_ceiling: int
+    ) -> LogState:
         """Make the state of a new log; one that exists is an error.
 
         Args:
@@ -53,6 +60,7 @@ class LogState:
             log_uuid: minted by the caller (R1).
             epoch: the first epoch.
             lsn_ceiling: LSNs below it may be given once this returns; at most 2**53.
+            store_ceiling: LSNs below it are reserved in the object store.
 
         Raises:
             ConfigurationError: the directory holds a log already.
@@ -62,7 +70,7 @@ class LogState:
 
         Cancellation: before it begins nothing is made; once begun it is finished.
         """
-        state = cls(log_uuid, epoch, lsn_ceiling)
+        state = cls(log_uuid, epoch, lsn_ceiling, store_ceiling)
         state._check()
 
         def job() -> None:
@@ -107,8 +115,11 @@ class LogState:
         return await disk.run(lambda: self._write(directory, disk))
 
     def _check(self) -> None:
-        if not 1 <= self.lsn_ceiling <= LSN_END:
-            raise InternalError(f"an LSN ceiling is 1 .. 2**53, found {self.lsn_ceiling}")
+        if not 1 <= self.lsn_ceiling <= self.store_ceiling <= LSN_END:
+            raise InternalError(
+                f"LSN ceilings are 1 .. 2**53, the disk's not above the store's; found {self.lsn_ceiling} on disk and "
+                f"{self.store_ceiling} in the store"
+            )
 
     def _to_slot(self) -> bytes:
         fields = _LAYOUT.pack(
@@ -120,6 +131,7 @@ class LogState:
             self.epoch,
             self.lsn_ceiling,
             self.generation,
+            self.store_ceiling,
         )
         return seal_block(fields.ljust(_SLOT_BYTES, b"\0"))
 
@@ -140,8 +152,8 @@ class LogState:
                 damage = error
                 slots.append(None)
                 continue
-            _, _, _, _, uuid, epoch, ceiling, generation = _LAYOUT.unpack_from(data, offset)
-            slots.append(cls(UUID(bytes=uuid), epoch, ceiling, generation))
+            _, _, _, _, uuid, epoch, ceiling, generation, store_ceiling = _LAYOUT.unpack_from(data, offset)
+            slots.append(cls(UUID(bytes=uuid), epoch, ceiling, store_ceiling, generation))
         if damage is not None and not any(slots):
             raise damage
         return slots
@@ -162,10 +174,11 @@ class LogState:
         assert newest is not None
         if newest.log_uuid != self.log_uuid:
             raise InternalError(f"{directory} is log {newest.log_uuid}, not {self.log_uuid}")
-        if self.epoch < newest.epoch or self.lsn_ceiling < newest.lsn_ceiling:
+        found = (newest.epoch, newest.lsn_ceiling, newest.store_ceiling)
+        asked = (self.epoch, self.lsn_ceiling, self.store_ceiling)
+        if any(new < old for new, old in zip(asked, found, strict=True)):
             raise InternalError(
-                f"{directory} is at epoch {newest.epoch} and ceiling {newest.lsn_ceiling}: "
-                f"neither may fall, asked for {self.epoch} and {self.lsn_ceiling}"
+                f"{directory} is at epoch, ceiling and store ceiling {found}: none may fall, asked for {asked}"
             )
         state = replace(self, generation=newest.generation + 1)
         first = generations.index(min(generations))
@@ -179,4 +192,51 @@ class LogState:
         return state
 
 
-__all__ = ["STATE_NAME", "LogState"]
+class LogStateFile:
+    """The state of an open log: its parts are raised by different tasks, and written here one after the other.
+
+    Used from trio's thread only.
+    """
+
+    def __init__(self, directory: Path, disk: Disk, state: LogState) -> None:
+        """Hold a state that was read or created.
+
+        Args:
+            directory: the log's directory.
+            disk: its file system.
+            state: what is on disk now.
+        """
+        self._directory = directory
+        self._disk = disk
+        # Invariant: what is on disk, or what a write that failed tried to put there.
+        self._state = state
+        self._lock = trio.Lock()
+
+    @property
+    def state(self) -> LogState:
+        """What is on disk."""
+        return self._state
+
+    async def raise_to(self, *, epoch: int = 0, lsn_ceiling: int = 0, store_ceiling: int = 0) -> None:
+        """Raise parts of the state; one that is higher already stays.
+
+        Raises:
+            OSError: the old state or the new one is in force.
+
+        Durability: on return the state on disk is at least this.
+
+        Cancellation: before it begins nothing is written; once begun it is finished.
+        """
+        async with self._lock:
+            old = self._state
+            wanted = replace(
+                old,
+                epoch=max(epoch, old.epoch),
+                lsn_ceiling=max(lsn_ceiling, old.lsn_ceiling),
+                store_ceiling=max(store_ceiling, old.store_ceiling),
+            )
+            if wanted != old:
+                self._state = await wanted.write(self._directory, self._disk)
+
+
+__all__ = ["STATE_NAME", "LogState", "LogStateFile"]

@@ -26,6 +26,7 @@ from arka.errors import DataCorruption
 from arka.records import TableInfo
 from arka.storage.ports import Buffer
 from arka.wal.blocks import magic
+from arka.wal.segment import FRAME_HEADER_BYTES
 
 FORMAT_VERSION: Final = 1
 HEADER_BYTES: Final = 192
@@ -238,6 +239,24 @@ class WalObject:
                 raise DataCorruption(self.path, offset, error.expected, error.found) from error
             yield offset, frame
             offset += frame.frame_bytes
+
+    def tables(self) -> list[TableInfo]:
+        """The tables of its batch frames, each at each schema that they use (R24).
+
+        Raises:
+            DataCorruption: a TABLE frame is damaged.
+        """
+        found = []
+        for offset, frame in self.frames():
+            if offset >= HEADER_BYTES + self.header.table_bytes:
+                break
+            if frame.kind == KIND_TABLE:
+                start = offset + FRAME_HEADER_BYTES
+                try:
+                    found.append(TableInfo.from_bytes(bytes(self.data[start : start + frame.payload_bytes])))
+                except ValueError as error:
+                    raise DataCorruption(self.path, offset, "a readable table", str(error)) from error
+        return found
 
 
 def parse_object(path: str, data: memoryview, log_uuid: UUID) -> WalObject:

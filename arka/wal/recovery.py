@@ -93,20 +93,19 @@ class RecoveredLog:
         segments: oldest first; each has at least one LSN.
         last_lsn: the last LSN in the log, retired segments included; 0 for none.
         next_segment: the number for ``WalWriter.open``.
+        base_lsn: the last LSN that is no longer in ``segments``, since it was released; 0 for none.
         lost: the lost ranges that the log's LOST frames record (R3), in log order.
         torn: what was dropped from the tail, if anything.
-        closed: the writer had closed the log, so nothing that was appended is missing.
-        sealed_epoch: the epoch that had sealed it, before this recovery; 0 for none. A later process may have
-            given LSNs since and have written nothing.
+        closed: the last writer that was opened had closed the log: no LSN that was given is missing.
     """
 
     segments: tuple[RecoveredSegment, ...]
     last_lsn: int
     next_segment: int
+    base_lsn: int
     lost: tuple[LsnRange, ...]
     torn: TornTail | None
     closed: bool
-    sealed_epoch: int
 
 
 async def recover(
@@ -187,7 +186,7 @@ class _Recovery:
         newest = max([sealed_through, *numbers])
         has_tail = may_have_tail(headers[numbers[-1]] if numbers else None, sealed_through)
         closed = seal.closed if seal is not None and sealed_through == newest else newest == 0
-        self._last_lsn = headers[numbers[0]].base_lsn if numbers else 0
+        base_lsn = self._last_lsn = headers[numbers[0]].base_lsn if numbers else 0
         for number in numbers[:-1] if has_tail else numbers:
             self._read_sealed(number)
         if has_tail:
@@ -201,10 +200,10 @@ class _Recovery:
             segments=tuple(self._segments),
             last_lsn=self._last_lsn,
             next_segment=newest + 1,
+            base_lsn=base_lsn if self._segments else self._last_lsn,
             lost=tuple(self._lost),
             torn=self._torn,
             closed=closed,
-            sealed_epoch=seal.epoch if seal is not None else 0,
         )
 
     # -- what there is ----------------------------------------------------------------------------

@@ -1,20 +1,20 @@
-"""Copying an unsealed segment's intact frames into a sealed one (R6).
+"""Making whole sealed segments out of frames that exist: a tail's at recovery (R6), the store's after node loss.
 
-Owns: that copy, whole or not there at all. Does not own what is intact (``scan``) nor when the original
-may go (``recovery``).
+Owns: how such a segment is written, whole or not there at all. Does not own which frames are intact (``scan``,
+``objectfile``), which go in, nor when an original may go (``recovery``).
 """
 
 from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
+from uuid import UUID
 
 from arka._core.framing import KIND_FOOTER, KIND_GROUP, FrameHeader, Group, parse_header, reseal_header
 from arka.options import MIB
-from arka.storage.ports import Buffer, Disk, DiskFile
+from arka.storage.ports import Buffer, Disk
 from arka.wal.scan import SegmentScan
 from arka.wal.segment import (
     FRAME_HEADER_BYTES,
@@ -26,13 +26,138 @@ from arka.wal.segment import (
     SegmentHeader,
 )
 
-#: Groups of the copy are cut at about this size, and at this many frames: both bound the memory used.
+#: Groups are cut at about this size, and at this many frames: both bound the memory used.
 _GROUP_BYTES: Final = 8 * MIB
 _GROUP_FRAMES: Final = 4096
 
 
+class SegmentBuilder:
+    """Writes verified frames into a new segment: new groups, new CRCs, the same bytes else. Blocking."""
+
+    def __init__(
+        self,
+        disk: Disk,
+        path: Path,
+        *,
+        log_uuid: UUID,
+        epoch: int,
+        number: int,
+        base_lsn: int,
+        first_lsn: int,
+        capacity: int = HEADER_BYTES,
+        replaces: int = 0,
+    ) -> None:
+        """Begin a segment under another name.
+
+        Args:
+            disk: the file system.
+            path: of the segment; a crash leaves it whole or not there.
+            log_uuid: the log.
+            epoch: the segment's epoch.
+            number: the segment's number.
+            base_lsn: the last LSN of the log before it.
+            first_lsn: the first LSN that will be added.
+            capacity: what its header says of its size; for people.
+            replaces: the segment whose frames these are; 0 for none.
+
+        Raises:
+            OSError: the disk failed.
+        """
+        self._disk = disk
+        self._path = path
+        self._header = SegmentHeader(
+            log_uuid=log_uuid,
+            epoch=epoch,
+            number=number,
+            base_lsn=base_lsn,
+            first_lsn=first_lsn,
+            capacity=capacity,
+            replaces=replaces,
+            created_us=time.time_ns() // 1000,
+            nonce=secrets.token_bytes(16),
+        )
+        self._seed = self._header.seed
+        self._file = disk.create(path.with_name(path.name + UNFINISHED_SUFFIX), HEADER_BYTES)
+        self._offset = HEADER_BYTES
+        self._frames = 0
+        self._last_lsn = base_lsn
+        self._parts: list[Buffer] = []
+        self._group_bytes = self._group_frames = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes of the segment so far."""
+        return self._offset + self._group_bytes
+
+    @property
+    def last_lsn(self) -> int:
+        """The last LSN in the segment so far, or the last before it."""
+        return self._last_lsn
+
+    def add(self, data: Buffer, offset: int, header: FrameHeader) -> None:
+        """Add one verified frame.
+
+        Args:
+            data: the bytes that it is in; kept until the next flush.
+            offset: where it begins in them.
+            header: its header; no GROUP or FOOTER frame.
+
+        Raises:
+            OSError: the disk failed.
+        """
+        self._parts.append(reseal_header(data, offset, self._seed))
+        self._parts.append(memoryview(data)[offset + FRAME_HEADER_BYTES : offset + header.frame_bytes])
+        self._group_bytes += header.frame_bytes
+        self._group_frames += 1
+        self._last_lsn = header.lsn or self._last_lsn
+        if self._group_bytes >= _GROUP_BYTES or self._group_frames >= _GROUP_FRAMES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was added, so that its bytes may be let go of. Not yet durable.
+
+        Raises:
+            OSError: the disk failed.
+        """
+        if self._group_frames:
+            size = MARK_BYTES + self._group_bytes
+            mark = GroupMark(self._header.nonce, HEADER_BYTES, self._offset, size, self._group_frames)
+            self._file.write(self._offset, [self._mark_bytes(mark), *self._parts])
+            self._offset += size
+            self._frames += 1 + self._group_frames
+        self._parts = []
+        self._group_bytes = self._group_frames = 0
+
+    def finish(self) -> None:
+        """Seal the segment and give it its name.
+
+        Raises:
+            OSError: the segment is not there.
+
+        Durability: on return it is fsynced, under its name.
+        """
+        try:
+            self.flush()
+            header = self._header
+            footer = Footer(header.nonce, HEADER_BYTES, self._offset, header.first_lsn, self._last_lsn, self._frames)
+            self._file.write(0, [header.to_bytes()])
+            self._file.write(self._offset, [self._mark_bytes(footer)])
+            self._file.sync()
+        finally:
+            self.close()
+        self._disk.rename(self._file.path, self._path)
+        self._disk.sync_directory(self._path.parent)
+
+    def close(self) -> None:
+        """Let go of the file, finished or not; a file without a segment's name is removed by the next recovery."""
+        self._file.close()
+
+    def _mark_bytes(self, mark: GroupMark | Footer) -> bytes:
+        return Group([mark.to_frame(self._header.created_us)], self._offset, self._seed).to_bytes()
+
+
 def copy_segment(disk: Disk, path: Path, scan: SegmentScan, data: memoryview, *, number: int, epoch: int) -> None:
-    """Write the frames that ``scan`` found into a segment of their own. Blocking.
+    """Write the frames that ``scan`` found into a segment of their own (R6). Blocking.
 
     Args:
         disk: the file system.
@@ -47,7 +172,9 @@ def copy_segment(disk: Disk, path: Path, scan: SegmentScan, data: memoryview, *,
 
     Durability: on return the copy is fsynced, under its name.
     """
-    header = SegmentHeader(
+    copy = SegmentBuilder(
+        disk,
+        path,
         log_uuid=scan.header.log_uuid,
         epoch=epoch,
         number=number,
@@ -55,74 +182,17 @@ def copy_segment(disk: Disk, path: Path, scan: SegmentScan, data: memoryview, *,
         first_lsn=scan.first_lsn,
         capacity=scan.header.capacity,
         replaces=scan.header.number,
-        created_us=time.time_ns() // 1000,
-        nonce=secrets.token_bytes(16),
     )
-    unfinished = path.with_name(path.name + UNFINISHED_SUFFIX)
-    file = disk.create(unfinished, HEADER_BYTES)
     try:
-        file.write(0, [header.to_bytes()])
-        _SegmentCopy(file, header, data, scan.last_lsn).write(scan.end)
-        file.sync()
-    finally:
-        file.close()
-    disk.rename(unfinished, path)
-    disk.sync_directory(path.parent)
-
-
-class _SegmentCopy:
-    """Writes verified frames of one segment into another: new groups, new CRCs, the same bytes else."""
-
-    def __init__(self, file: DiskFile, header: SegmentHeader, data: memoryview, last_lsn: int) -> None:
-        self._file = file
-        self._header = header
-        self._seed = header.seed
-        self._data = data
-        self._last_lsn = last_lsn
-        self._offset = HEADER_BYTES
-        self._frames = 0
-
-    def write(self, end: int) -> None:
-        """Write the frames in ``[HEADER_BYTES, end)`` of the old segment, and the footer."""
-        parts: list[Buffer] = []
-        size = count = 0
-        for offset, header in self._old_frames(end):
-            parts.append(reseal_header(self._data, offset, self._seed))
-            parts.append(self._data[offset + FRAME_HEADER_BYTES : offset + header.frame_bytes])
-            size += header.frame_bytes
-            count += 1
-            if size >= _GROUP_BYTES or count >= _GROUP_FRAMES:
-                self._write_group(parts, size, count)
-                parts = []
-                size = count = 0
-        if count:
-            self._write_group(parts, size, count)
-        footer = Footer(
-            self._header.nonce,
-            HEADER_BYTES,
-            self._offset,
-            self._header.first_lsn,
-            self._last_lsn,
-            self._frames,
-        )
-        self._file.write(self._offset, [self._mark_bytes(footer)])
-
-    def _old_frames(self, end: int) -> Iterator[tuple[int, FrameHeader]]:
         offset = HEADER_BYTES
-        while offset < end:
-            header = parse_header(self._data, offset)
+        while offset < scan.end:
+            header = parse_header(data, offset)
             if header.kind not in (KIND_GROUP, KIND_FOOTER):
-                yield offset, header
+                copy.add(data, offset, header)
             offset += header.frame_bytes
-
-    def _write_group(self, parts: Sequence[Buffer], size: int, count: int) -> None:
-        mark = GroupMark(self._header.nonce, HEADER_BYTES, self._offset, MARK_BYTES + size, count)
-        self._file.write(self._offset, [self._mark_bytes(mark), *parts])
-        self._offset += MARK_BYTES + size
-        self._frames += 1 + count
-
-    def _mark_bytes(self, mark: GroupMark | Footer) -> bytes:
-        return Group([mark.to_frame(self._header.created_us)], self._offset, self._seed).to_bytes()
+        copy.finish()
+    finally:
+        copy.close()
 
 
-__all__ = ["copy_segment"]
+__all__ = ["SegmentBuilder", "copy_segment"]

@@ -82,7 +82,8 @@ class WalWriter:
     ) -> WalWriter:
         """Open a log for writing. It was recovered (``recover``), closed, or is empty.
 
-        The first segment is made by the first ``append``, since its header names its first LSN.
+        From here on the log does not count as closed: whoever opens it may give LSNs that nothing on the disk
+        knows of. The first segment is made by the first ``append``, since its header names its first LSN.
 
         Args:
             directory: where the segments are; made if it does not exist.
@@ -96,14 +97,18 @@ class WalWriter:
             ConfigurationError: the log has to be recovered first, or ``first_segment`` is used up.
             DataCorruption: the directory belongs to another log, or its seal mark is damaged.
             Fenced: a higher epoch has written here.
-            OSError: the directory cannot be made or read.
+            OSError: the directory cannot be made or read, or the seal mark not be written.
 
-        Cancellation: nothing but the directory is left.
+        Durability: on return the log is marked as open.
+
+        Cancellation: before it begins nothing is written; once begun it is finished.
         """
 
         def prepare() -> SealMark:
             disk.make_directory(directory)
-            return _check_sealed(disk, directory, log_uuid, epoch, first_segment)
+            seal = _check_sealed(disk, directory, log_uuid, epoch, first_segment)
+            write_seal(disk, directory, seal)
+            return seal
 
         seal = await disk.run(prepare)
         return cls(directory, disk, log_uuid=log_uuid, epoch=epoch, options=options, seal=seal)
@@ -330,13 +335,13 @@ def _segment_numbers(disk: Disk, directory: Path) -> list[int]:
 
 
 def _check_sealed(disk: Disk, directory: Path, log_uuid: UUID, epoch: int, first_segment: int) -> SealMark:
-    """Find where the log stands; a log that may have a tail is not to be written to. Blocking."""
+    """Find where the log stands, and the mark of an open one; one that may have a tail is not written to. Blocking."""
     seal = read_seal(disk, directory)
     last_segment = max(_segment_numbers(disk, directory), default=0)
     if seal is None:
         if last_segment:
             raise ConfigurationError(f"{directory} holds segments but no seal: recover the log first")
-        return SealMark(log_uuid, epoch, max(first_segment - 1, 0), 0, closed=True)
+        return SealMark(log_uuid, epoch, max(first_segment - 1, 0), 0, closed=False)
     if seal.log_uuid != log_uuid:
         raise DataCorruption(str(directory / SEAL_NAME), 16, f"log {log_uuid}", f"log {seal.log_uuid}")
     if seal.segment < last_segment:
@@ -347,7 +352,7 @@ def _check_sealed(disk: Disk, directory: Path, log_uuid: UUID, epoch: int, first
         raise Fenced(f"{directory} was written in epoch {seal.epoch}: epoch {epoch} is over")
     if first_segment <= seal.segment:
         raise ConfigurationError(f"segment {first_segment} is used up in {directory}: the next is {seal.segment + 1}")
-    return SealMark(log_uuid, epoch, first_segment - 1, seal.last_lsn, seal.closed)
+    return SealMark(log_uuid, epoch, first_segment - 1, seal.last_lsn, closed=False)
 
 
 __all__ = ["AppendedRange", "WalPoisoned", "WalWriter"]

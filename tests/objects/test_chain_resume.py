@@ -12,7 +12,7 @@ from arka.errors import DataCorruption, Fenced
 from arka.options import KIB
 from arka.storage.ports import StoreUnavailable
 from arka.testing.simstore import Fault, Outcome, SimStore
-from arka.tiers.objects import MAX_UPLOADS
+from arka.tiers.chain import MAX_UPLOADS
 
 from .tierbench import WAL, Bench, make_table, read_back
 

@@ -17,11 +17,12 @@ from arka.errors import ConfigurationError, DataCorruption, Fenced
 from arka.records import MAX_LSN
 from arka.storage.ports import StoreUnavailable
 from arka.testing.simstore import Fault, Outcome, SimStore
-from arka.tiers.epochs import STORE_BLOCK, LocalLog, take_epoch
+from arka.tiers.epochs import STORE_BLOCK, Claim, LocalLog, take_epoch
 
 DISK = UUID(int=0xD15C)
 OTHER_DISK = UUID(int=0x07DE)
 LOG = UUID(int=0x106)
+BEAT_S = 2.0
 
 
 @pytest.fixture
@@ -35,8 +36,15 @@ def record(fields):
     return body + b"\n%08x\n" % crc32c(body)
 
 
-async def take(store, *, local=None, disk=DISK, node="n"):
-    return await take_epoch(store, node, local=local, disk_uuid=disk)
+async def take(store, *, local=None, disk=DISK, node="n", take_over=False):
+    return await take_epoch(store, Claim(node, local, disk, take_over=take_over, heartbeat_s=BEAT_S))
+
+
+async def start(store, **claim):
+    """Take an epoch and go on from there, as a process does once its disk knows of it."""
+    lease = await take(store, **claim)
+    await lease.record_start(None)
+    return lease
 
 
 def after(lease, *, given=0):
@@ -113,34 +121,111 @@ async def test_other_log_is_refused(store):
 
 
 async def test_stale_disk_is_refused(store):
-    """A disk that is not the newest epoch's does not replay by itself; the message names its LSNs (R13)."""
-    first = await take(store)
+    """A disk after which the log went on elsewhere does not replay by itself; the message names its LSNs (R13)."""
+    first = await start(store)
     local = after(first, given=500)
-    store.objects["n/epoch/0000000002"] = record(
-        {
-            "log_uuid": str(first.log_uuid),
-            "epoch": 2,
-            "node_id": "n",
-            "disk_uuid": str(OTHER_DISK),
-            "started_us": 0,
-            "host": "elsewhere",
-            "pid": 7,
-        }
-    )
-    with pytest.raises(ConfigurationError, match=r"LSN 500 .*stale"):
+    second = await start(store, disk=OTHER_DISK)
+    with pytest.raises(ConfigurationError, match=r"stale: it ends in epoch 1, at LSN 500 .*--resubmit"):
         await take(store, local=local)
     assert epochs(store) == [1, 2]
-    second = await take(store, local=LocalLog(first.log_uuid, 2, 900), disk=OTHER_DISK)
-    assert second.epoch == 3
+    third = await take(store, local=after(second, given=900), disk=OTHER_DISK)
+    assert third.epoch == 3
 
 
-async def test_empty_disk_is_refused_where_the_store_has_a_log(store):
-    """A data directory without a log does not take over one that another directory wrote (R13)."""
-    lease = await take(store)
-    with pytest.raises(ConfigurationError, match=str(lease.log_uuid)):
-        await take(store, local=None, disk=OTHER_DISK)
-    assert epochs(store) == [1]
-    await lease.verify()
+async def test_copy_of_a_disk_that_was_stopped_in_order(store):
+    """A data directory that was copied after a clean stop is stale once the original went on (R13, R2)."""
+    first = await start(store)
+    copy = after(first, given=500)
+    second = await start(store, local=copy)
+    with pytest.raises(ConfigurationError, match="stale"):
+        await take(store, local=copy)
+    await second.verify()
+
+
+async def test_start_that_died_makes_no_disk_stale(store):
+    """An epoch whose process died before its disk knew of it stands in nobody's way, whoever's disk it had (R13)."""
+    first = await start(store)
+    local = after(first, given=500)
+    await take(store, local=local)
+    await take(store, disk=OTHER_DISK)
+    later = LocalLog(local.log_uuid, local.epoch, local.lsn_ceiling + 100)
+    assert (await take(store, local=later)).epoch == 4
+
+
+async def test_older_state_of_a_disk_whose_start_died(store):
+    """A directory that is older than what a start found in it is stale, also if that start died (R13)."""
+    first = await start(store)
+    await take(store, local=after(first, given=500))
+    with pytest.raises(ConfigurationError, match="stale"):
+        await take(store, local=after(first, given=499))
+
+
+async def test_empty_disk_takes_a_log_over(store):
+    """A node whose disk is gone comes up on an empty one, above every LSN that the old one may have given (R2)."""
+    first = await start(store)
+    second = await take(store, disk=OTHER_DISK)
+    assert second.log_uuid == first.log_uuid
+    assert second.first_lsn >= first.lsn_ceiling
+    with pytest.raises(Fenced):
+        await first.verify()
+
+
+@pytest.mark.parametrize("take_over", [False, True])
+async def test_living_owner(take_over, store, autojump_clock):
+    """A log whose process shows that it lives is taken from it only when that is asked for (R10)."""
+    first = await start(store)
+    with contextlib.suppress(Fenced):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(first.beat, BEAT_S)
+            await trio.sleep(1)
+            if take_over:
+                await take(store, disk=OTHER_DISK, take_over=True)
+            else:
+                with pytest.raises(ConfigurationError, match="--take-over"):
+                    await take(store, disk=OTHER_DISK)
+                await first.verify()
+            nursery.cancel_scope.cancel()
+    assert epochs(store) == ([1, 2] if take_over else [1])
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+async def test_dead_owner(leaves, store, autojump_clock):
+    """A process that died is waited for as long as a heartbeat takes; one that left in order is not."""
+    first = await start(store)
+    with trio.move_on_after(5.5):
+        await first.beat(BEAT_S)
+    if leaves:
+        await first.leave()
+    before = trio.current_time()
+    assert (await take(store, disk=OTHER_DISK)).epoch == 2
+    assert (trio.current_time() > before) is not leaves
+    assert not [key for key in store.objects if "/heartbeat/" in key]
+
+
+async def test_beats_leave_nothing_behind(store, autojump_clock):
+    """However often a process shows that it lives, and whatever fails, one heartbeat is in the store."""
+    lease = await start(store)
+    for operation in ("put_new", "delete"):
+        store.plan(operation, *[Fault(outcome) for outcome in Outcome for _ in range(2)], key="/heartbeat/")
+    with trio.move_on_after(100):
+        await lease.beat(BEAT_S)
+    store.settle()
+    assert len([key for key in store.objects if "/heartbeat/" in key]) <= 2
+
+
+async def test_idle_process_hears_that_it_is_fenced(store, autojump_clock):
+    """A process that has nothing to upload finds out all the same that another one owns its log (R10)."""
+    first = await start(store)
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+
+            async def take_later():
+                await trio.sleep(3)
+                await take(store, disk=OTHER_DISK, take_over=True)
+
+            nursery.start_soon(take_later)
+            with pytest.raises(Fenced, match="epoch 1 is over"):
+                await first.beat(BEAT_S)
 
 
 async def test_emptied_store(store):
@@ -178,21 +263,24 @@ async def test_racers_win_each_number_once(racers, autojump_clock):
 
 
 async def test_first_starts_race(autojump_clock):
-    """Of two empty disks that start at once one mints the log, and the other is refused (R1)."""
+    """Of two empty disks that start at once one mints the log, and only the later one goes on with it (R1)."""
     store = SimStore(random.Random(1), max_delay_s=1.0)
-    minted, refused = [], []
+    leases, fenced = [], []
 
     async def race(disk):
         try:
-            minted.append(await take(store, disk=disk))
-        except ConfigurationError:
-            refused.append(disk)
+            leases.append(await start(store, disk=disk))
+        except Fenced:
+            fenced.append(disk)
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(race, DISK)
         nursery.start_soon(race, OTHER_DISK)
-    assert len(minted) == len(refused) == 1
-    await minted[0].verify()
+    newest = max(leases, key=lambda lease: lease.epoch)
+    await newest.verify()
+    assert newest.epoch == 2
+    assert len(leases) + len(fenced) == 2
+    assert len({lease.log_uuid for lease in leases}) == 1
 
 
 async def test_epochs_that_others_keep_taking(store):

@@ -7,10 +7,9 @@ import trio
 
 from arka.errors import DataCorruption, Fenced, InternalError
 from arka.options import KIB
-from arka.storage.ports import StoreUnavailable
 from arka.testing.simstore import Fault, Outcome, SimStore
 
-from .tierbench import EPOCH, WAL, Bench, make_table, read_back
+from .tierbench import EPOCH, WAL, Bench, Process, make_table, read_back
 
 
 @pytest.fixture
@@ -265,6 +264,29 @@ async def test_group_above_the_size_is_one_object(store, autojump_clock):
     check(process)
 
 
+async def test_nothing_goes_up_before_there_is_an_epoch(store, autojump_clock):
+    """What is submitted before the store was reached waits; then what the chain lacks is uploaded, in order."""
+    bench = Bench(store, linger_s=0.0)
+    first = await bench.boot()
+    async with first.running():
+        await first.append(3)
+        await first.wait_acked()
+    lease, head = first.lease, bench.newest_ref()
+    second = Process(bench, lease)
+    second.writer = first.writer
+    bench.newest = second
+    for found in bench.ranges:
+        second.tier.submit_recovered(found)
+    async with second.running():
+        await second.append(2)
+        await trio.sleep(100)
+        assert second.acked_lsn == 0
+        assert len(bench.wal_keys()) == 1
+        second.tier.connect(lease, head)
+        await second.wait_acked()
+    assert read_back(second.chain()) == [1, 2, 3, 4, 5]
+
+
 async def test_hurry(store, autojump_clock):
     """Nobody who waits for an ack waits for company, before or after frames arrived."""
     process = await boot(store, linger_s=60.0)
@@ -467,11 +489,3 @@ async def test_cancelled_at_any_step(first, autojump_clock):
             await again.append()
             await again.wait_acked()
         assert sorted(set(read_back(again.chain()))) == list(range(1, 10))
-
-
-async def test_store_that_is_away_when_the_process_begins(store, autojump_clock):
-    """``resume`` does not guess: a store that does not answer is said so."""
-    process = await boot(store)
-    store.away = True
-    with pytest.raises(StoreUnavailable):
-        await process.tier.resume()

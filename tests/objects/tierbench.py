@@ -19,7 +19,8 @@ from arka.records import TableInfo, TableName, TableType
 from arka.testing.segmentfile import frame_buffer
 from arka.testing.simdisk import SimDisk
 from arka.testing.simstore import SimStore
-from arka.tiers.epochs import EpochLease, LocalLog, take_epoch
+from arka.tiers.chain import Chain
+from arka.tiers.epochs import Claim, EpochLease, LocalLog, take_epoch
 from arka.tiers.objects import ObjectTier
 from arka.wal.objectfile import ObjectRef, WalObject, object_key, parse_object
 from arka.wal.segment import FRAME_HEADER_BYTES, AppendedRange
@@ -136,15 +137,17 @@ class Bench:
 
     async def boot(self, released_lsn: int = 0) -> Process:
         """Start a process: epoch, chain, and the ranges that the store does not hold."""
-        lease = await take_epoch(self.store, NODE, local=self.local, disk_uuid=DISK_UUID)
+        lease = await take_epoch(self.store, Claim(NODE, self.local, DISK_UUID))
+        head = await Chain(self.store, NODE, lease.log_uuid, released_lsn=released_lsn).find_head()
         self.local = LocalLog(lease.log_uuid, lease.epoch, 1_000_000)
         process = Process(self, lease)
-        process.resumed = await process.tier.resume(released_lsn)
+        await lease.record_start(head)
+        process.resumed = 0 if head is None else head.last_lsn
         assert process.resumed >= self.acked, "acknowledged, and not reached by the chain"
         self.newest = process
         for found in self.ranges:
-            if found.last_lsn > process.resumed:
-                process.tier.submit(found)
+            process.tier.submit_recovered(found)
+        process.tier.connect(lease, head)
         # Each process writes to a directory of its own: what recovery does to segments is not tested here.
         process.writer = await WalWriter.open(
             Path(f"/wal-{lease.epoch}"),
@@ -185,7 +188,6 @@ class Process:
         self.writer: WalWriter
         self.tier = ObjectTier(
             bench.store,
-            lease,
             node_id=NODE,
             log_uuid=lease.log_uuid,
             options=bench.options,
@@ -200,6 +202,9 @@ class Process:
         return self.bench.disk.read(path)[start:end]
 
     def _advance(self, lsn: int) -> None:
+        if not self.tier.connected:
+            # What the chain holds already.
+            return
         assert lsn > self.acked_lsn, "promises rise"
         assert lsn <= self.bench.last_lsn, "R4: nothing is promised that is not on disk"
         newest = self.bench.newest

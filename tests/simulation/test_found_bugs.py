@@ -23,7 +23,7 @@ from arka.testing.simstore import SimStore
 from arka.testing.simworld import compute_inline
 from arka.testing.simwriters import SCHEMA, frame_buffer
 from arka.tiers.pipeline import Pipeline
-from arka.tiers.startup import OpenLog, open_pipeline
+from arka.tiers.startup import OpenLog, Surroundings, open_pipeline
 from arka.tiers.table import Table
 
 NAME = TableName("default", "t")
@@ -34,25 +34,27 @@ class World:
     def __init__(self) -> None:
         self.disk = SimDisk(random.Random(0))
         self.store = SimStore()
+        self.checkpoints = SimStore()
         self.catalog = SimCatalog(lambda piece, log_uuid: ())
 
     async def open(self) -> OpenLog:
         async def read_range(path: Path, start: int, end: int) -> bytes:
             return self.disk.read(path)[start:end]
 
-        return await open_pipeline(
-            Settings(limits=Limits(disk_free_bytes=0), wal=WalOptions(segment_bytes=32 * KIB)),
-            Path("/data"),
+        surroundings = Surroundings(
             disk=self.disk,
-            store=self.store,
-            catalog=self.catalog,
             disk_uuid=UUID(int=1),
+            store=self.store,
+            checkpoints=self.checkpoints,
+            catalog=self.catalog,
             read_range=read_range,
             read_free=lambda: 1 << 40,
             survival={},
             rng=random.Random(0),
             compute=compute_inline,
         )
+        settings = Settings(limits=Limits(disk_free_bytes=0), wal=WalOptions(segment_bytes=32 * KIB))
+        return await open_pipeline(settings, Path("/data"), surroundings)
 
     @asynccontextmanager
     async def run(self) -> AsyncIterator[Pipeline]:
@@ -72,13 +74,13 @@ async def test_handshake_after_a_life_that_wrote_nothing(autojump_clock: MockClo
     """A clean stop speaks for its own process only: what a later one gave and lost is below no handshake (R3)."""
     world = World()
     async with world.run() as pipeline:
-        await pipeline.create_table(TableDefinition(NAME, SCHEMA))
+        await pipeline.tables.create(TableDefinition(NAME, SCHEMA))
         await pipeline.close()
     opened = await world.open()
-    lost = append(opened.pipeline, await opened.pipeline.find_table(NAME))
+    lost = append(opened.pipeline, await opened.pipeline.tables.find(NAME))
     world.disk.crash()
     async with world.run() as pipeline:
-        table = await pipeline.find_table(NAME)
+        table = await pipeline.tables.find(NAME)
         kept = append(pipeline, table)
         await pipeline.flush(table, Tier.DISK)
         assert kept > lost
@@ -111,7 +113,7 @@ async def test_drain_hears_every_rise(steps: int, autojump_clock: MockClock) -> 
     async with trio.open_nursery() as nursery:
         pipeline = opened.pipeline
         await nursery.start(pipeline.run)
-        table, _ = await pipeline.create_table(TableDefinition(NAME, SCHEMA))
+        table, _ = await pipeline.tables.create(TableDefinition(NAME, SCHEMA))
         await pipeline.flush(table, Tier.DISK)
         table.last_lsn = pipeline.memory.last_lsn
         with trio.fail_after(1000):

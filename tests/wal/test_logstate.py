@@ -19,7 +19,7 @@ from .logs import DIRECTORY, LOG, make_disk
 
 
 async def create(disk, ceiling: int = 100) -> LogState:
-    return await LogState.create(DIRECTORY, disk, log_uuid=LOG, epoch=1, lsn_ceiling=ceiling)
+    return await LogState.create(DIRECTORY, disk, log_uuid=LOG, epoch=1, lsn_ceiling=ceiling, store_ceiling=1000)
 
 
 async def test_round_trip_on_a_real_disk(tmp_path: Path) -> None:
@@ -27,7 +27,7 @@ async def test_round_trip_on_a_real_disk(tmp_path: Path) -> None:
     disk = PosixDisk()
     directory = tmp_path / "log"
     assert await LogState.read(directory, disk) is None
-    state = await LogState.create(directory, disk, log_uuid=LOG, epoch=1, lsn_ceiling=100)
+    state = await LogState.create(directory, disk, log_uuid=LOG, epoch=1, lsn_ceiling=100, store_ceiling=1000)
     assert await LogState.read(directory, disk) == state
     written = await replace(state, epoch=2, lsn_ceiling=200).write(directory, disk)
     assert (written.epoch, written.lsn_ceiling, written.generation) == (2, 200, 2)
@@ -65,7 +65,7 @@ async def test_impossible_ceiling_is_refused(ceiling: int) -> None:
 async def test_writing_what_was_never_created_is_refused() -> None:
     """Only ``create`` makes a log."""
     with pytest.raises(InternalError, match="create"):
-        await LogState(LOG, 1, 100).write(DIRECTORY, make_disk())
+        await LogState(LOG, 1, 100, 1000).write(DIRECTORY, make_disk())
 
 
 async def test_damage_to_one_slot_costs_nothing() -> None:

@@ -119,7 +119,7 @@ async def test_damage_leaves_the_log_as_it_was() -> None:
     log.disk.damage(FIRST, bytes(content))
     with pytest.raises(DataCorruption):
         await recover_log(log.disk)
-    assert log.disk.list_names(DIRECTORY) == [segment_name(1)]
+    assert log.disk.list_names(DIRECTORY) == [SEAL_NAME, segment_name(1)]
     assert log.disk.read(FIRST) == bytes(content)
 
 

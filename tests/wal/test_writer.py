@@ -27,6 +27,7 @@ from arka.errors import Closed, ConfigurationError, DataCorruption, Fenced, Inte
 from arka.records import LsnRange
 from arka.storage.disk import PosixDisk
 from arka.storage.ports import SegmentSlice
+from arka.wal.seal import SEAL_NAME
 from arka.wal.segment import encode_lost, read_slice, segment_name
 from arka.wal.writer import WalPoisoned
 
@@ -183,10 +184,10 @@ async def test_spare_is_used_for_the_next_segment() -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(writer.keep_spare)
         await trio.testing.wait_all_tasks_blocked()
-        assert disk.list_names(DIRECTORY) == ["spare-1.new"]
+        assert disk.list_names(DIRECTORY) == [SEAL_NAME, "spare-1.new"]
         await writer.append([batch_frame(1)])
         await trio.testing.wait_all_tasks_blocked()
-        assert disk.list_names(DIRECTORY) == [segment_name(1), "spare-2.new"]
+        assert disk.list_names(DIRECTORY) == [SEAL_NAME, segment_name(1), "spare-2.new"]
         disk.fail_next("create", errno.ENOSPC)
         for lsn in range(2, 40):
             await writer.append([batch_frame(lsn)])
@@ -291,7 +292,7 @@ async def test_append_cancelled_before_it_begins_wrote_nothing() -> None:
         scope.cancel()
         await writer.append(frames)
     assert scope.cancelled_caught
-    assert disk.list_names(DIRECTORY) == []
+    assert disk.list_names(DIRECTORY) == [SEAL_NAME]
     await writer.append(frames)
     assert writer.last_lsn == 2
 

@@ -1,0 +1,75 @@
+"""Checkpoints on the local disk too, so that a start knows its keys while the object store is away (R13, R21).
+
+Owns: that the folder beside the log and the object store hold the same checkpoints. Does not own what is in them
+(``arka.tiers.release``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+
+from arka.storage.ports import Buffer, ObjectExists, ObjectMeta, ObjectStore
+
+
+class CheckpointStore:
+    """``ObjectStore`` for a node's checkpoints: the disk's folder first, then the store."""
+
+    def __init__(self, store: ObjectStore, local: ObjectStore, node_id: str) -> None:
+        """Join the two.
+
+        Args:
+            store: the object store; what it holds counts.
+            local: the folder on the log's disk.
+            node_id: the node's name in both.
+        """
+        self._store = store
+        self.local = local
+        self._prefix = f"{node_id}/checkpoint/"
+
+    @property
+    def url(self) -> str:
+        """Where the store is, for people."""
+        return self._store.url
+
+    async def put_new(self, key: str, parts: Sequence[Buffer]) -> None:
+        """See ``ports.ObjectStore.put_new``; on return it is durable in both places."""
+        if key.startswith(self._prefix):
+            with suppress(ObjectExists):
+                await self.local.put_new(key, parts)
+        await self._store.put_new(key, parts)
+
+    async def get(self, key: str) -> bytes:
+        """See ``ports.ObjectStore.get``."""
+        return await self._store.get(key)
+
+    async def get_range(self, key: str, start: int, length: int) -> bytes:
+        """See ``ports.ObjectStore.get_range``."""
+        return await self._store.get_range(key, start, length)
+
+    async def list_keys(self, prefix: str, *, start_after: str | None = None) -> list[ObjectMeta]:
+        """See ``ports.ObjectStore.list_keys``."""
+        return await self._store.list_keys(prefix, start_after=start_after)
+
+    async def delete(self, keys: Sequence[str]) -> None:
+        """See ``ports.ObjectStore.delete``; a crash between the two leaves what the next start removes."""
+        await self._store.delete(keys)
+        await self.local.delete([key for key in keys if key.startswith(self._prefix)])
+
+    async def mirror(self) -> None:
+        """Make the local folder hold what the store holds.
+
+        Raises:
+            StoreUnavailable: one of the two does not answer; ask again.
+        """
+        theirs = {meta.key: meta.size for meta in await self._store.list_keys(self._prefix)}
+        ours = {meta.key: meta.size for meta in await self.local.list_keys(self._prefix)}
+        # Of the same name and size is the same: a checkpoint's key has its epoch, and its bytes a CRC.
+        await self.local.delete([key for key, size in ours.items() if theirs.get(key) != size])
+        for key, size in theirs.items():
+            if ours.get(key) != size:
+                with suppress(KeyError):
+                    await self.local.put_new(key, [await self._store.get(key)])
+
+
+__all__ = ["CheckpointStore"]

@@ -1,0 +1,320 @@
+"""Parking: the frames of a table that cannot be committed leave the log and stay in the object store (R18).
+
+Owns: the objects below ``parked/<table uuid>/``, the way there and back. Does not own why a table is stopped
+(``arka.tiers.table``, ``arka.tiers.tables``).
+
+A parked object is a WAL object (``arka.wal.objectfile``) with the frames of one table alone, as they stood in
+their segment; its ``stored_through`` is the table's committed LSN when it was parked. The next start that finds
+the table in the catalog again brings the frames back, before those of the log, and commits them in LSN order.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Final
+from uuid import UUID
+
+import structlog
+import trio
+
+from arka._core.framing import KIND_BATCH, FrameError, crc_seed, verify_frame
+from arka.errors import DataCorruption
+from arka.options import MIB
+from arka.records import TableInfo
+from arka.storage.ports import Disk, ObjectExists, ObjectStore, SegmentSlice, StoreUnavailable
+from arka.tiers.backlog import Backlog
+from arka.tiers.space import DiskSpace
+from arka.tiers.table import Table
+from arka.tiers.watermarks import Watermark
+from arka.wal.objectfile import HEADER_BYTES as OBJECT_HEADER_BYTES
+from arka.wal.objectfile import EncodedObject, ObjectHeader, WalObject, encode_object, parse_object
+from arka.wal.segment import HEADER_BYTES, SegmentHeader
+
+log = structlog.get_logger(__name__)
+
+#: About how many frame bytes go into one parked object; bounds the memory used.
+_OBJECT_BYTES: Final = 16 * MIB
+#: Longest pause between two attempts of a request, in seconds.
+_MAX_RETRY_S: Final = 5.0
+
+
+@dataclass(slots=True)
+class _Parked:
+    """What the store holds of one table: keys by first LSN, bytes, the last LSN."""
+
+    keys: list[str] = field(default_factory=list)
+    size: int = 0
+    last_lsn: int = 0
+
+
+class Parking:
+    """The parked frames of one log's tables. Used from trio's thread only."""
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        disk: Disk,
+        directory: Path,
+        space: DiskSpace,
+        *,
+        node_id: str,
+        log_uuid: UUID,
+        objects: Watermark,
+        wait_connected: Callable[[], Awaitable[int]],
+        retry_s: float,
+        rng: random.Random,
+    ) -> None:
+        """Join the store and the local disk.
+
+        Args:
+            store: keeps the parked objects.
+            disk: holds the log's segments, and what is brought back.
+            directory: for what is brought back; no other use is made of it.
+            space: counts parked bytes against ``limits.disk_bytes``.
+            node_id: the node's name in the store.
+            log_uuid: the log.
+            objects: the ``object_storage`` mark; nothing above it is parked (R4).
+            wait_connected: waits for this process's epoch and returns it.
+            retry_s: the first pause after a failed request.
+            rng: for the jitter of retries.
+        """
+        self._store = store
+        self._disk = disk
+        self._directory = directory
+        self._space = space
+        self._node_id = node_id
+        self._log_uuid = log_uuid
+        self._objects = objects
+        self._wait_connected = wait_connected
+        self._retry_s = retry_s
+        self._rng = rng
+        self._epoch = 0
+        self._parked: dict[UUID, _Parked] = {}
+        self.loaded = False
+
+    def parked_bytes(self, table: UUID) -> int:
+        """Bytes that are parked for a table."""
+        parked = self._parked.get(table)
+        return 0 if parked is None else parked.size
+
+    async def load(self) -> None:
+        """Look what is parked, once there is an epoch. Outages are waited for.
+
+        Raises:
+            DataCorruption: a parked object's header is damaged.
+
+        Cancellation: nothing changes.
+        """
+        self._epoch = await self._wait_connected()
+        prefix = f"{self._node_id}/parked/"
+
+        async def ask() -> None:
+            self._parked.clear()
+            for meta in await self._store.list_keys(prefix):
+                uuid = UUID(meta.key.removeprefix(prefix).partition("/")[0])
+                parked = self._parked.setdefault(uuid, _Parked())
+                head = memoryview(await self._store.get_range(meta.key, 0, OBJECT_HEADER_BYTES))
+                header = ObjectHeader.from_bytes(f"{self._store.url}/{meta.key}", head)
+                parked.keys.append(meta.key)
+                parked.size += meta.size
+                parked.last_lsn = max(parked.last_lsn, header.last_lsn)
+
+        await self._persist(ask)
+        self._space.note_held(sum(parked.size for parked in self._parked.values()))
+        await self._disk.run(self._clear)
+        self.loaded = True
+
+    async def park(self, table: Table) -> None:
+        """Move a stopped table's frames out of the log; what is parked already stays as it is.
+
+        On return the log need not keep anything for the table.
+
+        Raises:
+            DataCorruption: a frame in the log is damaged.
+
+        Cancellation: what is parked so far stays so; the next start goes on.
+
+        Durability: each frame is in the store before the backlog lets go of it.
+        """
+        await self._objects.wait_reached(table.last_lsn)
+        parked = self._parked.setdefault(table.info.uuid, _Parked())
+        table.backlog.discard_through(parked.last_lsn)
+        frames = 0
+        while (cut := table.backlog.cut(table.last_lsn, _OBJECT_BYTES)) is not None:
+            for piece in cut.slices:
+                await self._park_slice(table, piece, parked)
+            table.backlog.discard_through(cut.through_lsn)
+            frames += cut.frames
+        if frames:
+            log.warning(
+                "table.parked", table=str(table.info.name), frames=frames, bytes=parked.size, last_lsn=parked.last_lsn
+            )
+
+    async def bring_back(self, table: Table) -> int:
+        """Put a table's parked frames before those that the log has for it.
+
+        A table that stands below what it had when its frames were parked is stopped again (R20).
+
+        Returns:
+            The last LSN that is parked: ``forget`` the table once it holds that; 0 for none.
+
+        Raises:
+            DataCorruption: a parked object is damaged.
+
+        Cancellation: the next start does it again.
+        """
+        parked = self._parked.get(table.info.uuid)
+        if parked is None or not parked.keys:
+            return 0
+        earlier = Backlog()
+        for number, key in enumerate(parked.keys):
+            found = await self._fetch(key)
+            if found.header.stored_through > table.committed.lsn:
+                table.stop(
+                    f"Table {table.info.name} stands at LSN {table.committed.lsn}, but {found.header.stored_through} "
+                    "was committed before its writes were parked: nothing is replayed (R20); drop it, or move it back "
+                    "and restart"
+                )
+                return 0
+            if found.header.last_lsn > table.committed.lsn:
+                await self._disk.run(partial(self._write_back, table, number, found, earlier))
+        if earlier:
+            log.info("table.brought_back", table=str(table.info.name), frame_bytes=earlier.frame_bytes)
+        # A crash in the midst of parking leaves frames in both places.
+        table.backlog.discard_through(parked.last_lsn)
+        table.last_lsn = max(table.last_lsn, parked.last_lsn)
+        table.backlog.put_before(earlier)
+        return parked.last_lsn
+
+    async def forget(self, uuid: UUID) -> None:
+        """Delete what is parked for a table that was dropped, or that holds it. Outages are waited for."""
+        parked = self._parked.pop(uuid, None)
+        if parked is not None:
+            await self._persist(partial(self._store.delete, parked.keys))
+            self._space.note_held(-parked.size)
+            await self._disk.run(partial(self._clear, f"{uuid}-"))
+
+    # -- to the store -----------------------------------------------------------------------------
+
+    async def _park_slice(self, table: Table, piece: SegmentSlice, parked: _Parked) -> None:
+        encoded = await self._disk.run(partial(self._encode, table, piece))
+        # Its own for each epoch: a process that was fenced in the midst of this cannot be in the way.
+        key = f"{self._node_id}/parked/{table.info.uuid}/{encoded.ref.first_lsn:016d}-{self._epoch:010d}.wal"
+
+        async def put() -> None:
+            try:
+                await self._store.put_new(key, encoded.parts)
+            except ObjectExists:
+                # Our own, with its response lost: nobody else has this epoch.
+                log.debug("parking.exists", key=key)
+
+        await self._persist(put)
+        parked.keys.append(key)
+        parked.size += encoded.size
+        parked.last_lsn = max(parked.last_lsn, encoded.ref.last_lsn)
+        self._space.note_held(encoded.size)
+
+    def _encode(self, table: Table, piece: SegmentSlice) -> EncodedObject:
+        """Gather one segment's frames of a table into an object. Blocking."""
+        data = self._disk.map(Path(piece.path))
+        seed = crc_seed(self._log_uuid, piece.epoch, piece.segment)
+        frames = bytearray()
+        schemas: dict[int, None] = {}
+        first_lsn = last_lsn = 0
+        for offset in memoryview(piece.offsets).cast("Q"):
+            try:
+                header = verify_frame(data, offset, seed)
+            except FrameError as error:
+                raise DataCorruption(piece.path, offset, error.expected, error.found) from error
+            frames += data[offset : offset + header.frame_bytes]
+            schemas[header.schema_id] = None
+            first_lsn, last_lsn = first_lsn or header.lsn, header.lsn
+        return encode_object(
+            self._log_uuid,
+            self._epoch,
+            piece.segment,
+            piece.epoch,
+            first_lsn=first_lsn,
+            last_lsn=last_lsn,
+            tables=tuple(_at_schema(table, number) for number in schemas),
+            frames=frames,
+            predecessor=None,
+            stored_through=table.committed.lsn,
+        )
+
+    # -- and back ---------------------------------------------------------------------------------
+
+    async def _fetch(self, key: str) -> WalObject:
+        found: list[WalObject] = []
+
+        async def get() -> None:
+            path = f"{self._store.url}/{key}"
+            try:
+                data = await self._store.get(key)
+            except KeyError:
+                raise DataCorruption(path, 0, "a parked object", "no object") from None
+            found.append(parse_object(path, memoryview(data), self._log_uuid))
+
+        await self._persist(get)
+        return found[-1]
+
+    def _write_back(self, table: Table, number: int, found: WalObject, earlier: Backlog) -> None:
+        """Write an object's frames where a worker can map them; their CRCs hold as they are. Blocking."""
+        header = found.header
+        start = OBJECT_HEADER_BYTES + header.table_bytes
+        path = self._directory / f"{table.info.uuid}-{number:06d}.wal"
+        file = self._disk.create(path, HEADER_BYTES)
+        try:
+            block = SegmentHeader(
+                log_uuid=self._log_uuid,
+                epoch=header.segment_epoch,
+                number=header.segment,
+                base_lsn=0,
+                first_lsn=header.first_lsn,
+                capacity=HEADER_BYTES + header.frame_bytes,
+                replaces=0,
+                created_us=0,
+                nonce=bytes(16),
+            )
+            file.write(0, [block.to_bytes(), found.data[start : start + header.frame_bytes]])
+        finally:
+            file.close()
+        for offset, frame in found.frames():
+            # What two processes parked is in two objects.
+            if frame.kind == KIND_BATCH and frame.lsn > max(table.committed.lsn, earlier.last_lsn):
+                place = HEADER_BYTES + offset - start
+                earlier.add(str(path), header.segment, header.segment_epoch, frame.lsn, place, frame.frame_bytes)
+        for info in found.tables():
+            table.schemas.setdefault(info.schema_id, info.schema)
+
+    def _clear(self, prefix: str = "") -> None:
+        """Remove files that were brought back; whoever has one mapped keeps it. Blocking."""
+        self._disk.make_directory(self._directory)
+        for name in self._disk.list_names(self._directory):
+            if name.startswith(prefix):
+                self._disk.remove(self._directory / name)
+
+    async def _persist(self, request: Callable[[], Awaitable[None]]) -> None:
+        """Repeat a request until the store answers it."""
+        pause_s = self._retry_s
+        while True:
+            try:
+                await request()
+            except StoreUnavailable as error:
+                log.debug("parking.stalled", reason=str(error))
+                await trio.sleep(pause_s * self._rng.uniform(0.5, 1.0))
+                pause_s = min(pause_s * 2, _MAX_RETRY_S)
+            else:
+                return
+
+
+def _at_schema(table: Table, schema_id: int) -> TableInfo:
+    """The table as it was at one of its schemas (R24)."""
+    return replace(table.info, schema=table.schemas[schema_id], schema_id=schema_id)
+
+
+__all__ = ["Parking"]

@@ -1,0 +1,150 @@
+"""What a start finds in the log: frames by table, keys, lost ranges, tables and drops.
+
+Owns: gathering it with bounded memory, integers per write and bytes only per key. Does not own the reading
+(``arka.wal.recovery``) nor what is done with it (``arka.tiers.startup``).
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from dataclasses import dataclass, field
+from typing import Final
+from uuid import UUID
+
+import structlog
+
+from arka._core.framing import KIND_BATCH, KIND_CREATE, KIND_DROP, KIND_LOST, KIND_TABLE, crc32c
+from arka.records import TableInfo
+from arka.tiers import ddl
+from arka.tiers.keys import KeyIndex
+from arka.tiers.release import LostRange
+from arka.tiers.table import Table
+from arka.wal.recovery import RecoveredFrame
+from arka.wal.segment import parse_lost
+
+log = structlog.get_logger(__name__)
+
+#: How often a long recovery says how far it is, in seconds.
+_PROGRESS_S: Final = 1.0
+
+
+@dataclass(slots=True)
+class TableFrames:
+    """One table's recovered frames: where they lie, as the backlog wants them.
+
+    Attributes:
+        infos: by schema id; the last one met is the newest that this log knows.
+        last_lsn: of its last frame; 0 for none.
+    """
+
+    infos: dict[int, TableInfo] = field(default_factory=dict)
+    last_lsn: int = 0
+    _paths: list[tuple[str, int, int]] = field(default_factory=list)
+    # Per frame: index into _paths, LSN, offset, frame bytes.
+    _places: array[int] = field(default_factory=lambda: array("Q"))
+    _keys: list[tuple[bytes, int, int]] = field(default_factory=list)
+
+    @property
+    def newest_info(self) -> TableInfo | None:
+        """The table as the log knew it last; None if only its frames are left."""
+        return next(reversed(self.infos.values()), None)
+
+    def learn(self, info: TableInfo) -> None:
+        """Note the table at a schema."""
+        self.infos.pop(info.schema_id, None)
+        self.infos[info.schema_id] = info
+
+    def take(self, frame: RecoveredFrame) -> None:
+        """Note a batch frame."""
+        header, segment = frame.header, frame.segment
+        place = (str(segment.path), segment.number, segment.epoch)
+        if not self._paths or self._paths[-1] != place:
+            self._paths.append(place)
+        self._places.extend((len(self._paths) - 1, header.lsn, frame.offset, header.frame_bytes))
+        self.last_lsn = header.lsn
+        if header.key_bytes:
+            self._keys.append((frame.key, header.lsn, crc32c(frame.payload_view())))
+
+    def hand_over(self, table: Table, keys: KeyIndex) -> None:
+        """Give the table its frames and schemas, and the index its keys; nothing is left here."""
+        for schema_id, info in self.infos.items():
+            table.schemas.setdefault(schema_id, info.schema)
+        places, committed = self._places, table.committed.lsn
+        for at in range(0, len(places), 4):
+            index, lsn, offset, frame_bytes = places[at : at + 4]
+            if lsn > committed:
+                path, number, epoch = self._paths[index]
+                table.note_durable(path, number, epoch, lsn, offset, frame_bytes)
+        table.last_lsn = max(table.last_lsn, self.last_lsn)
+        for key, lsn, digest in self._keys:
+            keys.insert(table.info.uuid, key, lsn, digest)
+        self._places, self._keys = array("Q"), []
+
+
+class Replay:
+    """Takes every frame that recovery finds. Called in the disk's thread."""
+
+    def __init__(self) -> None:
+        self.tables: dict[UUID, TableFrames] = {}
+        # Drops that the catalog may not have done yet.
+        self.drops: dict[UUID, ddl.PendingDrop] = {}
+        self.lost: list[LostRange] = []
+
+    def take(self, frame: RecoveredFrame) -> None:
+        """Take one frame, in LSN order."""
+        header = frame.header
+        match header.kind:
+            case kind if kind == KIND_BATCH:
+                self._frames(UUID(bytes=header.table_uuid)).take(frame)
+            case kind if kind == KIND_TABLE:
+                self.learn(TableInfo.from_bytes(frame.payload()))
+            case kind if kind == KIND_CREATE:
+                info = ddl.parse_created(frame.payload())
+                if info is not None:
+                    self.learn(info)
+            case kind if kind == KIND_DROP:
+                record = ddl.parse_drop(frame.payload())
+                uuid = ddl.parse_table_uuid(record)
+                # What was written before the drop went with the table; what comes behind it, in a table that was
+                # registered again, does not.
+                self.tables.pop(uuid, None)
+                if record.done:
+                    self.drops.pop(uuid, None)
+                else:
+                    self.drops[uuid] = ddl.PendingDrop(header.lsn, record.purge)
+            case kind if kind == KIND_LOST:
+                self.lost.append(LostRange(parse_lost(frame.payload()), header.accepted_us))
+
+    def learn(self, info: TableInfo) -> None:
+        """Note a table at a schema."""
+        self._frames(info.uuid).learn(info)
+
+    def known(self) -> dict[UUID, TableInfo]:
+        """The tables that the log itself describes."""
+        found = ((uuid, frames.newest_info) for uuid, frames in self.tables.items())
+        return {uuid: info for uuid, info in found if info is not None}
+
+    def _frames(self, uuid: UUID) -> TableFrames:
+        frames = self.tables.get(uuid)
+        if frames is None:
+            frames = self.tables[uuid] = TableFrames()
+        return frames
+
+
+class ProgressLog:
+    """Says how far recovery is, once a second when it takes longer than that. Called in the disk's thread."""
+
+    def __init__(self) -> None:
+        self._next = time.monotonic() + _PROGRESS_S
+
+    def __call__(self, read_bytes: int, all_bytes: int) -> None:
+        """Note how many bytes are read."""
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + _PROGRESS_S
+            percent = 100 * read_bytes // max(all_bytes, 1)
+            log.info("wal.recovering", percent=percent, read_bytes=read_bytes, all_bytes=all_bytes)
+
+
+__all__ = ["ProgressLog", "Replay", "TableFrames"]

@@ -1,0 +1,405 @@
+"""The node's tables: which there are, by UUID and by name, and how they come and go.
+
+Owns: the list of tables, the order "log first, catalog second" of creating and dropping (R5), the comparison with
+the catalog at start, and the lives of the tables' committers. Does not own a table's progress
+(``arka.tiers.table``), the records' form (``arka.tiers.ddl``) nor parked frames (``arka.tiers.parking``).
+
+A start knows its tables from the log alone; the catalog is asked as soon as it answers. Until then a table takes
+writes and nothing of it is committed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from functools import partial
+from typing import Final
+from uuid import UUID
+
+import structlog
+import trio
+
+from arka.errors import ArkaError, ErrorCode, Unavailable
+from arka.records import TableDefinition, TableInfo, TableName
+from arka.storage.ports import Catalog, CatalogTable, CatalogUnavailable
+from arka.tiers import ddl
+from arka.tiers.keys import KeyIndex
+from arka.tiers.memory import MemoryTier
+from arka.tiers.parking import Parking
+from arka.tiers.table import Ending, Table, TableCommitter, TableState
+from arka.tiers.watermarks import Watermark
+
+log = structlog.get_logger(__name__)
+
+#: Pause between two questions to a catalog that is away, in seconds.
+_CATALOG_RETRY_S: Final = 1.0
+
+
+class _Outcome:
+    """How a task ended, for whoever still waits for it."""
+
+    def __init__(self) -> None:
+        self._ended = trio.Event()
+        self._error: ArkaError | None = None
+
+    def set(self, error: ArkaError | None) -> None:
+        self._error = error
+        self._ended.set()
+
+    async def wait(self) -> None:
+        await self._ended.wait()
+        if self._error is not None:
+            raise self._error
+
+
+class Tables:
+    """The tables of one log. Used from trio's thread only."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        memory: MemoryTier,
+        disk: Watermark,
+        keys: KeyIndex,
+        parking: Parking,
+        *,
+        log_uuid: UUID,
+        make_committer: Callable[[Table], TableCommitter],
+    ) -> None:
+        """Join the list to what it is about.
+
+        Args:
+            catalog: the Iceberg catalog.
+            memory: takes create and drop records into the log's order.
+            disk: the ``disk`` mark.
+            keys: forgets a dropped table's keys.
+            parking: keeps the frames of tables that cannot be committed.
+            log_uuid: the log.
+            make_committer: makes the task that commits a table.
+        """
+        self.catalog = catalog
+        self._memory = memory
+        self._disk = disk
+        self._keys = keys
+        self._parking = parking
+        self._log_uuid = log_uuid
+        self._make_committer = make_committer
+        self._by_uuid: dict[UUID, Table] = {}
+        self._by_name: dict[TableName, Table] = {}
+        # Tables that this process dropped: whoever loaded one meanwhile must not bring it back.
+        self._dropped: set[UUID] = set()
+        # Drops that an earlier process wrote into the log, and the catalog may not have done.
+        self._pending_drops: dict[UUID, ddl.PendingDrop] = {}
+        self._ddl_lock = trio.Lock()
+        self._draining = False
+        self._nursery: trio.Nursery | None = None
+        self._reconciled = trio.Event()
+
+    # -- the list ---------------------------------------------------------------------------------
+
+    def get(self, uuid: UUID) -> Table | None:
+        """The table with this UUID, in whatever state; None when it is not known."""
+        return self._by_uuid.get(uuid)
+
+    def all(self) -> tuple[Table, ...]:
+        """Every table, in whatever state."""
+        return tuple(self._by_uuid.values())
+
+    def needed_from(self) -> int | None:
+        """The least LSN whose frame some table or some drop still needs from the log; None for none."""
+        needed = [drop.lsn for drop in self._pending_drops.values()]
+        for table in self._by_uuid.values():
+            first = table.backlog.first_lsn if table.drop_lsn is None else table.drop_lsn
+            if first is not None:
+                needed.append(first)
+        return min(needed, default=None)
+
+    def infos(self) -> Iterable[TableInfo]:
+        """What a checkpoint remembers of the tables, so that a start knows them without the catalog (R5)."""
+        return [table.info for table in self._by_uuid.values() if table.state is not TableState.DROPPED]
+
+    def listed(self) -> list[Table]:
+        """The tables that are not dropped, by full name."""
+        names = sorted(self._by_name, key=str)
+        return [self._by_name[name] for name in names if self._by_name[name].state is not TableState.DROPPED]
+
+    async def find(self, name: TableName) -> Table:
+        """Find a table by name; one that others have created since the start is loaded.
+
+        Raises:
+            ArkaError: ``table_not_found``.
+            Unavailable: it is not known here and the catalog does not answer.
+        """
+        table = self._by_name.get(name)
+        if table is not None and table.state is not TableState.STOPPED:
+            return table
+        try:
+            found = await ddl.load_table(self.catalog, name)
+        except Unavailable:
+            if table is None:
+                raise
+            return table
+        if found is None or (table is not None and found.info.uuid == table.info.uuid):
+            if table is None:
+                raise ArkaError(f"Table not found: {_spoken(name)}", code=ErrorCode.TABLE_NOT_FOUND)
+            return table
+        # Others gave the name of a stopped table to another one.
+        return self.register(found)
+
+    # -- life -------------------------------------------------------------------------------------
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Compare the tables with the catalog as soon as it answers, then commit them, until cancelled.
+
+        Raises:
+            Fenced: a newer epoch of the log has committed to a table.
+
+        Cancellation: see ``TableCommitter.run``.
+        """
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            task_status.started()
+            await self.wait_catalog(self.reconcile)
+            await self._parking.load()
+            for table in self.all():
+                self._take_up(table)
+            # Tables come and go; the nursery stays open for them.
+            await trio.sleep_forever()
+
+    def start_drain(self) -> None:
+        """Create no table any more, and commit what there is without waiting for company."""
+        self._draining = True
+        for table in self.all():
+            table.hurry()
+
+    async def wait_catalog(self, request: Callable[[], Awaitable[None]]) -> None:
+        """Repeat a request until the catalog answers. Cancellation: the last request may have happened."""
+        while True:
+            try:
+                await request()
+            except CatalogUnavailable as error:
+                log.warning("catalog.unavailable", reason=str(error), retry_s=_CATALOG_RETRY_S)
+                await trio.sleep(_CATALOG_RETRY_S)
+            else:
+                return
+
+    def restore(self, infos: Mapping[UUID, TableInfo], drops: Mapping[UUID, ddl.PendingDrop]) -> None:
+        """Take in what the log knows; to be called once, before ``run``.
+
+        Args:
+            infos: the tables that the log and its checkpoints name, each as they knew it last.
+            drops: tables that the catalog may not have dropped yet.
+        """
+        self._pending_drops = dict(drops)
+        for uuid, info in infos.items():
+            if uuid not in drops:
+                self._add(Table(info, 0, None))
+
+    async def reconcile(self) -> None:
+        """Compare the tables with the catalog's, once: finish drops, take in what is new, stop what is gone.
+
+        Raises:
+            CatalogUnavailable: ask again.
+        """
+        if self._reconciled.is_set():
+            return
+        async with self._ddl_lock:
+            found = {table.info.uuid: table for table in await self.catalog.list_tables()}
+            for uuid, drop in tuple(self._pending_drops.items()):
+                left = found.pop(uuid, None)
+                if left is not None:
+                    await ddl.finish_drop(self.catalog, left.info, purge=drop.purge)
+                    ddl.log_drop(self._memory, left.info, purge=drop.purge, done=True)
+                    log.info("table.drop_finished", table=str(left.info.name))
+                self._dropped.add(uuid)
+                del self._pending_drops[uuid]
+            for loaded in found.values():
+                known = self._by_uuid.get(loaded.info.uuid)
+                if known is None:
+                    self.register(loaded)
+                elif known.state is TableState.ACTIVE:
+                    self._adopt(known, loaded)
+            for table in self.all():
+                if table.info.uuid not in found and table.state is TableState.ACTIVE:
+                    table.stop(
+                        f"Table {table.info.name} ({table.info.uuid}) is not in the catalog and was not dropped here: "
+                        "others dropped it. Its writes are kept"
+                    )
+            self._reconciled.set()
+
+    def register(self, found: CatalogTable) -> Table:
+        """Take a table of the catalog in; one that is known by its UUID stays as it is."""
+        known = self._by_uuid.get(found.info.uuid)
+        if known is not None:
+            return known
+        if found.info.uuid in self._pending_drops:
+            raise ArkaError(f"Table is being dropped: {found.info.name}", code=ErrorCode.TABLE_DROPPED)
+        if found.info.uuid in self._dropped:
+            raise ArkaError(
+                f"Table was dropped: {found.info.name} (what stands under the name now is the same table, registered "
+                "again: restart the server to take it in)",
+                code=ErrorCode.TABLE_DROPPED,
+            )
+        table = Table(found.info, found.committed_lsn(self._log_uuid), found.snapshot_id)
+        self._add(table)
+        if self._nursery is not None and self._parking.loaded:
+            self._take_up(table)
+        return table
+
+    def _add(self, table: Table) -> None:
+        self._by_uuid[table.info.uuid] = table
+        self._keys.note_committed(table.info.uuid, table.committed.lsn, trio.current_time())
+        named = self._by_name.get(table.info.name)
+        if named is None or named.state is not TableState.ACTIVE:
+            self._by_name[table.info.name] = table
+        table.listen_end(lambda ending: self._note_ending(table, ending))
+
+    def _adopt(self, table: Table, found: CatalogTable) -> None:
+        """Learn from the catalog what the log could not say."""
+        old_name = table.info.name
+        table.adopt(found, self._log_uuid)
+        self._keys.note_committed(table.info.uuid, table.committed.lsn, trio.current_time())
+        self._note_name(table, old_name)
+
+    def _note_name(self, table: Table, old_name: TableName) -> None:
+        """Follow a table that others renamed: it is its UUID (R5)."""
+        if table.info.name == old_name:
+            return
+        log.info("table.renamed", table=str(table.info.name), before=str(old_name))
+        if self._by_name.get(old_name) is table:
+            del self._by_name[old_name]
+        named = self._by_name.get(table.info.name)
+        if named is None or named.state is not TableState.ACTIVE:
+            self._by_name[table.info.name] = table
+
+    def _take_up(self, table: Table) -> None:
+        """Begin to commit a table, or to park it; what was parked earlier comes first (R18)."""
+        assert self._nursery is not None
+        self._nursery.start_soon(self._tend, table)
+
+    async def _tend(self, table: Table) -> None:
+        """Commit a table for as long as that goes, then park what it has."""
+        if table.state is TableState.ACTIVE and (parked_lsn := await self._parking.bring_back(table)):
+            assert self._nursery is not None
+            self._nursery.start_soon(self._forget_parked, table, parked_lsn)
+        table.taken_up = table.state is TableState.ACTIVE
+        while table.state is TableState.ACTIVE:
+            if await self._make_committer(table).run():
+                await self.wait_catalog(partial(self._look_for, table))
+        if table.state is TableState.STOPPED:
+            await self._parking.park(table)
+
+    async def _forget_parked(self, table: Table, last_lsn: int) -> None:
+        await table.committed.wait_reached(last_lsn)
+        await self._parking.forget(table.info.uuid)
+
+    async def _look_for(self, table: Table) -> None:
+        """Find out what became of a table that is not under its name any more.
+
+        Raises:
+            CatalogUnavailable: ask again.
+        """
+        found = next((t for t in await self.catalog.list_tables() if t.info.uuid == table.info.uuid), None)
+        if found is not None:
+            self._adopt(table, found)
+        elif table.state is TableState.ACTIVE:
+            table.stop(
+                f"Table {table.info.name} ({table.info.uuid}) is no longer in the catalog: others dropped it. "
+                "Its uncommitted writes are kept"
+            )
+
+    def _note_ending(self, table: Table, ending: Ending) -> None:
+        if ending.state is TableState.STOPPED:
+            log.error("table.stopped", table=str(table.info.name), reason=ending.detail)
+
+    # -- create and drop --------------------------------------------------------------------------
+
+    async def create(self, definition: TableDefinition) -> tuple[Table, bool]:
+        """Create a table, or find the identical one (protocol 5).
+
+        Returns:
+            The table, and whether it was created.
+
+        Raises:
+            ArkaError: ``table_exists``, ``unimplemented`` or ``invalid_request``.
+            Unavailable: the catalog does not answer.
+
+        Durability: the request is in the log before the catalog is called (R5).
+        """
+        ddl.check_supported(definition)
+        async with self._ddl_lock:
+            try:
+                existing = await self.find(definition.name)
+            except ArkaError as error:
+                if error.code is not ErrorCode.TABLE_NOT_FOUND:
+                    raise
+            else:
+                if existing.state is TableState.DROPPED:
+                    raise Unavailable(
+                        f"{definition.name} is being dropped and the catalog has not done it yet: ask for DropTable "
+                        "again, then create it"
+                    )
+                if existing.state is TableState.STOPPED:
+                    raise ArkaError(
+                        f"{existing.ending_detail}. DropTable gives them up and frees the name",
+                        code=ErrorCode.TABLE_STOPPED,
+                    )
+                ddl.check_identical(definition, existing.info)
+                return existing, False
+            if self._draining:
+                raise Unavailable("The server is draining")
+            suffix = ddl.new_location_suffix()
+            lsn = ddl.log_create(self._memory, definition, suffix)
+            await self._disk.wait_reached(lsn)
+            found, created = await ddl.create_table(self.catalog, definition, suffix)
+            # A start that finds the catalog away knows the table from this record.
+            ddl.log_created(self._memory, found.info, suffix)
+            return self.register(found), created
+
+    async def drop(self, name: TableName, *, purge: bool) -> TableName:
+        """Drop a table; its writes in flight end with ``table_dropped``.
+
+        Raises:
+            ArkaError: ``table_not_found``.
+            Unavailable: the catalog does not answer; the drop is in the log and may be asked for again.
+        """
+        async with self._ddl_lock:
+            table = await self.find(name)
+        # The client may go away, the drop may not: once its record is in the log it is carried out.
+        done = _Outcome()
+        assert self._nursery is not None
+        self._nursery.start_soon(self._drop, table, purge, done)
+        await done.wait()
+        return name
+
+    async def _drop(self, table: Table, purge: bool, done: _Outcome) -> None:
+        info = table.info
+        async with self._ddl_lock:
+            if info.uuid in self._dropped:
+                done.set(None)
+                return
+            if table.drop_lsn is None:
+                # The record stays in the log until the catalog has done it: a restart finishes it.
+                table.drop_lsn = ddl.log_drop(self._memory, info, purge=purge)
+                table.end(ddl.dropped(info))
+            await self._disk.wait_reached(table.drop_lsn)
+            try:
+                await ddl.drop_table(self.catalog, info, purge=purge)
+            except ArkaError as error:
+                done.set(error)
+                return
+            ddl.log_drop(self._memory, info, purge=purge, done=True)
+            self._dropped.add(info.uuid)
+            if self._by_name.get(info.name) is table:
+                del self._by_name[info.name]
+            self._by_uuid.pop(info.uuid, None)
+            self._keys.drop_table(info.uuid)
+        done.set(None)
+        await self._parking.forget(info.uuid)
+
+
+def _spoken(name: TableName) -> str:
+    """A table's name as its client most likely wrote it: without the default namespace."""
+    return name.name if name.namespace == "default" else str(name)
+
+
+__all__ = ["Tables"]

@@ -1,0 +1,231 @@
+"""The log's tie to the object store: under which epoch, from which disk, behind which object.
+
+Owns: the order in which a process and its store come together, at the start or later, when the store was away:
+the epoch before anything else there is looked at (R10), the disk before the start record (R13), the start record
+before anything is uploaded (R11). Does not own any of these steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+import structlog
+import trio
+
+from arka.errors import ConfigurationError, DataCorruption, Fenced
+from arka.options import Settings
+from arka.storage.ports import ObjectStore, StoreRefused, StoreUnavailable
+from arka.tiers.chain import Chain
+from arka.tiers.epochs import Claim, EpochLease, LocalLog, take_epoch
+from arka.tiers.mirror import CheckpointStore
+from arka.tiers.objects import ObjectTier
+from arka.tiers.release import LoadedCheckpoints, load_checkpoints
+from arka.wal.logstate import LogState, LogStateFile
+from arka.wal.objectfile import ObjectRef
+
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+
+#: Pause between two attempts to reach a store that is away, in seconds.
+_RETRY_S: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What a process that took an epoch found in the store.
+
+    Attributes:
+        lease: the epoch.
+        checkpoints: what they remember.
+        chain: the WAL objects.
+    """
+
+    lease: EpochLease
+    checkpoints: LoadedCheckpoints
+    chain: Chain
+
+
+class Uplink:
+    """Brings one process and its object store together. Used from trio's thread only."""
+
+    def __init__(self, store: ObjectStore, checkpoints: CheckpointStore, claim: Claim, settings: Settings) -> None:
+        """Say who asks which store; nothing is asked yet.
+
+        Args:
+            store: the object store.
+            checkpoints: where checkpoints are, here and there.
+            claim: who asks; ``local`` is what the disk knew when it was read.
+            settings: of the log.
+        """
+        self._store = store
+        self._checkpoints = checkpoints
+        self._claim = claim
+        self._settings = settings
+        self._lease: EpochLease | None = None
+        self._connected = trio.Event()
+
+    @property
+    def connected(self) -> bool:
+        """Whether the log goes to the store."""
+        return self._connected.is_set()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch under which the log goes to the store.
+
+        Raises:
+            AssertionError: it does not; nothing that needs one may be on its way.
+        """
+        return self._held.epoch
+
+    async def wait_connected(self) -> int:
+        """Wait until the log goes to the store; returns the epoch. Cancellation: nothing changes."""
+        await self._connected.wait()
+        return self.epoch
+
+    async def verify(self) -> None:
+        """See ``EpochLease.verify``; before there is an epoch, the store does not say."""
+        if self._lease is None:
+            raise StoreUnavailable(f"{self._store.url}: no epoch was taken yet")
+        await self._lease.verify()
+
+    async def reserve_block(self) -> int:
+        """See ``EpochLease.reserve_block``; before there is an epoch, nothing can be reserved."""
+        if not self.connected:
+            raise StoreUnavailable(f"{self._store.url}: no epoch was taken yet")
+        return await self._held.reserve_block()
+
+    async def take(self, state: LogState | None) -> Taken:
+        """Take the epoch and read what the store remembers; one attempt.
+
+        Args:
+            state: the disk's log, as it is now.
+
+        Raises:
+            ConfigurationError: see ``take_epoch``.
+            DataCorruption: what the store holds is damaged.
+            StoreUnavailable: ask again; an epoch that was taken is kept.
+        """
+        if self._lease is None:
+            local = None if state is None else LocalLog(state.log_uuid, state.epoch, state.lsn_ceiling)
+            self._lease = await take_epoch(self._store, self._claim.of(local))
+        lease, node_id = self._lease, self._claim.node_id
+        await self._checkpoints.mirror()
+        retention_s = self._settings.idempotency.retention_s
+        checkpoints = await load_checkpoints(self._checkpoints, node_id, lease.log_uuid, retention_s)
+        chain = Chain(self._store, node_id, lease.log_uuid, released_lsn=checkpoints.through_lsn)
+        return Taken(lease, checkpoints, chain)
+
+    async def connect(
+        self, taken: Taken, state: LogStateFile, objects: ObjectTier, recovered_lsn: int, head: ObjectRef | None
+    ) -> None:
+        """Let the log go to the store from here on; one attempt.
+
+        Args:
+            taken: what ``take`` returned.
+            state: the disk's log.
+            objects: the object tier; has been given all that recovery found.
+            recovered_lsn: where the log ended on this disk when the process began.
+            head: the last object of the chain.
+
+        Raises:
+            DataCorruption: the store holds more than the disk: the disk has lost what it had promised (R7).
+            Fenced: another process has taken a higher epoch.
+            StoreUnavailable: ask again.
+            OSError: the disk does not take the epoch.
+
+        Durability: the epoch is on the disk and its start in the store before anything is uploaded.
+        """
+        if head is not None and head.last_lsn > recovered_lsn:
+            # Only what is fsynced is uploaded (R4).
+            raise DataCorruption(
+                f"{self._store.url}/{head.key(self._claim.node_id)}",
+                0,
+                f"nothing above LSN {recovered_lsn}, where the log ends on this disk",
+                f"an object up to LSN {head.last_lsn}",
+            )
+        lease = taken.lease
+        await state.raise_to(epoch=lease.epoch, store_ceiling=lease.lsn_ceiling)
+        await lease.record_start(head)
+        objects.connect(lease, head)
+        self._connected.set()
+
+    async def run(self, state: LogStateFile, objects: ObjectTier, recovered_lsn: int) -> None:
+        """Connect as soon as the store answers, then show that this process lives, until cancelled.
+
+        Args:
+            state: the disk's log.
+            objects: the object tier.
+            recovered_lsn: where the log ended on this disk when the process began.
+
+        Raises:
+            Fenced: another process owns the log, or the log went on from another disk meanwhile.
+            DataCorruption: see ``connect``.
+
+        Cancellation: as a crash.
+        """
+        if not self.connected:
+            log.warning("objects.offline", store=self._store.url, hint="memory and disk acks go on")
+
+        async def attempt() -> None:
+            taken = await self.take(state.state)
+            await self.connect(taken, state, objects, recovered_lsn, await taken.chain.find_head())
+
+        while not self.connected:
+            try:
+                await attempt()
+            except StoreUnavailable as error:
+                log.debug("objects.unavailable", reason=str(error))
+                await trio.sleep(_RETRY_S)
+            except ConfigurationError as error:
+                # At a start a person reads it; here somebody else has gone on with the log.
+                raise Fenced(error.detail) from error
+            else:
+                log.info("objects.online", store=self._store.url, epoch=self.epoch)
+        await self._held.beat(self._settings.object_store.heartbeat_s)
+
+    async def leave(self) -> None:
+        """Tell the next owner that nobody is there any more; a store that is away is left as it is."""
+        if self.connected:
+            try:
+                await self._held.leave()
+            except StoreUnavailable as error:
+                log.debug("epoch.not_left", reason=str(error))
+
+    @property
+    def _held(self) -> EpochLease:
+        assert self._lease is not None, "no epoch was taken"
+        return self._lease
+
+
+async def ask_store(request: Callable[[], Awaitable[T]], *, patience_s: float | None = None) -> T:
+    """Repeat a request of a start until the store answers.
+
+    Args:
+        request: raises StoreUnavailable to be asked again.
+        patience_s: for how long; None for ever.
+
+    Raises:
+        ConfigurationError: the store refuses our requests: a person has to act.
+        StoreUnavailable: patience is over.
+    """
+    with trio.move_on_after(patience_s if patience_s is not None else _FOREVER_S):
+        while True:
+            try:
+                return await request()
+            except StoreRefused as error:
+                raise ConfigurationError(f"The object store refuses our requests: {error}") from error
+            except StoreUnavailable as error:
+                log.warning("objects.unavailable", reason=str(error), retry_s=_RETRY_S)
+                await trio.sleep(_RETRY_S)
+    raise StoreUnavailable(f"no answer in {patience_s:g} s")
+
+
+#: No start waits longer than this for a store: a hundred years, in seconds.
+_FOREVER_S: Final = 3.2e9
+
+
+__all__ = ["Taken", "Uplink", "ask_store"]
