@@ -9,7 +9,7 @@ table's failure stays in the table.
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -22,17 +22,18 @@ from arka._core.buffers import FrameBuffer
 from arka._core.framing import KIND_BATCH, crc32c
 from arka.errors import ArkaError, Closed, ErrorCode, OutcomeUnknown, Unavailable
 from arka.options import IcebergOptions, Limits
-from arka.records import Operation, TableDefinition, TableName, Tier
+from arka.records import Operation, TableDefinition, TableInfo, TableName, Tier
 from arka.storage.ports import Catalog, CatalogTable
 from arka.tiers import ddl
 from arka.tiers.disk import DiskTier
 from arka.tiers.keys import KeyIndex
+from arka.tiers.logclock import LogClock
 from arka.tiers.memory import Appended, MemoryTier, Releasable
 from arka.tiers.objects import ObjectTier
-from arka.tiers.release import LogRelease, LostRange
+from arka.tiers.release import LogRelease
 from arka.tiers.space import DiskSpace
 from arka.tiers.table import Table, TableCommitter, TableState
-from arka.tiers.watermarks import Watermark, now_us
+from arka.tiers.watermarks import Watermark
 from arka.wal.writer import AppendedRange, WalPoisoned, WalWriter
 
 log = structlog.get_logger(__name__)
@@ -91,8 +92,7 @@ class Pipeline:
         keys: KeyIndex,
         space: DiskSpace,
         release: LogRelease,
-        lost: Sequence[LostRange],
-        retention_s: float,
+        clock: LogClock,
         limits: Limits,
         group_bytes: int,
         iceberg: IcebergOptions,
@@ -110,9 +110,8 @@ class Pipeline:
             marks: the shared watermarks as recovery found them.
             keys: idempotency keys as recovery found them.
             space: whether the disk has room for new writes.
-            release: deletes what the log no longer needs.
-            lost: LSNs that crashes lost (R3).
-            retention_s: for how long they are remembered.
+            release: deletes what the log no longer needs; remembers the LSNs that crashes lost (R3).
+            clock: the time by which keys are kept.
             limits: what clients may use.
             group_bytes: most bytes of one group commit.
             iceberg: cadence and sizes of commits.
@@ -129,8 +128,7 @@ class Pipeline:
         self._keys = keys
         self._space = space
         self._release = release
-        self._lost = tuple(lost)
-        self._retention_s = retention_s
+        self._clock = clock
         self._limits = limits
         self._iceberg = iceberg
         self._rng = rng
@@ -164,7 +162,7 @@ class Pipeline:
             nursery.start_soon(self._writer.keep_spare)
             nursery.start_soon(self._objects.run)
             nursery.start_soon(self._space.run)
-            nursery.start_soon(self._release.run, self.needed_from)
+            nursery.start_soon(self._release.run, self.needed_from, self.table_infos)
             for table in self._by_uuid.values():
                 self._start_committer(table)
             task_status.started()
@@ -247,6 +245,8 @@ class Pipeline:
         known = self._keys.find(table.info.uuid, key) if key else None
         if known is None:
             self._check_open(table)
+            if key:
+                self._keys.check_room()
         else:
             # A resend is answered whatever the gates say: refusing it would say that it is not in the table.
             self._check_known(table, known.lsn)
@@ -330,9 +330,7 @@ class Pipeline:
         if not table.backlog and table.last_lsn <= table.committed.lsn:
             # Nothing of this table is on its way: it holds all there is.
             marks[Tier.ICEBERG_COMMITTED] = marks[Tier.OBJECT_STORAGE]
-        oldest_us = now_us() - int(self._retention_s * 1e6)
-        remembered = [lost.range.after for lost in self._lost if lost.recorded_us >= oldest_us]
-        cap = min([lsn, *remembered])
+        cap = min([lsn, *(lost.range.after for lost in self._release.remembered_lost())])
         return {tier: min(mark, cap) for tier, mark in marks.items()}
 
     # -- tables -----------------------------------------------------------------------------------
@@ -361,6 +359,10 @@ class Pipeline:
         """All tables that are not dropped, by full name."""
         names = sorted(self._by_name, key=str)
         return [self._by_name[name] for name in names if self._by_name[name].state is not TableState.DROPPED]
+
+    def table_infos(self) -> list[TableInfo]:
+        """Every table that the log may hold frames of, for checkpoints (R5)."""
+        return [table.info for table in self._by_uuid.values()]
 
     async def find_table(self, name: TableName) -> Table:
         """Find a table by name; one that others have created since the start is loaded.
@@ -492,7 +494,7 @@ class Pipeline:
         self._nursery.start_soon(committer.run)
 
     def _note_committed(self, table: Table) -> None:
-        self._keys.note_committed(table.info.uuid, table.committed.lsn, trio.current_time())
+        self._keys.note_committed(table.info.uuid, table.committed.lsn, self._clock.now_us())
 
 
 async def _first_of(wait: Callable[[], object], scope: trio.CancelScope) -> None:

@@ -37,7 +37,8 @@ from arka.storage.ports import (
 from arka.storage.threads import run_compute
 from arka.tiers import ddl
 from arka.tiers.epochs import LocalLog, take_epoch
-from arka.tiers.keys import KeyIndex
+from arka.tiers.keys import KeyIndex, pack_entry
+from arka.tiers.logclock import LogClock
 from arka.tiers.memory import MemoryTier
 from arka.tiers.objects import Compute, ObjectTier, ReadRange
 from arka.tiers.pipeline import LogIdentity, Marks, Pipeline
@@ -45,7 +46,7 @@ from arka.tiers.release import LogRelease, LostRange, load_checkpoints, merge_lo
 from arka.tiers.reservation import DISK_BLOCK, LsnReservation
 from arka.tiers.space import DiskSpace
 from arka.tiers.table import Ending, Table, TableState
-from arka.tiers.watermarks import Watermark, now_us
+from arka.tiers.watermarks import Watermark
 from arka.wal.logstate import LogState
 from arka.wal.recovery import RecoveredFrame, RecoveredLog, recover
 from arka.wal.segment import encode_lost, parse_lost
@@ -70,20 +71,23 @@ class _TableFrames:
     paths: list[tuple[str, int, int]] = field(default_factory=list)
     # Per frame: index into paths, LSN, offset, frame bytes.
     places: array[int] = field(default_factory=lambda: array("Q"))
-    keys: list[tuple[bytes, int, int]] = field(default_factory=list)
+    # Entries as the key index packs them.
+    keys: bytearray = field(default_factory=bytearray)
     last_lsn: int = 0
     # By schema id; the last one met is the newest that this log knows.
     infos: dict[int, TableInfo] = field(default_factory=dict)
 
 
 class _Replay:
-    """What recovery finds, gathered by table with bounded memory: integers per write, bytes only per key."""
+    """What recovery finds, gathered by table with bounded memory: integers per write, an entry of 28 bytes per key."""
 
     def __init__(self) -> None:
         self.tables: dict[UUID, _TableFrames] = {}
         # Drops that the catalog may not have done yet.
         self.drops: dict[UUID, ddl.DropRecord] = {}
-        self.lost: list[LostRange] = []
+        # The LSN of each table's last drop record.
+        self.dropped: dict[UUID, int] = {}
+        self.lost: list[LsnRange] = []
 
     def take(self, frame: RecoveredFrame) -> None:
         """Take one frame, in LSN order."""
@@ -100,12 +104,13 @@ class _Replay:
                 # What was written before the drop went with the table; what comes behind it, in a table that was
                 # registered again, does not.
                 self.tables.pop(uuid, None)
+                self.dropped[uuid] = header.lsn
                 if record.done:
                     self.drops.pop(uuid, None)
                 else:
                     self.drops[uuid] = record
             case kind if kind == KIND_LOST:
-                self.lost.append(LostRange(parse_lost(frame.payload()), header.accepted_us))
+                self.lost.append(parse_lost(frame.payload()))
 
     def _frames(self, uuid: UUID) -> _TableFrames:
         frames = self.tables.get(uuid)
@@ -122,7 +127,8 @@ class _Replay:
         frames.places.extend((len(frames.paths) - 1, header.lsn, frame.offset, header.frame_bytes))
         frames.last_lsn = header.lsn
         if header.key_bytes:
-            frames.keys.append((frame.key, header.lsn, crc32c(frame.payload_view())))
+            digest = crc32c(frame.payload_view())
+            frames.keys += pack_entry(UUID(bytes=header.table_uuid), frame.key, header.lsn, digest)
 
 
 class _ProgressLog:
@@ -212,7 +218,9 @@ async def open_pipeline(
         compute=compute,
     )
     retention_s = settings.idempotency.retention_s
-    checkpoints = await _ask_store(partial(load_checkpoints, store, node_id, lease.log_uuid, retention_s))
+    keys = KeyIndex(retention_s, limit=settings.idempotency.keys)
+    checkpoints = await _ask_store(partial(load_checkpoints, store, node_id, lease.log_uuid, retention_s, keys))
+    clock = LogClock(checkpoints.clock_us)
     head_lsn = await _ask_store(partial(objects.resume, checkpoints.through_lsn))
 
     replay = _Replay()
@@ -246,20 +254,20 @@ async def open_pipeline(
     )
 
     allocator = LsnAllocator(first_lsn, ceiling)
-    keys = KeyIndex(retention_s)
-    for known in checkpoints.keys:
-        keys.insert(known.table, known.key, known.lsn, known.digest, covered=True)
     memory = MemoryTier(allocator, keys)
     # Closed by the last process that gave LSNs, not by an earlier one: one that died before it wrote a segment
     # has left nothing else behind.
     complete = recovered.closed and (local is None or recovered.sealed_epoch == local.epoch)
-    lost = merge_lost([checkpoints.lost, replay.lost, _note_lost(memory, complete, last_lsn, first_lsn)])
+    found_lost = [*replay.lost, *_note_lost(memory, complete, last_lsn, first_lsn)]
+    lost = merge_lost([checkpoints.lost, (LostRange(found, clock.now_us()) for found in found_lost)])
     space = _space(settings, recovered, read_free)
     release = LogRelease(
         store,
         writer,
         keys,
         space,
+        clock,
+        verify=lease.verify,
         node_id=node_id,
         log_uuid=lease.log_uuid,
         epoch=lease.epoch,
@@ -281,15 +289,14 @@ async def open_pipeline(
         keys=keys,
         space=space,
         release=release,
-        lost=lost,
-        retention_s=retention_s,
+        clock=clock,
         limits=settings.limits,
         group_bytes=settings.wal.group_bytes,
         iceberg=settings.iceberg,
         survival=survival,
         rng=rng,
     )
-    await _restore_tables(pipeline, catalog, replay, keys)
+    await _restore_tables(pipeline, catalog, replay, keys, clock)
     for segment in recovered.segments:
         for appended in segment.ranges:
             if appended.last_lsn > head_lsn:
@@ -307,13 +314,13 @@ async def open_pipeline(
     return OpenLog(pipeline, reservation, lease.log_uuid, lease.epoch, last_lsn, first_lsn)
 
 
-def _note_lost(memory: MemoryTier, complete: bool, last_lsn: int, first_lsn: int) -> list[LostRange]:
+def _note_lost(memory: MemoryTier, complete: bool, last_lsn: int, first_lsn: int) -> list[LsnRange]:
     """Record the LSNs that may have been given and are gone (R3); none are from a log that was closed."""
     if first_lsn == last_lsn + 1 or complete:
         return []
     lost = LsnRange(last_lsn, first_lsn - 1)
     memory.append_control(KIND_LOST, encode_lost(lost))
-    return [LostRange(lost, now_us())]
+    return [lost]
 
 
 def _space(settings: Settings, recovered: RecoveredLog, read_free: Callable[[], int]) -> DiskSpace:
@@ -325,7 +332,9 @@ def _space(settings: Settings, recovered: RecoveredLog, read_free: Callable[[], 
     )
 
 
-async def _restore_tables(pipeline: Pipeline, catalog: Catalog, replay: _Replay, keys: KeyIndex) -> None:
+async def _restore_tables(
+    pipeline: Pipeline, catalog: Catalog, replay: _Replay, keys: KeyIndex, clock: LogClock
+) -> None:
     """Load the tables, finish drops that a crash cut short, and give each table the frames it still needs."""
     found = {table.info.uuid: table for table in await _list_tables(catalog)}
     for uuid, record in replay.drops.items():
@@ -334,6 +343,8 @@ async def _restore_tables(pipeline: Pipeline, catalog: Catalog, replay: _Replay,
         if left is not None:
             log.info("table.drop_finished", table=str(left.info.name))
             await _finish_drop(catalog, left, purge=record.purge)
+    for uuid, lsn in replay.dropped.items():
+        keys.drop_table(uuid, lsn)
     for loaded in found.values():
         pipeline.register(loaded)
     for uuid, frames in replay.tables.items():
@@ -351,9 +362,9 @@ async def _restore_tables(pipeline: Pipeline, catalog: Catalog, replay: _Replay,
                 path, number, epoch = frames.paths[index]
                 table.note_durable(path, number, epoch, lsn, offset, frame_bytes)
         table.last_lsn = max(table.last_lsn, frames.last_lsn)
-        for key, lsn, digest in frames.keys:
-            keys.insert(uuid, key, lsn, digest)
-        keys.note_committed(uuid, committed, trio.current_time())
+        if frames.keys:
+            keys.load(uuid, frames.keys)
+        keys.note_committed(uuid, committed, clock.now_us())
 
 
 def _restore_missing(pipeline: Pipeline, frames: _TableFrames) -> Table | None:
