@@ -137,9 +137,14 @@ class IcebergOptions:
 
 @dataclass(frozen=True, slots=True)
 class IdempotencyOptions:
-    """How long a write's key is remembered."""
+    """How long a write's key is remembered, and how many are."""
 
     retention_s: float = option(86_400.0, "Kept at least this long after iceberg_committed.", at_least=0)
+    keys: int = option(
+        20_000_000,
+        "Keys remembered, some 40 bytes each; with so many, writes with new keys are refused.",
+        at_least=1_000,
+    )
 
 
 @dataclass(frozen=True, slots=True)

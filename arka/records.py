@@ -253,6 +253,13 @@ class TableInfo:
         )
 
 
+class KnownTable(NamedTuple):
+    """A table as a checkpoint of the log remembers it: what it is, and the last LSN that Iceberg was seen to hold."""
+
+    info: TableInfo
+    committed_lsn: int
+
+
 class WriteRequest(msgspec.Struct, frozen=True):
     """A WriteRequest of the wire contract (protocol 3); absent fields are None."""
 
@@ -306,6 +313,7 @@ __all__ = [
     "FIELD_ID_KEY",
     "MAX_LSN",
     "AckMessage",
+    "KnownTable",
     "LsnRange",
     "Operation",
     "PartitionField",

@@ -33,6 +33,7 @@ from arka.errors import ArkaError, ErrorCode, Fenced, Unavailable
 from arka.options import (
     KIB,
     IcebergOptions,
+    IdempotencyOptions,
     Limits,
     ObjectStoreOptions,
     ServerOptions,
@@ -359,6 +360,8 @@ class _World:
                 linger_s=rng.choice((0.0, 0.05)), bytes=rng.choice((4, 64)) * KIB, uploads=rng.randint(1, 4)
             ),
             iceberg=IcebergOptions(commit_interval_s=rng.choice((0.02, 0.5)), commit_bytes=rng.choice((4, 64)) * KIB),
+            # Longer than a run, shorter than what the wall clock jumps.
+            idempotency=IdempotencyOptions(retention_s=3599.0),
         )
         self._outages: Counter[str] = Counter()
         self._nursery: trio.Nursery | None = None

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from arka.storage.ports import Buffer, ObjectExists, ObjectMeta, ObjectStore
+from arka.tiers.release import covered_lsn
 
 
 class CheckpointStore:
@@ -56,8 +57,19 @@ class CheckpointStore:
         await self._store.delete(keys)
         await self.local.delete([key for key in keys if key.startswith(self._prefix)])
 
-    async def mirror(self) -> None:
+    async def covered_here(self) -> int:
+        """The last LSN that a checkpoint on the disk covers; 0 for none.
+
+        Raises:
+            StoreUnavailable: the disk does not answer.
+        """
+        return max((covered_lsn(meta.key) for meta in await self.local.list_keys(self._prefix)), default=0)
+
+    async def mirror(self) -> int:
         """Make the local folder hold what the store holds.
+
+        Returns:
+            The last LSN that a checkpoint covers; 0 for none.
 
         Raises:
             StoreUnavailable: one of the two does not answer; ask again.
@@ -70,6 +82,7 @@ class CheckpointStore:
             if ours.get(key) != size:
                 with suppress(KeyError):
                     await self.local.put_new(key, [await self._store.get(key)])
+        return await self.covered_here()
 
 
 __all__ = ["CheckpointStore"]

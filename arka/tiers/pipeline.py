@@ -8,7 +8,7 @@ table's failure stays in the table.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -26,12 +26,12 @@ from arka.tiers.disk import DiskTier
 from arka.tiers.keys import KeyIndex
 from arka.tiers.memory import Appended, MemoryTier, Releasable
 from arka.tiers.objects import ObjectTier
-from arka.tiers.release import LogRelease, LostRange
+from arka.tiers.release import LogRelease
 from arka.tiers.space import DiskSpace
 from arka.tiers.table import Table, TableState
 from arka.tiers.tables import Tables
 from arka.tiers.uplink import Taken, Uplink
-from arka.tiers.watermarks import Watermark, now_us
+from arka.tiers.watermarks import Watermark
 from arka.wal.logstate import LogStateFile
 from arka.wal.objectfile import ObjectRef
 from arka.wal.writer import AppendedRange, WalPoisoned, WalWriter
@@ -66,7 +66,7 @@ class Parts:
         marks: the shared watermarks as recovery found them.
         keys: idempotency keys as recovery found them.
         space: whether the disk has room for new writes.
-        release: deletes what the log no longer needs.
+        release: deletes what the log no longer needs; remembers the LSNs that crashes lost (R3).
     """
 
     memory: MemoryTier
@@ -90,7 +90,6 @@ class Pipeline:
         parts: Parts,
         settings: Settings,
         *,
-        lost: Sequence[LostRange],
         survival: dict[str, bool],
     ) -> None:
         """Join the tiers.
@@ -99,7 +98,6 @@ class Pipeline:
             log_uuid: the log.
             parts: its components.
             settings: of the log.
-            lost: LSNs that crashes lost (R3).
             survival: what each tier's promise survives with these settings (R14), for people.
         """
         self.log_uuid = log_uuid
@@ -114,8 +112,6 @@ class Pipeline:
         self._keys = parts.keys
         self._space = parts.space
         self._release = parts.release
-        self._lost = tuple(lost)
-        self._retention_s = settings.idempotency.retention_s
         self._commit_interval_s = settings.iceberg.commit_interval_s
         self._disk_tier = DiskTier(
             parts.memory,
@@ -164,7 +160,7 @@ class Pipeline:
 
     async def _run_release(self) -> None:
         await self.uplink.wait_connected()
-        await self._release.run(self.needed_from)
+        await self._release.run(self.needed_from, self.tables.remembered)
 
     async def _run_tables(self, task_status: trio.TaskStatus[None]) -> None:
         await self.guard_log(partial(self.tables.run, task_status))
@@ -249,6 +245,8 @@ class Pipeline:
         known = self._keys.find(table.info.uuid, key) if key else None
         if known is None:
             self._check_open(table)
+            if key:
+                self._keys.check_room()
         else:
             # A resend is answered whatever the gates say: refusing it would say that it is not in the table.
             self._check_known(table, known.lsn)
@@ -329,9 +327,7 @@ class Pipeline:
         if table.taken_up and not table.backlog and table.last_lsn <= table.committed.lsn:
             # Nothing of this table is on its way: it holds all there is.
             marks[Tier.ICEBERG_COMMITTED] = marks[Tier.OBJECT_STORAGE]
-        oldest_us = now_us() - int(self._retention_s * 1e6)
-        remembered = [lost.range.after for lost in self._lost if lost.recorded_us >= oldest_us]
-        cap = min([lsn, *remembered])
+        cap = min([lsn, *(lost.range.after for lost in self._release.remembered_lost())])
         return {tier: min(mark, cap) for tier, mark in marks.items()}
 
     async def flush(self, table: Table, tier: Tier) -> int:

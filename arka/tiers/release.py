@@ -4,8 +4,10 @@ Owns: when a segment or an object may go, and the checkpoint that has to be dura
 before. Does not own the files (``arka.wal.writer``) nor the keys (``arka.tiers.keys``).
 
 A segment may go when the object store has all of it, every table has committed its frames in it, a
-checkpoint with its keys and the lost ranges is in the store, and a grace period has passed since.
-Checkpoints are incremental: each covers the LSNs since the one before, and goes when its keys have expired.
+checkpoint with its keys and the lost ranges is in the store, and a grace period has passed since. Whoever deletes
+looks first whether the log is still its own: what a successor may be reading stays.
+Checkpoints are incremental: each covers the LSNs since the one before, and goes when its keys are forgotten.
+Beside them it says which tables there are (R5) and what the log's clock shows.
 
 Layout, below the node's id: ``checkpoint/<epoch, 10 digits>/<through LSN, 16 digits>``, create-only: a
 MessagePack record behind its CRC-32C.
@@ -13,9 +15,8 @@ MessagePack record behind its CRC-32C.
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
@@ -25,10 +26,13 @@ import structlog
 import trio
 
 from arka._core.framing import crc32c
+from arka._core.keys import ENTRY_BYTES
 from arka.errors import DataCorruption
-from arka.records import LsnRange
+from arka.options import MIB
+from arka.records import KnownTable, LsnRange, TableInfo
 from arka.storage.ports import ObjectExists, ObjectStore, StoreUnavailable
-from arka.tiers.keys import CheckpointKey, KeyIndex
+from arka.tiers.keys import KeyIndex
+from arka.tiers.logclock import LogClock
 from arka.tiers.space import DiskSpace
 from arka.tiers.watermarks import now_us
 from arka.wal.segment import SegmentRef
@@ -38,6 +42,8 @@ log = structlog.get_logger(__name__)
 
 #: How often the log is looked at, in seconds; a segment takes longer to fill.
 _POLL_S: Final = 1.0
+#: About the most bytes of keys in one checkpoint: it is held in memory when it is written and when it is read.
+_CHECKPOINT_BYTES: Final = 32 * MIB
 #: In front of a checkpoint's record.
 _CRC_BYTES: Final = 4
 
@@ -49,11 +55,18 @@ class _Checkpoint(msgspec.Struct, frozen=True, array_like=True):
     epoch: int
     after_lsn: int
     through_lsn: int
+    #: The wall clock, for people.
     written_us: int
-    #: (after, through, recorded at, microseconds)
+    #: The log's clock: by then Iceberg held of each table what ``tables`` says.
+    clock_us: int
+    #: (after, through, noted at, by the log's clock)
     lost: list[tuple[int, int, int]]
-    #: (table UUID, key, LSN, digest)
-    keys: list[tuple[bytes, bytes, int, int]]
+    #: (table UUID, entries as ``KeyIndex.uncovered`` packs them)
+    keys: list[tuple[bytes, bytes]]
+    #: (UUID of a dropped table, last LSN of its keys that count no more)
+    dropped: list[tuple[bytes, int]]
+    #: Every table known: UUID, ``TableInfo.to_bytes``, and the last LSN that Iceberg was seen to hold of it.
+    tables: list[tuple[bytes, bytes, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,16 +74,25 @@ class LostRange:
     """LSNs that a crash lost, and when that was found (R3)."""
 
     range: LsnRange
-    recorded_us: int
+    #: By the log's clock.
+    noted_us: int
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedCheckpoints:
-    """What the checkpoints in the store remember: keys in LSN order, and lost ranges."""
+    """What the checkpoints in the store remember beside keys.
 
-    keys: tuple[CheckpointKey, ...]
+    Attributes:
+        lost: the lost ranges that are still to be remembered.
+        tables: the tables that the newest one knows.
+        through_lsn: everything up to here is covered.
+        clock_us: the highest value of the log's clock.
+    """
+
     lost: tuple[LostRange, ...]
+    tables: tuple[KnownTable, ...]
     through_lsn: int
+    clock_us: int
 
 
 @dataclass(slots=True)
@@ -91,10 +113,12 @@ class LogRelease:
         writer: WalWriter,
         keys: KeyIndex,
         space: DiskSpace,
+        clock: LogClock,
         *,
+        verify: Callable[[], Awaitable[None]],
         node_id: str,
         log_uuid: UUID,
-        epoch: int,
+        epoch: Callable[[], int],
         lost: Iterable[LostRange],
         after_lsn: int,
         retention_s: float,
@@ -107,9 +131,11 @@ class LogRelease:
             writer: unlinks segments.
             keys: gives the keys that a checkpoint must carry.
             space: told of the room.
+            clock: says how old keys and lost ranges are.
+            verify: raises ``Fenced`` once the log is another process's; asked before anything is deleted.
             node_id: the node's name in the store.
             log_uuid: the log.
-            epoch: this process's epoch.
+            epoch: returns this process's epoch; there is one when ``run`` is called.
             lost: lost ranges that are remembered.
             after_lsn: checkpoints cover everything up to here already.
             retention_s: how long keys and lost ranges are kept.
@@ -119,17 +145,22 @@ class LogRelease:
         self._writer = writer
         self._keys = keys
         self._space = space
+        self._clock = clock
+        self._verify = verify
         self._node_id = node_id
         self._log_uuid = log_uuid
         self._epoch = epoch
         self._lost = list(lost)
         self._covered_lsn = after_lsn
-        self._retention_s = retention_s
+        self._retention_us = int(retention_s * 1e6)
         self._grace_s = grace_s
         # Oldest first; the last one may be active.
         self._held: deque[_HeldSegment] = deque()
         # Segments whose checkpoint is durable, with the time from which on they may go.
         self._doomed: deque[tuple[_HeldSegment, float]] = deque()
+        # The segments up to here are gone; the objects too when the second one is as high.
+        self._released_lsn = 0
+        self._deleted_lsn = 0
 
     def note(self, ref: SegmentRef, last_lsn: int, size: int) -> None:
         """Note bytes of a segment that are on disk; log order."""
@@ -140,121 +171,189 @@ class LogRelease:
         else:
             self._held.append(_HeldSegment(ref, last_lsn, size))
 
-    async def run(self, needed_from: Callable[[], int]) -> None:
+    def remembered_lost(self) -> list[LostRange]:
+        """The lost ranges whose retention is not over (R3)."""
+        oldest_us = self._clock.now_us() - self._retention_us
+        self._lost = [lost for lost in self._lost if lost.noted_us >= oldest_us]
+        return self._lost
+
+    async def run(self, needed_from: Callable[[], int], tables: Callable[[], Iterable[KnownTable]]) -> None:
         """Look for what may go, until cancelled. Outages are waited for.
 
         Args:
             needed_from: returns the least LSN that a later tier still needs.
+            tables: returns every table that is known.
 
         Raises:
+            Fenced: another process owns the log.
             OSError: the disk does not unlink.
 
         Cancellation: what was not deleted yet is deleted after the next start.
         """
         while True:
             await trio.sleep(_POLL_S)
+            # Also of tables that nobody commits to any more.
+            while self._keys.expire(self._clock.now_us()):
+                await trio.lowlevel.checkpoint()
             try:
-                await self._checkpoint(needed_from())
+                while await self._checkpoint(needed_from(), tables):
+                    pass
                 await self._delete()
             except StoreUnavailable as error:
                 log.debug("log.release_stalled", reason=str(error))
 
-    async def _checkpoint(self, needed: int) -> None:
-        """Cover the segments that no tier needs any more by a checkpoint."""
+    async def _checkpoint(self, needed: int, tables: Callable[[], Iterable[KnownTable]]) -> bool:
+        """Cover some of the segments that no tier needs any more by a checkpoint; false when there are none."""
         free: list[_HeldSegment] = []
         # The last one is active or may still become so: it stays.
         while len(self._held) > len(free) + 1 and self._held[len(free)].last_lsn < needed:
-            free.append(self._held[len(free)])
+            held = self._held[len(free)]
+            if free and self._keys.uncovered_bytes(held.last_lsn) > _CHECKPOINT_BYTES:
+                break
+            free.append(held)
         if not free:
-            return
+            return False
         through_lsn = free[-1].last_lsn
         if through_lsn > self._covered_lsn:
-            await self._write_checkpoint(through_lsn)
+            await self._write_checkpoint(through_lsn, tables())
             self._covered_lsn = through_lsn
             self._keys.forget_uncovered(through_lsn)
         due = trio.current_time() + self._grace_s
         for held in free:
             self._held.popleft()
             self._doomed.append((held, due))
+        return True
 
-    async def _write_checkpoint(self, through_lsn: int) -> None:
-        oldest_us = now_us() - int(self._retention_s * 1e6)
-        self._lost = [lost for lost in self._lost if lost.recorded_us >= oldest_us]
+    async def _write_checkpoint(self, through_lsn: int, tables: Iterable[KnownTable]) -> None:
         record = _Checkpoint(
             log_uuid=str(self._log_uuid),
-            epoch=self._epoch,
+            epoch=self._epoch(),
             after_lsn=self._covered_lsn,
             through_lsn=through_lsn,
             written_us=now_us(),
-            lost=[(lost.range.after, lost.range.through, lost.recorded_us) for lost in self._lost],
-            keys=[(key.table.bytes, key.key, key.lsn, key.digest) for key in self._keys.uncovered(through_lsn)],
+            clock_us=self._clock.now_us(),
+            lost=[(lost.range.after, lost.range.through, lost.noted_us) for lost in self.remembered_lost()],
+            keys=[(table.bytes, packed) for table, packed in self._keys.uncovered(through_lsn)],
+            dropped=[(table.bytes, lsn) for table, lsn in self._keys.dropped()],
+            tables=[(info.uuid.bytes, info.to_bytes(), committed_lsn) for info, committed_lsn in tables],
         )
         body = msgspec.msgpack.encode(record)
-        key = f"{self._node_id}/checkpoint/{self._epoch:010d}/{through_lsn:016d}"
+        key = f"{self._node_id}/checkpoint/{self._epoch():010d}/{through_lsn:016d}"
         try:
             await self._store.put_new(key, [crc32c(body).to_bytes(_CRC_BYTES, "little"), body])
         except ObjectExists:
-            # Our own attempt whose response was lost: the epoch is ours and the range is the same.
+            # Our own attempt whose response was lost: the epoch is ours and the range is the same. The clock in it is
+            # the earlier one, and all that it holds was committed by then.
             log.debug("log.checkpoint_exists", key=key)
-        log.info("log.checkpoint", through_lsn=through_lsn, keys=len(record.keys), bytes=len(body))
+        count = sum(len(packed) for _, packed in record.keys) // ENTRY_BYTES
+        log.info("log.checkpoint", through_lsn=through_lsn, keys=count, tables=len(record.tables), bytes=len(body))
 
     async def _delete(self) -> None:
         """Delete the segments, WAL objects and checkpoints whose time has come."""
-        now = trio.current_time()
-        gone: list[_HeldSegment] = []
-        while self._doomed and self._doomed[0][1] <= now:
-            gone.append(self._doomed.popleft()[0])
-        if not gone:
-            return
-        await self._writer.retire([held.ref for held in gone])
-        size = sum(held.size for held in gone)
-        self._space.note_released(size)
-        await self._delete_objects(gone[-1].last_lsn)
-        log.info("log.released", segments=len(gone), bytes=size, through_lsn=gone[-1].last_lsn)
+        if self._doomed and self._doomed[0][1] <= trio.current_time():
+            await self._verify()
+            now = trio.current_time()
+            gone: list[_HeldSegment] = []
+            while self._doomed and self._doomed[0][1] <= now:
+                gone.append(self._doomed.popleft()[0])
+            await self._writer.retire([held.ref for held in gone])
+            size = sum(held.size for held in gone)
+            self._space.note_released(size)
+            self._released_lsn = gone[-1].last_lsn
+            log.info("log.released", segments=len(gone), bytes=size, through_lsn=self._released_lsn)
+        if self._deleted_lsn < self._released_lsn:
+            through_lsn = self._released_lsn
+            await self._delete_objects(through_lsn)
+            self._deleted_lsn = through_lsn
 
     async def _delete_objects(self, through_lsn: int) -> None:
-        """Delete WAL objects that lie wholly below ``through_lsn``, and checkpoints that have expired.
+        """Delete WAL objects that lie wholly below ``through_lsn``, and checkpoints whose keys are all forgotten.
 
-        An object's key gives its first LSN only; it ends below its successor's first.
+        An object's key gives its first LSN only; it ends below its successor's first. A checkpoint's key gives its
+        last LSN; none of its keys is in the index any more when that begins above it.
         """
         metas = await self._store.list_keys(f"{self._node_id}/wal/")
         firsts = [int(meta.key.rpartition("/")[2].removesuffix(".wal")) for meta in metas]
         dead = [meta.key for meta, following in zip(metas, firsts[1:], strict=False) if following <= through_lsn + 1]
-        expired_us = now_us() - int(self._retention_s * 1e6)
         # The newest one stays: it says how far the log was let go of.
-        for meta in (await self._store.list_keys(f"{self._node_id}/checkpoint/"))[:-1]:
-            record = _parse(self._store.url, meta.key, await self._store.get(meta.key), self._log_uuid)
-            if record.written_us >= expired_us:
+        checkpoints = (await self._store.list_keys(f"{self._node_id}/checkpoint/"))[:-1]
+        first_key_lsn = self._keys.first_lsn()
+        expired_lsn = 0
+        for meta in checkpoints:
+            last_lsn = covered_lsn(meta.key)
+            if first_key_lsn is not None and last_lsn >= first_key_lsn:
                 break
+            expired_lsn = max(expired_lsn, last_lsn)
             dead.append(meta.key)
+        await self._verify()
         await self._store.delete(dead)
+        self._keys.forget_dropped(expired_lsn)
 
 
-async def load_checkpoints(store: ObjectStore, node_id: str, log_uuid: UUID, retention_s: float) -> LoadedCheckpoints:
-    """Read the checkpoints of a log, oldest first.
+async def load_checkpoints(
+    store: ObjectStore, node_id: str, log_uuid: UUID, retention_s: float, keys: KeyIndex
+) -> LoadedCheckpoints:
+    """Read the checkpoints of a log, oldest first, one at a time.
 
     Args:
         store: the object store.
         node_id: the node's name in it.
         log_uuid: the log.
         retention_s: lost ranges older than this are forgotten.
+        keys: takes the keys as they come. After a failure the call may be repeated with the same one.
 
     Raises:
         DataCorruption: one is damaged or another log's.
         StoreUnavailable: the store does not answer.
+
+    Cancellation: some keys may have been taken.
     """
-    keys: list[CheckpointKey] = []
-    lost: dict[LsnRange, LostRange] = {}
-    through_lsn = 0
-    oldest_us = time.time_ns() // 1000 - int(retention_s * 1e6)
-    for meta in await store.list_keys(f"{node_id}/checkpoint/"):
-        record = _parse(store.url, meta.key, await store.get(meta.key), log_uuid)
-        keys.extend(CheckpointKey(UUID(bytes=table), key, lsn, digest) for table, key, lsn, digest in record.keys)
-        for after, through, recorded_us in record.lost:
-            if recorded_us >= oldest_us:
-                lost[LsnRange(after, through)] = LostRange(LsnRange(after, through), recorded_us)
-        through_lsn = max(through_lsn, record.through_lsn)
-    return LoadedCheckpoints(tuple(keys), tuple(lost.values()), through_lsn)
+    lost: list[LostRange] = []
+    newest: _Checkpoint | None = None
+    through_lsn = clock_us = 0
+    metas = await store.list_keys(f"{node_id}/checkpoint/")
+    for meta in metas:
+        try:
+            data = await store.get(meta.key)
+        except KeyError:
+            # A predecessor that has not noticed yet that it is fenced deletes what has expired, never the newest one.
+            if meta is metas[-1]:
+                raise DataCorruption(f"{store.url}/{meta.key}", 0, "a checkpoint", "no object") from None
+            log.debug("log.checkpoint_gone", key=meta.key)
+            continue
+        newest = _parse(store.url, meta.key, data, log_uuid)
+        _take_keys(f"{store.url}/{meta.key}", newest, keys)
+        lost = merge_lost([lost, (LostRange(LsnRange(*bounds), noted_us) for *bounds, noted_us in newest.lost)])
+        through_lsn = max(through_lsn, newest.through_lsn)
+        clock_us = max(clock_us, newest.clock_us)
+    if newest is None:
+        return LoadedCheckpoints((), (), 0, 0)
+    keys.forget_uncovered(through_lsn)
+    for table, lsn in newest.dropped:
+        keys.drop_table(UUID(bytes=table), lsn)
+    remembered = (item for item in lost if item.noted_us >= clock_us - int(retention_s * 1e6))
+    try:
+        tables = tuple(KnownTable(TableInfo.from_bytes(data), lsn) for _, data, lsn in newest.tables)
+    except ValueError as error:
+        raise DataCorruption(f"{store.url}/{metas[-1].key}", _CRC_BYTES, "table records", str(error)) from error
+    return LoadedCheckpoints(tuple(remembered), tables, through_lsn, clock_us)
+
+
+def covered_lsn(key: str) -> int:
+    """The last LSN that a checkpoint covers, by its key."""
+    return int(key.rpartition("/")[2])
+
+
+def _take_keys(path: str, record: _Checkpoint, keys: KeyIndex) -> None:
+    """Take a checkpoint's keys, and what was committed when it was written: not those of parked writes (R18, R21)."""
+    for table_bytes, packed in record.keys:
+        try:
+            table = UUID(bytes=table_bytes)
+            keys.load(table, packed)
+        except ValueError as error:
+            raise DataCorruption(path, _CRC_BYTES, "keys in LSN order", str(error)) from error
+    for table_bytes, _, committed_lsn in record.tables:
+        keys.note_committed(UUID(bytes=table_bytes), committed_lsn, record.clock_us)
 
 
 def _parse(url: str, key: str, data: bytes, log_uuid: UUID) -> _Checkpoint:
@@ -273,9 +372,14 @@ def _parse(url: str, key: str, data: bytes, log_uuid: UUID) -> _Checkpoint:
 
 
 def merge_lost(groups: Sequence[Iterable[LostRange]]) -> list[LostRange]:
-    """Join lost ranges from several places, each range once, by LSN."""
-    merged = {lost.range: lost for group in groups for lost in group}
+    """Join lost ranges from several places, by LSN: each range once, from when it was first noted."""
+    merged: dict[LsnRange, LostRange] = {}
+    for group in groups:
+        for lost in group:
+            known = merged.get(lost.range)
+            if known is None or lost.noted_us < known.noted_us:
+                merged[lost.range] = lost
     return [merged[key] for key in sorted(merged)]
 
 
-__all__ = ["LoadedCheckpoints", "LogRelease", "LostRange", "load_checkpoints", "merge_lost"]
+__all__ = ["LoadedCheckpoints", "LogRelease", "LostRange", "covered_lsn", "load_checkpoints", "merge_lost"]

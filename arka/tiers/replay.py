@@ -1,6 +1,6 @@
 """What a start finds in the log: frames by table, keys, lost ranges, tables and drops.
 
-Owns: gathering it with bounded memory, integers per write and bytes only per key. Does not own the reading
+Owns: gathering it with bounded memory, integers per write and an entry of 28 bytes per key. Does not own the reading
 (``arka.wal.recovery``) nor what is done with it (``arka.tiers.startup``).
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 from uuid import UUID
@@ -15,10 +16,9 @@ from uuid import UUID
 import structlog
 
 from arka._core.framing import KIND_BATCH, KIND_CREATE, KIND_DROP, KIND_LOST, KIND_TABLE, crc32c
-from arka.records import TableInfo
+from arka.records import KnownTable, LsnRange, TableInfo
 from arka.tiers import ddl
-from arka.tiers.keys import KeyIndex
-from arka.tiers.release import LostRange
+from arka.tiers.keys import KeyIndex, pack_entry
 from arka.tiers.table import Table
 from arka.wal.recovery import RecoveredFrame
 from arka.wal.segment import parse_lost
@@ -43,7 +43,8 @@ class TableFrames:
     _paths: list[tuple[str, int, int]] = field(default_factory=list)
     # Per frame: index into _paths, LSN, offset, frame bytes.
     _places: array[int] = field(default_factory=lambda: array("Q"))
-    _keys: list[tuple[bytes, int, int]] = field(default_factory=list)
+    # Entries as the key index packs them.
+    _keys: bytearray = field(default_factory=bytearray)
 
     @property
     def newest_info(self) -> TableInfo | None:
@@ -64,7 +65,8 @@ class TableFrames:
         self._places.extend((len(self._paths) - 1, header.lsn, frame.offset, header.frame_bytes))
         self.last_lsn = header.lsn
         if header.key_bytes:
-            self._keys.append((frame.key, header.lsn, crc32c(frame.payload_view())))
+            digest = crc32c(frame.payload_view())
+            self._keys += pack_entry(UUID(bytes=header.table_uuid), frame.key, header.lsn, digest)
 
     def hand_over(self, table: Table, keys: KeyIndex) -> None:
         """Give the table its frames and schemas, and the index its keys; nothing is left here."""
@@ -77,9 +79,9 @@ class TableFrames:
                 path, number, epoch = self._paths[index]
                 table.note_durable(path, number, epoch, lsn, offset, frame_bytes)
         table.last_lsn = max(table.last_lsn, self.last_lsn)
-        for key, lsn, digest in self._keys:
-            keys.insert(table.info.uuid, key, lsn, digest)
-        self._places, self._keys = array("Q"), []
+        if self._keys:
+            keys.load(table.info.uuid, self._keys)
+        self._places, self._keys = array("Q"), bytearray()
 
 
 class Replay:
@@ -89,7 +91,9 @@ class Replay:
         self.tables: dict[UUID, TableFrames] = {}
         # Drops that the catalog may not have done yet.
         self.drops: dict[UUID, ddl.PendingDrop] = {}
-        self.lost: list[LostRange] = []
+        # The LSN of each table's last drop record.
+        self.dropped: dict[UUID, int] = {}
+        self.lost: list[LsnRange] = []
 
     def take(self, frame: RecoveredFrame) -> None:
         """Take one frame, in LSN order."""
@@ -109,21 +113,30 @@ class Replay:
                 # What was written before the drop went with the table; what comes behind it, in a table that was
                 # registered again, does not.
                 self.tables.pop(uuid, None)
+                self.dropped[uuid] = header.lsn
                 if record.done:
                     self.drops.pop(uuid, None)
                 else:
                     self.drops[uuid] = ddl.PendingDrop(header.lsn, record.purge)
             case kind if kind == KIND_LOST:
-                self.lost.append(LostRange(parse_lost(frame.payload()), header.accepted_us))
+                self.lost.append(parse_lost(frame.payload()))
 
     def learn(self, info: TableInfo) -> None:
         """Note a table at a schema."""
         self._frames(info.uuid).learn(info)
 
-    def known(self) -> dict[UUID, TableInfo]:
-        """The tables that the log itself describes."""
-        found = ((uuid, frames.newest_info) for uuid, frames in self.tables.items())
-        return {uuid: info for uuid, info in found if info is not None}
+    def known(self, remembered: Iterable[KnownTable]) -> list[KnownTable]:
+        """Join the tables that the log describes to those that its newest checkpoint remembers.
+
+        Args:
+            remembered: the checkpoint's tables; of those, the log knows later schemas and drops.
+        """
+        recorded = {table.info.uuid: table for table in remembered if table.info.uuid not in self.dropped}
+        for uuid, frames in self.tables.items():
+            info = frames.newest_info
+            if info is not None:
+                recorded[uuid] = KnownTable(info, recorded[uuid].committed_lsn if uuid in recorded else 0)
+        return list(recorded.values())
 
     def _frames(self, uuid: UUID) -> TableFrames:
         frames = self.tables.get(uuid)

@@ -26,6 +26,7 @@ from arka.storage.ports import Catalog, Disk, ObjectStore, StoreUnavailable
 from arka.storage.threads import run_compute
 from arka.tiers.epochs import Claim, EpochLease
 from arka.tiers.keys import KeyIndex
+from arka.tiers.logclock import LogClock
 from arka.tiers.memory import MemoryTier
 from arka.tiers.mirror import CheckpointStore
 from arka.tiers.objects import Compute, ObjectTier, ReadRange
@@ -39,7 +40,7 @@ from arka.tiers.space import DiskSpace
 from arka.tiers.table import Table, TableCommitter
 from arka.tiers.tables import Tables
 from arka.tiers.uplink import Taken, Uplink, ask_store
-from arka.tiers.watermarks import Watermark, now_us
+from arka.tiers.watermarks import Watermark
 from arka.wal.logstate import LogState, LogStateFile
 from arka.wal.objectfile import ObjectRef
 from arka.wal.recovery import RecoveredLog, recover
@@ -129,7 +130,8 @@ class _Start:
             heartbeat_s=settings.object_store.heartbeat_s,
         )
         self._checkpoint_store = CheckpointStore(world.store, world.checkpoints, self._node_id)
-        self._uplink = Uplink(world.store, self._checkpoint_store, claim, settings)
+        self._uplink = Uplink(world.store, self._checkpoint_store, claim)
+        self._keys = KeyIndex(settings.idempotency.retention_s, limit=settings.idempotency.keys)
         self._replay = Replay()
 
     async def run(self) -> OpenLog:
@@ -152,7 +154,7 @@ class _Start:
             await self._note_epoch(state_file, taken)
         if taken is not None and head is None:
             head = await ask_store(taken.chain.find_head)
-        checkpoints = await self._checkpoints(state.log_uuid) if taken is None else taken.checkpoints
+        checkpoints = await self._load_checkpoints(state.log_uuid)
         first_lsn = max(state.lsn_ceiling, recovered.last_lsn + 1)
         ceiling = min(first_lsn + DISK_BLOCK, state_file.state.store_ceiling)
         await state_file.raise_to(lsn_ceiling=ceiling)
@@ -173,8 +175,7 @@ class _Start:
 
     async def _may_start_alone(self, state: LogState, recovered: RecoveredLog) -> bool:
         """Whether the disk knows all that a start needs: reserved LSNs, and the keys of what was released (R13)."""
-        checkpoints = await self._checkpoints(state.log_uuid)
-        if checkpoints.through_lsn < recovered.base_lsn:
+        if await self._checkpoint_store.covered_here() < recovered.base_lsn:
             log.warning("objects.needed", reason="the disk lacks checkpoints of released segments")
             return False
         if max(state.lsn_ceiling, recovered.last_lsn + 1) >= state.store_ceiling:
@@ -182,11 +183,12 @@ class _Start:
             return False
         return True
 
-    async def _checkpoints(self, log_uuid: UUID) -> LoadedCheckpoints:
-        """Read the checkpoints that the disk has."""
-        return await load_checkpoints(
-            self._world.checkpoints, self._node_id, log_uuid, self._settings.idempotency.retention_s
-        )
+    async def _load_checkpoints(self, log_uuid: UUID) -> LoadedCheckpoints:
+        """Read the checkpoints that the disk has: all there are, since the store was last reached."""
+        retention_s = self._settings.idempotency.retention_s
+        here = self._world.checkpoints
+        load = partial(load_checkpoints, here, self._node_id, log_uuid, retention_s, self._keys)
+        return await ask_store(load)
 
     async def _new_disk(self, taken: Taken) -> tuple[Taken, LogState, ObjectRef | None]:
         """Begin a log on an empty disk, or bring one back that the store has."""
@@ -217,7 +219,7 @@ class _Start:
                 self._world.disk,
                 log_uuid=lease.log_uuid,
                 epoch=lease.epoch,
-                released_lsn=again.checkpoints.through_lsn,
+                released_lsn=again.released_lsn,
                 segment_bytes=self._settings.wal.segment_bytes,
             )
             return again, head
@@ -272,12 +274,10 @@ class _Start:
             first_segment=recovered.next_segment,
             options=settings.wal,
         )
-        keys = KeyIndex(settings.idempotency.retention_s)
-        for known in checkpoints.keys:
-            keys.insert(known.table, known.key, known.lsn, known.digest, covered=True)
+        keys, clock = self._keys, LogClock(checkpoints.clock_us)
         memory = MemoryTier(allocator, keys)
-        found_lost = _note_lost(memory, recovered.closed, recovered.last_lsn, first_lsn)
-        lost = merge_lost([checkpoints.lost, self._replay.lost, found_lost])
+        found_lost = [*self._replay.lost, *_note_lost(memory, recovered.closed, recovered.last_lsn, first_lsn)]
+        lost = merge_lost([checkpoints.lost, (LostRange(found, clock.now_us()) for found in found_lost)])
         marks = Marks(Watermark(Tier.DISK, recovered.last_lsn), Watermark(Tier.OBJECT_STORAGE))
         objects = ObjectTier(
             world.store,
@@ -312,33 +312,33 @@ class _Start:
             memory,
             marks.disk,
             keys,
+            clock,
             parking,
             log_uuid=log_uuid,
-            make_committer=partial(self._make_committer, log_uuid, marks, keys),
+            make_committer=lambda table: self._make_committer(log_uuid, marks, tables, table),
         )
         release = LogRelease(
             self._checkpoint_store,
             writer,
             keys,
             space,
+            clock,
+            verify=self._uplink.verify,
             node_id=self._node_id,
             log_uuid=log_uuid,
-            epoch=epoch,
+            epoch=lambda: self._uplink.epoch,
             lost=lost,
             after_lsn=checkpoints.through_lsn,
             retention_s=settings.idempotency.retention_s,
             grace_s=settings.wal.release_grace_s,
         )
-        self._hand_over(recovered, tables, keys, objects, release)
+        self._hand_over(recovered, checkpoints, tables, objects, release)
         parts = Parts(memory, writer, state_file, objects, self._uplink, tables, marks, keys, space, release)
-        pipeline = Pipeline(log_uuid, parts, settings, lost=lost, survival=world.survival)
+        pipeline = Pipeline(log_uuid, parts, settings, survival=world.survival)
         reservation = LsnReservation(allocator, state_file, reserve_store_block=self._uplink.reserve_block)
         return OpenLog(pipeline, reservation, log_uuid, epoch, recovered.last_lsn, first_lsn)
 
-    def _make_committer(self, log_uuid: UUID, marks: Marks, keys: KeyIndex, table: Table) -> TableCommitter:
-        def note_committed(committed: Table) -> None:
-            keys.note_committed(committed.info.uuid, committed.committed.lsn, trio.current_time())
-
+    def _make_committer(self, log_uuid: UUID, marks: Marks, tables: Tables, table: Table) -> TableCommitter:
         return TableCommitter(
             table,
             self._world.catalog,
@@ -347,18 +347,25 @@ class _Start:
             epoch=lambda: self._uplink.epoch,
             options=self._settings.iceberg,
             rng=self._world.rng,
-            on_committed=note_committed,
+            on_committed=tables.note_committed,
         )
 
     def _hand_over(
-        self, recovered: RecoveredLog, tables: Tables, keys: KeyIndex, objects: ObjectTier, release: LogRelease
+        self,
+        recovered: RecoveredLog,
+        checkpoints: LoadedCheckpoints,
+        tables: Tables,
+        objects: ObjectTier,
+        release: LogRelease,
     ) -> None:
         """Give each component what recovery found for it."""
-        tables.restore(self._replay.known(), self._replay.drops)
+        for uuid, lsn in self._replay.dropped.items():
+            self._keys.drop_table(uuid, lsn)
+        tables.restore(self._replay.known(checkpoints.tables), self._replay.drops)
         for uuid, frames in self._replay.tables.items():
             table = tables.get(uuid)
             if table is not None:
-                frames.hand_over(table, keys)
+                frames.hand_over(table, self._keys)
         for segment in recovered.segments:
             release.note(segment.ref, segment.last_lsn, segment.end_bytes)
             for appended in segment.ranges:
@@ -372,13 +379,13 @@ class _Start:
             log.warning("catalog.offline", hint="tables that the log knows take writes; commits wait")
 
 
-def _note_lost(memory: MemoryTier, closed: bool, last_lsn: int, first_lsn: int) -> list[LostRange]:
+def _note_lost(memory: MemoryTier, closed: bool, last_lsn: int, first_lsn: int) -> list[LsnRange]:
     """Record the LSNs that may have been given and are gone (R3); none are from a log that was closed."""
     if first_lsn == last_lsn + 1 or closed:
         return []
     lost = LsnRange(last_lsn, first_lsn - 1)
     memory.append_control(KIND_LOST, encode_lost(lost))
-    return [LostRange(lost, now_us())]
+    return [lost]
 
 
 __all__ = ["OpenLog", "Surroundings", "open_pipeline"]

@@ -70,8 +70,17 @@ class Table:
     Used from trio's thread only.
     """
 
-    def __init__(self, info: TableInfo, committed_lsn: int, snapshot_id: int | None) -> None:
+    def __init__(self, info: TableInfo, committed_lsn: int, snapshot_id: int | None, *, recorded_lsn: int = 0) -> None:
+        """Begin with no frames.
+
+        Args:
+            info: the table.
+            committed_lsn: the last LSN that the catalog says it holds; 0 as long as nobody has asked.
+            snapshot_id: its current snapshot.
+            recorded_lsn: the last LSN that an earlier process saw committed: less in the catalog is a rollback (R20).
+        """
         self.info = info
+        self.recorded_lsn = recorded_lsn
         self.committed = Watermark(Tier.ICEBERG_COMMITTED, committed_lsn, snapshot_id)
         self.backlog = Backlog()
         #: The schemas that waiting frames may use, by id (R24).
@@ -117,7 +126,7 @@ class Table:
         self.info = found.info
         self.schemas.setdefault(found.info.schema_id, found.info.schema)
         committed_lsn = found.committed_lsn(log_uuid)
-        if committed_lsn < self.committed.lsn:
+        if committed_lsn < max(self.committed.lsn, self.recorded_lsn):
             self.stop(_fell(self, committed_lsn))
             return
         self.backlog.discard_through(committed_lsn)
@@ -338,9 +347,10 @@ class TableCommitter:
 
 
 def _fell(table: Table, found_lsn: int) -> str:
+    known_lsn = max(table.committed.lsn, table.recorded_lsn)
     return (
-        f"Table {table.info.name} stands at LSN {found_lsn}, but {table.committed.lsn} was committed: it was rolled "
-        "back or replaced by others. Nothing is replayed (R20); drop it, or move it back and restart"
+        f"Table {table.info.name} stands at LSN {found_lsn}, but {known_lsn} was committed: it was rolled back or "
+        "replaced by others. Nothing is replayed (R20); drop it, or move it back and restart"
     )
 
 

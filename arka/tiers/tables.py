@@ -19,10 +19,11 @@ import structlog
 import trio
 
 from arka.errors import ArkaError, ErrorCode, Unavailable
-from arka.records import TableDefinition, TableInfo, TableName
+from arka.records import KnownTable, TableDefinition, TableName
 from arka.storage.ports import Catalog, CatalogTable, CatalogUnavailable
 from arka.tiers import ddl
 from arka.tiers.keys import KeyIndex
+from arka.tiers.logclock import LogClock
 from arka.tiers.memory import MemoryTier
 from arka.tiers.parking import Parking
 from arka.tiers.table import Ending, Table, TableCommitter, TableState
@@ -60,6 +61,7 @@ class Tables:
         memory: MemoryTier,
         disk: Watermark,
         keys: KeyIndex,
+        clock: LogClock,
         parking: Parking,
         *,
         log_uuid: UUID,
@@ -71,7 +73,8 @@ class Tables:
             catalog: the Iceberg catalog.
             memory: takes create and drop records into the log's order.
             disk: the ``disk`` mark.
-            keys: forgets a dropped table's keys.
+            keys: forgets a dropped table's keys, and hears what is committed.
+            clock: the time by which keys are kept.
             parking: keeps the frames of tables that cannot be committed.
             log_uuid: the log.
             make_committer: makes the task that commits a table.
@@ -80,6 +83,7 @@ class Tables:
         self._memory = memory
         self._disk = disk
         self._keys = keys
+        self._clock = clock
         self._parking = parking
         self._log_uuid = log_uuid
         self._make_committer = make_committer
@@ -113,9 +117,14 @@ class Tables:
                 needed.append(first)
         return min(needed, default=None)
 
-    def infos(self) -> Iterable[TableInfo]:
+    def remembered(self) -> Iterable[KnownTable]:
         """What a checkpoint remembers of the tables, so that a start knows them without the catalog (R5)."""
-        return [table.info for table in self._by_uuid.values() if table.state is not TableState.DROPPED]
+        tables = [table for table in self._by_uuid.values() if table.state is not TableState.DROPPED]
+        return [KnownTable(table.info, max(table.committed.lsn, table.recorded_lsn)) for table in tables]
+
+    def note_committed(self, table: Table) -> None:
+        """Start the retention of the keys that a table holds (R21)."""
+        self._keys.note_committed(table.info.uuid, table.committed.lsn, self._clock.now_us())
 
     def listed(self) -> list[Table]:
         """The tables that are not dropped, by full name."""
@@ -182,17 +191,17 @@ class Tables:
             else:
                 return
 
-    def restore(self, infos: Mapping[UUID, TableInfo], drops: Mapping[UUID, ddl.PendingDrop]) -> None:
+    def restore(self, known: Iterable[KnownTable], drops: Mapping[UUID, ddl.PendingDrop]) -> None:
         """Take in what the log knows; to be called once, before ``run``.
 
         Args:
-            infos: the tables that the log and its checkpoints name, each as they knew it last.
+            known: the tables that the log and its checkpoints name, each as they knew it last.
             drops: tables that the catalog may not have dropped yet.
         """
         self._pending_drops = dict(drops)
-        for uuid, info in infos.items():
-            if uuid not in drops:
-                self._add(Table(info, 0, None))
+        for info, recorded_lsn in known:
+            if info.uuid not in drops:
+                self._add(Table(info, 0, None, recorded_lsn=recorded_lsn))
 
     async def reconcile(self) -> None:
         """Compare the tables with the catalog's, once: finish drops, take in what is new, stop what is gone.
@@ -247,7 +256,7 @@ class Tables:
 
     def _add(self, table: Table) -> None:
         self._by_uuid[table.info.uuid] = table
-        self._keys.note_committed(table.info.uuid, table.committed.lsn, trio.current_time())
+        self.note_committed(table)
         named = self._by_name.get(table.info.name)
         if named is None or named.state is not TableState.ACTIVE:
             self._by_name[table.info.name] = table
@@ -257,7 +266,7 @@ class Tables:
         """Learn from the catalog what the log could not say."""
         old_name = table.info.name
         table.adopt(found, self._log_uuid)
-        self._keys.note_committed(table.info.uuid, table.committed.lsn, trio.current_time())
+        self.note_committed(table)
         self._note_name(table, old_name)
 
     def _note_name(self, table: Table, old_name: TableName) -> None:

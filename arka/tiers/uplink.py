@@ -15,13 +15,11 @@ import structlog
 import trio
 
 from arka.errors import ConfigurationError, DataCorruption, Fenced
-from arka.options import Settings
 from arka.storage.ports import ObjectStore, StoreRefused, StoreUnavailable
 from arka.tiers.chain import Chain
 from arka.tiers.epochs import Claim, EpochLease, LocalLog, take_epoch
 from arka.tiers.mirror import CheckpointStore
 from arka.tiers.objects import ObjectTier
-from arka.tiers.release import LoadedCheckpoints, load_checkpoints
 from arka.wal.logstate import LogState, LogStateFile
 from arka.wal.objectfile import ObjectRef
 
@@ -39,31 +37,29 @@ class Taken:
 
     Attributes:
         lease: the epoch.
-        checkpoints: what they remember.
+        released_lsn: what checkpoints cover; the disk has them now too.
         chain: the WAL objects.
     """
 
     lease: EpochLease
-    checkpoints: LoadedCheckpoints
+    released_lsn: int
     chain: Chain
 
 
 class Uplink:
     """Brings one process and its object store together. Used from trio's thread only."""
 
-    def __init__(self, store: ObjectStore, checkpoints: CheckpointStore, claim: Claim, settings: Settings) -> None:
+    def __init__(self, store: ObjectStore, checkpoints: CheckpointStore, claim: Claim) -> None:
         """Say who asks which store; nothing is asked yet.
 
         Args:
             store: the object store.
             checkpoints: where checkpoints are, here and there.
-            claim: who asks; ``local`` is what the disk knew when it was read.
-            settings: of the log.
+            claim: who asks; what its disk knows is said later.
         """
         self._store = store
         self._checkpoints = checkpoints
         self._claim = claim
-        self._settings = settings
         self._lease: EpochLease | None = None
         self._connected = trio.Event()
 
@@ -99,25 +95,23 @@ class Uplink:
         return await self._held.reserve_block()
 
     async def take(self, state: LogState | None) -> Taken:
-        """Take the epoch and read what the store remembers; one attempt.
+        """Take the epoch and bring the store's checkpoints to the disk; one attempt.
 
         Args:
             state: the disk's log, as it is now.
 
         Raises:
             ConfigurationError: see ``take_epoch``.
-            DataCorruption: what the store holds is damaged.
+            DataCorruption: a record in the store is damaged.
             StoreUnavailable: ask again; an epoch that was taken is kept.
         """
         if self._lease is None:
             local = None if state is None else LocalLog(state.log_uuid, state.epoch, state.lsn_ceiling)
             self._lease = await take_epoch(self._store, self._claim.of(local))
         lease, node_id = self._lease, self._claim.node_id
-        await self._checkpoints.mirror()
-        retention_s = self._settings.idempotency.retention_s
-        checkpoints = await load_checkpoints(self._checkpoints, node_id, lease.log_uuid, retention_s)
-        chain = Chain(self._store, node_id, lease.log_uuid, released_lsn=checkpoints.through_lsn)
-        return Taken(lease, checkpoints, chain)
+        released_lsn = await self._checkpoints.mirror()
+        chain = Chain(self._store, node_id, lease.log_uuid, released_lsn=released_lsn)
+        return Taken(lease, released_lsn, chain)
 
     async def connect(
         self, taken: Taken, state: LogStateFile, objects: ObjectTier, recovered_lsn: int, head: ObjectRef | None
@@ -185,7 +179,7 @@ class Uplink:
                 raise Fenced(error.detail) from error
             else:
                 log.info("objects.online", store=self._store.url, epoch=self.epoch)
-        await self._held.beat(self._settings.object_store.heartbeat_s)
+        await self._held.beat(self._claim.heartbeat_s)
 
     async def leave(self) -> None:
         """Tell the next owner that nobody is there any more; a store that is away is left as it is."""

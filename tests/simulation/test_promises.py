@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import count
 from typing import Any
+from uuid import UUID
 
 import pytest
 
@@ -17,6 +18,8 @@ from arka.tiers import startup
 from arka.tiers.disk import DiskTier
 from arka.tiers.epochs import EpochLease
 from arka.tiers.keys import KeyIndex
+from arka.tiers.logclock import LogClock
+from arka.tiers.watermarks import now_us
 
 #: Within so many seeds a broken engine has to be caught.
 CATCH_SEEDS = 150
@@ -86,7 +89,7 @@ def test_catches_key_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_catches_key_missing_in_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine whose checkpoints carry no keys is caught once segments are deleted (R12, R21)."""
 
-    def nothing(self: KeyIndex, through_lsn: int) -> Iterator[Any]:
+    def nothing(self: KeyIndex, through_lsn: int) -> Iterator[tuple[UUID, bytes]]:
         return iter(())
 
     monkeypatch.setattr(KeyIndex, "uncovered", nothing)
@@ -121,3 +124,9 @@ def test_catches_epoch_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EpochLease, "verify", verify)
     broken = catch()
     assert "acked object_storage" in broken or "acked iceberg_committed" in broken
+
+
+def test_catches_retention_by_the_wall_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that keeps keys and lost ranges by the wall clock is caught once that has jumped (R3, R21)."""
+    monkeypatch.setattr(LogClock, "now_us", lambda self: now_us())
+    assert catch()

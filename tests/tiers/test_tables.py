@@ -3,127 +3,38 @@
 from __future__ import annotations
 
 import contextlib
-import random
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import replace
-from pathlib import Path
-from uuid import UUID
 
-import pyarrow as pa
 import pytest
 import trio
 from trio.testing import MockClock
 
 from arka.errors import ArkaError, ErrorCode, Fenced, Unavailable
-from arka.options import KIB, IcebergOptions, Limits, ServerOptions, Settings, WalOptions
-from arka.records import Operation, TableDefinition, TableName, Tier
+from arka.options import KIB
+from arka.records import TableDefinition, TableName, Tier
 from arka.storage.ports import CommitMark
-from arka.testing.simcatalog import SimCatalog
-from arka.testing.simstore import Fault, SimStore
-from arka.testing.simworld import (
-    CatalogWeather,
-    MachineDisk,
-    Process,
-    ProcessCatalog,
-    ProcessDisk,
-    Trace,
-    compute_inline,
-)
-from arka.testing.simwriters import SCHEMA, frame_buffer
-from arka.tiers.pipeline import Pipeline
-from arka.tiers.startup import OpenLog, Surroundings, open_pipeline
-from arka.tiers.table import Table, TableState
+from arka.testing.simnode import NAME, SimNode, create_table, with_options, write, write_all
+from arka.testing.simstore import Fault
+from arka.testing.simwriters import SCHEMA
+from arka.tiers.table import TableState
 
-NAME, OTHER = TableName("default", "t"), TableName("default", "other")
-
-
-class World:
-    """One node without faults but those that a test makes; ``run`` is one life of its server."""
-
-    def __init__(self, **limits: int) -> None:
-        rng = random.Random(0)
-        self.disk = MachineDisk(rng, UUID(int=1))
-        self.store = SimStore()
-        self.weather = CatalogWeather(rng, Trace())
-        self.settings = Settings(
-            server=ServerOptions(node_id="n"),
-            limits=replace(Limits(disk_free_bytes=0), **limits),
-            wal=WalOptions(segment_bytes=8 * KIB, release_grace_s=0.0),
-            iceberg=IcebergOptions(commit_interval_s=0.1),
-        )
-
-    @property
-    def catalog(self) -> SimCatalog:
-        return self.weather.tables
-
-    async def open(self) -> OpenLog:
-        process = Process("life")
-        disk = ProcessDisk(process, self.disk, random.Random(0), max_delay_s=0.0, on_power_cut=lambda: None)
-        world = Surroundings(
-            disk=disk,
-            disk_uuid=self.disk.uuid,
-            store=self.store,
-            checkpoints=self.disk.checkpoints,
-            catalog=ProcessCatalog(process, self.weather, disk),
-            read_range=disk.read_range,
-            read_free=lambda: 1 << 40,
-            survival={},
-            rng=random.Random(0),
-            compute=compute_inline,
-        )
-        return await open_pipeline(self.settings, Path("/data"), world)
-
-    @asynccontextmanager
-    async def run(self, *, closes: bool = False) -> AsyncIterator[Pipeline]:
-        opened = await self.open()
-        async with trio.open_nursery() as nursery:
-            await nursery.start(opened.pipeline.run)
-            yield opened.pipeline
-            if closes:
-                await opened.pipeline.close()
-            nursery.cancel_scope.cancel()
-        if not closes:
-            self.disk.kill()
-
-    def ids(self, name: TableName = NAME) -> list[int]:
-        return self.catalog.rows(name)["id"].to_pylist()
-
-    def parked(self) -> list[str]:
-        return [key for key in self.store.objects if "/parked/" in key]
-
-
-def write(pipeline: Pipeline, table: Table, number: int, key: bytes = b"") -> int:
-    columns = [[number], [0], ["x" * 700]]
-    batch = pa.record_batch([pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)], schema=SCHEMA)
-    _, buffer = frame_buffer(batch)
-    return pipeline.append(table, buffer, rows=1, operation=Operation.UPSERT, key=key, charge=None).lsn
-
-
-async def write_some(pipeline: Pipeline, table: Table, numbers: range, tier: Tier = Tier.OBJECT_STORAGE) -> None:
-    for number in numbers:
-        write(pipeline, table, number, b"k%d" % number)
-    await pipeline.flush(table, tier)
-
-
-async def make(pipeline: Pipeline, name: TableName = NAME) -> Table:
-    return (await pipeline.tables.create(TableDefinition(name, SCHEMA)))[0]
+OTHER = TableName("default", "other")
 
 
 async def test_start_while_the_catalog_is_away(autojump_clock: MockClock) -> None:
     """A restart during a catalog outage knows its tables from the log, takes writes, and commits later (R5)."""
-    world = World()
+    world = SimNode()
     async with world.run() as pipeline:
-        table = await make(pipeline)
-        await make(pipeline, OTHER)
-        await write_some(pipeline, table, range(5))
+        table = await create_table(pipeline)
+        await create_table(pipeline, OTHER)
+        await write_all(pipeline, table, range(5))
     world.weather.away = True
     async with world.run() as pipeline:
         assert [table.info.name for table in pipeline.tables.listed()] == [OTHER, NAME]
         for name in (NAME, OTHER):
-            await write_some(pipeline, await pipeline.tables.find(name), range(5, 8))
+            await write_all(pipeline, await pipeline.tables.find(name), range(5, 8))
         with pytest.raises(Unavailable):
-            await make(pipeline, TableName("default", "third"))
+            await create_table(pipeline, TableName("default", "third"))
         await trio.sleep(100)
         world.weather.away = False
         for name in (NAME, OTHER):
@@ -134,18 +45,18 @@ async def test_start_while_the_catalog_is_away(autojump_clock: MockClock) -> Non
 
 async def test_start_while_the_store_is_away(autojump_clock: MockClock) -> None:
     """A restart during a store outage gives memory and disk acks, knows its keys, and uploads later (R13)."""
-    world = World()
+    world = SimNode()
     async with world.run() as pipeline:
-        table = await make(pipeline)
-        await write_some(pipeline, table, range(60), Tier.ICEBERG_COMMITTED)
+        table = await create_table(pipeline)
+        await write_all(pipeline, table, range(60), Tier.ICEBERG_COMMITTED)
         await trio.sleep(60)
         assert [key for key in world.store.objects if "/checkpoint/" in key], "segments were released"
     world.store.away = True
     async with world.run() as pipeline:
         table = await pipeline.tables.find(NAME)
         before = pipeline.memory.last_lsn
-        assert write(pipeline, table, 0, b"k0") < before, "a key whose segment is gone is known"
-        await write_some(pipeline, table, range(60, 70), Tier.DISK)
+        assert write(pipeline, table, 0, b"k0").lsn < before, "a key whose segment is gone is known"
+        await write_all(pipeline, table, range(60, 70), Tier.DISK)
         assert pipeline.table_marks(table)[Tier.OBJECT_STORAGE] == 0
         await trio.sleep(100)
         world.store.away = False
@@ -155,9 +66,9 @@ async def test_start_while_the_store_is_away(autojump_clock: MockClock) -> None:
 
 async def test_start_alone_needs_its_keys(autojump_clock: MockClock) -> None:
     """A disk that lacks the checkpoints of what was released does not start alone: it would double resends (R21)."""
-    world = World()
+    world = SimNode()
     async with world.run() as pipeline:
-        await write_some(pipeline, await make(pipeline), range(60), Tier.ICEBERG_COMMITTED)
+        await write_all(pipeline, await create_table(pipeline), range(60), Tier.ICEBERG_COMMITTED)
         await trio.sleep(60)
     world.disk.checkpoints.objects.clear()
     world.store.away = True
@@ -168,19 +79,19 @@ async def test_start_alone_needs_its_keys(autojump_clock: MockClock) -> None:
     world.store.away = False
     async with world.run() as pipeline:
         table = await pipeline.tables.find(NAME)
-        assert write(pipeline, table, 0, b"k0") < pipeline.memory.last_lsn
+        assert write(pipeline, table, 0, b"k0").lsn < pipeline.memory.last_lsn
 
 
 async def test_renamed_table_is_followed(autojump_clock: MockClock) -> None:
     """A table that others rename while it is written to goes on under its new name (R5)."""
-    world = World()
+    world = SimNode()
     async with world.run() as pipeline:
-        table = await make(pipeline)
-        await write_some(pipeline, table, range(5), Tier.ICEBERG_COMMITTED)
+        table = await create_table(pipeline)
+        await write_all(pipeline, table, range(5), Tier.ICEBERG_COMMITTED)
         found = world.catalog._tables.pop(NAME)
         found.info = replace(found.info, name=OTHER)
         world.catalog._tables[OTHER] = found
-        await write_some(pipeline, table, range(5, 10), Tier.ICEBERG_COMMITTED)
+        await write_all(pipeline, table, range(5, 10), Tier.ICEBERG_COMMITTED)
         assert world.ids(OTHER) == list(range(10))
         assert await pipeline.tables.find(OTHER) is table
         with pytest.raises(ArkaError, match="not found"):
@@ -189,12 +100,12 @@ async def test_renamed_table_is_followed(autojump_clock: MockClock) -> None:
 
 async def test_gone_table_is_parked_and_frees_the_log(autojump_clock: MockClock) -> None:
     """A table that others dropped keeps its writes in the store, and not the log that all tables share (R18)."""
-    world = World()
+    world = SimNode()
     async with world.run() as pipeline:
-        table, other = await make(pipeline), await make(pipeline, OTHER)
-        await write_some(pipeline, table, range(3), Tier.ICEBERG_COMMITTED)
+        table, other = await create_table(pipeline), await create_table(pipeline, OTHER)
+        await write_all(pipeline, table, range(3), Tier.ICEBERG_COMMITTED)
         world.catalog.remove(NAME)
-        await write_some(pipeline, table, range(3, 40))
+        await write_all(pipeline, table, range(3, 40))
         await trio.sleep(10)
         assert table.state is TableState.STOPPED
         with pytest.raises(ArkaError, match="others dropped it") as refused:
@@ -203,8 +114,8 @@ async def test_gone_table_is_parked_and_frees_the_log(autojump_clock: MockClock)
         with pytest.raises(ArkaError) as unknown:
             write(pipeline, table, 5, b"k5")
         assert unknown.value.code is ErrorCode.OUTCOME_UNKNOWN
-        assert world.parked()
-        await write_some(pipeline, other, range(60), Tier.ICEBERG_COMMITTED)
+        assert world.keys_of("parked")
+        await write_all(pipeline, other, range(60), Tier.ICEBERG_COMMITTED)
         await trio.sleep(60)
         lsns = [int(key.rpartition("/")[2][:16]) for key in world.store.objects if "/wal/" in key]
         assert min(lsns) > table.last_lsn, "the log was let go of"
@@ -213,14 +124,14 @@ async def test_gone_table_is_parked_and_frees_the_log(autojump_clock: MockClock)
 @pytest.mark.parametrize("crash_after_s", [None, 0.0, 0.05, 0.5, 3.0])
 async def test_parked_frames_come_back(crash_after_s: float | None, autojump_clock: MockClock) -> None:
     """Once the table is in the catalog again its parked writes are committed, in LSN order, before new ones (R18)."""
-    world = World()
+    world = SimNode()
     async with world.run() as pipeline:
-        table, other = await make(pipeline), await make(pipeline, OTHER)
-        await write_some(pipeline, table, range(3), Tier.ICEBERG_COMMITTED)
+        table, other = await create_table(pipeline), await create_table(pipeline, OTHER)
+        await write_all(pipeline, table, range(3), Tier.ICEBERG_COMMITTED)
         gone = world.catalog._tables.pop(NAME)
-        await write_some(pipeline, table, range(3, 40))
+        await write_all(pipeline, table, range(3, 40))
         await trio.sleep(5)
-        await write_some(pipeline, other, range(60), Tier.ICEBERG_COMMITTED)
+        await write_all(pipeline, other, range(60), Tier.ICEBERG_COMMITTED)
         await trio.sleep(60)
         assert table.state is TableState.STOPPED
     async with world.run() as pipeline:
@@ -233,45 +144,45 @@ async def test_parked_frames_come_back(crash_after_s: float | None, autojump_clo
     async with world.run() as pipeline:
         table = await pipeline.tables.find(NAME)
         assert table.state is TableState.ACTIVE
-        assert write(pipeline, table, 5, b"k5") < pipeline.memory.last_lsn, "keys of parked writes are kept"
-        await write_some(pipeline, table, range(40, 45), Tier.ICEBERG_COMMITTED)
+        assert write(pipeline, table, 5, b"k5").lsn < pipeline.memory.last_lsn, "keys of parked writes are kept"
+        await write_all(pipeline, table, range(40, 45), Tier.ICEBERG_COMMITTED)
         await trio.sleep(5)
     assert world.ids() == list(range(45))
-    assert world.parked() == []
+    assert world.keys_of("parked") == []
 
 
 async def test_parking_interrupted_at_every_request(autojump_clock: MockClock) -> None:
     """Wherever parking is cut short, nothing is lost or doubled: what is not in the store yet is in the log (R18)."""
     for step in range(12):
-        world = World()
+        world = SimNode()
         async with world.run() as pipeline:
-            table = await make(pipeline)
-            await write_some(pipeline, table, range(3), Tier.ICEBERG_COMMITTED)
+            table = await create_table(pipeline)
+            await write_all(pipeline, table, range(3), Tier.ICEBERG_COMMITTED)
             gone = world.catalog._tables.pop(NAME)
             world.store.plan("put_new", *[Fault()] * step, *[Fault(gate=trio.Event())] * 100, key="/parked/")
-            await write_some(pipeline, table, range(3, 60))
+            await write_all(pipeline, table, range(3, 60))
             await trio.sleep(60)
-            assert len(world.parked()) <= step
+            assert len(world.keys_of("parked")) <= step
         world.store.calm()
         world.catalog._tables[NAME] = gone
         async with world.run() as pipeline:
             table = await pipeline.tables.find(NAME)
-            await write_some(pipeline, table, range(60, 62), Tier.ICEBERG_COMMITTED)
+            await write_all(pipeline, table, range(60, 62), Tier.ICEBERG_COMMITTED)
             await trio.sleep(5)
         assert world.ids() == list(range(62)), step
-        assert world.parked() == []
+        assert world.keys_of("parked") == []
 
 
 async def test_rolled_back_table_stays_parked(autojump_clock: MockClock) -> None:
     """A table that stands below what was committed gets nothing replayed, also after a restart (R20)."""
-    world = World()
+    world = SimNode()
     async with world.run() as pipeline:
-        table = await make(pipeline)
-        await write_some(pipeline, table, range(5), Tier.ICEBERG_COMMITTED)
+        table = await create_table(pipeline)
+        await write_all(pipeline, table, range(5), Tier.ICEBERG_COMMITTED)
         mark = next(iter(world.catalog._tables[NAME].marks.values()))
-        await write_some(pipeline, table, range(5, 8), Tier.ICEBERG_COMMITTED)
+        await write_all(pipeline, table, range(5, 8), Tier.ICEBERG_COMMITTED)
         world.catalog.set_mark(NAME, mark)
-        await write_some(pipeline, table, range(8, 12))
+        await write_all(pipeline, table, range(8, 12))
         await trio.sleep(10)
         assert table.state is TableState.STOPPED
         assert str(mark.committed_lsn) in table.ending_detail
@@ -287,44 +198,44 @@ async def test_rolled_back_table_stays_parked(autojump_clock: MockClock) -> None
 
 async def test_drop_of_a_parked_table(autojump_clock: MockClock) -> None:
     """DropTable gives parked writes up, frees the name, and leaves nothing in the store."""
-    world = World()
+    world = SimNode()
     async with world.run() as pipeline:
-        table = await make(pipeline)
-        await write_some(pipeline, table, range(3), Tier.ICEBERG_COMMITTED)
+        table = await create_table(pipeline)
+        await write_all(pipeline, table, range(3), Tier.ICEBERG_COMMITTED)
         world.catalog.remove(NAME)
-        await write_some(pipeline, table, range(3, 40))
+        await write_all(pipeline, table, range(3, 40))
         await trio.sleep(10)
         with pytest.raises(ArkaError, match="DropTable"):
-            await make(pipeline)
+            await create_table(pipeline)
         await pipeline.tables.drop(NAME, purge=False)
         await trio.sleep(1)
-        assert world.parked() == []
-        await write_some(pipeline, await make(pipeline), range(2), Tier.ICEBERG_COMMITTED)
+        assert world.keys_of("parked") == []
+        await write_all(pipeline, await create_table(pipeline), range(2), Tier.ICEBERG_COMMITTED)
     assert world.ids() == [0, 1]
 
 
 async def test_name_given_to_another_table(autojump_clock: MockClock) -> None:
     """A name whose table was dropped by others means what the catalog says it means (R5)."""
-    world = World()
+    world = SimNode()
     async with world.run() as pipeline:
-        table = await make(pipeline)
-        await write_some(pipeline, table, range(3), Tier.ICEBERG_COMMITTED)
+        table = await create_table(pipeline)
+        await write_all(pipeline, table, range(3), Tier.ICEBERG_COMMITTED)
         world.catalog.remove(NAME)
-        await write_some(pipeline, table, range(3, 6))
+        await write_all(pipeline, table, range(3, 6))
         await trio.sleep(10)
         await world.catalog.create_table(TableDefinition(NAME, SCHEMA), "0badcafe")
         other = await pipeline.tables.find(NAME)
         assert other.info.uuid != table.info.uuid
-        await write_some(pipeline, other, range(10, 12), Tier.ICEBERG_COMMITTED)
+        await write_all(pipeline, other, range(10, 12), Tier.ICEBERG_COMMITTED)
     assert world.ids() == [10, 11]
 
 
 async def test_drop_waits_in_the_log_for_the_catalog(autojump_clock: MockClock) -> None:
     """A drop that the catalog has not done holds the log, and is done by whichever start finds the catalog (R5)."""
-    world = World()
+    world = SimNode()
     async with world.run() as pipeline:
-        table, other = await make(pipeline), await make(pipeline, OTHER)
-        await write_some(pipeline, table, range(3), Tier.ICEBERG_COMMITTED)
+        table, other = await create_table(pipeline), await create_table(pipeline, OTHER)
+        await write_all(pipeline, table, range(3), Tier.ICEBERG_COMMITTED)
         world.weather.away = True
         with contextlib.suppress(Unavailable):
             await pipeline.tables.drop(NAME, purge=False)
@@ -335,7 +246,7 @@ async def test_drop_waits_in_the_log_for_the_catalog(autojump_clock: MockClock) 
         with pytest.raises(Unavailable):
             await pipeline.tables.find(NAME)
         other = await pipeline.tables.find(OTHER)
-        await write_some(pipeline, other, range(60))
+        await write_all(pipeline, other, range(60))
         world.weather.away = False
         await pipeline.flush(other, Tier.ICEBERG_COMMITTED)
         await trio.sleep(60)
@@ -343,7 +254,7 @@ async def test_drop_waits_in_the_log_for_the_catalog(autojump_clock: MockClock) 
         with pytest.raises(ArkaError, match="not found"):
             await pipeline.tables.find(NAME)
         # Registered again behind our back and restarted: the finished drop is not done again.
-        await write_some(pipeline, await make(pipeline), range(7, 9), Tier.ICEBERG_COMMITTED)
+        await write_all(pipeline, await create_table(pipeline), range(7, 9), Tier.ICEBERG_COMMITTED)
     async with world.run() as pipeline:
         await trio.sleep(10)
     assert world.ids() == [7, 8]
@@ -351,11 +262,11 @@ async def test_drop_waits_in_the_log_for_the_catalog(autojump_clock: MockClock) 
 
 async def test_parked_bytes_count(autojump_clock: MockClock) -> None:
     """Parked bytes count against limits.disk_bytes (R18, R23)."""
-    world = World(disk_bytes=64 * KIB)
+    world = SimNode(with_options(limits__disk_bytes=64 * KIB))
     async with world.run() as pipeline:
-        table, other = await make(pipeline), await make(pipeline, OTHER)
+        table, other = await create_table(pipeline), await create_table(pipeline, OTHER)
         world.catalog.remove(NAME)
-        await write_some(pipeline, table, range(50))
+        await write_all(pipeline, table, range(50))
         await trio.sleep(60)
         assert table.state is TableState.STOPPED
         number = 0
@@ -373,14 +284,14 @@ async def test_parked_bytes_count(autojump_clock: MockClock) -> None:
 
 async def test_higher_epoch_in_the_table(autojump_clock: MockClock) -> None:
     """A table to which a newer epoch has committed ends the process, and its streams are told (R15)."""
-    world = World()
+    world = SimNode()
     told: list[ErrorCode] = []
     try:
         async with world.run() as pipeline:
-            table = await make(pipeline)
+            table = await create_table(pipeline)
             pipeline.listen_failure(lambda code, detail: told.append(code))
             world.catalog.set_mark(NAME, CommitMark(pipeline.log_uuid, 0, 99))
-            await write_some(pipeline, table, range(1))
+            await write_all(pipeline, table, range(1))
             await trio.sleep(100)
             pytest.fail("it goes on")
     except* Fenced:
