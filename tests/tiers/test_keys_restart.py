@@ -1,4 +1,4 @@
-"""The limit of remembered keys, through the whole pipeline and a restart."""
+"""Keys through the whole pipeline: their limit, and what a restart finds when the segments are gone."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ import trio
 from trio.testing import MockClock
 
 from arka.errors import AdmissionRejected, ErrorCode
-from arka.options import IdempotencyOptions, Limits, Settings
+from arka.options import KIB, IdempotencyOptions, Limits, Settings, WalOptions
 from arka.records import Operation, TableDefinition, TableName, Tier
 from arka.testing.simcatalog import SimCatalog
 from arka.testing.simdisk import SimDisk
 from arka.testing.simstore import SimStore
 from arka.testing.simworld import compute_inline
 from arka.testing.simwriters import SCHEMA, frame_buffer
+from arka.tiers.keys import KeyIndex
 from arka.tiers.memory import Appended
 from arka.tiers.pipeline import Pipeline
+from arka.tiers.release import load_checkpoints
 from arka.tiers.startup import open_pipeline
 from arka.tiers.table import Table
 
@@ -45,6 +47,7 @@ class World:
         opened = await open_pipeline(
             Settings(
                 limits=Limits(disk_free_bytes=0),
+                wal=WalOptions(segment_bytes=32 * KIB, group_bytes=KIB),
                 idempotency=IdempotencyOptions(keys=LIMIT, retention_s=RETENTION_S),
             ),
             Path("/data"),
@@ -92,3 +95,29 @@ async def test_a_full_index_refuses_new_keys_until_old_ones_expire(autojump_cloc
         await trio.sleep(RETENTION_S + 5)
         assert not append(pipeline, table, b"new").duplicate
         assert not append(pipeline, table, b"7").duplicate
+
+
+async def test_released_keys_and_tables_come_back_from_checkpoints(autojump_clock: MockClock) -> None:
+    """When the segments are gone, checkpoints give the keys and say which tables there are (R12, R21, R5)."""
+    world = World()
+    async with world.run() as pipeline:
+        table, _ = await pipeline.create_table(TableDefinition(NAME, SCHEMA))
+        other, _ = await pipeline.create_table(TableDefinition(TableName("default", "other"), SCHEMA))
+        lsns = []
+        for number in range(200):
+            lsns.append(append(pipeline, table, b"%d" % number).lsn)
+            await pipeline.flush(table, Tier.DISK)
+        await pipeline.flush(table, Tier.ICEBERG_COMMITTED)
+        await trio.sleep(60)
+        infos, log_uuid = pipeline.table_infos(), pipeline.identity.log_uuid
+        assert {info.uuid for info in infos} == {table.info.uuid, other.info.uuid}
+    assert len([name for name in world.disk.list_names(Path("/data/wal")) if name.endswith(".wal")]) == 1
+    keys = KeyIndex(RETENTION_S, limit=LIMIT)
+    loaded = await load_checkpoints(world.store, "arka-0", log_uuid, RETENTION_S, keys)
+    assert list(loaded.tables) == infos
+    assert loaded.clock_us > 0
+    assert 0 < len(keys) < 200
+    async with world.run() as pipeline:
+        table = await pipeline.find_table(NAME)
+        for number, lsn in enumerate(lsns):
+            assert append(pipeline, table, b"%d" % number) == Appended(lsn, duplicate=True)
