@@ -40,12 +40,14 @@ async def test_dump_shows_every_frame() -> None:
 
 
 async def test_dump_reads_on_behind_damage() -> None:
-    """A damaged group is shown as one stretch with the reason; the next group is shown again."""
+    """A damaged stretch is shown with the reason; the next frame whose place is sure is shown again."""
     disk = make_disk()
     writer = await open_log(disk)
     ranges = [(await writer.append(batch_frames([lsn])))[0] for lsn in (1, 2, 3)]
     content = bytearray(disk.read(FIRST))
+    # The GROUP frame, and the length of the frame behind it: nothing says where one begins before the next group.
     content[ranges[1].start + 5] ^= 1
+    content[ranges[1].start + 192 + 8] ^= 1
     disk.damage(FIRST, bytes(content))
     lines = list(dump_log(DIRECTORY, disk))
     bad = [line for line in lines if not line.crc_ok]
