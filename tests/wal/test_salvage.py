@@ -352,16 +352,25 @@ async def test_forged_frames_in_a_payload_are_not_copied() -> None:
     forged_mark = GroupMark(bytes(16), inner, inner, 4096, 2)
     forged = Group([forged_mark.to_frame(0), table, batch_frame(7)], inner, header.seed).to_bytes()
     carrier = Frame(KIND_CREATE, 2, payload=bytes(1024) + forged + bytes(1024), accepted_us=0)
-    mark = GroupMark(header.nonce, end, end, mark_bytes + carrier.frame_bytes + 192, 2)
-    group = Group([mark.to_frame(0), carrier, batch_frame(3, rows=0)], end, header.seed).to_bytes()
+    last = batch_frame(3, rows=0)
+    mark = GroupMark(header.nonce, end, end, mark_bytes + carrier.frame_bytes + last.frame_bytes, 2)
+    group = Group([mark.to_frame(0), carrier, last], end, header.seed).to_bytes()
+    # A group behind it, so that what is damaged in this one is not torn.
+    behind = end + len(group)
+    next_mark = GroupMark(header.nonce, behind, behind, mark_bytes, 0)
+    group += Group([next_mark.to_frame(0)], behind, header.seed).to_bytes()
     whole = content[:end] + group + content[end + len(group) :]
-    for at in (*range(end, end + mark_bytes + 128), inner + 300):
-        for bit in range(8):
-            damaged = bytearray(whole)
-            damaged[at] ^= 1 << bit
-            disk.damage(DIRECTORY / segment_name(1), bytes(damaged))
-            survey = survey_log(DIRECTORY, disk)
-            assert 7 not in [write.lsn for write in LogReader(survey, disk).writes()]
+    flips = [(at, bytes([whole[at] ^ 1 << bit])) for at in (*range(end, inner - 1024), inner + 300) for bit in range(8)]
+    # A length that leads straight to the forged frames, as the frame's only one and beside one that is right.
+    place = end + mark_bytes + 8
+    to_forged = (inner - end - mark_bytes).to_bytes(8, "little")
+    for at, data in [*flips, (place, to_forged), (place, to_forged + whole[place + 8 : place + 24] + bytes(8))]:
+        damaged = bytearray(whole)
+        damaged[at : at + len(data)] = data
+        disk.damage(DIRECTORY / segment_name(1), bytes(damaged))
+        survey = survey_log(DIRECTORY, disk)
+        assert survey.damaged or survey.torn
+        assert 7 not in [write.lsn for write in LogReader(survey, disk).writes()]
 
 
 async def test_files_are_read_back_by_stock_pyarrow(tmp_path: Path) -> None:
