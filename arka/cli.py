@@ -1,15 +1,7 @@
 """The commands ``arka-server`` and ``arka``: flags, signals, exit codes.
 
 Owns: what the process does with settings, signals and errors. The components are built by
-``arka.server.serve``; a program that embeds the server calls that itself.
-
-Exit codes of both commands:
-    0    stopped as asked, everything accepted is as safe as its last ack said
-    1    any other failure; the last log lines say which
-    2    usage or configuration: nothing was started
-    3    stored data is damaged; the message names file and offset
-    4    fenced: another process owns this node's log now
-    128+n  a second signal n came during the drain, which was cut short
+``arka.server.serve``; a program that embeds the server calls that itself. Exit codes: ``arka.exits``.
 """
 
 from __future__ import annotations
@@ -21,22 +13,18 @@ import traceback
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Final
 
 import click
 import structlog
 import trio
 
 from arka.errors import ArkaError, ConfigurationError, DataCorruption, Fenced, InternalError
+from arka.exits import EXIT_CONFIGURATION, EXIT_DAMAGED, EXIT_FAILURE, EXIT_FENCED, EXIT_SIGNAL, complain, fail
 from arka.logs import configure_logging
 from arka.options import Settings
 from arka.settings import Given, load_settings, show_settings
-
-EXIT_FAILURE: Final = 1
-EXIT_CONFIGURATION: Final = 2
-EXIT_DAMAGED: Final = 3
-EXIT_FENCED: Final = 4
-EXIT_SIGNAL: Final = 128
+from arka.wal_commands import wal
 
 #: In the order in which one of several errors decides the exit code.
 _EXIT_CODES: Final[tuple[tuple[type[ArkaError], int], ...]] = (
@@ -93,7 +81,7 @@ def main_server(config: Path | None, show_config: bool, **flags: str | bool | No
     try:
         loaded = load_settings(config=config, flags=given)
     except ConfigurationError as error:
-        _fail(error, EXIT_CONFIGURATION)
+        fail(error, EXIT_CONFIGURATION)
     if show_config:
         for line in show_settings(loaded):
             click.echo(line)
@@ -163,9 +151,9 @@ def _report(error: BaseException, *, ready: bool, debug: bool) -> int:
     for kind, code in _EXIT_CODES:
         decisive = next((leaf for leaf in leaves if isinstance(leaf, kind)), None)
         if decisive is not None:
-            _complain(decisive)
+            complain(decisive)
             return code
-    _complain(leaves[0])
+    complain(leaves[0])
     return EXIT_FAILURE
 
 
@@ -178,105 +166,13 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
         yield error
 
 
-def _complain(error: BaseException) -> None:
-    program = Path(sys.argv[0]).name
-    for line in str(error).splitlines() or [type(error).__name__]:
-        click.echo(f"{program}: {line}", err=True)
-
-
-def _fail(error: BaseException, code: int) -> NoReturn:
-    _complain(error)
-    sys.exit(code)
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="arka", prog_name="arka")
 def main() -> None:
     """Look after an Arka server's data."""
 
 
-@main.group()
-def wal() -> None:
-    """Look at a log without changing it. DIR is a data directory, or the log's own in it."""
-
-
-_LOG_DIRECTORY: Final = click.argument(
-    "directory", metavar="DIR", type=click.Path(path_type=Path, exists=True, file_okay=False)
-)
-
-
-@wal.command()
-@_LOG_DIRECTORY
-@click.option("--damaged", is_flag=True, help="Only what is damaged.")
-def dump(directory: Path, damaged: bool) -> None:
-    """Print a line for each frame: file, offset, kind, LSN, rows, bytes, table, notes.
-
-    Exit codes: 0 every CRC holds, 3 something is damaged.
-    """
-    from arka.storage.disk import PosixDisk
-    from arka.wal.dump import dump_log
-
-    broken = 0
-    # Lines, not a table: a log has millions of frames, and a table is laid out when its last row is known.
-    for frame in dump_log(_log_directory(directory), PosixDisk()):
-        broken += not frame.crc_ok
-        if frame.crc_ok and damaged:
-            continue
-        click.echo(
-            f"{frame.file} {frame.offset:>10} {frame.kind:<7} lsn={frame.lsn} rows={frame.rows} "
-            f"bytes={frame.size} {frame.table} {frame.note}".rstrip()
-        )
-    if broken:
-        click.echo(f"arka: {broken} damaged places", err=True)
-        sys.exit(EXIT_DAMAGED)
-
-
-@wal.command()
-@_LOG_DIRECTORY
-def verify(directory: Path) -> None:
-    """Judge a log as the next start would; no server should be writing to it.
-
-    Torn bytes were never acknowledged: the next start copies them aside and goes on.
-
-    Exit codes: 0 a start would accept it, 3 it is damaged.
-    """
-    from rich.console import Console
-    from rich.table import Column, Table
-
-    from arka.storage.disk import PosixDisk
-    from arka.wal.dump import verify_log
-
-    report = verify_log(_log_directory(directory), PosixDisk())
-    table = Table(
-        Column("segment", no_wrap=True),
-        "epoch",
-        "state",
-        "LSNs",
-        "frames",
-        "torn",
-        title=f"log {report.log_uuid}",
-    )
-    for segment in report.segments:
-        lsns = f"{segment.first_lsn}..{segment.last_lsn}" if segment.first_lsn else "none"
-        torn = f"{segment.torn.start}..{segment.torn.end}" if segment.torn else ""
-        state = f"{segment.state}, damaged" if segment.problem else segment.state
-        table.add_row(segment.file, str(segment.epoch), state, lsns, str(segment.frames), torn)
-    Console().print(table)
-    for problem in report.problems:
-        click.echo(f"arka: {problem}", err=True)
-    if not report.ok:
-        sys.exit(EXIT_DAMAGED)
-
-
-def _log_directory(directory: Path) -> Path:
-    inner = directory / "wal"
-    log_directory = inner if inner.is_dir() else directory
-    if not any(log_directory.glob("*.wal")):
-        _fail(
-            ConfigurationError(f"No log in {directory}: expected a data directory or its wal/"),
-            EXIT_CONFIGURATION,
-        )
-    return log_directory
+main.add_command(wal)
 
 
 __all__ = ["main", "main_server", "run_server"]

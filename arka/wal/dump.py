@@ -20,19 +20,16 @@ from arka._core.framing import (
     KIND_GROUP,
     KIND_LOST,
     KIND_TABLE,
-    FrameError,
     FrameHeader,
-    find_mark,
-    first_nonzero,
-    parse_header,
-    verify_frame,
 )
-from arka.errors import ArkaError, DataCorruption
+from arka.errors import ArkaError, ConfigurationError, DataCorruption
 from arka.records import TableInfo
 from arka.storage.ports import Disk
+from arka.wal.logstate import LogState, newest_slot, read_slots
 from arka.wal.scan import SegmentScan, TornBytes, may_have_tail
-from arka.wal.seal import SealMark, read_seal
-from arka.wal.segment import FRAME_HEADER_BYTES, HEADER_BYTES, SegmentHeader, parse_mark, parse_segment_name
+from arka.wal.seal import SEAL_NAME, SealMark, read_seal
+from arka.wal.segment import FRAME_HEADER_BYTES, HEADER_BYTES, SegmentHeader, parse_mark
+from arka.wal.walk import DamagedStretch, list_segments, walk_frames
 
 _KIND_WORDS: Final = {
     KIND_BATCH: "batch",
@@ -53,7 +50,7 @@ class DumpedFrame:
         file: the segment's file name.
         offset: where it begins.
         kind: ``batch``, ``table``, ``create``, ``drop``, ``lost``, ``group``, ``footer``, ``header`` for a
-            segment's header block, or ``damaged``.
+            segment's header block, ``damaged``, or for damage to those files ``state`` and ``seal``.
         lsn: its LSN; 0 for kinds without.
         table: the table's name as of the segment's TABLE frame, else its UUID; empty for none.
         rows: row count.
@@ -106,15 +103,19 @@ class LogReport:
 
     Attributes:
         log_uuid: the log; None for an empty directory or when no header can be read.
+        state: the log's state, if there is one that can be read.
         seal: the seal mark, if there is one.
         segments: by number.
         problems: everything for which a start would refuse; empty means that it would not.
+        notes: damage that a start mends by itself: one of the two copies of the log's state.
     """
 
     log_uuid: UUID | None
+    state: LogState | None
     seal: SealMark | None
     segments: tuple[SegmentReport, ...]
     problems: tuple[str, ...]
+    notes: tuple[str, ...]
 
     @property
     def ok(self) -> bool:
@@ -122,54 +123,103 @@ class LogReport:
         return not self.problems
 
 
-def _numbers(directory: Path, disk: Disk) -> list[tuple[int, Path]]:
-    named = ((parse_segment_name(name), directory / name) for name in disk.list_names(directory))
-    return sorted((number, path) for number, path in named if number is not None)
-
-
 def dump_log(directory: Path, disk: Disk) -> Iterator[DumpedFrame]:
-    """Yield every frame of every segment, in order; read on behind damage where a group begins again.
+    """Yield every frame of every segment, in order; read on behind damage.
+
+    The log's state and its seal mark get a line only where they are damaged, and so does a segment that does
+    not follow upon the one before, or that lacks its footer.
 
     Args:
         directory: the log's directory.
         disk: its file system.
 
     Raises:
+        ConfigurationError: another version of Arka wrote the log.
         OSError: it cannot be read.
     """
-    for _, path in _numbers(directory, disk):
-        yield from _dump_segment(path, disk.map(path))
-
-
-def _dump_segment(path: Path, data: memoryview) -> Iterator[DumpedFrame]:
+    for slot in read_slots(directory, disk) or []:
+        if isinstance(slot, DataCorruption):
+            yield _damaged_file(slot, "state")
+    sealed_through = 0
     try:
-        segment = SegmentHeader.from_bytes(str(path), data)
-    except ArkaError as error:
-        yield DumpedFrame(path.name, 0, "header", 0, "", 0, min(HEADER_BYTES, len(data)), False, error.detail)
-        return
-    note = f"log {segment.log_uuid} epoch {segment.epoch} segment {segment.number}"
-    if segment.replaces:
-        note += f" replaces {segment.replaces}"
-    yield DumpedFrame(path.name, 0, "header", segment.first_lsn, "", 0, HEADER_BYTES, True, note)
-    names: dict[bytes, str] = {}
-    offset = HEADER_BYTES
-    while True:
+        seal = read_seal(disk, directory)
+        sealed_through = seal.segment if seal is not None else 0
+    except DataCorruption as error:
+        yield _damaged_file(error, "seal")
+    segments = list_segments(directory, disk)
+    replaced = {header.replaces for _, path in segments if (header := _header_of(path, disk)) is not None}
+    base: int | None = None
+    for number, path in segments:
+        may_be_tail = number in replaced or (number == segments[-1][0] and number > sealed_through)
+        dump = _SegmentDump(path, disk.map(path), number)
+        yield from dump.frames(base, may_be_tail=may_be_tail)
+        if number not in replaced:
+            base = dump.last_lsn
+
+
+def _header_of(path: Path, disk: Disk) -> SegmentHeader | None:
+    try:
+        return SegmentHeader.from_bytes(str(path), disk.map(path))
+    except ArkaError:
+        return None
+
+
+def _damaged_file(error: DataCorruption, kind: str) -> DumpedFrame:
+    return DumpedFrame(Path(error.path).name, error.offset, kind, 0, "", 0, 0, False, error.detail)
+
+
+class _SegmentDump:
+    """One segment's lines.
+
+    Attributes:
+        last_lsn: the last LSN in it; None when that cannot be told.
+    """
+
+    def __init__(self, path: Path, data: memoryview, number: int) -> None:
+        self._path = path
+        self._data = data
+        self._number = number
+        self._names: dict[bytes, str] = {}
+        self.last_lsn: int | None = None
+
+    def frames(self, base: int | None, *, may_be_tail: bool) -> Iterator[DumpedFrame]:
+        """Yield the lines; ``base`` is the last LSN before this segment, None when that is not known."""
+        path, data = self._path, self._data
         try:
-            header = verify_frame(data, offset, segment.seed)
-        except FrameError as error:
-            if first_nonzero(data, offset) < 0:
-                return
-            resume = _next_group(data, offset + 64, segment)
-            end = resume if resume is not None else len(data)
-            yield DumpedFrame(path.name, offset, "damaged", 0, "", 0, end - offset, False, str(error))
-            if resume is None:
-                return
-            offset = resume
-            continue
-        yield _dump_frame(path.name, data, offset, header, names)
-        offset += header.frame_bytes
-        if header.kind == KIND_FOOTER:
+            segment = SegmentHeader.from_bytes(str(path), data)
+        except ArkaError as error:
+            yield self._header(min(HEADER_BYTES, len(data)), 0, error.detail, crc_ok=False)
             return
+        note = f"log {segment.log_uuid} epoch {segment.epoch} segment {segment.number}"
+        if segment.replaces:
+            note += f" replaces {segment.replaces}"
+        problem = ""
+        if segment.number != self._number:
+            problem = f"; the file's name says segment {self._number}"
+        elif base is not None and segment.base_lsn != base:
+            problem = f"; last LSN before it expected {base}, found {segment.base_lsn}"
+        yield self._header(HEADER_BYTES, segment.first_lsn, note + problem, crc_ok=not problem)
+        last_lsn, end, whole, sealed = segment.base_lsn, HEADER_BYTES, True, False
+        for found in walk_frames(data, segment):
+            if isinstance(found, DamagedStretch):
+                yield self._damaged(found.start, found.end, str(found.error))
+                whole = False
+                end = found.end
+                continue
+            yield _dump_frame(path.name, data, *found, self._names)
+            last_lsn = max(last_lsn, found.header.lsn)
+            sealed = found.header.kind == KIND_FOOTER
+            end = found.offset + found.header.frame_bytes
+        if whole and not sealed and not may_be_tail and not segment.replaces:
+            whole = False
+            yield self._damaged(end, len(data), "a footer is missing at the segment's end")
+        self.last_lsn = last_lsn if whole else None
+
+    def _header(self, size: int, first_lsn: int, note: str, *, crc_ok: bool) -> DumpedFrame:
+        return DumpedFrame(self._path.name, 0, "header", first_lsn, "", 0, size, crc_ok, note)
+
+    def _damaged(self, start: int, end: int, note: str) -> DumpedFrame:
+        return DumpedFrame(self._path.name, start, "damaged", 0, "", 0, end - start, False, note)
 
 
 def _dump_frame(file: str, data: memoryview, offset: int, header: FrameHeader, names: dict[bytes, str]) -> DumpedFrame:
@@ -193,16 +243,6 @@ def _dump_frame(file: str, data: memoryview, offset: int, header: FrameHeader, n
     return DumpedFrame(file, offset, kind, header.lsn, table, header.rows, header.frame_bytes, True, note)
 
 
-def _next_group(data: memoryview, start: int, segment: SegmentHeader) -> int | None:
-    offset = find_mark(data, start, segment.seed)
-    while offset >= 0:
-        mark = parse_mark(data, offset, parse_header(data, offset))
-        if mark is not None and mark.nonce == segment.nonce:
-            return offset
-        offset = find_mark(data, offset + 64, segment.seed)
-    return None
-
-
 def verify_log(directory: Path, disk: Disk) -> LogReport:
     """Judge a log as the next start would, reading all of it and changing nothing.
 
@@ -214,15 +254,31 @@ def verify_log(directory: Path, disk: Disk) -> LogReport:
         OSError: it cannot be read.
     """
     problems: list[str] = []
-    seal = None
+    seal = state = None
+    notes: tuple[str, ...] = ()
+    try:
+        slots = read_slots(directory, disk) or []
+        state = newest_slot(slots)
+        damaged = [slot.detail for slot in slots if isinstance(slot, DataCorruption)]
+        if state is None:
+            problems.extend(damaged[-1:])
+        else:
+            # The other slot says the same or is a write behind: a start goes on and writes both.
+            notes = tuple(damaged)
+    except ConfigurationError as error:
+        problems.append(error.detail)
     try:
         seal = read_seal(disk, directory)
     except ArkaError as error:
         problems.append(error.detail)
     headers: dict[int, SegmentHeader] = {}
     unreadable: dict[int, SegmentReport] = {}
-    log_uuid = seal.log_uuid if seal is not None else None
-    for number, path in _numbers(directory, disk):
+    log_uuid = state.log_uuid if state is not None else None
+    if seal is not None:
+        log_uuid = log_uuid or seal.log_uuid
+        if seal.log_uuid != log_uuid:
+            problems.append(_seal_problem(directory, 16, f"log {log_uuid}", f"log {seal.log_uuid}"))
+    for number, path in list_segments(directory, disk):
         try:
             header = SegmentHeader.from_bytes(str(path), disk.map(path))
             log_uuid = log_uuid or header.log_uuid
@@ -236,8 +292,12 @@ def verify_log(directory: Path, disk: Disk) -> LogReport:
     if seal is not None and not unreadable and seal.segment >= max(headers, default=0):
         last_lsn = max((report.last_lsn for report in reports), default=0)
         if last_lsn not in (0, seal.last_lsn):
-            problems.append(f"the seal mark says last LSN {seal.last_lsn}, the segments end at {last_lsn}")
-    return LogReport(log_uuid, seal, tuple(reports), tuple(problems))
+            problems.append(_seal_problem(directory, 48, f"last LSN {last_lsn}", f"{seal.last_lsn}"))
+    return LogReport(log_uuid, state, seal, tuple(reports), tuple(problems), notes)
+
+
+def _seal_problem(directory: Path, offset: int, expected: str, found: str) -> str:
+    return DataCorruption(str(directory / SEAL_NAME), offset, expected, found).detail
 
 
 def _judge_segments(
@@ -247,7 +307,7 @@ def _judge_segments(
     unreadable: dict[int, SegmentReport],
     seal: SealMark | None,
 ) -> list[SegmentReport]:
-    paths = dict(_numbers(directory, disk))
+    paths = dict(list_segments(directory, disk))
     replaced = {header.replaces for header in headers.values()}
     last = max(headers, default=0)
     tail = may_have_tail(headers.get(last), seal.segment if seal is not None else 0)

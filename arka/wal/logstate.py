@@ -6,6 +6,7 @@ Owns: the file ``log`` in the log's directory. Does not own when a ceiling is ra
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -137,33 +138,18 @@ class LogState:
 
     @classmethod
     def _read_slots(cls, directory: Path, disk: Disk) -> list[LogState | None] | None:
-        path = directory / STATE_NAME
-        try:
-            data = disk.map(path)
-        except FileNotFoundError:
+        slots = read_slots(directory, disk)
+        if slots is None:
             return None
-        slots: list[LogState | None] = []
-        damage: DataCorruption | None = None
-        for slot in range(_SLOTS):
-            offset = slot * _SLOT_BYTES
-            try:
-                check_block(str(path), data, offset, _SLOT_BYTES, _MAGIC, "log state")
-            except DataCorruption as error:
-                damage = error
-                slots.append(None)
-                continue
-            _, _, _, _, uuid, epoch, ceiling, generation, store_ceiling = _LAYOUT.unpack_from(data, offset)
-            slots.append(cls(UUID(bytes=uuid), epoch, ceiling, store_ceiling, generation))
-        if damage is not None and not any(slots):
-            raise damage
-        return slots
+        damage = [slot for slot in slots if isinstance(slot, DataCorruption)]
+        if len(damage) == _SLOTS:
+            raise damage[-1]
+        return [slot if isinstance(slot, LogState) else None for slot in slots]
 
     @classmethod
     def _read(cls, directory: Path, disk: Disk) -> LogState | None:
         slots = cls._read_slots(directory, disk)
-        if slots is None:
-            return None
-        return max((slot for slot in slots if slot is not None), key=lambda state: state.generation)
+        return None if slots is None else newest_slot(slots)
 
     def _write(self, directory: Path, disk: Disk) -> LogState:
         slots = self._read_slots(directory, disk)
@@ -239,4 +225,35 @@ class LogStateFile:
                 self._state = await wanted.write(self._directory, self._disk)
 
 
-__all__ = ["STATE_NAME", "LogState", "LogStateFile"]
+def read_slots(directory: Path, disk: Disk) -> list[LogState | DataCorruption] | None:
+    """Read both slots, each as what it says or as what is wrong with it; None where there is no log. Blocking.
+
+    Raises:
+        ConfigurationError: another version of Arka wrote it.
+        OSError: it cannot be read.
+    """
+    path = directory / STATE_NAME
+    try:
+        data = disk.map(path)
+    except FileNotFoundError:
+        return None
+    slots: list[LogState | DataCorruption] = []
+    for slot in range(_SLOTS):
+        offset = slot * _SLOT_BYTES
+        try:
+            check_block(str(path), data, offset, _SLOT_BYTES, _MAGIC, "log state")
+        except DataCorruption as error:
+            slots.append(error)
+            continue
+        _, _, _, _, uuid, epoch, ceiling, generation, store_ceiling = _LAYOUT.unpack_from(data, offset)
+        slots.append(LogState(UUID(bytes=uuid), epoch, ceiling, store_ceiling, generation))
+    return slots
+
+
+def newest_slot(slots: Iterable[LogState | DataCorruption | None]) -> LogState | None:
+    """The state that is in force: that of the intact slot with the higher generation; None without one."""
+    intact = (slot for slot in slots if isinstance(slot, LogState))
+    return max(intact, key=lambda state: state.generation, default=None)
+
+
+__all__ = ["STATE_NAME", "LogState", "LogStateFile", "newest_slot", "read_slots"]

@@ -52,6 +52,24 @@ def may_have_tail(last: SegmentHeader | None, sealed_through: int) -> bool:
     return last is not None and last.number > sealed_through and not last.replaces
 
 
+def marks_behind(data: memoryview, start: int, segment: SegmentHeader) -> Iterator[tuple[int, GroupMark | Footer]]:
+    """Yield offset and payload of the intact GROUP and FOOTER frames of a segment anywhere from ``start`` on.
+
+    Args:
+        data: all of the segment's bytes.
+        start: a multiple of 64.
+        segment: the segment's header.
+    """
+    seed = segment.seed
+    offset = find_mark(data, start, seed)
+    while offset >= 0:
+        mark = parse_mark(data, offset, parse_header(data, offset))
+        # The nonce keeps a payload from passing for a mark.
+        if mark is not None and mark.nonce == segment.nonce and mark.offset == offset:
+            yield offset, mark
+        offset = find_mark(data, offset + 64, seed)
+
+
 class SegmentScan:
     """One pass over a segment's bytes.
 
@@ -146,21 +164,11 @@ class SegmentScan:
         if self.stop is None:
             self._check_nothing_behind()
             return None
-        for mark in self._marks_behind():
+        for _, mark in marks_behind(self._data, self.end, self.header):
             if mark.synced_through > self.end:
                 raise corruption(self._path, self.stop)
         last = last_nonzero(self._data, self.end)
         return TornBytes(self.end, last + 1) if last >= 0 else None
-
-    def _marks_behind(self) -> Iterator[GroupMark | Footer]:
-        """Yield the intact GROUP and FOOTER frames anywhere behind ``end``."""
-        offset = find_mark(self._data, self.end, self._seed)
-        while offset >= 0:
-            mark = parse_mark(self._data, offset, parse_header(self._data, offset))
-            # The nonce keeps a payload from passing for a mark.
-            if mark is not None and mark.nonce == self.header.nonce and mark.offset == offset:
-                yield mark
-            offset = find_mark(self._data, offset + 64, self._seed)
 
     def _check_nothing_behind(self) -> None:
         found = first_nonzero(self._data, self.end)
@@ -197,4 +205,4 @@ class SegmentScan:
         return DataCorruption(self._path, offset, expected, found)
 
 
-__all__ = ["SegmentScan", "TornBytes", "may_have_tail"]
+__all__ = ["SegmentScan", "TornBytes", "marks_behind", "may_have_tail"]

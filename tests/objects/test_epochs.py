@@ -343,19 +343,17 @@ async def test_lsns_end(store):
     assert await lease.reserve_block() == MAX_LSN + 1
 
 
-@pytest.mark.parametrize("at", range(0, 190, 3))
-async def test_damaged_epoch_record(at, store):
-    """A byte flip in the newest epoch's record is found, or changes nothing that decides; nobody minting a new log."""
+async def test_damaged_epoch_record(store):
+    """A byte flip anywhere in the newest epoch's record stops the start, naming it; nobody mints a new log."""
     lease = await take(store)
     key = "n/epoch/0000000001"
-    data = bytearray(store.objects[key])
-    at %= len(data)
-    data[at] ^= 0x80
-    store.objects[key] = bytes(data)
-    with pytest.raises((DataCorruption, ConfigurationError)) as found:
-        await take(store, local=after(lease))
-    if isinstance(found.value, DataCorruption):
-        assert key in found.value.path
+    whole = store.objects[key]
+    for at in range(len(whole)):
+        data = bytearray(whole)
+        data[at] ^= 0x80
+        store.objects[key] = bytes(data)
+        with pytest.raises(DataCorruption, match=key):
+            await take(store, local=after(lease))
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"null", b"\xff\xfe", b'{"log_uuid":"x"}'])

@@ -12,7 +12,7 @@ from trio.testing import MockClock
 
 from arka._core.keys import ENTRY_BYTES
 from arka.errors import DataCorruption, Fenced
-from arka.records import LsnRange, TableInfo, TableName, TableType
+from arka.records import KnownTable, LsnRange, TableInfo, TableName, TableType
 from arka.storage.ports import StoreUnavailable
 from arka.testing.simstore import Fault, Outcome, SimStore
 from arka.tiers import release
@@ -63,7 +63,8 @@ class Bench:
         self.clock = LogClock(loaded.clock_us)
         self.retention_s = retention_s
         self.needed = 1
-        self.tables: list[TableInfo] = []
+        # The table of the keys: everything that a checkpoint covers is committed, unless a test says otherwise.
+        self.tables = [KnownTable(table_info("t", TABLE), 1 << 40)]
         self.fenced: Exception | None = None
         self.release = LogRelease(
             self.store,
@@ -74,7 +75,7 @@ class Bench:
             verify=self.verify,
             node_id="n",
             log_uuid=LOG,
-            epoch=epoch,
+            epoch=lambda: epoch,
             lost=loaded.lost,
             after_lsn=loaded.through_lsn,
             retention_s=retention_s,
@@ -247,18 +248,18 @@ async def test_the_newest_checkpoint_knows_the_tables(autojump_clock: MockClock)
     one, other = table_info("one", uuid4()), table_info("other", uuid4())
     for number, tables in ((1, [one]), (2, [one, other]), (3, [])):
         bench.segment(number, number)
-        bench.tables = tables
+        bench.tables = [KnownTable(info, number) for info in tables]
         bench.needed = number
         await bench.run_for(5)
     _, loaded = await bench.load()
     assert list(loaded.tables) == []
-    bench.tables = [one, other]
+    bench.tables = [KnownTable(one, 4), KnownTable(other, 2)]
     bench.segment(4, 4)
     bench.segment(5, 5)
     bench.needed = 100
     await bench.run_for(5)
     _, loaded = await bench.load()
-    assert list(loaded.tables) == [one, other]
+    assert list(loaded.tables) == bench.tables
 
 
 async def test_keys_of_a_dropped_table_stay_forgotten(autojump_clock: MockClock) -> None:
@@ -441,3 +442,22 @@ async def test_the_log_clock_is_never_fast(autojump_clock: MockClock) -> None:
     assert clock.now_us() == 5 * S
     await trio.sleep(10.5)
     assert clock.now_us() == 15_500_000
+
+
+async def test_keys_of_parked_writes_outlive_their_retention(autojump_clock: MockClock) -> None:
+    """A key whose write left the log without being committed is kept until it is, through restarts (R18, R21)."""
+    bench = Bench(retention_s=100.0)
+    for lsn in (1, 2, 3):
+        bench.keys.insert(TABLE, b"k%d" % lsn, lsn, 0)
+    bench.tables = [KnownTable(table_info("t", TABLE), 1)]
+    bench.segment(1, 3)
+    bench.segment(2, 9)
+    bench.needed = 100
+    await bench.run_for(500)
+    assert bench.checkpoints == [3]
+    bench = await bench.restart()
+    await bench.run_for(500)
+    assert [bench.keys.find(TABLE, b"k%d" % lsn) is None for lsn in (1, 2, 3)] == [True, False, False]
+    bench.keys.note_committed(TABLE, 3, bench.clock.now_us())
+    await bench.run_for(500)
+    assert len(bench.keys) == 0

@@ -27,6 +27,7 @@ from arka.errors import Closed, ConfigurationError, DataCorruption, Fenced, Inte
 from arka.records import LsnRange
 from arka.storage.disk import PosixDisk
 from arka.storage.ports import SegmentSlice
+from arka.testing.simdisk import PowerCut
 from arka.wal.seal import SEAL_NAME
 from arka.wal.segment import encode_lost, read_slice, segment_name
 from arka.wal.writer import WalPoisoned
@@ -374,6 +375,69 @@ async def test_retired_segments_are_gone_and_leave_no_hole() -> None:
     disk.crash()
     kept = [frame.lsn for part in ranges if part.segment not in refs[:2] for frame in part.frames]
     assert (await recover_log(disk)).lsns == kept
+
+
+async def test_retirement_cut_short_leaves_no_hole() -> None:
+    """Whenever the power goes while segments are removed, synced or not: what is left follows each other to the end."""
+    for step in range(12):
+        for seed in range(8):
+            disk = make_disk(seed)
+            writer = await open_log(disk, segment_bytes=8 * 1024)
+            ranges = [
+                part for lsn in range(1, 30, 3) for part in await writer.append(batch_frames(range(lsn, lsn + 3)))
+            ]
+            refs = list(dict.fromkeys(part.segment for part in ranges))
+            doomed = refs[:3]
+            kept = min(part.first_lsn for part in ranges if part.segment == refs[3])
+            await writer.close()
+            disk.cut_power_after(step)
+            done = False
+            try:
+                await writer.retire(doomed)
+                done = True
+            except PowerCut:
+                pass
+            disk.crash()
+            found = await recover_log(disk, epoch=2)
+            assert found.lsns == list(range(found.lsns[0], 31)), (step, seed)
+            assert found.lsns[0] <= kept
+            assert not done or found.lsns[0] == kept
+        if done:
+            assert step >= len(doomed)
+            return
+    raise AssertionError("the retirement never ended")
+
+
+@pytest.mark.parametrize("spare", [False, True])
+async def test_segment_that_was_being_made(spare: bool) -> None:
+    """Whenever the power goes while a group needs a new segment: nothing acked is lost, no half file stops a start."""
+    for step in range(40):
+        for seed in range(4):
+            disk = make_disk(seed)
+            writer = await open_log(disk, segment_bytes=8 * 1024)
+            acked = list(range(1, 7))
+            await writer.append(batch_frames(acked))
+            async with trio.open_nursery() as nursery:
+                if spare:
+                    nursery.start_soon(writer.keep_spare)
+                    await trio.testing.wait_all_tasks_blocked()
+                nursery.cancel_scope.cancel()
+            assert any(name.startswith("spare") for name in disk.list_names(DIRECTORY)) == spare
+            disk.cut_power_after(step)
+            ended = False
+            try:
+                await writer.append(batch_frames(range(7, 20)))
+                ended = True
+            except (PowerCut, WalPoisoned):
+                pass
+            disk.crash()
+            found = await recover_log(disk, epoch=2)
+            assert found.lsns == list(range(1, len(found.lsns) + 1)), (step, seed)
+            assert len(found.lsns) >= (19 if ended else 6)
+            assert [name for name in disk.list_names(DIRECTORY) if name.endswith(".new")] == []
+        if ended:
+            return
+    raise AssertionError("the append never ended")
 
 
 async def test_all_segments_retired_keeps_the_last_lsn() -> None:

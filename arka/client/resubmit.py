@@ -1,0 +1,287 @@
+"""Sending salvaged writes to a running server, and waiting until each is as safe as asked.
+
+Owns: that conversation, through stock ``pyarrow.flight``. Does not own where the writes come from
+(``arka.wal.salvage``). Blocking, without threads: acks are read whenever enough writes wait for theirs.
+
+A write with an idempotency key that the server knows is a duplicate there, not a double (protocol 3.2). One
+without a key is new whatever the server holds already, so such writes are sent only if that is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Final
+from uuid import UUID
+
+import pyarrow as pa
+import pyarrow.flight as flight
+
+from arka.errors import Unavailable
+from arka.records import Operation, TableInfo, Tier
+from arka.wal.salvage import SalvagedWrite
+
+#: Writes of a stream that may wait for their last ack before acks are read.
+_WINDOW_WRITES: Final = 256
+#: The same in bytes of their batches.
+_WINDOW_BYTES: Final = 32 * 1024 * 1024
+#: Open streams: the one that was idle longest ends when another table needs one.
+_MAX_STREAMS: Final = 16
+#: What a call to a server that is away, refuses or goes away raises.
+_CALL_ERRORS: Final = (flight.FlightError, pa.ArrowException, KeyError, OSError)
+
+#: Why a stream failed that the server ended with OK.
+_ENDED: Final = "the server ended the stream before its last ack"
+
+
+@dataclass(slots=True)
+class Resubmitted:
+    """What became of the writes.
+
+    Attributes:
+        acked: new to the server, and acked at the tier that was asked for.
+        duplicates: their key was known: they were there already, and are acked at that tier.
+        different: those duplicates whose bytes are not those of the first write with the key. Another client
+            library encodes the same rows otherwise.
+        refused: by reason: not in the table, or the server cannot say.
+        below: left out for their LSN.
+        keyless: left out because they have no idempotency key.
+    """
+
+    acked: int = 0
+    duplicates: int = 0
+    different: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+    below: int = 0
+    keyless: int = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything that was to be sent was acked."""
+        return not self.refused
+
+
+def resubmit(
+    writes: Iterable[SalvagedWrite], location: str, *, durability: Tier, above_lsn: int = 0, keyless: bool = False
+) -> Resubmitted:
+    """Send writes to a server, each table's in the order in which they come.
+
+    Args:
+        writes: in LSN order.
+        location: the server, as ``grpc://host:port``.
+        durability: the tier whose ack is waited for.
+        above_lsn: writes up to this LSN are left out.
+        keyless: whether to send writes without an idempotency key.
+
+    Returns:
+        What became of them. A table that refuses a stream gets no more writes.
+
+    Raises:
+        Unavailable: the server cannot be asked for its tables; nothing was sent.
+
+    Durability: what is counted as acked or as a duplicate has reached ``durability``.
+    """
+    report = Resubmitted()
+    try:
+        with flight.FlightClient(location) as client, _Sender(client, durability, report) as sender:
+            for write in writes:
+                if write.lsn <= above_lsn:
+                    report.below += 1
+                elif not write.key and not keyless:
+                    report.keyless += 1
+                else:
+                    sender.send(write)
+    except _ServerAway as error:
+        raise Unavailable(f"Cannot ask {location} for its tables: {error}") from error
+    return report
+
+
+class _ServerAway(Exception):
+    """The server did not answer the question for its tables."""
+
+
+class _Sender:
+    """The streams of a conversation: one for each table and schema, a limited number at a time."""
+
+    def __init__(self, client: Any, durability: Tier, report: Resubmitted) -> None:
+        self._client = client
+        self._durability = durability
+        self._report = report
+        self._names = _table_names(client)
+        self._streams: OrderedDict[tuple[UUID, int], _Stream] = OrderedDict()
+        # Tables that get no more writes, and why: what follows must not come before what was refused.
+        self._closed: dict[UUID, str] = {}
+
+    def send(self, write: SalvagedWrite) -> None:
+        """Send one write, or count why not."""
+        reason = self._closed.get(write.table.uuid)
+        if reason is None and write.table.uuid not in self._names:
+            reason = self._closed[write.table.uuid] = self._absent(write.table)
+        if reason is not None:
+            self._report.refused[reason] += 1
+            return
+        failure = self._stream(write.table).send(write)
+        if failure is not None:
+            self._end(write.table.uuid, failure)
+
+    def _absent(self, table: TableInfo) -> str:
+        if str(table.name) in self._names.values():
+            return f"{table.name} is another table on the server: its UUID is not {table.uuid}"
+        return f"{table.name} ({table.uuid}) is not on the server"
+
+    def _stream(self, table: TableInfo) -> _Stream:
+        key = (table.uuid, table.schema_id)
+        stream = self._streams.get(key)
+        if stream is None:
+            # Writes of one table stay in order: those at its earlier schema are acked first.
+            for other in [other for other in self._streams if other[0] == table.uuid]:
+                self._finish(other)
+            while len(self._streams) >= _MAX_STREAMS:
+                self._finish(next(iter(self._streams)))
+            stream = _Stream(self._client, self._names[table.uuid], table.schema, self._durability, self._report)
+            self._streams[key] = stream
+        self._streams.move_to_end(key)
+        return stream
+
+    def _finish(self, key: tuple[UUID, int]) -> None:
+        failure = self._streams.pop(key).finish()
+        if failure is not None:
+            self._closed.setdefault(key[0], failure)
+
+    def _end(self, uuid: UUID, failure: str) -> None:
+        self._closed.setdefault(uuid, failure)
+        for key in [key for key in self._streams if key[0] == uuid]:
+            del self._streams[key]
+
+    def __enter__(self) -> _Sender:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        while kind is None and self._streams:
+            self._finish(next(iter(self._streams)))
+
+
+class _Stream:
+    """One DoExchange write stream. Its methods return why the server ended it, or None."""
+
+    def __init__(self, client: Any, table: str, schema: pa.Schema, durability: Tier, report: Resubmitted) -> None:
+        self._report = report
+        self._wanted = durability.word
+        # By sequence: the bytes of the writes whose last ack has not come.
+        self._waiting: dict[int, int] = {}
+        self._waiting_bytes = 0
+        self._sent = 0
+        self._failure: str | None = None
+        self._writer, self._reader = client.do_exchange(flight.FlightDescriptor.for_path(*table.split(".")))
+        self._try(self._begin, schema)
+
+    def _begin(self, schema: pa.Schema) -> None:
+        self._writer.write_metadata(json.dumps({"requested_durability": self._wanted}).encode())
+        self._writer.begin(schema)
+
+    def send(self, write: SalvagedWrite) -> str | None:
+        """Send a write; acks are read once too many are due."""
+        request: dict[str, str] = {}
+        if write.operation is not Operation.UPSERT:
+            request["operation"] = write.operation.name.lower()
+        if write.key:
+            request["idempotency_key"] = write.key.decode()
+        self._waiting[self._sent] = write.batch.nbytes
+        self._waiting_bytes += write.batch.nbytes
+        self._sent += 1
+        if self._failure is None:
+            self._try(self._writer.write_with_metadata, write.batch, json.dumps(request).encode())
+        while self._failure is None and (len(self._waiting) >= _WINDOW_WRITES or self._waiting_bytes >= _WINDOW_BYTES):
+            self._try(self._read_ack)
+        return self._give_up() if self._failure is not None else None
+
+    def finish(self) -> str | None:
+        """Half-close and read the acks that are due."""
+        if self._failure is None:
+            self._try(self._writer.done_writing)
+        while self._failure is None and self._waiting:
+            self._try(self._read_ack)
+        if self._failure is not None:
+            return self._give_up()
+        self._attempt(self._writer.close)
+        return None
+
+    def _try(self, call: Any, *arguments: Any) -> None:
+        self._failure = self._attempt(call, *arguments)
+
+    @staticmethod
+    def _attempt(call: Any, *arguments: Any) -> str | None:
+        """Make a call on the stream; returns why it failed, None if it did not."""
+        try:
+            call(*arguments)
+        except StopIteration:
+            return _ENDED
+        except _CALL_ERRORS as error:
+            return _reason(error)
+        return None
+
+    def _read_ack(self) -> None:
+        data = self._reader.read_chunk().app_metadata
+        if data is not None:
+            self._take(json.loads(data.to_pybytes()))
+
+    def _take(self, ack: dict[str, Any]) -> None:
+        report = self._report
+        failed = ack["error"] is not None
+        if not failed and ack["durability_level"] != self._wanted:
+            return
+        size = self._waiting.pop(ack["sequence"], None)
+        if size is None:
+            return
+        self._waiting_bytes -= size
+        if failed:
+            report.refused[f"[{ack.get('code')}] {ack['error']}"] += 1
+        elif ack.get("duplicate"):
+            report.duplicates += 1
+            report.different += ack.get("code") == "key_reused"
+        else:
+            report.acked += 1
+
+    def _give_up(self) -> str:
+        """Take the acks that came, find out why the stream ended, and count what it leaves."""
+        reason = self._failure or _ENDED
+        # So that a server that waits for more ends the stream too. A write that fails does not say why: the
+        # status comes behind the last ack.
+        self._attempt(self._writer.done_writing)
+        while (ended := self._attempt(self._read_ack)) is None:
+            continue
+        if ended != _ENDED:
+            reason = ended
+        self._attempt(self._writer.close)
+        if self._waiting:
+            self._report.refused[reason] += len(self._waiting)
+            self._waiting.clear()
+        return reason
+
+
+def _table_names(client: Any) -> dict[UUID, str]:
+    """The server's tables by UUID: a name may stand for another table by now (R5)."""
+    try:
+        (listed,) = client.do_action(flight.Action("ListTables", b""))
+        names: dict[UUID, str] = {}
+        for name in json.loads(listed.body.to_pybytes()):
+            body = json.dumps({"name": name}).encode()
+            (described,) = client.do_action(flight.Action("DescribeTable", body))
+            names[UUID(json.loads(described.body.to_pybytes())["table_uuid"])] = name
+    except _CALL_ERRORS as error:
+        raise _ServerAway(_reason(error)) from error
+    return names
+
+
+def _reason(error: BaseException) -> str:
+    """An error without what gRPC adds to it for its developers."""
+    text = str(error).partition(". gRPC client debug context")[0]
+    return text.removeprefix("Flight returned ").strip("'\"") or type(error).__name__
+
+
+__all__ = ["Resubmitted", "resubmit"]

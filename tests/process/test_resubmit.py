@@ -1,0 +1,235 @@
+"""Salvaged writes sent to a running server: each once by its key, in order, and nothing by name alone (R5, R13)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from uuid import UUID
+
+import pyarrow.flight as flight
+import pytest
+import trio
+from click.testing import CliRunner
+
+from arka import cli
+from arka._core.framing import KIND_BATCH, Frame
+from arka.client.resubmit import Resubmitted, resubmit
+from arka.options import WalOptions
+from arka.records import Operation, TableInfo, TableName, TableType, Tier
+from arka.storage.disk import PosixDisk
+from arka.testing.segmentfile import frame_buffer
+from arka.testing.serverprocess import ServerProcess
+from arka.wal.salvage import LogReader
+from arka.wal.survey import survey_log
+from arka.wal.writer import WalWriter
+
+from . import lake
+from .clients import NUMBERS, Stream, action, connect, create, numbers
+
+pytestmark = pytest.mark.process
+
+LOG = UUID(int=77)
+
+
+def table_info(client: flight.FlightClient, name: str, uuid: UUID | None = None) -> TableInfo:
+    described = action(client, "DescribeTable", name=name)
+    return TableInfo(
+        uuid=uuid or UUID(described["table_uuid"]),
+        name=TableName.parse(name),
+        schema=NUMBERS,
+        schema_id=0,
+        table_type=TableType.APPEND_ONLY,
+        key_columns=(),
+        spec_id=0,
+        partition=(),
+        location="file:///elsewhere-00000000",
+        properties={},
+    )
+
+
+def make_log(directory: Path, writes: list[tuple[TableInfo, str, Operation]]) -> Path:
+    """Write a log of one-row batches, whose values are their LSNs, from 1 on."""
+    disk = PosixDisk()
+
+    async def main() -> None:
+        writer = await WalWriter.open(
+            directory, disk, log_uuid=LOG, epoch=1, first_segment=1, options=WalOptions(segment_bytes=1 << 20)
+        )
+        frames = [
+            Frame(
+                KIND_BATCH,
+                lsn,
+                table=table,
+                schema_id=table.schema_id,
+                operation=int(operation),
+                rows=1,
+                payload=frame_buffer(numbers([lsn])),
+                key=key.encode(),
+                accepted_us=lsn,
+            )
+            for lsn, (table, key, operation) in enumerate(writes, 1)
+        ]
+        for at in range(0, len(frames), 100):
+            await writer.append(frames[at : at + 100])
+        await writer.close()
+
+    trio.run(main)
+    return directory
+
+
+def send(log: Path, server: ServerProcess, **options: object) -> Resubmitted:
+    disk = PosixDisk()
+    reader = LogReader(survey_log(log, disk), disk)
+    return resubmit(reader.writes(), server.location, durability=Tier.DISK, **options)  # type: ignore[arg-type]
+
+
+def rows(server: ServerProcess, client: flight.FlightClient, name: str) -> list[int]:
+    action(client, "Flush", name=name)
+    found: list[int] = lake.rows(server.data, name)["n"].to_pylist()
+    return sorted(found)
+
+
+def run(*arguments: object):  # type: ignore[no-untyped-def]
+    return CliRunner().invoke(cli.main, ["wal", "salvage", *map(str, arguments)])
+
+
+def test_each_write_arrives_once(
+    server: ServerProcess, client: flight.FlightClient, table: str, tmp_path: Path
+) -> None:
+    """More writes than wait for acks at a time arrive once; sent again, all of them are duplicates."""
+    create(client, table)
+    info = table_info(client, table)
+    log = make_log(tmp_path / "log", [(info, f"key-{n}", Operation.UPSERT) for n in range(700)])
+    first = send(log, server)
+    assert (first.acked, first.duplicates, first.refused) == (700, 0, {})
+    again = send(log, server)
+    assert (again.acked, again.duplicates, again.different, again.refused) == (0, 700, 0, {})
+    assert rows(server, client, table) == list(range(1, 701))
+
+
+def test_keyless_writes_need_a_word(
+    server: ServerProcess, client: flight.FlightClient, table: str, tmp_path: Path
+) -> None:
+    """A write without a key is sent only when that is asked for, and only above the LSN that is given."""
+    create(client, table)
+    info = table_info(client, table)
+    log = make_log(tmp_path / "log", [(info, "" if n % 2 else f"k{n}", Operation.UPSERT) for n in range(10)])
+    result = run(log, "--resubmit", server.location)
+    assert result.exit_code == 0
+    assert "5 writes without an idempotency key" in result.stdout
+    assert rows(server, client, table) == [1, 3, 5, 7, 9]
+    result = run(log, "--resubmit", server.location, "--keyless", "--above", 6, "--durability", "iceberg_committed")
+    assert result.exit_code == 0
+    assert "2 writes acked at iceberg_committed, 2 were there already" in result.stdout
+    assert rows(server, client, table) == [1, 3, 5, 7, 8, 9, 10]
+
+
+def test_tables_are_known_by_uuid(
+    server: ServerProcess, client: flight.FlightClient, table: str, tmp_path: Path
+) -> None:
+    """A table that was dropped and made again under its name gets nothing of the old one; others get theirs (R5)."""
+    create(client, table)
+    create(client, f"{table}_other")
+    info = table_info(client, table)
+    other = table_info(client, f"{table}_other")
+    gone = table_info(client, table, UUID(int=5))
+    nowhere = TableInfo(
+        **{field: getattr(gone, field) for field in gone.__slots__}
+        | {"uuid": UUID(int=6), "name": TableName("default", "nowhere")}
+    )
+    log = make_log(
+        tmp_path / "log",
+        [(each, f"k{n}", Operation.UPSERT) for n, each in enumerate([gone, other, gone, nowhere, info])],
+    )
+    result = run(log, "--resubmit", server.location)
+    assert result.exit_code == 1
+    assert f"2 writes: default.{table} is another table on the server" in result.stderr
+    assert "1 writes: default.nowhere" in result.stderr
+    assert "2 writes acked at disk" in result.stdout
+    assert rows(server, client, table) == [5]
+    assert rows(server, client, f"{table}_other") == [2]
+
+
+def test_refusals_are_counted_with_their_reason(
+    server: ServerProcess, client: flight.FlightClient, table: str, tmp_path: Path
+) -> None:
+    """A delete is sent as one, and what the server does not take is counted with what it said."""
+    create(client, table)
+    info = table_info(client, table)
+    operations = [Operation.UPSERT, Operation.DELETE, Operation.UPSERT]
+    log = make_log(tmp_path / "log", [(info, f"k{n}", operation) for n, operation in enumerate(operations)])
+    sent = send(log, server)
+    assert not sent.complete
+    (reason,) = [reason for reason in sent.refused if "delete" in reason]
+    assert sent.acked + sum(sent.refused.values()) == 3
+    assert "append-only" in reason
+    assert set(rows(server, client, table)) <= {1, 3}
+
+
+def test_schema_that_the_server_does_not_take(
+    server: ServerProcess, client: flight.FlightClient, table: str, tmp_path: Path
+) -> None:
+    """Where a table's columns do not fit any more, all of its writes are refused with the server's reason."""
+    create(client, table, [("m", "int64!")])
+    log = make_log(tmp_path / "log", [(table_info(client, table), f"k{n}", Operation.UPSERT) for n in range(300)])
+    sent = send(log, server)
+    assert sent.acked == 0
+    assert sum(sent.refused.values()) == 300
+    assert all("schema_mismatch" in reason for reason in sent.refused)
+
+
+@pytest.mark.slow
+def test_a_log_that_the_rest_does_not_know(make_server: Callable[..., ServerProcess], tmp_path: Path) -> None:
+    """After everything but the log was set back, the log's writes are sent again: what was there stays single."""
+    server = make_server()
+    server.start()
+    with connect(server.location) as client:
+        create(client, "t")
+        stream = Stream(client, "t", requested_durability="iceberg_committed")
+        for number in range(5):
+            stream.write(numbers([number]), idempotency_key=f"k{number}")
+        stream.finish()
+    server.stop()
+    shutil.copytree(server.data, tmp_path / "older")
+    server.start()
+    with connect(server.location) as client:
+        stream = Stream(client, "t", requested_durability="disk")
+        for number in range(5, 10):
+            stream.write(numbers([number]), idempotency_key=f"k{number}")
+        stream.finish()
+    server.kill()
+    shutil.copytree(server.data / "wal", tmp_path / "log")
+    shutil.rmtree(server.data)
+    shutil.copytree(tmp_path / "older", server.data)
+    server.start()
+    with connect(server.location) as client:
+        result = run(tmp_path / "log", "--to", tmp_path / "out", "--resubmit", server.location)
+        assert result.exit_code == 0, result.output
+        assert "5 writes acked at disk, 5 were there already" in result.stdout
+        assert rows(server, client, "t") == list(range(10))
+    report = json.loads((tmp_path / "out" / "salvage.json").read_text())
+    assert report["tables"][0]["writes"] == 10
+    server.stop()
+
+
+def test_server_that_goes_away(make_server: Callable[..., ServerProcess], tmp_path: Path) -> None:
+    """Writes whose ack does not come because the server died are counted as refused, not as sent."""
+    server = make_server()
+    server.start()
+    with connect(server.location) as client:
+        create(client, "t")
+        log = make_log(tmp_path / "log", [(table_info(client, "t"), f"k{n}", Operation.UPSERT) for n in range(600)])
+    disk = PosixDisk()
+
+    def writes():  # type: ignore[no-untyped-def]
+        for write in LogReader(survey_log(log, disk), disk).writes():
+            if write.lsn == 400:
+                server.kill()
+            yield write
+
+    sent = resubmit(writes(), server.location, durability=Tier.DISK)
+    assert not sent.complete
+    assert sent.acked + sum(sent.refused.values()) == 600
+    assert sent.acked < 400
