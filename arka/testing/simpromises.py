@@ -188,7 +188,9 @@ class Promises:
         elif not lsn and write.reached < Tier.DISK:
             # A coalesced ack names its last write's LSN only; what an earlier life gave may be void.
             write.lsn = 0
-        if tier is Tier.DISK and lsn and not node.disk.on_platter(lsn):
+        # The first write of a duplicate may have been on a disk that is gone: then it is in the store, or was.
+        elsewhere = ack.duplicate and self.stored(lsn)
+        if tier is Tier.DISK and lsn and not node.disk.on_platter(lsn) and not elsewhere:
             self.fail(f"write {write.number} (LSN {lsn}) was acked {tier.word} and is not fsynced")
         if tier is Tier.OBJECT_STORAGE and lsn and not self.stored(lsn):
             self.fail(f"write {write.number} (LSN {lsn}) was acked {tier.word} and is in no object")
@@ -224,7 +226,7 @@ class Promises:
         """Whether an object was ever seen that holds the frame with this LSN."""
         if lsn not in self._stored:
             for key, data in self._objects.items():
-                if "/wal/" in key and key not in self._parsed:
+                if ("/wal/" in key or "/parked/" in key) and key not in self._parsed:
                     assert self.log_uuid is not None
                     self._parsed.add(key)
                     found = parse_object(key, memoryview(data), self.log_uuid)
@@ -263,6 +265,14 @@ class Promises:
         self._epoch = epoch
         if objects < self._object_lsn:
             self.fail(f"LSN {self._object_lsn} was acked object_storage, the chain ends at {objects}")
+
+    def take_node_loss(self) -> None:
+        """Note that a disk is gone, and with it all that no more was promised of than ``disk``."""
+        self._trace.note("node lost")
+        self._disk_lsn = self._object_lsn
+        for write in self.writes.values():
+            if write.reached <= Tier.DISK:
+                write.reached = -1
 
     def take_given(self, lsn: int) -> None:
         """Note the last LSN that a process gave."""

@@ -137,7 +137,7 @@ class _Life:
                 disk=disk,
                 disk_uuid=self.disk.uuid,
                 store=ProcessStore(self.process, world.store),
-                checkpoints=ProcessStore(self.process, self.disk.checkpoints),
+                checkpoints=ProcessStore(self.process, self.disk.checkpoints, local=True),
                 catalog=ProcessCatalog(self.process, world.weather, disk),
                 read_range=disk.read_range,
                 read_free=lambda: 1 << 40,
@@ -182,7 +182,15 @@ class _Life:
 
     async def _make_tables(self) -> None:
         for name in self.world.tables:
-            await self._persist(partial(self.pipeline.tables.create, TableDefinition(name, SCHEMA)))
+            try:
+                await self._persist(partial(self.pipeline.tables.create, TableDefinition(name, SCHEMA)))
+            except ArkaError as error:
+                if error.code is not ErrorCode.TABLE_STOPPED:
+                    raise
+                if self.quiet:
+                    # Dropped by a process whose disk is gone, and the drop's record with it.
+                    await self._persist(partial(self.pipeline.tables.drop, name, purge=False))
+                    await self._persist(partial(self.pipeline.tables.create, TableDefinition(name, SCHEMA)))
 
     async def _persist(self, request: Callable[[], Any]) -> None:
         while True:
@@ -199,6 +207,8 @@ class _Life:
         rng, world = self._rng, self.world
         while True:
             await trio.sleep(rng.uniform(0.5, 8))
+            if self.left.is_set():
+                return
             if rng.random() > 0.3:
                 continue
             name = rng.choice(world.tables)
@@ -210,7 +220,8 @@ class _Life:
                 world.promises.drop_confirmed.add(table.info.uuid)
                 await self._persist(partial(self.pipeline.tables.create, TableDefinition(name, SCHEMA)))
             except ArkaError as error:
-                if error.code is not ErrorCode.TABLE_NOT_FOUND and not isinstance(error, Unavailable):
+                expected = (ErrorCode.TABLE_NOT_FOUND, ErrorCode.TABLE_STOPPED, ErrorCode.TABLE_DROPPED)
+                if error.code not in expected and not isinstance(error, Unavailable):
                     raise
 
     # -- faults -----------------------------------------------------------------------------------
@@ -222,6 +233,9 @@ class _Life:
             self._cut_power_soon()
         while True:
             await trio.sleep(rng.expovariate(1.0))
+            if self.left.is_set():
+                # The world is the next life's now.
+                return
             match rng.randrange(16):
                 case 0:
                     self.crash()
@@ -241,10 +255,20 @@ class _Life:
                 case 9:
                     self.world.trace.count("clock jump")
                     self.world.trace.wall_offset_s += rng.choice((-3600.0, -5.0, 0.5, 3600.0))
-                case 10 if self.opened.is_set() and not self.left.is_set():
+                case 10 if self.opened.is_set():
                     self._freeze()
                 case 11:
                     self.world.append_foreign()
+                case 12:
+                    self.world.trace.count("table vanishes")
+                    self.world.weather.vanish(rng.choice(self.world.tables))
+                case 13:
+                    self.world.trace.count("table renamed")
+                    self.world.weather.rename(rng.choice(self.world.tables))
+                case 14:
+                    self.world.weather.bring_back(self.world.promises.drop_asked)
+                case 15 if self.opened.is_set():
+                    self._cut_off()
                 case _:
                     pass
 
@@ -264,11 +288,22 @@ class _Life:
             effect()
 
     def _freeze(self) -> None:
-        """Freeze the machine; its disk goes on in another one, and it wakes when that one has taken over."""
+        """Freeze the machine; the log goes on in another one, and it wakes when that one has taken over."""
         self.world.trace.count("freeze")
         self.process.freeze()
         self.superseded = True
-        self.world.disk = self.disk.fork()
+        if self._rng.random() < 0.6:
+            self.world.disk = self.disk.fork()
+        else:
+            self.world.lose_disk()
+        self.left.set()
+
+    def _cut_off(self) -> None:
+        """Cut the machine off from store and catalog; it goes on, while another one takes the log over."""
+        self.world.trace.count("cut off")
+        self.process.cut_off = True
+        self.superseded = True
+        self.world.lose_disk()
         self.left.set()
 
     def _judge(self, error: BaseException) -> None:
@@ -385,12 +420,15 @@ class _World:
                 for old in frozen:
                     old.crash()
                 frozen = [life] if life.process.alive else []
+                if not frozen and rng.random() < 0.1:
+                    self.lose_disk()
                 lives -= life.opened.is_set()
                 if not lives:
                     break
                 await trio.sleep(rng.uniform(0, 2 if life.opened.is_set() else 60))
             self.store.calm()
             self.weather.calm()
+            self.weather.bring_back(self.promises.drop_asked)
             for number, after_s in ((90, 0.0), (91, 3.0)):
                 life = await self._begin(number, quiet=True)
                 nursery.start_soon(self._wake, list(frozen), life)
@@ -421,8 +459,18 @@ class _World:
     async def wait_writers(self, life: _Life) -> None:
         """Wait until each client has nothing left to send."""
         # Polled on virtual time: nothing but the writers' own bookkeeping changes.
-        while any(writer.unfinished for writer in self.writers) and life.process.alive:  # noqa: ASYNC110
+        while any(self._expects(writer) for writer in self.writers) and life.process.alive:  # noqa: ASYNC110
             await trio.sleep(0.5)
+
+    def _expects(self, writer: Writer) -> bool:
+        """Whether a client still has something to send; what it sent to a table that is dropped has no end."""
+        return any(write.table not in self.promises.drop_asked for write in writer.unfinished)
+
+    def lose_disk(self) -> None:
+        """Let the log go on with an empty disk."""
+        self.trace.count("node loss")
+        self.disk = MachineDisk(self.rng, UUID(int=self.disk.uuid.int + 1))
+        self.promises.take_node_loss()
 
     def start_outage(self, what: str, seconds: float) -> None:
         """Let the store or the catalog be away for a while."""
@@ -459,7 +507,12 @@ class _World:
 
     def _take_event(self, event: str, fields: Any) -> None:
         if event == "table.stopped":
-            self.promises.fail(f"a table was stopped: {fields}")
+            # A process that was cut off may drop a table whose drop its successor never hears of.
+            missed = self.weather.vanished | self.promises.drop_asked
+            if not any(str(uuid) in fields["reason"] for uuid in missed):
+                self.promises.fail(f"a table was stopped: {fields}")
+        if event == "table.parked":
+            self.trace.counts["parked"] += 1
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:

@@ -13,8 +13,9 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -27,6 +28,7 @@ import trio
 
 from arka._core.framing import KIND_BATCH, FrameError, FrameHeader, verify_frame
 from arka.errors import DataCorruption
+from arka.records import TableName
 from arka.storage.ports import (
     Buffer,
     CatalogUnavailable,
@@ -113,11 +115,18 @@ def deterministic(seed: int, trace: Trace) -> Iterator[None]:
 
 
 class Process:
-    """One process's life, as far as the world sees it: it runs, it may freeze and wake, it dies."""
+    """One process's life, as far as the world sees it: it runs, it may freeze and wake, it dies.
+
+    Attributes:
+        name: for the trace.
+        alive: whether it runs, or may wake.
+        cut_off: whether it reaches neither store nor catalog, while others do.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.alive = True
+        self.cut_off = False
         self.scope = trio.CancelScope()
         self._thawed: trio.Event | None = None
         self._shields: dict[trio.CancelScope, None] = {}
@@ -133,6 +142,7 @@ class Process:
 
     def thaw(self) -> None:
         """Let it go on as if nothing had happened."""
+        self.cut_off = False
         if self._thawed is not None:
             self._thawed.set()
 
@@ -328,9 +338,17 @@ class ProcessDisk:
 class ProcessStore:
     """The object store as one process uses it: ``ObjectStore``."""
 
-    def __init__(self, process: Process, store: SimStore) -> None:
+    def __init__(self, process: Process, store: SimStore, *, local: bool = False) -> None:
+        """Join them.
+
+        Args:
+            process: who asks.
+            store: what is asked.
+            local: it is on the process's own machine.
+        """
         self._process = process
         self._store = store
+        self._local = local
 
     @property
     def url(self) -> str:
@@ -359,6 +377,8 @@ class ProcessStore:
 
     async def _ask(self, request: Callable[[], Awaitable[T]]) -> T:
         await self._process.gate()
+        if self._process.cut_off and not self._local:
+            raise StoreUnavailable(f"{self.url}: no way there")
         try:
             answer = await request()
         except (StoreUnavailable, ObjectExists, KeyError):
@@ -384,6 +404,10 @@ class CatalogWeather:
         self.fault_share = 0.0
         self.max_delay_s = 0.0
         self.tables = SimCatalog(lambda piece, log_uuid: ())
+        # Tables that somebody took out of the catalog, with the name that each had.
+        self._vanished: list[tuple[TableName, Any]] = []
+        #: The UUIDs of all tables that were ever taken out.
+        self.vanished: set[UUID] = set()
         #: Told the table's UUID and the rows of each commit, in the step that applies it.
         self.on_commit: Callable[[CommitJob, list[pa.RecordBatch]], None] = lambda job, rows: None
         self._late: list[tuple[float, Callable[[], object]]] = []
@@ -391,6 +415,32 @@ class CatalogWeather:
     def calm(self) -> None:
         """No faults from here on; what is on its way still comes."""
         self.away, self.fault_share, self.max_delay_s = False, 0.0, 0.0
+
+    def vanish(self, name: TableName) -> None:
+        """Take a table out of the catalog, as somebody does who means another one."""
+        table = self.tables._tables.pop(name, None)
+        if table is not None:
+            self.vanished.add(table.info.uuid)
+            self._vanished.append((name, table))
+
+    def bring_back(self, dropped: Container[UUID]) -> None:
+        """Put the tables back that were taken out and not dropped since; where a name is taken, under another one."""
+        while self._vanished:
+            name, table = self._vanished.pop()
+            if table.info.uuid not in dropped:
+                self._put(name, table)
+
+    def rename(self, name: TableName) -> None:
+        """Give a table another name."""
+        table = self.tables._tables.pop(name, None)
+        if table is not None:
+            self._put(TableName(name.namespace, f"{name.name}_x"), table)
+
+    def _put(self, name: TableName, table: Any) -> None:
+        while name in self.tables._tables:
+            name = TableName(name.namespace, f"{name.name}_x")
+        table.info = replace(table.info, name=name)
+        self.tables._tables[name] = table
 
     def postpone(self, effect: Callable[[], object]) -> None:
         """Let a request that was given up take effect later."""
@@ -420,6 +470,8 @@ class ProcessCatalog(SimCatalog):
     async def _call(self, name: str, effect: Callable[[], T]) -> T:
         weather, rng = self._weather, self._weather.rng
         await self._process.gate()
+        if self._process.cut_off:
+            raise CatalogUnavailable(f"{name}: no way there")
         fails = weather.away or rng.random() < weather.fault_share
         applied = fails and rng.random() < 0.5
         late = fails and not applied and name == "commit" and rng.random() < 0.5

@@ -22,7 +22,7 @@ from arka._core.framing import KIND_LOST
 from arka._core.lsn import LsnAllocator
 from arka.options import Settings
 from arka.records import LsnRange, Tier
-from arka.storage.ports import Catalog, Disk, ObjectStore, StoreUnavailable
+from arka.storage.ports import Catalog, CatalogUnavailable, Disk, ObjectStore, StoreUnavailable
 from arka.storage.threads import run_compute
 from arka.tiers.epochs import Claim, EpochLease
 from arka.tiers.keys import KeyIndex
@@ -49,8 +49,12 @@ from arka.wal.writer import WalWriter
 
 log = structlog.get_logger(__name__)
 
-#: How long a start that could go on without asks a store, and then a catalog, that do not answer, in seconds.
+#: How long a start that could go on without asks a store, and then a catalog, that fail, in seconds.
 _PATIENCE_S: Final = 5.0
+#: The pause between two questions to the catalog.
+_RETRY_S: Final = 1.0
+#: How long it waits for the catalog's first answer, in seconds: on a busy machine a worker takes many to begin.
+_ANSWER_S: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -373,10 +377,19 @@ class _Start:
 
     async def _know_tables(self, tables: Tables) -> None:
         """Ask the catalog before the first client does; one that is away is asked on and on, later."""
-        with trio.move_on_after(_PATIENCE_S) as scope:
-            await tables.wait_catalog(tables.reconcile)
-        if scope.cancelled_caught:
-            log.warning("catalog.offline", hint="tables that the log knows take writes; commits wait")
+        deadline = trio.current_time() + _PATIENCE_S
+        with trio.move_on_after(_ANSWER_S):
+            while True:
+                try:
+                    await tables.reconcile()
+                except CatalogUnavailable as error:
+                    log.warning("catalog.unavailable", reason=str(error))
+                    if trio.current_time() >= deadline:
+                        break
+                    await trio.sleep(_RETRY_S)
+                else:
+                    return
+        log.warning("catalog.offline", hint="tables that the log knows take writes; commits wait")
 
 
 def _note_lost(memory: MemoryTier, closed: bool, last_lsn: int, first_lsn: int) -> list[LsnRange]:
