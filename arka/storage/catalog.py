@@ -261,13 +261,21 @@ async def open_catalog(
 @asynccontextmanager
 async def _open_context(init: Callable[[], None]) -> AsyncIterator[trio_parallel.WorkerContext]:
     """Open a worker context whose processes trio's own thread starts."""
+    reason: BaseException | None = None
     try:
         async with trio_parallel.open_worker_context(idle_timeout=_IDLE_S, init=init, grace_period=_GRACE_S) as context:
             context.__dict__["_worker_class"] = _SteadyWorker
-            yield context
+            try:
+                yield context
+            except BaseException as error:
+                reason = error
+                raise
     except trio_parallel.BrokenWorkerError as error:
-        # Raised by closing alone: a worker that was dead already is worth a line, no more.
+        # Raised by closing alone: a worker that was dead already is worth a line, no more. It must not stand in for
+        # what ended the server.
         _log.warning("catalog.worker_died", detail=str(error))
+        if reason is not None:
+            raise reason from None
 
 
 __all__ = ["IcebergCatalog", "WorkerPool", "open_catalog"]

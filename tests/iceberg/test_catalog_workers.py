@@ -20,7 +20,7 @@ import pytest
 import trio
 import trio._core._thread_cache as thread_cache
 
-from arka.errors import ConfigurationError, DataCorruption, InternalError, InvalidRequest
+from arka.errors import ConfigurationError, DataCorruption, Fenced, InternalError, InvalidRequest
 from arka.iceberg import worker
 from arka.options import IcebergOptions
 from arka.records import TableInfo, TableName, TableType
@@ -92,6 +92,15 @@ async def test_dead_worker_costs_its_job_alone(tmp_path: Path, number: signal.Si
         with pytest.raises(CatalogUnavailable, match=rf"exit code -{number}"):
             await pool.run(signal.raise_signal, number)
         assert await pool.run(os.getpid) > 0
+
+
+async def test_dead_worker_does_not_hide_what_ended_the_server(tmp_path: Path) -> None:
+    """An error that ends the server leaves the catalog's scope although a worker is found dead on the way out."""
+    with pytest.raises(Fenced, match="epoch 1 is over"):
+        async with _pool(tmp_path) as pool:
+            process = await pool.run(os.getpid)
+            os.kill(process, signal.SIGKILL)
+            raise Fenced("epoch 1 is over")
 
 
 async def test_slow_table_is_quarantined_until_it_succeeds(tmp_path: Path) -> None:
