@@ -20,6 +20,7 @@ from urllib.parse import unquote, urlsplit
 import structlog
 import trio
 
+from arka import failpoints
 from arka.errors import ArkaError, ConfigurationError, ErrorCode
 from arka.flight import messages
 from arka.flight.grpc import Health
@@ -121,8 +122,10 @@ class Server:
                 started()
                 await stop.wait()
                 await self._drain(accepting, connections.cancel_scope)
+            await failpoints.reach("stop.drained")
             with trio.move_on_after(self._drain_s * _SEAL_SHARE) as sealing:
                 await self._pipeline.close()
+                await failpoints.reach("stop.sealed")
             if sealing.cancelled_caught:
                 log.warning("server.not_sealed", reason="the disk is slow; the next start recovers the log")
             tiers.cancel_scope.cancel()

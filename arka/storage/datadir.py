@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import UUID, uuid4
 
+from arka import failpoints
 from arka.errors import ConfigurationError
 
 
@@ -88,6 +89,7 @@ def disk_uuid(data_dir: Path) -> UUID:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+    failpoints.hit("start.disk_id")
     return found
 
 

@@ -19,6 +19,7 @@ from uuid import UUID, uuid4
 import msgspec
 import structlog
 
+from arka import failpoints
 from arka._core.framing import crc32c
 from arka.errors import ConfigurationError, DataCorruption, Fenced
 from arka.records import MAX_LSN
@@ -128,9 +129,11 @@ class EpochLease:
             # An earlier attempt of ours whose response was lost, or that of an owner who was fenced between our
             # listing and it.
             log.debug("lsn.block_exists", ceiling=ceiling)
+        await failpoints.reach("epoch.block_put")
         # Whoever takes an epoch lists the blocks afterwards. So either the next owner has seen this one and starts
         # above it, or this read shows the next owner; one of two that reserved the same block never uses it.
         await self.verify()
+        await failpoints.reach("epoch.block_reserved")
         self._lsn_ceiling = ceiling
         return ceiling
 
@@ -176,11 +179,13 @@ async def take_epoch(store: ObjectStore, node_id: str, *, local: LocalLog | None
             disk_epoch=0 if local is None else local.epoch,
             disk_ceiling=0 if local is None else local.lsn_ceiling,
         )
+        await failpoints.reach("epoch.begin")
         try:
             await store.put_new(_epoch_key(node_id, epoch), [_encode(record)])
         except ObjectExists:
             # Somebody else took it, or our own response was lost: the record says which, and the next one is free.
             continue
+        await failpoints.reach("epoch.taken")
         reserved = await _reserved(store, node_id)
         known = max(reserved, local.lsn_ceiling if local is not None else 1)
         # Above both: a store that was emptied, or exchanged, knows less than the disk.

@@ -19,6 +19,7 @@ from uuid import UUID
 import structlog
 import trio
 
+from arka import failpoints
 from arka.errors import DataCorruption, InternalError
 from arka.options import ObjectStoreOptions
 from arka.records import TableInfo
@@ -296,12 +297,14 @@ class ObjectTier:
         key = upload.encoded.ref.key(self._node_id)
 
         async def put() -> None:
+            await failpoints.reach("objects.begin")
             try:
                 await self._store.put_new(key, upload.encoded.parts)
             except ObjectExists:
                 await self._check_same(key, upload.encoded)
 
         await self._persist(put)
+        await failpoints.reach("objects.put")
         upload.done = True
         self._uploaded.set()
 
@@ -333,12 +336,14 @@ class ObjectTier:
             if finished:
                 # Begun after those PUTs returned: one read covers them all.
                 await self._persist(self._lease.verify)
+                await failpoints.reach("objects.verified")
                 for _ in range(finished):
                     self._uploading.popleft()
                     slots.release()
                 self._objects += finished
                 self._stored_lsn = last_lsn
                 self._on_advance(last_lsn)
+                await failpoints.reach("objects.advanced")
 
     async def _persist(self, request: Callable[[], Awaitable[None]]) -> None:
         """Repeat a request until the store answers it."""

@@ -18,6 +18,7 @@ from uuid import UUID
 import structlog
 import trio
 
+from arka import failpoints
 from arka._core.buffers import FrameBuffer
 from arka._core.framing import KIND_BATCH, crc32c
 from arka.errors import ArkaError, Closed, ErrorCode, OutcomeUnknown, Unavailable
@@ -409,7 +410,9 @@ class Pipeline:
             suffix = ddl.new_location_suffix()
             lsn = ddl.log_create(self.memory, definition, suffix)
             await self._marks.disk.wait_reached(lsn)
+            await failpoints.reach("create.recorded")
             found, created = await ddl.create_table(self.catalog, definition, suffix)
+            await failpoints.reach("create.done")
             return self.register(found), created
 
     async def drop_table(self, name: TableName, *, purge: bool) -> TableName:
@@ -439,12 +442,15 @@ class Pipeline:
                 table.drop_lsn = ddl.log_drop(self.memory, info, purge=purge)
                 table.end(ddl.dropped(info))
             await self._marks.disk.wait_reached(table.drop_lsn)
+            await failpoints.reach("drop.recorded")
             try:
                 await ddl.drop_table(self.catalog, info, purge=purge)
             except ArkaError as error:
                 done.set(error)
                 return
+            await failpoints.reach("drop.done")
             ddl.log_drop(self.memory, info, purge=purge, done=True)
+            await failpoints.reach("drop.noted")
             self._dropped.add(info.uuid)
             if self._by_name.get(info.name) is table:
                 del self._by_name[info.name]

@@ -24,6 +24,7 @@ import msgspec
 import structlog
 import trio
 
+from arka import failpoints
 from arka._core.framing import crc32c
 from arka.errors import DataCorruption
 from arka.records import LsnRange
@@ -191,11 +192,13 @@ class LogRelease:
         )
         body = msgspec.msgpack.encode(record)
         key = f"{self._node_id}/checkpoint/{self._epoch:010d}/{through_lsn:016d}"
+        await failpoints.reach("release.begin")
         try:
             await self._store.put_new(key, [crc32c(body).to_bytes(_CRC_BYTES, "little"), body])
         except ObjectExists:
             # Our own attempt whose response was lost: the epoch is ours and the range is the same.
             log.debug("log.checkpoint_exists", key=key)
+        await failpoints.reach("release.checkpoint")
         log.info("log.checkpoint", through_lsn=through_lsn, keys=len(record.keys), bytes=len(body))
 
     async def _delete(self) -> None:
@@ -207,6 +210,7 @@ class LogRelease:
         if not gone:
             return
         await self._writer.retire([held.ref for held in gone])
+        await failpoints.reach("release.retired")
         size = sum(held.size for held in gone)
         self._space.note_released(size)
         await self._delete_objects(gone[-1].last_lsn)
@@ -228,6 +232,7 @@ class LogRelease:
                 break
             dead.append(meta.key)
         await self._store.delete(dead)
+        await failpoints.reach("release.deleted")
 
 
 async def load_checkpoints(store: ObjectStore, node_id: str, log_uuid: UUID, retention_s: float) -> LoadedCheckpoints:

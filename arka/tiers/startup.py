@@ -19,6 +19,7 @@ from uuid import UUID
 import structlog
 import trio
 
+from arka import failpoints
 from arka._core.framing import KIND_BATCH, KIND_DROP, KIND_LOST, KIND_TABLE, crc32c
 from arka._core.lsn import LsnAllocator
 from arka.errors import ConfigurationError, DataCorruption, ErrorCode
@@ -244,6 +245,7 @@ async def open_pipeline(
         first_segment=recovered.next_segment,
         options=settings.wal,
     )
+    await failpoints.reach("start.recovered")
 
     allocator = LsnAllocator(first_lsn, ceiling)
     keys = KeyIndex(retention_s)

@@ -18,6 +18,7 @@ from uuid import UUID, uuid4
 import structlog
 import trio
 
+from arka import failpoints
 from arka.errors import ArkaError, ErrorCode, Fenced
 from arka.options import IcebergOptions
 from arka.records import TableInfo, Tier
@@ -197,7 +198,9 @@ class TableCommitter:
                 earliest = trio.current_time() + self._note_failure(error)
                 continue
             self._failures = 0
+            await failpoints.reach("commit.answered")
             self._apply(cut, result)
+            await failpoints.reach("commit.advanced")
             now = trio.current_time()
             earliest = max(started + self._options.commit_interval_s, now + (now - started) * (1 / _COST_SHARE - 1) / 2)
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+from arka import failpoints
 from arka._core.framing import KIND_FOOTER, KIND_GROUP, FrameHeader, Group, parse_header, reseal_header
 from arka.options import MIB
 from arka.storage.ports import Buffer, Disk, DiskFile
@@ -63,11 +64,15 @@ def copy_segment(disk: Disk, path: Path, scan: SegmentScan, data: memoryview, *,
     try:
         file.write(0, [header.to_bytes()])
         _SegmentCopy(file, header, data, scan.last_lsn).write(scan.end)
+        failpoints.hit("recovery.copy_written")
         file.sync()
+        failpoints.hit("recovery.copy_synced")
     finally:
         file.close()
     disk.rename(unfinished, path)
+    failpoints.hit("recovery.copy_renamed")
     disk.sync_directory(path.parent)
+    failpoints.hit("recovery.copy_named")
 
 
 class _SegmentCopy:
