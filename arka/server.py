@@ -28,13 +28,14 @@ from arka.flight.http2 import ConnectionFactory
 from arka.flight.service import FlightService, prepare_spill_dir
 from arka.options import Settings
 from arka.storage.catalog import IcebergCatalog, open_catalog
-from arka.storage.datadir import announce, disk_uuid, free_bytes, lock_data_dir
+from arka.storage.datadir import announce, disk_uuid, free_bytes, lock_data_dir, shares_device
 from arka.storage.disk import PosixDisk
 from arka.storage.objects import open_object_store, read_range
 from arka.storage.ports import CatalogUnavailable
 from arka.tiers.admission import Ledger
 from arka.tiers.demo import demo_definitions
 from arka.tiers.pipeline import Pipeline
+from arka.tiers.space import SharedRoom
 from arka.tiers.startup import OpenLog, open_pipeline
 
 log = structlog.get_logger(__name__)
@@ -227,6 +228,10 @@ async def _engine(settings: Settings, data_dir: Path) -> AsyncIterator[OpenLog]:
             disk_uuid=disk_uuid(data_dir),
             read_range=read_range,
             read_free=lambda: free_bytes(data_dir),
+            shared=SharedRoom(
+                store=shares_device(data_dir, settings.object_store.url),
+                warehouse=shares_device(data_dir, settings.iceberg.warehouse),
+            ),
             survival=survival,
             rng=rng,
         )

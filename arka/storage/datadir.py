@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 from uuid import UUID, uuid4
 
 from arka import failpoints
@@ -93,10 +94,22 @@ def disk_uuid(data_dir: Path) -> UUID:
     return found
 
 
+def shares_device(data_dir: Path, url: str) -> bool:
+    """Say whether what lies under ``url`` is on the file system of the data directory; a remote URL is not."""
+    parts = urlsplit(url)
+    if parts.scheme != "file":
+        return False
+    path = Path(unquote(parts.path))
+    # It may not have been made yet: then its nearest folder decides.
+    while not path.exists():
+        path = path.parent
+    return path.stat().st_dev == data_dir.stat().st_dev
+
+
 def free_bytes(path: Path) -> int:
     """Return the free bytes of the file system that holds ``path``, as an unprivileged writer sees them."""
     status = os.statvfs(path)
     return status.f_bavail * status.f_frsize
 
 
-__all__ = ["announce", "disk_uuid", "free_bytes", "lock_data_dir"]
+__all__ = ["announce", "disk_uuid", "free_bytes", "lock_data_dir", "shares_device"]

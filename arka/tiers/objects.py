@@ -100,6 +100,7 @@ class ObjectTier:
         # Invariant: LSNs rise along _pending, and all of them lie above what was cut into objects.
         self._pending: deque[AppendedRange] = deque()
         self._pending_bytes = 0
+        self._unstored_bytes = 0
         self._submitted_lsn = 0
         self._arrived = trio.Event()
         self._hurried = trio.Event()
@@ -219,6 +220,7 @@ class ObjectTier:
                 # What was last can grow no more: there is nothing to wait for.
                 self._hurried.set()
         self._pending_bytes += appended.end - appended.start
+        self._unstored_bytes += appended.end - appended.start
         self._arrived.set()
         if self._pending_bytes >= self._options.bytes:
             self._hurried.set()
@@ -232,6 +234,11 @@ class ObjectTier:
         self._hurry_always |= from_now_on
         self._hurried_lsn = self._submitted_lsn
         self._hurried.set()
+
+    @property
+    def unstored_bytes(self) -> int:
+        """Bytes of the log that are not in the store yet, those under way among them."""
+        return self._unstored_bytes
 
     def statistics(self) -> ObjectStatistics:
         """Where the tier stands."""
@@ -306,6 +313,8 @@ class ObjectTier:
         await self._persist(put)
         await failpoints.reach("objects.put")
         upload.done = True
+        # The frames stand in the object as they stood in the log, between its header, tables and footer.
+        self._unstored_bytes -= memoryview(upload.encoded.parts[2]).nbytes
         self._uploaded.set()
 
     async def _check_same(self, key: str, encoded: EncodedObject) -> None:

@@ -30,8 +30,8 @@ from arka.tiers.disk import DiskTier
 from arka.tiers.keys import KeyIndex
 from arka.tiers.memory import Appended, MemoryTier, Releasable
 from arka.tiers.objects import ObjectTier
-from arka.tiers.release import LogRelease, LostRange
-from arka.tiers.space import DiskSpace
+from arka.tiers.release import KEY_ENTRY_BYTES, LogRelease, LostRange
+from arka.tiers.space import DiskSpace, SharedRoom
 from arka.tiers.table import Table, TableCommitter, TableState
 from arka.tiers.watermarks import Watermark, now_us
 from arka.wal.writer import AppendedRange, WalPoisoned, WalWriter
@@ -257,6 +257,7 @@ class Pipeline:
         )
         if not appended.duplicate:
             table.last_lsn = appended.lsn
+            self._space.note_accepted(payload.size)
         return appended
 
     def _check_open(self, table: Table) -> None:
@@ -280,7 +281,8 @@ class Pipeline:
         self._space.note_written(appended.end - appended.start)
         self._objects.submit(appended)
         segment = appended.segment
-        self._release.note(segment, appended.last_lsn, appended.end - appended.start)
+        keys = sum(len(frame.key) + KEY_ENTRY_BYTES for frame in appended.frames if frame.key)
+        self._release.note(segment, appended.last_lsn, appended.end - appended.start, keys)
         path = str(segment.path)
         touched: dict[Table, None] = {}
         for frame in appended.frames:
@@ -301,6 +303,24 @@ class Pipeline:
             if first is not None:
                 needed = min(needed, first)
         return needed
+
+    def owed_bytes(self, shared: SharedRoom) -> int:
+        """How many bytes accepted writes will still take on the log's file system (R23).
+
+        Args:
+            shared: which tiers write there too.
+        """
+        queued = self.memory.queued_bytes + self._disk_tier.writing_bytes
+        owed = queued
+        if shared.store:
+            owed += queued + self._objects.unstored_bytes + self._release.owed_bytes
+        if shared.warehouse:
+            owed += queued + sum(table.backlog.frame_bytes for table in self._by_uuid.values())
+        return owed
+
+    def note_held(self, kind: str, delta: int) -> None:
+        """Count bytes beside the log that ``limits.disk_bytes`` is for; see ``DiskSpace.note_held``."""
+        self._space.note_held(kind, delta)
 
     # -- what streams listen to -------------------------------------------------------------------
 

@@ -39,6 +39,8 @@ log = structlog.get_logger(__name__)
 
 #: How often the log is looked at, in seconds; a segment takes longer to fill.
 _POLL_S: Final = 1.0
+#: Bytes of a key's entry in a checkpoint beside the key: table UUID, LSN, digest, and MessagePack's own.
+KEY_ENTRY_BYTES: Final = 48
 #: In front of a checkpoint's record.
 _CRC_BYTES: Final = 4
 
@@ -76,11 +78,12 @@ class LoadedCheckpoints:
 
 @dataclass(slots=True)
 class _HeldSegment:
-    """A segment that is on disk: its last LSN so far and its size so far."""
+    """A segment that is on disk: its last LSN so far, its size so far, and what a checkpoint needs for its keys."""
 
     ref: SegmentRef
     last_lsn: int
     size: int
+    checkpoint_bytes: int
 
 
 class LogRelease:
@@ -132,14 +135,20 @@ class LogRelease:
         # Segments whose checkpoint is durable, with the time from which on they may go.
         self._doomed: deque[tuple[_HeldSegment, float]] = deque()
 
-    def note(self, ref: SegmentRef, last_lsn: int, size: int) -> None:
-        """Note bytes of a segment that are on disk; log order."""
+    @property
+    def owed_bytes(self) -> int:
+        """About how many bytes the checkpoints will take that segments on disk still wait for."""
+        return sum(held.checkpoint_bytes for held in self._held)
+
+    def note(self, ref: SegmentRef, last_lsn: int, size: int, checkpoint_bytes: int = 0) -> None:
+        """Note bytes of a segment that are on disk, and those that their keys take in a checkpoint; log order."""
         if self._held and self._held[-1].ref == ref:
             held = self._held[-1]
             held.last_lsn = last_lsn
             held.size += size
+            held.checkpoint_bytes += checkpoint_bytes
         else:
-            self._held.append(_HeldSegment(ref, last_lsn, size))
+            self._held.append(_HeldSegment(ref, last_lsn, size, checkpoint_bytes))
 
     async def run(self, needed_from: Callable[[], int]) -> None:
         """Look for what may go, until cancelled. Outages are waited for.
@@ -283,4 +292,4 @@ def merge_lost(groups: Sequence[Iterable[LostRange]]) -> list[LostRange]:
     return [merged[key] for key in sorted(merged)]
 
 
-__all__ = ["LoadedCheckpoints", "LogRelease", "LostRange", "load_checkpoints", "merge_lost"]
+__all__ = ["KEY_ENTRY_BYTES", "LoadedCheckpoints", "LogRelease", "LostRange", "load_checkpoints", "merge_lost"]

@@ -42,9 +42,9 @@ from arka.tiers.keys import KeyIndex
 from arka.tiers.memory import MemoryTier
 from arka.tiers.objects import Compute, ObjectTier, ReadRange
 from arka.tiers.pipeline import LogIdentity, Marks, Pipeline
-from arka.tiers.release import LogRelease, LostRange, load_checkpoints, merge_lost
+from arka.tiers.release import KEY_ENTRY_BYTES, LogRelease, LostRange, load_checkpoints, merge_lost
 from arka.tiers.reservation import DISK_BLOCK, LsnReservation
-from arka.tiers.space import DiskSpace
+from arka.tiers.space import NOT_SHARED, DiskSpace, SharedRoom
 from arka.tiers.table import Ending, Table, TableState
 from arka.tiers.watermarks import Watermark, now_us
 from arka.wal.logstate import LogState
@@ -85,6 +85,8 @@ class _Replay:
         # Drops that the catalog may not have done yet.
         self.drops: dict[UUID, ddl.DropRecord] = {}
         self.lost: list[LostRange] = []
+        #: What a checkpoint of all keys would take.
+        self.key_bytes = 0
 
     def take(self, frame: RecoveredFrame) -> None:
         """Take one frame, in LSN order."""
@@ -124,6 +126,7 @@ class _Replay:
         frames.last_lsn = header.lsn
         if header.key_bytes:
             frames.keys.append((frame.key, header.lsn, crc32c(frame.payload_view())))
+            self.key_bytes += header.key_bytes + KEY_ENTRY_BYTES
 
 
 class _ProgressLog:
@@ -165,6 +168,7 @@ async def open_pipeline(
     survival: dict[str, bool],
     rng: random.Random,
     compute: Compute = run_compute,
+    shared: SharedRoom = NOT_SHARED,
 ) -> OpenLog:
     """Take the log over and bring up everything that a crash left.
 
@@ -180,6 +184,7 @@ async def open_pipeline(
         survival: what each tier survives with these settings (R14).
         rng: for the jitter of retries.
         compute: runs what would hold trio's thread up; simulations have no threads.
+        shared: which later tiers write to the log's own file system (R23).
 
     Raises:
         ConfigurationError: disk and store belong to different logs, or the disk is stale (R13).
@@ -271,7 +276,9 @@ async def open_pipeline(
         grace_s=settings.wal.release_grace_s,
     )
     for segment in recovered.segments:
-        release.note(segment.ref, segment.last_lsn, segment.end_bytes)
+        # All keys with the last one: the next checkpoint takes what is free by then.
+        keyed = replay.key_bytes if segment is recovered.segments[-1] else 0
+        release.note(segment.ref, segment.last_lsn, segment.end_bytes, keyed)
     objects_mark.advance(head_lsn)
     pipeline = Pipeline(
         LogIdentity(lease.log_uuid, lease.epoch),
@@ -296,6 +303,9 @@ async def open_pipeline(
         for appended in segment.ranges:
             if appended.last_lsn > head_lsn:
                 objects.submit(appended)
+
+    # A segment more than is owed: the next one is allocated whole before the active one is full.
+    space.count_owed(lambda: settings.wal.segment_bytes + pipeline.owed_bytes(shared))
 
     async def write_disk_ceiling(value: int) -> None:
         await LogState(lease.log_uuid, lease.epoch, value).write(wal_dir, disk)
