@@ -29,10 +29,11 @@ JOIN_TIMEOUT_S = 90.0
 
 @dataclass
 class Told:
-    """What the acks have said of one write: its LSN, and the last tier (-1 for none)."""
+    """What the acks have said of one write: its LSN, the last tier (-1 for none), and whether it outlived a crash."""
 
     lsn: int = 0
     tier: int = -1
+    kept: bool = False
 
 
 @dataclass
@@ -165,12 +166,13 @@ class KeyedWriter:
         stream.writer.close()
 
     def _first(self, handshake: Sequence[Ack]) -> int:
-        """The first batch to send: the first without its last ack, or that the handshake does not vouch for."""
+        """The first batch to send: without its last ack, or in memory alone and not vouched for by the handshake."""
         assert [ack["sequence"] for ack in handshake] == [-1] * 4, handshake
         (safe,) = (ack["lsn"] for ack in handshake if ack["durability_level"] == self.durability)
         for number in range(self.sent):
             told = self.told.get(number, Told())
-            if told.tier < self._last or told.lsn > safe:
+            may_be_lost = told.tier < TIERS.index("disk") and not told.kept and told.lsn > safe
+            if told.tier < self._last or may_be_lost:
                 return number
         return self.sent
 
@@ -213,9 +215,12 @@ class KeyedWriter:
         if ack.get("duplicate"):
             self.duplicates += 1
             assert told.lsn in (0, ack["lsn"]), f"{ack}: batch {number} was given LSN {told.lsn}"
+            # An earlier life gave it, and this one knows it: from its disk.
+            told.kept |= ack["lsn"] <= self._node.floor
         elif ack["lsn"] != told.lsn:
             assert told.tier < TIERS.index("disk"), f"{ack}: batch {number} was acked at tier {told.tier} and is lost"
             assert tier == 0, f"{ack}: batch {number} had LSN {told.lsn}"
+            assert not told.kept, f"{ack}: batch {number} had outlived a crash and is lost"
             self._node.note(ack["lsn"], self._writer, number)
             told.tier = -1
         told.lsn = ack["lsn"]
