@@ -19,6 +19,7 @@ import click
 import structlog
 import trio
 
+from arka import failpoints
 from arka.errors import ArkaError, ConfigurationError, DataCorruption, Fenced, InternalError
 from arka.exits import EXIT_CONFIGURATION, EXIT_DAMAGED, EXIT_FAILURE, EXIT_FENCED, EXIT_SIGNAL, complain, fail
 from arka.logs import configure_logging
@@ -80,6 +81,7 @@ def main_server(config: Path | None, show_config: bool, **flags: str | bool | No
     given = [Given(key, flags[name], flag) for name, (flag, key) in _FLAGS.items() if flags[name] is not None]
     try:
         loaded = load_settings(config=config, flags=given)
+        failpoints.arm(os.environ.get(failpoints.VARIABLE, ""), server_pid=os.getpid())
     except ConfigurationError as error:
         fail(error, EXIT_CONFIGURATION)
     if show_config:

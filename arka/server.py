@@ -20,6 +20,7 @@ from urllib.parse import unquote, urlsplit
 import structlog
 import trio
 
+from arka import failpoints
 from arka.errors import ArkaError, ConfigurationError, ErrorCode
 from arka.flight import messages
 from arka.flight.grpc import Health
@@ -27,13 +28,14 @@ from arka.flight.http2 import ConnectionFactory
 from arka.flight.service import FlightService, prepare_spill_dir
 from arka.options import Settings
 from arka.storage.catalog import IcebergCatalog, open_catalog
-from arka.storage.datadir import announce, disk_uuid, free_bytes, lock_data_dir
+from arka.storage.datadir import announce, disk_uuid, free_bytes, lock_data_dir, shares_device
 from arka.storage.disk import PosixDisk
 from arka.storage.objects import open_folder, open_object_store, read_range
 from arka.storage.ports import CatalogUnavailable
 from arka.tiers.admission import Ledger
 from arka.tiers.demo import demo_definitions
 from arka.tiers.pipeline import Pipeline
+from arka.tiers.space import SharedRoom
 from arka.tiers.startup import OpenLog, Surroundings, open_pipeline
 
 log = structlog.get_logger(__name__)
@@ -121,8 +123,10 @@ class Server:
                 started()
                 await stop.wait()
                 await self._drain(accepting, connections.cancel_scope)
+            await failpoints.reach("stop.drained")
             with trio.move_on_after(self._drain_s * _SEAL_SHARE) as sealing:
                 await self._pipeline.close()
+                await failpoints.reach("stop.sealed")
             if sealing.cancelled_caught:
                 log.warning("server.not_sealed", reason="the disk is slow; the next start recovers the log")
             with trio.move_on_after(self._drain_s * _SEAL_SHARE):
@@ -224,6 +228,10 @@ async def _engine(settings: Settings, data_dir: Path) -> AsyncIterator[OpenLog]:
             catalog=catalog,
             read_range=read_range,
             read_free=lambda: free_bytes(data_dir),
+            shared=SharedRoom(
+                store=shares_device(data_dir, settings.object_store.url),
+                warehouse=shares_device(data_dir, settings.iceberg.warehouse),
+            ),
             survival=survival,
             rng=random.Random(),
         )

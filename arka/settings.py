@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final, get_type_hints
 from urllib.parse import urlsplit
 
+from arka import failpoints
 from arka.errors import ConfigurationError
 from arka.options import Settings
 from arka.settings_text import SIZE_UNITS, format_size, format_value, mask_secret, quote
@@ -31,7 +32,7 @@ DEFAULT_ORIGIN: Final = "default"
 DERIVED_ORIGIN: Final = "default, under server.data_dir"
 
 #: Variables of the build and of the test tools that share the prefix; no settings.
-FOREIGN_VARIABLES: Final = frozenset({"ARKA_DEBUG", "ARKA_EXT"})
+FOREIGN_VARIABLES: Final = frozenset({"ARKA_DEBUG", "ARKA_EXT", failpoints.VARIABLE})
 
 _TRUE: Final = frozenset({"true", "yes", "on", "1"})
 _FALSE: Final = frozenset({"false", "no", "off", "0"})

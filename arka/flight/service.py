@@ -179,7 +179,7 @@ class FlightService:
             await self._pipeline.tables.catalog.scan(table.info, ticket.columns, ticket.limit, str(path))
             source = await run_compute(pa.memory_map, str(path), "r")
         # The file is unlinked here: the map keeps its bytes until the last of them is sent.
-        with source:
+        with source, self._held(source.size()):
             reader = pa.ipc.MessageReader.open_stream(source)
             while (message := await run_compute(_next_message, reader)) is not None:
                 header = _public_header(message)
@@ -190,6 +190,15 @@ class FlightService:
                     await call.send(head, memoryview(body).cast("B"))
                 else:
                     await call.send(head)
+
+    @contextmanager
+    def _held(self, size: int) -> Iterator[None]:
+        """Count a result's bytes on the disk, which they take until the last is sent (R23)."""
+        self._pipeline.note_held("spill", size)
+        try:
+            yield
+        finally:
+            self._pipeline.note_held("spill", -size)
 
     @contextmanager
     def _spill(self) -> Iterator[Path]:

@@ -17,6 +17,7 @@ from pyiceberg.table.refs import MAIN_BRANCH
 from pyiceberg.table.update import AssertRefSnapshotId, AssertTableUUID, TableRequirement
 from pyiceberg.utils.properties import property_as_bool
 
+from arka import failpoints
 from arka.iceberg.catalogs import catalog
 from arka.iceberg.config import CatalogConfig
 from arka.iceberg.garbage import Garbage
@@ -132,6 +133,7 @@ def _attempt(config: CatalogConfig, opened: Catalog, table: Table, job: CommitJo
 def _append(config: CatalogConfig, opened: Catalog, table: Table, job: CommitJob) -> int:
     base = table.metadata
     staged = stage_append(table, [data_file(file) for file in job.staged.files], _memory, _notes(job))
+    failpoints.hit("commit.manifests")
     updates = snapshot_updates(base, staged, _mark_properties(job), config.keep_snapshots)
     requirements: tuple[TableRequirement, ...] = (
         AssertTableUUID(uuid=base.table_uuid),
@@ -147,6 +149,7 @@ def _append(config: CatalogConfig, opened: Catalog, table: Table, job: CommitJob
     except Exception as error:
         # Nothing is deleted: the commit may have landed or may land yet.
         raise _UnknownOutcome(_describe(error)) from error
+    failpoints.hit("commit.swapped")
     consecutive = _memory.knows_current(base)
     _memory.remember(base.table_uuid, staged.snapshot.manifest_list, staged.manifests)
     for manifest in staged.merged_away:
@@ -154,6 +157,7 @@ def _append(config: CatalogConfig, opened: Catalog, table: Table, job: CommitJob
     _garbage.landed(base, response.metadata, staged.merged_away, consecutive=consecutive)
     _garbage.collect(base.table_uuid, table.io)
     _delete_old_metadata(table, response.metadata)
+    failpoints.hit("commit.response")
     return staged.snapshot.snapshot_id
 
 

@@ -18,6 +18,7 @@ from pyiceberg.catalog import Catalog
 from pyiceberg.exceptions import NoSuchNamespaceError, NoSuchTableError, TableAlreadyExistsError
 from pyiceberg.table import Table, TableProperties
 
+from arka import failpoints
 from arka.errors import InvalidRequest
 from arka.iceberg.catalogs import catalog
 from arka.iceberg.config import CatalogConfig
@@ -69,6 +70,7 @@ def create_table(config: CatalogConfig, definition: TableDefinition, location_su
         raise TableExists(f"Table already exists: {definition.name}")
     opened.create_namespace_if_not_exists((definition.name.namespace,))
     location = f"{config.warehouse}/{definition.name.namespace}/{definition.name.name}-{location_suffix}"
+    failpoints.hit("catalog.create")
     try:
         table = opened.create_table(
             identifier,
@@ -80,6 +82,7 @@ def create_table(config: CatalogConfig, definition: TableDefinition, location_su
         )
     except TableAlreadyExistsError as error:
         raise TableExists(f"Table already exists: {definition.name}") from error
+    failpoints.hit("catalog.created")
     return describe(table)
 
 
@@ -95,6 +98,7 @@ def drop_table(config: CatalogConfig, info: TableInfo, purge: bool) -> None:
     table = _load(opened, info.name)
     if table.metadata.table_uuid != info.uuid:
         raise TableMissing(f"Table not found: {info.name} with UUID {info.uuid}")
+    failpoints.hit("catalog.drop")
     try:
         if purge:
             opened.purge_table(identifier)
@@ -102,8 +106,10 @@ def drop_table(config: CatalogConfig, info: TableInfo, purge: bool) -> None:
             opened.drop_table(identifier)
     except NoSuchTableError as error:
         raise TableMissing(f"Table not found: {info.name}") from error
+    failpoints.hit("catalog.dropped")
     if purge:
         _remove_folder(table)
+        failpoints.hit("catalog.purged")
 
 
 def load_table(config: CatalogConfig, name: TableName) -> CatalogTable:

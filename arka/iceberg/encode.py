@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
+from arka import failpoints
 from arka._core.transforms import split_batch
 from arka.errors import InternalError
 from arka.iceberg.align import align_batch
@@ -60,6 +61,8 @@ def encode(config: CatalogConfig, job: EncodeJob) -> StagedFiles:
             if batch.num_rows:
                 sorter.add(batch, size)
         files = sorter.finish()
+        failpoints.hit("encode.written")
+    failpoints.hit("encode.synced")
     return StagedFiles(job.after_lsn, job.through_lsn, tuple(files), rows)
 
 

@@ -29,6 +29,8 @@ from pyiceberg.table.update import (
 )
 from pyiceberg.typedef import Identifier
 
+from arka import failpoints
+
 #: Parsed metadata files kept by one worker; a few per table of its shard are in use.
 _METADATA_CACHE_ENTRIES: Final = 256
 
@@ -110,6 +112,11 @@ class LeanSqlCatalog(SqlCatalog):
             io=current_table.io,
             catalog=self,
         )
+
+    @staticmethod
+    def _write_metadata(metadata: TableMetadata, io: FileIO, metadata_path: str) -> None:
+        SqlCatalog._write_metadata(metadata, io, metadata_path)
+        failpoints.hit("commit.metadata")
 
     def commit_table(
         self, table: Table, requirements: tuple[TableRequirement, ...], updates: tuple[TableUpdate, ...]

@@ -18,6 +18,7 @@ import signal
 from collections.abc import Callable, Sequence
 from typing import Final, ParamSpec, TypeVar
 
+from arka import failpoints
 from arka.errors import ArkaError, InternalError
 from arka.iceberg.config import CatalogConfig
 from arka.records import TableDefinition, TableInfo, TableName
@@ -64,6 +65,7 @@ def initialise(parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    failpoints.arm(os.environ.get(failpoints.VARIABLE, ""), server_pid=parent)
     logging.getLogger("pyiceberg").setLevel(logging.ERROR)
 
 

@@ -11,8 +11,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 from uuid import UUID, uuid4
 
+from arka import failpoints
 from arka.errors import ConfigurationError
 
 
@@ -88,7 +90,20 @@ def disk_uuid(data_dir: Path) -> UUID:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+    failpoints.hit("start.disk_id")
     return found
+
+
+def shares_device(data_dir: Path, url: str) -> bool:
+    """Say whether what lies under ``url`` is on the file system of the data directory; a remote URL is not."""
+    parts = urlsplit(url)
+    if parts.scheme != "file":
+        return False
+    path = Path(unquote(parts.path))
+    # It may not have been made yet: then its nearest folder decides.
+    while not path.exists():
+        path = path.parent
+    return path.stat().st_dev == data_dir.stat().st_dev
 
 
 def free_bytes(path: Path) -> int:
@@ -97,4 +112,4 @@ def free_bytes(path: Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
-__all__ = ["announce", "disk_uuid", "free_bytes", "lock_data_dir"]
+__all__ = ["announce", "disk_uuid", "free_bytes", "lock_data_dir", "shares_device"]

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, TypeVar
 
 import trio
 
+from arka import failpoints
 from arka._core.framing import Group, punch_hole
 from arka.storage.ports import Buffer, DiskFile
 
@@ -25,6 +27,17 @@ _JOBS: Final = 8
 
 #: Buffers that one pwritev takes; the least that POSIX systems of our time allow is 1024.
 _IOV_MAX: Final = 1024
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the file in an error of a call that knows its descriptor only: a person has to find the disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 class PosixFile:
@@ -43,7 +56,8 @@ class PosixFile:
         """Write ``parts`` joined at ``offset``."""
         left = [memoryview(part).cast("B") for part in parts if len(part)]
         while left:
-            written = os.pwritev(self._fd, left[:_IOV_MAX], offset)
+            with _naming(self._path):
+                written = os.pwritev(self._fd, left[:_IOV_MAX], offset)
             offset += written
             taken = 0
             while taken < len(left) and written >= len(left[taken]):
@@ -55,11 +69,19 @@ class PosixFile:
 
     def sync(self) -> None:
         """Make bytes and size durable."""
-        os.fdatasync(self._fd)
+        with _naming(self._path):
+            os.fdatasync(self._fd)
 
     def commit(self, group: Group) -> None:
         """Seal, write and fsync a group without the GIL."""
-        group.commit(self._fd)
+        if failpoints.armed():
+            # The same bytes in two steps, with a place between them.
+            self.write(group.offset, [group.to_bytes()])
+            failpoints.hit("wal.group_written")
+            self.sync()
+        else:
+            with _naming(self._path):
+                group.commit(self._fd)
 
     def release_tail(self, offset: int) -> None:
         """Punch a hole from ``offset`` to the end."""
@@ -110,7 +132,8 @@ class PosixDisk:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
         try:
             if size:
-                os.posix_fallocate(fd, 0, size)
+                with _naming(path):
+                    os.posix_fallocate(fd, 0, size)
         except BaseException:
             os.close(fd)
             raise

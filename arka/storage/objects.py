@@ -22,6 +22,7 @@ import obstore.exceptions
 import trio
 from obstore.store import from_url
 
+from arka import failpoints
 from arka.errors import ConfigurationError
 from arka.options import ObjectStoreOptions
 from arka.storage.ports import Buffer, ObjectExists, ObjectMeta, ObjectStore, StoreRefused, StoreUnavailable
@@ -110,6 +111,7 @@ class FileObjectStore:
                 except (FileNotFoundError, NotADirectoryError):
                     continue
                 _sync_directory(path.parent)
+                failpoints.hit("release.object_deleted")
 
         await self._run(job)
 
@@ -130,6 +132,7 @@ class FileObjectStore:
                     file.write(part)
                 file.flush()
                 os.fsync(file.fileno())
+            failpoints.hit("store.staged")
             self._make_folder(target.parent)
             try:
                 # A link fails where the name is taken, and the name appears with all of the bytes or not at all.
@@ -139,7 +142,9 @@ class FileObjectStore:
                 # and the caller takes what exists for durable.
                 _sync_directory(target.parent)
                 raise ObjectExists(key) from None
+            failpoints.hit("store.linked")
             _sync_directory(target.parent)
+            failpoints.hit("store.named")
         finally:
             staged.unlink(missing_ok=True)
 

@@ -17,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
+from arka import failpoints
+
 #: These end only what hangs.
 START_TIMEOUT_S: Final = 60.0
 STOP_TIMEOUT_S: Final = 30.0
@@ -33,6 +35,7 @@ class ServerProcess:
         data: the data directory.
         log: the file that gets the output of every start.
         flight: where Flight listens, as ``host:port``; set by ``start``.
+        failpoints: what ``ARKA_FAILPOINTS`` says to the next process; empty for none.
     """
 
     def __init__(self, data: Path, settings: Mapping[str, object] | None = None, *flags: str) -> None:
@@ -47,6 +50,7 @@ class ServerProcess:
         self.data = data
         self.log = data.with_name(f"{data.name}.log")
         self.flight = ""
+        self.failpoints = ""
         self._flags = flags
         self._environment = {name: value for name, value in os.environ.items() if not name.startswith("ARKA_")}
         for key, value in (settings or {}).items():
@@ -78,10 +82,11 @@ class ServerProcess:
         """Start the process without waiting for anything."""
         program = str(Path(sys.executable).with_name("arka-server"))
         ports = ("--port", "0", "--http-port", "0")
+        wished = {failpoints.VARIABLE: self.failpoints} if self.failpoints else {}
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [program, "--data-dir", str(self.data), *ports, *self._flags],
-                env=self._environment,
+                env=self._environment | wished,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

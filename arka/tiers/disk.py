@@ -39,6 +39,12 @@ class DiskTier:
         self._watermark = watermark
         self._group_bytes = group_bytes
         self._on_durable = on_durable
+        self._writing_bytes = 0
+
+    @property
+    def writing_bytes(self) -> int:
+        """Frame bytes of the group that is being written."""
+        return self._writing_bytes
 
     async def run(self) -> None:
         """Write groups until the memory tier is closed and empty.
@@ -50,7 +56,9 @@ class DiskTier:
         """
         while await self._memory.wait_pending():
             group = self._memory.take_group(self._group_bytes)
+            self._writing_bytes = group.frame_bytes
             ranges = await self._writer.append(group.frames)
+            self._writing_bytes = 0
             last_lsn = group.last_lsn
             for appended in ranges:
                 self._on_durable(appended)

@@ -15,6 +15,7 @@ from uuid import UUID, uuid4
 import structlog
 import trio
 
+from arka import failpoints
 from arka.errors import ConfigurationError
 from arka.storage.ports import ObjectExists, ObjectStore, StoreUnavailable
 from arka.tiers.epochrecords import (
@@ -105,11 +106,13 @@ async def take_epoch(store: ObjectStore, claim: Claim) -> EpochLease:
             continue
         log_uuid, epoch = (uuid4(), 1) if newest is None else (newest.log_uuid, newest.epoch + 1)
         record = _new_record(claim, log_uuid, epoch)
+        await failpoints.reach("epoch.begin")
         try:
             await store.put_new(epoch_key(claim.node_id, epoch), [record.to_bytes()])
         except ObjectExists:
             # Somebody else took it, or our own response was lost: the record says which, and the next one is free.
             continue
+        await failpoints.reach("epoch.taken")
         reserved = await _reserved(store, claim.node_id)
         known = max(reserved, claim.local.lsn_ceiling if claim.local is not None else 1)
         # Above both: a store that was emptied, or exchanged, knows less than the disk.

@@ -12,6 +12,7 @@ from uuid import UUID
 import structlog
 import trio
 
+from arka import failpoints
 from arka.errors import Fenced
 from arka.records import MAX_LSN
 from arka.storage.ports import ObjectExists, ObjectStore, StoreUnavailable
@@ -106,9 +107,11 @@ class EpochLease:
             # An earlier attempt of ours whose response was lost, or that of an owner who was fenced between our
             # listing and it.
             log.debug("lsn.block_exists", ceiling=ceiling)
+        await failpoints.reach("epoch.block_put")
         # Whoever takes an epoch lists the blocks afterwards. So either the next owner has seen this one and starts
         # above it, or this read shows the next owner; one of two that reserved the same block never uses it.
         await self.verify()
+        await failpoints.reach("epoch.block_reserved")
         self._lsn_ceiling = ceiling
         return ceiling
 
@@ -139,6 +142,7 @@ class EpochLease:
         except ObjectExists:
             # Ours, with its response lost: nobody else has this epoch.
             log.debug("epoch.start_exists", epoch=self.epoch)
+        await failpoints.reach("epoch.start_recorded")
         await self.verify()
 
     async def beat(self, interval_s: float) -> None:

@@ -41,10 +41,11 @@ class Appended:
 
 @dataclass(slots=True)
 class Group:
-    """Frames that go to disk together, and what to release once they are there."""
+    """Frames that go to disk together, their bytes there, and what to release once they are there."""
 
     frames: list[Frame]
     charges: list[Releasable]
+    frame_bytes: int
 
     @property
     def last_lsn(self) -> int:
@@ -145,7 +146,7 @@ class MemoryTier:
             if charge is not None:
                 charges.append(charge)
         self._queued_bytes -= taken
-        return Group(frames, charges)
+        return Group(frames, charges, taken)
 
     async def wait_pending(self) -> bool:
         """Wait until frames wait, or until the tier is closed and empty.

@@ -20,6 +20,7 @@ from uuid import UUID
 import structlog
 import trio
 
+from arka import failpoints
 from arka.errors import DataCorruption, InternalError
 from arka.options import ObjectStoreOptions
 from arka.records import TableInfo
@@ -89,6 +90,7 @@ class ObjectTier:
         # Invariant: LSNs rise along _pending, and all of them lie above what was cut into objects.
         self._pending: deque[AppendedRange] = deque()
         self._pending_bytes = 0
+        self._unstored_bytes = 0
         self._submitted_lsn = 0
         self._recovered_lsn = 0
         self._arrived = trio.Event()
@@ -123,6 +125,7 @@ class ObjectTier:
             while self._pending and self._pending[0].last_lsn <= head.last_lsn:
                 piece = self._pending.popleft()
                 self._pending_bytes -= piece.end - piece.start
+                self._unstored_bytes -= piece.end - piece.start
             self._stored_lsn = head.last_lsn
             self._on_advance(head.last_lsn)
         self._lease, self._head = lease, head
@@ -151,6 +154,7 @@ class ObjectTier:
                 # What was last can grow no more: there is nothing to wait for.
                 self._hurried.set()
         self._pending_bytes += appended.end - appended.start
+        self._unstored_bytes += appended.end - appended.start
         self._arrived.set()
         if self._pending_bytes >= self._options.bytes:
             self._hurried.set()
@@ -172,6 +176,11 @@ class ObjectTier:
         self._hurry_always |= from_now_on
         self._hurried_lsn = self._submitted_lsn
         self._hurried.set()
+
+    @property
+    def unstored_bytes(self) -> int:
+        """Bytes of the log that are not in the store yet, those under way among them."""
+        return self._unstored_bytes
 
     def statistics(self) -> ObjectStatistics:
         """Where the tier stands."""
@@ -243,13 +252,17 @@ class ObjectTier:
         key = upload.encoded.ref.key(self._node_id)
 
         async def put() -> None:
+            await failpoints.reach("objects.begin")
             try:
                 await self._store.put_new(key, upload.encoded.parts)
             except ObjectExists:
                 await self._check_same(key, upload.encoded)
 
         await self._persist(put)
+        await failpoints.reach("objects.put")
         upload.done = True
+        # The frames stand in the object as they stood in the log, between its header, tables and footer.
+        self._unstored_bytes -= memoryview(upload.encoded.parts[2]).nbytes
         self._uploaded.set()
 
     async def _check_same(self, key: str, encoded: EncodedObject) -> None:
@@ -280,12 +293,14 @@ class ObjectTier:
             if finished:
                 # Begun after those PUTs returned: one read covers them all.
                 await self._persist(self._held.verify)
+                await failpoints.reach("objects.verified")
                 for _ in range(finished):
                     self._uploading.popleft()
                     slots.release()
                 self._objects += finished
                 self._stored_lsn = last_lsn
                 self._on_advance(last_lsn)
+                await failpoints.reach("objects.advanced")
 
     async def _persist(self, request: Callable[[], Awaitable[None]]) -> None:
         """Repeat a request until the store answers it."""

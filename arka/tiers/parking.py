@@ -124,7 +124,7 @@ class Parking:
                 parked.last_lsn = max(parked.last_lsn, header.last_lsn)
 
         await self._persist(ask)
-        self._space.note_held(sum(parked.size for parked in self._parked.values()))
+        self._space.note_held("parked", sum(parked.size for parked in self._parked.values()))
         await self._disk.run(self._clear)
         self.loaded = True
 
@@ -195,7 +195,7 @@ class Parking:
         parked = self._parked.pop(uuid, None)
         if parked is not None:
             await self._persist(partial(self._store.delete, parked.keys))
-            self._space.note_held(-parked.size)
+            self._space.note_held("parked", -parked.size)
             await self._disk.run(partial(self._clear, f"{uuid}-"))
 
     # -- to the store -----------------------------------------------------------------------------
@@ -216,7 +216,7 @@ class Parking:
         parked.keys.append(key)
         parked.size += encoded.size
         parked.last_lsn = max(parked.last_lsn, encoded.ref.last_lsn)
-        self._space.note_held(encoded.size)
+        self._space.note_held("parked", encoded.size)
 
     def _encode(self, table: Table, piece: SegmentSlice) -> EncodedObject:
         """Gather one segment's frames of a table into an object. Blocking."""

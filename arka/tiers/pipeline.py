@@ -27,7 +27,7 @@ from arka.tiers.keys import KeyIndex
 from arka.tiers.memory import Appended, MemoryTier, Releasable
 from arka.tiers.objects import ObjectTier
 from arka.tiers.release import LogRelease
-from arka.tiers.space import DiskSpace
+from arka.tiers.space import DiskSpace, SharedRoom
 from arka.tiers.table import Table, TableState
 from arka.tiers.tables import Tables
 from arka.tiers.uplink import Taken, Uplink
@@ -256,6 +256,7 @@ class Pipeline:
         )
         if not appended.duplicate:
             table.last_lsn = appended.lsn
+            self._space.note_accepted(payload.size)
         return appended
 
     def _check_open(self, table: Table) -> None:
@@ -297,6 +298,25 @@ class Pipeline:
         above = self._marks.objects.lsn + 1
         needed = self.tables.needed_from()
         return above if needed is None else min(above, needed)
+
+    def owed_bytes(self, shared: SharedRoom) -> int:
+        """How many bytes accepted writes will still take on the log's file system (R23).
+
+        Args:
+            shared: which tiers write there too.
+        """
+        queued = self.memory.queued_bytes + self._disk_tier.writing_bytes
+        # Checkpoints are kept on the log's disk too.
+        owed = queued + self._release.owed_bytes
+        if shared.store:
+            owed += queued + self._objects.unstored_bytes + self._release.owed_bytes
+        if shared.warehouse:
+            owed += queued + sum(table.backlog.frame_bytes for table in self.tables.all())
+        return owed
+
+    def note_held(self, kind: str, delta: int) -> None:
+        """Count bytes beside the log that ``limits.disk_bytes`` is for; see ``DiskSpace.note_held``."""
+        self._space.note_held(kind, delta)
 
     # -- what streams listen to -------------------------------------------------------------------
 

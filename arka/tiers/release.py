@@ -25,11 +25,12 @@ import msgspec
 import structlog
 import trio
 
+from arka import failpoints
 from arka._core.framing import crc32c
 from arka._core.keys import ENTRY_BYTES
 from arka.errors import DataCorruption
 from arka.options import MIB
-from arka.records import KnownTable, LsnRange, TableInfo
+from arka.records import MAX_LSN, KnownTable, LsnRange, TableInfo
 from arka.storage.ports import ObjectExists, ObjectStore, StoreUnavailable
 from arka.tiers.keys import KeyIndex
 from arka.tiers.logclock import LogClock
@@ -162,6 +163,11 @@ class LogRelease:
         self._released_lsn = 0
         self._deleted_lsn = 0
 
+    @property
+    def owed_bytes(self) -> int:
+        """About how many bytes the next checkpoints will take."""
+        return self._keys.uncovered_bytes(MAX_LSN)
+
     def note(self, ref: SegmentRef, last_lsn: int, size: int) -> None:
         """Note bytes of a segment that are on disk; log order."""
         if self._held and self._held[-1].ref == ref:
@@ -239,12 +245,14 @@ class LogRelease:
         )
         body = msgspec.msgpack.encode(record)
         key = f"{self._node_id}/checkpoint/{self._epoch():010d}/{through_lsn:016d}"
+        await failpoints.reach("release.begin")
         try:
             await self._store.put_new(key, [crc32c(body).to_bytes(_CRC_BYTES, "little"), body])
         except ObjectExists:
             # Our own attempt whose response was lost: the epoch is ours and the range is the same. The clock in it is
             # the earlier one, and all that it holds was committed by then.
             log.debug("log.checkpoint_exists", key=key)
+        await failpoints.reach("release.checkpoint")
         count = sum(len(packed) for _, packed in record.keys) // ENTRY_BYTES
         log.info("log.checkpoint", through_lsn=through_lsn, keys=count, tables=len(record.tables), bytes=len(body))
 
@@ -257,6 +265,7 @@ class LogRelease:
             while self._doomed and self._doomed[0][1] <= now:
                 gone.append(self._doomed.popleft()[0])
             await self._writer.retire([held.ref for held in gone])
+            await failpoints.reach("release.retired")
             size = sum(held.size for held in gone)
             self._space.note_released(size)
             self._released_lsn = gone[-1].last_lsn
@@ -265,6 +274,7 @@ class LogRelease:
             through_lsn = self._released_lsn
             await self._delete_objects(through_lsn)
             self._deleted_lsn = through_lsn
+            await failpoints.reach("release.deleted")
 
     async def _delete_objects(self, through_lsn: int) -> None:
         """Delete WAL objects that lie wholly below ``through_lsn``, and checkpoints whose keys are all forgotten.

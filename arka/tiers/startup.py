@@ -18,6 +18,7 @@ from uuid import UUID
 import structlog
 import trio
 
+from arka import failpoints
 from arka._core.framing import KIND_LOST
 from arka._core.lsn import LsnAllocator
 from arka.options import Settings
@@ -36,7 +37,7 @@ from arka.tiers.release import LoadedCheckpoints, LogRelease, LostRange, load_ch
 from arka.tiers.replay import ProgressLog, Replay
 from arka.tiers.reservation import DISK_BLOCK, LsnReservation
 from arka.tiers.restore import restore_log
-from arka.tiers.space import DiskSpace
+from arka.tiers.space import NOT_SHARED, DiskSpace, SharedRoom
 from arka.tiers.table import Table, TableCommitter
 from arka.tiers.tables import Tables
 from arka.tiers.uplink import Taken, Uplink, ask_store
@@ -69,6 +70,7 @@ class Surroundings:
         catalog: the Iceberg catalog.
         read_range: reads ``(path, start, end)`` of a segment for the object tier.
         read_free: returns the data directory's free bytes.
+        shared: which later tiers write to the log's own file system (R23).
         survival: what each tier survives with these settings (R14).
         rng: for the jitter of retries.
         compute: runs what would hold trio's thread up; simulations have no threads.
@@ -84,6 +86,7 @@ class Surroundings:
     survival: dict[str, bool]
     rng: random.Random
     compute: Compute = run_compute
+    shared: SharedRoom = NOT_SHARED
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +165,7 @@ class _Start:
         first_lsn = max(state.lsn_ceiling, recovered.last_lsn + 1)
         ceiling = min(first_lsn + DISK_BLOCK, state_file.state.store_ceiling)
         await state_file.raise_to(lsn_ceiling=ceiling)
+        await failpoints.reach("start.recovered")
         opened = await self._assemble(state_file, recovered, checkpoints, LsnAllocator(first_lsn, ceiling), first_lsn)
         if taken is not None:
             await self._connect(taken, head, opened)
@@ -339,6 +343,8 @@ class _Start:
         self._hand_over(recovered, checkpoints, tables, objects, release)
         parts = Parts(memory, writer, state_file, objects, self._uplink, tables, marks, keys, space, release)
         pipeline = Pipeline(log_uuid, parts, settings, survival=world.survival)
+        # A segment more than is owed: the next one is allocated whole before the active one is full.
+        space.count_owed(lambda: settings.wal.segment_bytes + pipeline.owed_bytes(world.shared))
         reservation = LsnReservation(allocator, state_file, reserve_store_block=self._uplink.reserve_block)
         return OpenLog(pipeline, reservation, log_uuid, epoch, recovered.last_lsn, first_lsn)
 

@@ -18,6 +18,7 @@ from uuid import UUID, uuid4
 import structlog
 import trio
 
+from arka import failpoints
 from arka.errors import ArkaError, ErrorCode, Fenced
 from arka.options import IcebergOptions
 from arka.records import TableInfo, Tier
@@ -237,9 +238,11 @@ class TableCommitter:
                 earliest = trio.current_time() + self._note_failure(error)
                 continue
             self._failures = 0
+            await failpoints.reach("commit.answered")
             if result.outcome is CommitOutcome.TABLE_GONE:
                 return table.state is TableState.ACTIVE
             self._apply(cut, result)
+            await failpoints.reach("commit.advanced")
             now = trio.current_time()
             earliest = max(started + self._options.commit_interval_s, now + (now - started) * (1 / _COST_SHARE - 1) / 2)
         return False

@@ -18,6 +18,7 @@ from uuid import UUID
 import structlog
 import trio
 
+from arka import failpoints
 from arka.errors import ArkaError, ErrorCode, Unavailable
 from arka.records import KnownTable, TableDefinition, TableName
 from arka.storage.ports import Catalog, CatalogTable, CatalogUnavailable
@@ -359,7 +360,9 @@ class Tables:
             suffix = ddl.new_location_suffix()
             lsn = ddl.log_create(self._memory, definition, suffix)
             await self._disk.wait_reached(lsn)
+            await failpoints.reach("create.recorded")
             found, created = await ddl.create_table(self.catalog, definition, suffix)
+            await failpoints.reach("create.done")
             # A start that finds the catalog away knows the table from this record.
             ddl.log_created(self._memory, found.info, suffix)
             return self.register(found), created
@@ -391,12 +394,15 @@ class Tables:
                 table.drop_lsn = ddl.log_drop(self._memory, info, purge=purge)
                 table.end(ddl.dropped(info))
             await self._disk.wait_reached(table.drop_lsn)
+            await failpoints.reach("drop.recorded")
             try:
                 await ddl.drop_table(self.catalog, info, purge=purge)
             except ArkaError as error:
                 done.set(error)
                 return
+            await failpoints.reach("drop.done")
             ddl.log_drop(self._memory, info, purge=purge, done=True)
+            await failpoints.reach("drop.noted")
             self._dropped.add(info.uuid)
             if self._by_name.get(info.name) is table:
                 del self._by_name[info.name]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Final
 from uuid import UUID
 
+from arka import failpoints
 from arka._core.framing import KIND_BATCH, KIND_TABLE, MARK_BYTES, Frame, Group
 from arka.records import TableInfo
 from arka.storage.ports import DiskFile
@@ -99,7 +100,9 @@ class ActiveSegment:
         self._last_lsn = cut.taken[-1].lsn
         if then_seal:
             frames.append(self._footer(synced_through=start, offset=end))
+        failpoints.hit("wal.group_begin")
         self._file.commit(Group(frames, start, self._seed))
+        failpoints.hit("wal.group_synced")
         self._offset = end
         if then_seal:
             self._release(end + MARK_BYTES)
@@ -126,6 +129,7 @@ class ActiveSegment:
         return footer.to_frame(now_us())
 
     def _release(self, end: int) -> None:
+        failpoints.hit("wal.footer_synced")
         self._file.release_tail(end)
         self._file.close()
 

@@ -14,6 +14,7 @@ from uuid import UUID
 
 import trio
 
+from arka import failpoints
 from arka._core.lsn import LSN_END
 from arka.errors import ConfigurationError, DataCorruption, InternalError
 from arka.storage.ports import Disk
@@ -79,6 +80,7 @@ class LogState:
             if STATE_NAME in disk.list_names(directory):
                 raise ConfigurationError(f"{directory} holds a log already")
             write_whole(disk, directory / STATE_NAME, [state._to_slot(), state._to_slot()])
+            failpoints.hit("logstate.created")
 
         await disk.run(job)
         return state
@@ -172,7 +174,9 @@ class LogState:
         try:
             for slot in (first, 1 - first):
                 file.write(slot * _SLOT_BYTES, [state._to_slot()])
+                failpoints.hit("logstate.slot_written")
                 file.sync()
+                failpoints.hit("logstate.slot_synced")
         finally:
             file.close()
         return state

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
 
+from arka import failpoints
 from arka._core.framing import (
     KIND_GROUP,
     KIND_LOST,
@@ -178,6 +179,7 @@ class _Recovery:
         """Recover."""
         self._disk.make_directory(self._directory)
         self._remove_unfinished()
+        failpoints.hit("recovery.cleaned")
         seal = read_seal(self._disk, self._directory)
         headers = self._drop_replaced(self._read_headers())
         self._check_identity(seal, headers)
@@ -196,6 +198,7 @@ class _Recovery:
         elif numbers:
             mark = SealMark(self._log_uuid, self._epoch, newest, self._last_lsn, closed=False)
             write_seal(self._disk, self._directory, mark)
+            failpoints.hit("recovery.marked")
         return RecoveredLog(
             segments=tuple(self._segments),
             last_lsn=self._last_lsn,
@@ -242,6 +245,7 @@ class _Recovery:
             scan.check_sealed()
             self._disk.remove(self._path(number))
             self._disk.sync_directory(self._directory)
+            failpoints.hit("recovery.replaced_removed")
         return {number: header for number, header in headers.items() if number not in replaced}
 
     def _check_identity(self, seal: SealMark | None, headers: dict[int, SegmentHeader]) -> None:
@@ -327,6 +331,7 @@ class _Recovery:
             assert scan.stop is not None
             copied_to = ref.path.with_name(f"{ref.path.name}.torn-{torn.start}")
             write_whole(self._disk, copied_to, [data[torn.start : torn.end]])
+            failpoints.hit("recovery.torn_kept")
             self._torn = TornTail(
                 ref,
                 torn.start,
@@ -340,7 +345,9 @@ class _Recovery:
             copy_segment(self._disk, self._path(copy_number), scan, data, number=copy_number, epoch=self._epoch)
         del data
         self._disk.remove(ref.path)
+        failpoints.hit("recovery.original_unlinked")
         self._disk.sync_directory(self._directory)
+        failpoints.hit("recovery.original_removed")
         if not scan.first_lsn:
             return number
         self._read_sealed(copy_number)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 from uuid import UUID
 
+from arka import failpoints
 from arka._core.framing import KIND_FOOTER, KIND_GROUP, FrameHeader, Group, parse_header, reseal_header
 from arka.options import MIB
 from arka.storage.ports import Buffer, Disk
@@ -142,11 +143,15 @@ class SegmentBuilder:
             footer = Footer(header.nonce, HEADER_BYTES, self._offset, header.first_lsn, self._last_lsn, self._frames)
             self._file.write(0, [header.to_bytes()])
             self._file.write(self._offset, [self._mark_bytes(footer)])
+            failpoints.hit("recovery.copy_written")
             self._file.sync()
+            failpoints.hit("recovery.copy_synced")
         finally:
             self.close()
         self._disk.rename(self._file.path, self._path)
+        failpoints.hit("recovery.copy_renamed")
         self._disk.sync_directory(self._path.parent)
+        failpoints.hit("recovery.copy_named")
 
     def close(self) -> None:
         """Let go of the file, finished or not; a file without a segment's name is removed by the next recovery."""

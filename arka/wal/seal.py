@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 from uuid import UUID
 
+from arka import failpoints
 from arka.storage.ports import Buffer, Disk
 from arka.wal.blocks import FORMAT_VERSION, check_block, magic, seal_block
 
@@ -96,10 +97,13 @@ def write_whole(disk: Disk, path: Path, parts: Sequence[Buffer]) -> None:
     file = disk.create(unfinished, 0)
     try:
         file.write(0, parts)
+        failpoints.hit("whole.written")
         file.sync()
+        failpoints.hit("whole.synced")
     finally:
         file.close()
     disk.rename(unfinished, path)
+    failpoints.hit("whole.renamed")
     disk.sync_directory(path.parent)
 
 

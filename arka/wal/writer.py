@@ -14,6 +14,7 @@ from uuid import UUID
 
 import trio
 
+from arka import failpoints
 from arka._core.framing import KIND_BATCH, Frame
 from arka.errors import Closed, ConfigurationError, DataCorruption, Fenced, InternalError, OutcomeUnknown
 from arka.options import WalOptions
@@ -108,6 +109,7 @@ class WalWriter:
             disk.make_directory(directory)
             seal = _check_sealed(disk, directory, log_uuid, epoch, first_segment)
             write_seal(disk, directory, seal)
+            failpoints.hit("wal.opened")
             return seal
 
         seal = await disk.run(prepare)
@@ -241,6 +243,7 @@ class WalWriter:
         need = HEADER_BYTES + MARKS_BYTES + first.frame_bytes
         if first.kind == KIND_BATCH:
             need += table_frame(first).frame_bytes
+        failpoints.hit("wal.segment_begin")
         number = self._next_segment
         ref = SegmentRef(self._directory / segment_name(number), number, self._epoch)
         capacity = self._options.segment_bytes
@@ -250,6 +253,7 @@ class WalWriter:
         if file is None:
             capacity = max(capacity, need)
             file = self._disk.create(ref.path.with_name(ref.path.name + UNFINISHED_SUFFIX), capacity)
+        failpoints.hit("wal.segment_allocated")
         header = SegmentHeader(
             log_uuid=self._log_uuid,
             epoch=self._epoch,
@@ -262,20 +266,26 @@ class WalWriter:
             nonce=secrets.token_bytes(16),
         )
         file.write(0, [header.to_bytes()])
+        failpoints.hit("wal.header_written")
         file.sync()
+        failpoints.hit("wal.header_synced")
         # A segment gets its name when its header is durable: under a segment's name a bad header is damage.
         self._disk.rename(file.path, ref.path)
+        failpoints.hit("wal.segment_renamed")
         self._disk.sync_directory(self._directory)
+        failpoints.hit("wal.segment_named")
         self._next_segment += 1
         return ActiveSegment(ref, header, file)
 
     def _allocate(self, name: str) -> DiskFile:
         try:
-            return self._disk.create(self._directory / name, self._options.segment_bytes)
+            spare = self._disk.create(self._directory / name, self._options.segment_bytes)
+            failpoints.hit("wal.spare_allocated")
         except OSError:
             # On a full disk, what was allocated before the error is what the active segment may need.
             self._disk.remove(self._directory / name)
             raise
+        return spare
 
     def _remove(self, numbers: Sequence[int]) -> None:
         found = sorted(_segment_numbers(self._disk, self._directory))
@@ -285,7 +295,9 @@ class WalWriter:
         for number in present:
             # One at a time: whatever a crash undoes, no hole is left.
             self._disk.remove(self._directory / segment_name(number))
+            failpoints.hit("release.segment_unlinked")
             self._disk.sync_directory(self._directory)
+            failpoints.hit("release.segment_removed")
 
     def _finish(self) -> None:
         active, self._active = self._active, None
@@ -297,12 +309,14 @@ class WalWriter:
                 active.close()
             return
         try:
+            failpoints.hit("stop.begin_seal")
             if active is not None:
                 active.seal()
             if spare is not None:
                 self._disk.remove(spare.path)
             mark = SealMark(self._log_uuid, self._epoch, self._next_segment - 1, self._last_lsn, closed=True)
             write_seal(self._disk, self._directory, mark)
+            failpoints.hit("stop.marked")
         except BaseException as error:
             self._poison = error
             raise WalPoisoned(f"{self._directory}: the log cannot be sealed: {error}") from error

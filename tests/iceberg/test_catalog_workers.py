@@ -96,11 +96,14 @@ async def test_dead_worker_costs_its_job_alone(tmp_path: Path, number: signal.Si
 
 async def test_dead_worker_does_not_hide_what_ended_the_server(tmp_path: Path) -> None:
     """An error that ends the server leaves the catalog's scope although a worker is found dead on the way out."""
-    with pytest.raises(Fenced, match="epoch 1 is over"):
+
+    async def fail() -> None:
         async with _pool(tmp_path) as pool:
-            process = await pool.run(os.getpid)
-            os.kill(process, signal.SIGKILL)
+            os.kill(await pool.run(os.getpid), signal.SIGKILL)
             raise Fenced("epoch 1 is over")
+
+    with pytest.raises(Fenced, match="epoch 1 is over"):
+        await fail()
 
 
 async def test_slow_table_is_quarantined_until_it_succeeds(tmp_path: Path) -> None:

@@ -35,6 +35,11 @@ def rows(data: Path, name: str) -> pa.Table:
     return load(data, name).scan().to_arrow()
 
 
+def column(data: Path, name: str, wanted: str) -> list[Any]:
+    """Read one column of a table with plain pyiceberg."""
+    return load(data, name).scan(selected_fields=(wanted,)).to_arrow()[wanted].to_pylist()
+
+
 def open_duckdb() -> Any:
     """Open a DuckDB that reads Iceberg; its extensions are loaded by path, since nothing can be downloaded."""
     connection = duckdb.connect(config={"allow_unsigned_extensions": "true"})

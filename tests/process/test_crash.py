@@ -1,174 +1,21 @@
-"""SIGKILL in the middle of streams: what was acked on disk is in Iceberg exactly once, nothing is doubled."""
+"""What a client may rely on right after a SIGKILL: its acks, the resume handshake, its keys.
+
+Kills at random instants are in ``test_kill_instants``, kills at each durable step in ``test_failpoints``.
+"""
 
 from __future__ import annotations
 
-import random
-import threading
-from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
-import pyarrow as pa
 import pyarrow.flight as flight
 import pytest
 
-from arka.testing.serverprocess import ServerProcess, wait_gone
+from arka.testing.serverprocess import ServerProcess
 
 from . import lake
-from .clients import NUMBERS, Ack, Stream, action, check_order, connect, create, numbers, write_all
+from .clients import NUMBERS, Stream, action, check_order, connect, create, numbers, write_all
 
-pytestmark = [pytest.mark.process, pytest.mark.slow]
-
-ROUNDS = 20
-#: Rows of a batch: a batch is there whole or not at all.
-BATCH_ROWS = 3
-#: Batches that a writer has on their way.
-WINDOW = 200
-
-
-class Writer:
-    """Writes batches 0, 1, 2 … until its server is gone, and remembers what it was told of each.
-
-    Attributes:
-        sent: how many batches were begun to be sent, in all rounds.
-        on_disk: those that were acked on disk.
-        given: the LSN that each was first acked with, one entry for each time.
-    """
-
-    def __init__(self, table: str) -> None:
-        self.table = table
-        self.sent = 0
-        self.on_disk: set[int] = set()
-        self.given: list[tuple[int, int]] = []
-        self.failures: list[str] = []
-
-    def open(self, client: flight.FlightClient) -> tuple[Stream, int]:
-        """Open a stream; returns it with the number of its first batch."""
-        return Stream(client, self.table, requested_durability="disk"), self.sent
-
-    def take(self, ack: Ack, number: int) -> None:
-        """Take one ack of a batch."""
-        assert ack["error"] is None, ack
-        if ack["durability_level"] == "disk":
-            self.on_disk.add(number)
-        elif not ack.get("duplicate"):
-            self.given.append((ack["lsn"], number))
-
-    def run(self, location: str, gone: threading.Event, progress: threading.Event) -> None:
-        """Write until the server is gone."""
-        with connect(location) as client:
-            stream, first = self.open(client)
-            room = threading.Semaphore(WINDOW)
-            reading = threading.Thread(target=self._read, args=(stream, first, room, gone, progress))
-            reading.start()
-            number = first
-            try:
-                while not gone.is_set():
-                    room.acquire(timeout=0.05)
-                    self.sent = max(self.sent, number + 1)
-                    stream.write(numbers(range(number * BATCH_ROWS, (number + 1) * BATCH_ROWS)))
-                    number += 1
-            except (flight.FlightError, pa.ArrowException) as error:
-                self._note(error, gone)
-            reading.join()
-
-    def _read(
-        self, stream: Stream, first: int, room: threading.Semaphore, gone: threading.Event, progress: threading.Event
-    ) -> None:
-        try:
-            while True:
-                ack = stream.ack()
-                if ack["sequence"] >= 0:
-                    self.take(ack, first + ack["sequence"])
-                    if ack["durability_level"] == "disk":
-                        room.release()
-                        progress.set()
-        except (flight.FlightError, pa.ArrowException) as error:
-            self._note(error, gone)
-        except (StopIteration, AssertionError) as error:
-            self.failures.append(repr(error))
-
-    def _note(self, error: Exception, gone: threading.Event) -> None:
-        # The connection breaks a moment after the kill was asked for, never before.
-        if not gone.wait(5):
-            self.failures.append(repr(error))
-
-
-class KeyedWriter(Writer):
-    """Sends again, with the same keys, what it has no disk ack for (protocol 3.3)."""
-
-    def open(self, client: flight.FlightClient) -> tuple[Stream, int]:
-        first = next(number for number in range(self.sent + 1) if number not in self.on_disk)
-        last_lsn = max((lsn for lsn, _ in self.given), default=0)
-        stream = Stream(client, self.table, idempotency_key="job", key_start=first, resume_after_lsn=last_lsn)
-        return stream, first
-
-
-def test_twenty_kills(make_server: Callable[..., ServerProcess]) -> None:
-    """Every row acked on disk is in Iceberg exactly once after 20 SIGKILLs under load; no row is there twice.
-
-    Rows that were never acked are there at most once, whole batches only; a writer that sends them again with
-    its keys has each of its rows exactly once. No LSN is given twice.
-    """
-    pick = random.Random(20)
-    server = make_server(iceberg__commit_interval_s=0.1, server__drain_s=20)
-    plain, keyed = Writer("plain"), KeyedWriter("keyed")
-    workers: set[int] = set()
-    for number in range(ROUNDS):
-        server.start()
-        if number == 0:
-            with connect(server.location) as client:
-                create(client, "plain")
-                create(client, "keyed", partition_spec=_bucketed())
-        gone, progress = threading.Event(), threading.Event()
-        threads = [
-            threading.Thread(target=writer.run, args=(server.location, gone, progress)) for writer in (plain, keyed)
-        ]
-        for thread in threads:
-            thread.start()
-        assert progress.wait(30), server.log_tail()
-        gone.wait(pick.uniform(0, 0.5))
-        workers |= server.descendants()
-        server.kill()
-        gone.set()
-        for thread in threads:
-            thread.join(30)
-            assert not thread.is_alive()
-        assert plain.failures + keyed.failures == [], server.log_tail()
-    # The next process starts at once: workers that outlived their parent would commit into its epoch.
-    assert wait_gone(workers) == set()
-    server.start()
-    with connect(server.location) as client:
-        _resend_the_rest(client, keyed)
-    server.stop()
-
-    found = Counter(lake.rows(server.data, "plain")["n"].to_pylist())
-    acked = {number * BATCH_ROWS + row for number in plain.on_disk for row in range(BATCH_ROWS)}
-    assert acked - found.keys() == set(), "acked on disk and not in Iceberg"
-    assert [row for row, times in found.items() if times > 1] == [], "more than once in Iceberg"
-    assert all(row < plain.sent * BATCH_ROWS for row in found)
-    assert set(Counter(row // BATCH_ROWS for row in found).values()) == {BATCH_ROWS}, "half a batch is in Iceberg"
-
-    resent = Counter(lake.rows(server.data, "keyed")["n"].to_pylist())
-    assert resent == Counter(range(keyed.sent * BATCH_ROWS))
-
-    given = Counter(lsn for lsn, _ in plain.given + keyed.given)
-    assert [lsn for lsn, times in given.items() if times > 1] == [], "given twice"
-    assert len(plain.on_disk) > ROUNDS
-
-
-def _resend_the_rest(client: flight.FlightClient, keyed: KeyedWriter) -> None:
-    stream, first = keyed.open(client)
-    stream.acks(4)
-    for number in range(first, keyed.sent):
-        stream.write(numbers(range(number * BATCH_ROWS, (number + 1) * BATCH_ROWS)))
-    for ack in stream.finish():
-        keyed.take(ack, first + ack["sequence"])
-    assert keyed.on_disk == set(range(keyed.sent))
-
-
-def _bucketed() -> dict[str, Any]:
-    return {"spec_id": 0, "fields": [{"source_id": 0, "name": "n_bucket", "transform": "bucket[3]"}]}
+pytestmark = pytest.mark.process
 
 
 def test_kill_right_after_the_ack(make_server: Callable[..., ServerProcess]) -> None:

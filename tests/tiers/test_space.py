@@ -40,3 +40,57 @@ async def test_free_space_is_watched(autojump_clock: MockClock) -> None:
         await trio.sleep(3)
         space.check()
         nursery.cancel_scope.cancel()
+
+
+def test_room_is_kept_for_what_is_owed() -> None:
+    """What accepted writes will still write to the same file system stays free beside the least free bytes."""
+    owed = 0
+    free = 100
+    space = DiskSpace(limit_bytes=1 << 40, free_bytes=50, used_bytes=0, read_free=lambda: free)
+    space.count_owed(lambda: owed)
+    space.check()
+    owed = 51
+    space.note_released(0)
+    with pytest.raises(AdmissionRejected, match=r"100 bytes free, at least 101 are kept: 50 .* and 51 that"):
+        space.check()
+    # It is written now, and nothing more is owed: the room is as small as before, and enough.
+    owed = 0
+    space.note_released(0)
+    space.check()
+
+
+def test_a_burst_between_two_looks_is_seen() -> None:
+    """The gate looks again, without a timer, once what was accepted since the last look could have filled the disk."""
+    owed = 0
+    looks = 0
+
+    def read_free() -> int:
+        nonlocal looks
+        looks += 1
+        return 1000
+
+    space = DiskSpace(limit_bytes=1 << 40, free_bytes=100, used_bytes=0, read_free=read_free)
+    space.count_owed(lambda: owed)
+    before = looks
+    for _ in range(10):
+        owed += 10
+        space.note_accepted(10)
+    assert looks == before, "far from the mark nothing is asked for"
+    for _ in range(81):
+        space.check()
+        owed += 10
+        space.note_accepted(10)
+    assert owed == 910
+    with pytest.raises(AdmissionRejected):
+        space.check()
+
+
+def test_spill_files_count() -> None:
+    """What is held beside the log is within the same limit, is named in the refusal, and is given back."""
+    space = DiskSpace(limit_bytes=100, free_bytes=0, used_bytes=50, read_free=lambda: 1000)
+    space.note_held("spill", 60)
+    assert space.used_bytes == 110
+    with pytest.raises(AdmissionRejected, match=r"110 bytes .*60 of them spill.*limits\.disk_bytes"):
+        space.check()
+    space.note_held("spill", -60)
+    space.check()
