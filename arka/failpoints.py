@@ -108,7 +108,7 @@ ALL: Final = (
     Failpoint("release.segment_unlinked", _THREAD, "a segment is unlinked, the folder is not fsynced"),
     Failpoint("release.segment_removed", _THREAD, "a segment is gone for good, its objects are there"),
     Failpoint("release.retired", _TRIO, "all segments that may go are gone, their objects are there"),
-    Failpoint("release.object_deleted", _THREAD, "an object is deleted"),
+    Failpoint("store.deleted", _THREAD, "an object is deleted"),
     Failpoint("release.deleted", _TRIO, "segments and objects that may go are gone"),
     # Creating and dropping tables.
     Failpoint("create.recorded", _TRIO, "the CREATE record is on disk, the catalog was not called"),

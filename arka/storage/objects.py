@@ -111,7 +111,7 @@ class FileObjectStore:
                 except (FileNotFoundError, NotADirectoryError):
                     continue
                 _sync_directory(path.parent)
-                failpoints.hit("release.object_deleted")
+                failpoints.hit("store.deleted")
 
         await self._run(job)
 
