@@ -77,6 +77,10 @@ fuzz: $(VENV)/.installed-test ## a million mutated byte streams and IPC messages
 soak: $(VENV)/.installed-test ## 10,000 simulated histories of the engine, in parallel; no failing seed is expected
 	$(PYTHON) -m arka.testing.simulation --seeds 10000
 
+.PHONY: outage
+outage: $(VENV)/.installed-test ## an object store away for 60 s under 50 MB/s of load; prints what it cost
+	$(PYTHON) -m tests.services.outage --outage-s 60 --mb-per-s 50
+
 .PHONY: docs
 docs: $(VENV)/.installed-test ## write the generated pages and tables again
 	$(PYTHON) docs/generate_configuration.py

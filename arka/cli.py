@@ -115,9 +115,17 @@ async def _serve_until_signalled(settings: Settings, ready: trio.Event) -> None:
     async with trio.open_nursery() as signals:
         await signals.start(_watch_signals, stop)
         async with trio.open_nursery() as serving:
+            signals.start_soon(_end_start, stop, ready, serving.cancel_scope)
             await serving.start(partial(serve, settings, stop=stop))
             ready.set()
         signals.cancel_scope.cancel()
+
+
+async def _end_start(stop: trio.Event, ready: trio.Event, serving: trio.CancelScope) -> None:
+    """Cut a start short: it may be waiting for a store or a catalog that is away, and nothing is acked yet."""
+    await stop.wait()
+    if not ready.is_set():
+        serving.cancel()
 
 
 async def _watch_signals(stop: trio.Event, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:

@@ -26,10 +26,12 @@ from urllib.parse import urlsplit
 from arka import failpoints
 from arka.errors import ConfigurationError
 from arka.options import Settings
+from arka.settings_shared import shared_s3_properties
 from arka.settings_text import SIZE_UNITS, format_size, format_value, mask_secret, quote
 
 DEFAULT_ORIGIN: Final = "default"
 DERIVED_ORIGIN: Final = "default, under server.data_dir"
+SHARED_ORIGIN: Final = "default, from object_store.config"
 
 #: Variables of the build and of the test tools that share the prefix; no settings.
 FOREIGN_VARIABLES: Final = frozenset({"ARKA_DEBUG", "ARKA_EXT", failpoints.VARIABLE})
@@ -312,7 +314,7 @@ def _bound(setting: Setting, bound: float) -> str:
 
 
 def _derive(values: dict[str, Any], origins: dict[str, str], problems: list[str]) -> None:
-    """Fill in what derives from the data directory, and make that absolute."""
+    """Fill in what derives from the data directory or another setting, and make that directory absolute."""
     data = Path(os.path.abspath(Path(values["server.data_dir"]).expanduser()))
     values["server.data_dir"] = str(data)
     derived = {
@@ -326,6 +328,14 @@ def _derive(values: dict[str, Any], origins: dict[str, str], problems: list[str]
         if not values[key]:
             values[key] = url
             origins[key] = DERIVED_ORIGIN
+    shared = shared_s3_properties(
+        values["object_store.url"],
+        values["object_store.config"],
+        values["iceberg.warehouse"],
+        values["iceberg.catalog"],
+    )
+    values["iceberg.catalog"] |= shared
+    origins.update({f"iceberg.catalog.{key}": SHARED_ORIGIN for key in shared})
     embedded = [key for key in derived if key != "object_store.url" and origins[key] == DERIVED_ORIGIN]
     if embedded and re.search(r"[?#]", str(data)):
         problems.append(
@@ -372,6 +382,7 @@ __all__ = [
     "DERIVED_ORIGIN",
     "FOREIGN_VARIABLES",
     "SETTINGS",
+    "SHARED_ORIGIN",
     "Given",
     "LoadedSettings",
     "Setting",

@@ -59,6 +59,10 @@ Credentials belong in the environment. In the two tables that are handed on, a v
 two underscores: `ARKA_ICEBERG_CATALOG__S3__SECRET_ACCESS_KEY` is `s3.secret-access-key` (`__` is a dot, `_` a
 dash), and `ARKA_OBJECT_STORE_CONFIG__AWS_SECRET_ACCESS_KEY` is `aws_secret_access_key`.
 
+Where objects and warehouse both lie in S3, and `[iceberg.catalog]` has no `s3.` property, pyiceberg takes
+credentials, region, endpoint and addressing from `[object_store.config]`. The AWS variables
+(`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, …) reach both libraries as they are.
+
 On the embedded defaults objects, catalog and warehouse lie in the data directory: every ack from `disk` on
 then survives a crash of the process, and none survives the loss of that disk.
 """

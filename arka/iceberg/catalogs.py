@@ -11,6 +11,7 @@ from typing import Any, Final
 from pyiceberg.catalog import Catalog
 from pyiceberg.catalog.sql import SqlCatalog
 from sqlalchemy import event, make_url
+from sqlalchemy.exc import DatabaseError
 
 from arka.errors import ConfigurationError
 from arka.iceberg.config import CATALOG_NAME, CatalogConfig
@@ -58,7 +59,15 @@ def connect(config: CatalogConfig) -> Catalog:
         if url.database in (None, "", ":memory:"):
             raise ConfigurationError(f"iceberg.catalog_uri {config.uri!r}: workers cannot share a database in memory")
         os.makedirs(os.path.dirname(url.database) or ".", exist_ok=True)
-    made = (SqlCatalog if config.stock_commit else LeanSqlCatalog)(CATALOG_NAME, **properties)
+    else:
+        # A connection that broke while nobody used it is replaced instead of failing the next request.
+        properties.setdefault("pool_pre_ping", "true")
+    kind = SqlCatalog if config.stock_commit else LeanSqlCatalog
+    try:
+        made = kind(CATALOG_NAME, **properties)
+    except DatabaseError:
+        # Two processes that make the catalog's own tables at once: one of them fails, and finds them now.
+        made = kind(CATALOG_NAME, **properties)
     if made.engine.dialect.name == "sqlite":
         event.listen(made.engine, "connect", _set_pragmas)
         # Connections from before the listener are not used again.

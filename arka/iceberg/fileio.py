@@ -18,13 +18,27 @@ from typing import Final
 
 import pyarrow as pa
 from pyarrow.fs import FileSystem, S3FileSystem
-from pyiceberg.io import S3_RETRY_STRATEGY_IMPL, FileIO, InputFile, InputStream, OutputFile, OutputStream
+from pyiceberg.io import (
+    S3_ENDPOINT,
+    S3_REGION,
+    S3_RETRY_STRATEGY_IMPL,
+    FileIO,
+    InputFile,
+    InputStream,
+    OutputFile,
+    OutputStream,
+)
 from pyiceberg.io.pyarrow import PyArrowFileIO
 from pyiceberg.typedef import EMPTY_DICT, Properties
 
 #: The value of pyiceberg's ``py-io-impl`` property that selects this class.
 FILE_IO_CLASS: Final = "arka.iceberg.fileio.WarehouseFileIO"
 
+#: Properties of a file system in S3 and the variables that stand for them; the first that is set counts.
+_AWS_VARIABLES: Final = {
+    S3_ENDPOINT: ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
+    S3_REGION: ("AWS_REGION", "AWS_DEFAULT_REGION"),
+}
 _FILE_MODE: Final = 0o644
 #: Files of a batch that are open at a time.
 _BATCH_FILES: Final = 128
@@ -227,7 +241,19 @@ class LocalFile(InputFile, OutputFile):
 
 
 class _RemoteFileIO(PyArrowFileIO):
-    """pyarrow's file systems, with one request for a small S3 object instead of a multipart upload's three."""
+    """pyarrow's file systems, with one request for a small S3 object instead of a multipart upload's three.
+
+    Endpoint and region come from the AWS variables where no property gives them, as they do for the object store:
+    pyarrow takes only credentials from there.
+    """
+
+    def __init__(self, properties: Properties = EMPTY_DICT) -> None:
+        found = {
+            name: value
+            for name, variables in _AWS_VARIABLES.items()
+            if (value := next(filter(None, map(os.environ.get, variables)), None)) is not None
+        }
+        super().__init__({**found, **properties})
 
     def _initialize_s3_fs(self, netloc: str | None) -> FileSystem:
         made = super()._initialize_s3_fs(netloc)

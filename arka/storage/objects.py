@@ -235,10 +235,10 @@ class RemoteObjectStore:
 
     async def put_new(self, key: str, parts: Sequence[Buffer]) -> None:
         """See ``ports.ObjectStore.put_new``."""
-        body = parts[0] if len(parts) == 1 else b"".join(parts)
-        # One request: a multipart upload is not create-only.
+        # One request: a multipart upload is not create-only. The parts as they are: a copy of a mapped segment on the
+        # heap would stay there as long as the error of a failed attempt does, one for each attempt of an outage.
         try:
-            await self._run(key, lambda: obstore.put(self._store, key, bytes(body), mode="create", use_multipart=False))
+            await self._run(key, lambda: obstore.put(self._store, key, iter(parts), mode="create", use_multipart=False))
         except KeyError as error:
             raise self._no_bucket(error) from error
 

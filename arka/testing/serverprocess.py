@@ -12,12 +12,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Final
 
 from arka import failpoints
+from arka.testing.processes import descendants, memory_of, wait_gone
 
 #: These end only what hangs.
 START_TIMEOUT_S: Final = 60.0
@@ -43,8 +44,8 @@ class ServerProcess:
 
         Args:
             data: the data directory; its parent gets the log.
-            settings: by key (``server.drain_s``), handed over as variables. No others of the caller's
-                environment reach the server.
+            settings: by key (``server.drain_s``, ``iceberg.catalog.s3.region``), handed over as variables. No
+                others of the caller's environment reach the server.
             flags: more command line arguments.
         """
         self.data = data
@@ -54,7 +55,7 @@ class ServerProcess:
         self._flags = flags
         self._environment = {name: value for name, value in os.environ.items() if not name.startswith("ARKA_")}
         for key, value in (settings or {}).items():
-            self._environment[f"ARKA_{key.replace('.', '_').upper()}"] = str(value)
+            self._environment[variable_of(key)] = str(value)
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -164,17 +165,19 @@ class ServerProcess:
 
     def descendants(self) -> set[int]:
         """The processes below this one that run now: workers and what they need."""
-        children: dict[int, list[int]] = {}
-        for pid, parent, state in _processes():
-            if state != "Z":
-                children.setdefault(parent, []).append(pid)
-        found: set[int] = set()
-        waiting = [self.pid]
-        while waiting:
-            for pid in children.get(waiting.pop(), []):
-                found.add(pid)
-                waiting.append(pid)
-        return found
+        return descendants(self.pid)
+
+    def memory(self, *, workers: bool = True) -> tuple[int, int]:
+        """What the server, with its workers, holds now: anonymous and all resident memory, in bytes (R9)."""
+        return memory_of({self.pid, *(self.descendants() if workers else ())})
+
+    def freeze(self) -> None:
+        """Let the process do nothing while its connections stay (SIGSTOP); its workers run on."""
+        self._running.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Undo ``freeze``."""
+        self._running.send_signal(signal.SIGCONT)
 
     @property
     def _running(self) -> subprocess.Popen[bytes]:
@@ -194,26 +197,14 @@ class ServerProcess:
             self.kill()
 
 
-def wait_gone(pids: set[int], timeout_s: float = 10.0) -> set[int]:
-    """Wait until none of these processes runs; returns those that still do after ``timeout_s``.
-
-    One that only waits to be reaped does not run.
-    """
-    deadline = time.monotonic() + timeout_s
-    while left := {pid for pid, _, state in _processes() if pid in pids and state != "Z"}:
-        if time.monotonic() > deadline:
-            return left
-        time.sleep(0.01)
-    return set()
+def variable_of(key: str) -> str:
+    """The environment variable of a setting; of one of a pass-through table too (docs/configuration.md)."""
+    table, _, rest = key.partition(".")
+    name, _, entry = rest.partition(".")
+    variable = f"ARKA_{table}_{name}"
+    if entry:
+        variable += "__" + entry.replace(".", "__").replace("-", "_")
+    return variable.upper()
 
 
-def _processes() -> Iterator[tuple[int, int, str]]:
-    """All processes: pid, parent, state."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
-                yield int(entry.name), int(parent), state
-
-
-__all__ = ["START_TIMEOUT_S", "STOP_TIMEOUT_S", "ServerFailed", "ServerProcess", "wait_gone"]
+__all__ = ["START_TIMEOUT_S", "STOP_TIMEOUT_S", "ServerFailed", "ServerProcess", "variable_of", "wait_gone"]

@@ -1,5 +1,7 @@
 """What a remote store's failures mean to the tiers."""
 
+import mmap
+
 import obstore
 import obstore.exceptions
 import pytest
@@ -63,17 +65,25 @@ async def test_missing_bucket_may_come(error, store, monkeypatch):
 
 
 async def test_put_is_one_create_only_request(store, monkeypatch):
-    """A multipart upload would replace what is there: puts of any size are one conditional request."""
+    """A multipart upload would replace what is there: puts of any size are one conditional request.
+
+    Nothing is copied: the error of a failed attempt keeps alive what the attempt held, through a whole outage.
+    """
     calls = []
     real = obstore.put
 
     def put(store, key, body, **options):
-        calls.append((key, len(body), options))
-        return real(store, key, body, **options)
+        parts = list(body)
+        calls.append((key, parts, options))
+        return real(store, key, iter(parts), **options)
 
     monkeypatch.setattr(obstore, "put", put)
-    await store.put_new("n/a", [bytes(20 << 20), b"x"])
-    assert calls == [("n/a", (20 << 20) + 1, {"mode": "create", "use_multipart": False})]
+    mapped = memoryview(mmap.mmap(-1, 20 << 20))
+    await store.put_new("n/a", [mapped, b"x"])
+    ((key, parts, options),) = calls
+    assert (key, options) == ("n/a", {"mode": "create", "use_multipart": False})
+    assert parts[0] is mapped
+    assert await store.get("n/a") == bytes(20 << 20) + b"x"
 
 
 async def test_urls(tmp_path):

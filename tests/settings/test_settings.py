@@ -341,3 +341,39 @@ def test_any_environment_loads_or_is_refused(environment):
     """No environment gets anything but settings or a ConfigurationError."""
     with suppress(ConfigurationError):
         load_settings(environment=environment)
+
+
+S3_STORE = {
+    "ARKA_OBJECT_STORE_URL": "s3://bucket/objects",
+    "ARKA_OBJECT_STORE_CONFIG__AWS_ACCESS_KEY_ID": "id",
+    "ARKA_OBJECT_STORE_CONFIG__SECRET_ACCESS_KEY": "secret",
+    "ARKA_OBJECT_STORE_CONFIG__AWS_ENDPOINT": "http://127.0.0.1:1",
+    "ARKA_ICEBERG_WAREHOUSE": "s3://bucket/warehouse",
+}
+
+
+def test_warehouse_beside_the_store_shares_its_credentials():
+    """What obstore is given for S3 reaches pyiceberg under its own names, and says where it came from."""
+    loaded = load_settings(environment=S3_STORE)
+    assert loaded.settings.iceberg.catalog == {
+        "s3.access-key-id": "id",
+        "s3.secret-access-key": "secret",
+        "s3.endpoint": "http://127.0.0.1:1",
+    }
+    shown = "\n".join(show_settings(loaded))
+    assert 'iceberg.catalog."s3.endpoint" = "http://127.0.0.1:1"  # default, from object_store.config' in shown
+    assert 'secret"' not in shown
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"ARKA_ICEBERG_WAREHOUSE": "gs://bucket/warehouse"},
+        {"ARKA_ICEBERG_CATALOG__S3__REGION": "eu-central-1"},
+        {"ARKA_OBJECT_STORE_URL": "file:///objects"},
+    ],
+)
+def test_other_stores_get_no_credentials(more):
+    """A warehouse elsewhere, or in an S3 with settings of its own, is not told the object store's secrets."""
+    catalog = load_settings(environment=S3_STORE | more).settings.iceberg.catalog
+    assert not {"s3.access-key-id", "s3.secret-access-key", "s3.endpoint"} & catalog.keys()
