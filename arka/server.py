@@ -271,9 +271,9 @@ async def _register_demo_tables(pipeline: Pipeline) -> None:
         try:
             await pipeline.tables.create(definition)
         except ArkaError as error:
-            if error.code is not ErrorCode.TABLE_EXISTS:
+            if error.code not in (ErrorCode.TABLE_EXISTS, ErrorCode.TABLE_STOPPED, ErrorCode.UNAVAILABLE):
                 raise
-            log.warning("table.demo_exists", table=str(definition.name), reason=error.detail)
+            log.warning("table.demo_not_made", table=str(definition.name), reason=error.detail)
 
 
 __all__ = ["Address", "Server", "serve"]

@@ -14,7 +14,11 @@ from arka.tiers.release import covered_lsn
 
 
 class CheckpointStore:
-    """``ObjectStore`` for a node's checkpoints: the disk's folder first, then the store."""
+    """``ObjectStore`` for a node's checkpoints: the store first, then the disk's folder.
+
+    # Invariant: whatever is in the folder was in the store before. What a start finds here it takes for covered, and
+    # a segment that is covered may be let go of.
+    """
 
     def __init__(self, store: ObjectStore, local: ObjectStore, node_id: str) -> None:
         """Join the two.
@@ -35,10 +39,16 @@ class CheckpointStore:
 
     async def put_new(self, key: str, parts: Sequence[Buffer]) -> None:
         """See ``ports.ObjectStore.put_new``; on return it is durable in both places."""
+        exists: ObjectExists | None = None
+        try:
+            await self._store.put_new(key, parts)
+        except ObjectExists as error:
+            exists = error
         if key.startswith(self._prefix):
             with suppress(ObjectExists):
-                await self.local.put_new(key, parts)
-        await self._store.put_new(key, parts)
+                await self.local.put_new(key, [await self._store.get(key)] if exists else parts)
+        if exists is not None:
+            raise exists
 
     async def get(self, key: str) -> bytes:
         """See ``ports.ObjectStore.get``."""
@@ -53,9 +63,9 @@ class CheckpointStore:
         return await self._store.list_keys(prefix, start_after=start_after)
 
     async def delete(self, keys: Sequence[str]) -> None:
-        """See ``ports.ObjectStore.delete``; a crash between the two leaves what the next start removes."""
-        await self._store.delete(keys)
+        """See ``ports.ObjectStore.delete``; a crash between the two leaves what the next start brings here again."""
         await self.local.delete([key for key in keys if key.startswith(self._prefix)])
+        await self._store.delete(keys)
 
     async def covered_here(self) -> int:
         """The last LSN that a checkpoint on the disk covers; 0 for none.

@@ -29,6 +29,8 @@ T = TypeVar("T")
 
 #: Pause between two attempts to reach a store that is away, in seconds.
 _RETRY_S: Final = 1.0
+#: How long a start that could go on without waits for a request that is under way, in seconds.
+_ANSWER_S: Final = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,13 +202,16 @@ async def ask_store(request: Callable[[], Awaitable[T]], *, patience_s: float | 
 
     Args:
         request: raises StoreUnavailable to be asked again.
-        patience_s: for how long; None for ever.
+        patience_s: for how long it is asked again; None for ever. A request that is under way is waited for a little
+            longer: a slow store is no reason to go on without.
 
     Raises:
         ConfigurationError: the store refuses our requests: a person has to act.
         StoreUnavailable: patience is over.
     """
-    with trio.move_on_after(patience_s if patience_s is not None else _FOREVER_S):
+    deadline = None if patience_s is None else trio.current_time() + patience_s
+    scope = trio.CancelScope() if deadline is None else trio.CancelScope(deadline=deadline + _ANSWER_S)
+    with scope:
         while True:
             try:
                 return await request()
@@ -214,12 +219,10 @@ async def ask_store(request: Callable[[], Awaitable[T]], *, patience_s: float | 
                 raise ConfigurationError(f"The object store refuses our requests: {error}") from error
             except StoreUnavailable as error:
                 log.warning("objects.unavailable", reason=str(error), retry_s=_RETRY_S)
+                if deadline is not None and trio.current_time() >= deadline:
+                    raise
                 await trio.sleep(_RETRY_S)
-    raise StoreUnavailable(f"no answer in {patience_s:g} s")
-
-
-#: No start waits longer than this for a store: a hundred years, in seconds.
-_FOREVER_S: Final = 3.2e9
+    raise StoreUnavailable("the object store has not answered for too long")
 
 
 __all__ = ["Taken", "Uplink", "ask_store"]

@@ -9,7 +9,7 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=None, help="simulate this seed only")
-    parser.addoption("--seeds", type=int, default=int(os.environ.get("ARKA_SIM_SEEDS", "300")), help="how many seeds")
+    parser.addoption("--seeds", type=int, default=int(os.environ.get("ARKA_SIM_SEEDS", "1000")), help="how many seeds")
 
 
 @pytest.fixture
@@ -17,4 +17,4 @@ def seeds(request: pytest.FixtureRequest) -> range:
     seed = request.config.getoption("--seed", default=None)
     if seed is not None:
         return range(seed, seed + 1)
-    return range(request.config.getoption("--seeds", default=300))
+    return range(request.config.getoption("--seeds", default=1000))
