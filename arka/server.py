@@ -33,10 +33,11 @@ from arka.storage.disk import PosixDisk
 from arka.storage.objects import open_folder, open_object_store, read_range
 from arka.storage.ports import CatalogUnavailable
 from arka.tiers.admission import Ledger
+from arka.tiers.assembly import OpenLog, Surroundings
 from arka.tiers.demo import demo_definitions
 from arka.tiers.pipeline import Pipeline
 from arka.tiers.space import SharedRoom
-from arka.tiers.startup import OpenLog, Surroundings, open_pipeline
+from arka.tiers.startup import open_pipeline
 
 log = structlog.get_logger(__name__)
 

@@ -32,9 +32,10 @@ from arka.testing.simworld import (
     compute_inline,
 )
 from arka.testing.simwriters import SCHEMA, frame_buffer
+from arka.tiers.assembly import OpenLog, Surroundings
 from arka.tiers.memory import Appended
 from arka.tiers.pipeline import Pipeline
-from arka.tiers.startup import OpenLog, Surroundings, open_pipeline
+from arka.tiers.startup import open_pipeline
 from arka.tiers.table import Table
 
 #: The table that a test writes to unless it says otherwise.

@@ -57,8 +57,9 @@ from arka.testing.simworld import (
 )
 from arka.testing.simwriters import SCHEMA, Writer
 from arka.tiers.admission import Ledger
+from arka.tiers.assembly import OpenLog, Surroundings
 from arka.tiers.pipeline import Pipeline
-from arka.tiers.startup import OpenLog, Surroundings, open_pipeline
+from arka.tiers.startup import open_pipeline
 
 _DATA: Final = Path("/data")
 #: Longest virtual time that a quiet engine may take to bring everything down, in seconds.

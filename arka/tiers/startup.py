@@ -7,9 +7,7 @@ a catalog that is away delays only what needs it: with a log on the disk the sta
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -19,34 +17,22 @@ import structlog
 import trio
 
 from arka import failpoints
-from arka._core.framing import KIND_LOST
 from arka._core.lsn import LsnAllocator
 from arka.options import Settings
-from arka.records import LsnRange, Tier
-from arka.storage.ports import Catalog, CatalogUnavailable, Disk, ObjectStore, StoreUnavailable
-from arka.storage.threads import run_compute
+from arka.storage.ports import CatalogUnavailable, StoreUnavailable
+from arka.tiers.assembly import WAL_FOLDER, Found, OpenLog, Surroundings, assemble
 from arka.tiers.epochs import Claim, EpochLease
 from arka.tiers.keys import KeyIndex
-from arka.tiers.logclock import LogClock
-from arka.tiers.memory import MemoryTier
 from arka.tiers.mirror import CheckpointStore
-from arka.tiers.objects import Compute, ObjectTier, ReadRange
-from arka.tiers.parking import Parking
-from arka.tiers.pipeline import Marks, Parts, Pipeline
-from arka.tiers.release import LoadedCheckpoints, LogRelease, LostRange, load_checkpoints, merge_lost
+from arka.tiers.release import LoadedCheckpoints, load_checkpoints
 from arka.tiers.replay import ProgressLog, Replay
-from arka.tiers.reservation import DISK_BLOCK, LsnReservation
+from arka.tiers.reservation import DISK_BLOCK
 from arka.tiers.restore import restore_log
-from arka.tiers.space import NOT_SHARED, DiskSpace, SharedRoom
-from arka.tiers.table import Table, TableCommitter
 from arka.tiers.tables import Tables
 from arka.tiers.uplink import Taken, Uplink, ask_store
-from arka.tiers.watermarks import Watermark
 from arka.wal.logstate import LogState, LogStateFile
 from arka.wal.objectfile import ObjectRef
 from arka.wal.recovery import RecoveredLog, recover
-from arka.wal.segment import encode_lost
-from arka.wal.writer import WalWriter
 
 log = structlog.get_logger(__name__)
 
@@ -56,49 +42,6 @@ _PATIENCE_S: Final = 5.0
 _RETRY_S: Final = 1.0
 #: How long it waits for the catalog's first answer, in seconds: on a busy machine a worker takes many to begin.
 _ANSWER_S: Final = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What a log needs of the world.
-
-    Attributes:
-        disk: where the WAL lies.
-        disk_uuid: the identity of the data directory (R13).
-        store: the object store.
-        checkpoints: a folder on the log's disk, for the checkpoints that the store has.
-        catalog: the Iceberg catalog.
-        read_range: reads ``(path, start, end)`` of a segment for the object tier.
-        read_free: returns the data directory's free bytes.
-        shared: which later tiers write to the log's own file system (R23).
-        survival: what each tier survives with these settings (R14).
-        rng: for the jitter of retries.
-        compute: runs what would hold trio's thread up; simulations have no threads.
-    """
-
-    disk: Disk
-    disk_uuid: UUID
-    store: ObjectStore
-    checkpoints: ObjectStore
-    catalog: Catalog
-    read_range: ReadRange
-    read_free: Callable[[], int]
-    survival: dict[str, bool]
-    rng: random.Random
-    compute: Compute = run_compute
-    shared: SharedRoom = NOT_SHARED
-
-
-@dataclass(frozen=True, slots=True)
-class OpenLog:
-    """What ``open_pipeline`` gives: the pipeline, and what its start found, for the log and the status."""
-
-    pipeline: Pipeline
-    reservation: LsnReservation
-    log_uuid: UUID
-    epoch: int
-    recovered_lsn: int
-    next_lsn: int
 
 
 async def open_pipeline(settings: Settings, data_dir: Path, world: Surroundings) -> OpenLog:
@@ -126,8 +69,8 @@ class _Start:
     def __init__(self, settings: Settings, data_dir: Path, world: Surroundings) -> None:
         self._settings = settings
         self._world = world
-        self._wal_dir = data_dir / "wal"
-        self._parked_dir = data_dir / "parked"
+        self._data_dir = data_dir
+        self._wal_dir = data_dir / WAL_FOLDER
         self._node_id = settings.server.node_id
         claim = Claim(
             self._node_id,
@@ -161,12 +104,21 @@ class _Start:
             await self._note_epoch(state_file, taken)
         if taken is not None and head is None:
             head = await ask_store(taken.chain.find_head)
-        checkpoints = await self._load_checkpoints(state.log_uuid)
         first_lsn = max(state.lsn_ceiling, recovered.last_lsn + 1)
         ceiling = min(first_lsn + DISK_BLOCK, state_file.state.store_ceiling)
         await state_file.raise_to(lsn_ceiling=ceiling)
         await failpoints.reach("start.recovered")
-        opened = await self._assemble(state_file, recovered, checkpoints, LsnAllocator(first_lsn, ceiling), first_lsn)
+        found = Found(
+            data_dir=self._data_dir,
+            state=state_file,
+            recovered=recovered,
+            replay=self._replay,
+            checkpoints=await self._load_checkpoints(state.log_uuid),
+            keys=self._keys,
+            allocator=LsnAllocator(first_lsn, ceiling),
+            first_lsn=first_lsn,
+        )
+        opened = await assemble(self._settings, self._world, found, self._uplink, self._checkpoint_store)
         if taken is not None:
             await self._connect(taken, head, opened)
         await self._know_tables(opened.pipeline.tables)
@@ -261,125 +213,7 @@ class _Start:
             log.warning("wal.torn_tail_dropped", **asdict(recovered.torn))
         return recovered
 
-    # -- the parts --------------------------------------------------------------------------------
-
-    async def _assemble(
-        self,
-        state_file: LogStateFile,
-        recovered: RecoveredLog,
-        checkpoints: LoadedCheckpoints,
-        allocator: LsnAllocator,
-        first_lsn: int,
-    ) -> OpenLog:
-        """Make the components and give them what recovery found."""
-        settings, world = self._settings, self._world
-        log_uuid, epoch = state_file.state.log_uuid, state_file.state.epoch
-        writer = await WalWriter.open(
-            self._wal_dir,
-            world.disk,
-            log_uuid=log_uuid,
-            epoch=epoch,
-            first_segment=recovered.next_segment,
-            options=settings.wal,
-        )
-        keys, clock = self._keys, LogClock(checkpoints.clock_us)
-        memory = MemoryTier(allocator, keys)
-        found_lost = [*self._replay.lost, *_note_lost(memory, recovered.closed, recovered.last_lsn, first_lsn)]
-        lost = merge_lost([checkpoints.lost, (LostRange(found, clock.now_us()) for found in found_lost)])
-        marks = Marks(Watermark(Tier.DISK, recovered.last_lsn), Watermark(Tier.OBJECT_STORAGE))
-        objects = ObjectTier(
-            world.store,
-            node_id=self._node_id,
-            log_uuid=log_uuid,
-            options=settings.object_store,
-            on_advance=marks.objects.advance,
-            read_range=world.read_range,
-            rng=world.rng,
-            compute=world.compute,
-        )
-        space = DiskSpace(
-            limit_bytes=settings.limits.disk_bytes,
-            free_bytes=settings.limits.disk_free_bytes,
-            used_bytes=sum(segment.end_bytes for segment in recovered.segments),
-            read_free=world.read_free,
-        )
-        parking = Parking(
-            world.store,
-            world.disk,
-            self._parked_dir,
-            space,
-            node_id=self._node_id,
-            log_uuid=log_uuid,
-            objects=marks.objects,
-            wait_connected=self._uplink.wait_connected,
-            retry_s=settings.object_store.retry_s,
-            rng=world.rng,
-        )
-        tables = Tables(
-            world.catalog,
-            memory,
-            marks.disk,
-            keys,
-            clock,
-            parking,
-            log_uuid=log_uuid,
-            make_committer=lambda table: self._make_committer(log_uuid, marks, tables, table),
-        )
-        release = LogRelease(
-            self._checkpoint_store,
-            writer,
-            keys,
-            space,
-            clock,
-            verify=self._uplink.verify,
-            node_id=self._node_id,
-            log_uuid=log_uuid,
-            epoch=lambda: self._uplink.epoch,
-            lost=lost,
-            after_lsn=checkpoints.through_lsn,
-            retention_s=settings.idempotency.retention_s,
-            grace_s=settings.wal.release_grace_s,
-        )
-        self._hand_over(recovered, checkpoints, tables, objects, release)
-        parts = Parts(memory, writer, state_file, objects, self._uplink, tables, marks, keys, space, release)
-        pipeline = Pipeline(log_uuid, parts, settings, survival=world.survival)
-        # A segment more than is owed: the next one is allocated whole before the active one is full.
-        space.count_owed(lambda: settings.wal.segment_bytes + pipeline.owed_bytes(world.shared))
-        reservation = LsnReservation(allocator, state_file, reserve_store_block=self._uplink.reserve_block)
-        return OpenLog(pipeline, reservation, log_uuid, epoch, recovered.last_lsn, first_lsn)
-
-    def _make_committer(self, log_uuid: UUID, marks: Marks, tables: Tables, table: Table) -> TableCommitter:
-        return TableCommitter(
-            table,
-            self._world.catalog,
-            marks.objects,
-            log_uuid=log_uuid,
-            epoch=lambda: self._uplink.epoch,
-            options=self._settings.iceberg,
-            rng=self._world.rng,
-            on_committed=tables.note_committed,
-        )
-
-    def _hand_over(
-        self,
-        recovered: RecoveredLog,
-        checkpoints: LoadedCheckpoints,
-        tables: Tables,
-        objects: ObjectTier,
-        release: LogRelease,
-    ) -> None:
-        """Give each component what recovery found for it."""
-        for uuid, lsn in self._replay.dropped.items():
-            self._keys.drop_table(uuid, lsn)
-        tables.restore(self._replay.known(checkpoints.tables), self._replay.drops)
-        for uuid, frames in self._replay.tables.items():
-            table = tables.get(uuid)
-            if table is not None:
-                frames.hand_over(table, self._keys)
-        for segment in recovered.segments:
-            release.note(segment.ref, segment.last_lsn, segment.end_bytes)
-            for appended in segment.ranges:
-                objects.submit_recovered(appended)
+    # -- the catalog ------------------------------------------------------------------------------
 
     async def _know_tables(self, tables: Tables) -> None:
         """Ask the catalog before the first client does; one that is away is asked on and on, later."""
@@ -396,15 +230,6 @@ class _Start:
                 else:
                     return
         log.warning("catalog.offline", hint="tables that the log knows take writes; commits wait")
-
-
-def _note_lost(memory: MemoryTier, closed: bool, last_lsn: int, first_lsn: int) -> list[LsnRange]:
-    """Record the LSNs that may have been given and are gone (R3); none are from a log that was closed."""
-    if first_lsn == last_lsn + 1 or closed:
-        return []
-    lost = LsnRange(last_lsn, first_lsn - 1)
-    memory.append_control(KIND_LOST, encode_lost(lost))
-    return [lost]
 
 
 __all__ = ["OpenLog", "Surroundings", "open_pipeline"]

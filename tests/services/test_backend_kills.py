@@ -11,52 +11,65 @@ import pytest
 
 from arka.testing.backends import Backend
 from arka.testing.serverprocess import ServerProcess, wait_gone
-from tests.process.clients import connect, create, numbers
-from tests.process.test_crash import BATCH_ROWS, KeyedWriter
+from tests.process.clients import connect, create
+from tests.process.keyed import KeyedWriter, Node, check_broken
 from tests.services import lake
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
 ROUNDS = 3
 BUCKETS = {"spec_id": 0, "fields": [{"source_id": 0, "name": "n_bucket", "transform": "bucket[3]"}]}
+COLUMNS = [("n", "int64!"), ("pad", "utf8")]
+JOIN_TIMEOUT_S = 90.0
 
 
 def test_kills_and_resends_are_exact(backend: Backend, make_server: Callable[..., ServerProcess]) -> None:
     """Two writers that resend by key after each of three SIGKILLs have each row in Iceberg exactly once."""
     pick = random.Random(backend.name)
     server = make_server(backend)
-    writers = [KeyedWriter(f"{backend.namespace}.{name}") for name in ("plain", "parts")]
+    node = Node()
+    writers = [
+        KeyedWriter(node, number, f"{backend.namespace}.{name}", durability, pad=str, window=50, pace_s=0.005)
+        for number, (name, durability) in enumerate((("plain", "disk"), ("parts", "object_storage")))
+    ]
     for number in range(ROUNDS):
+        node.begin_life()
         server.start()
         if number == 0:
             with connect(server.location) as client:
-                create(client, writers[0].table)
-                create(client, writers[1].table, partition_spec=BUCKETS)
-        gone, progress = threading.Event(), threading.Event()
-        threads = [threading.Thread(target=writer.run, args=(server.location, gone, progress)) for writer in writers]
-        for thread in threads:
-            thread.start()
-        assert progress.wait(60), server.log_tail()
+                create(client, writers[0].table, COLUMNS)
+                create(client, writers[1].table, COLUMNS, partition_spec=BUCKETS)
+        before = [writer.sent for writer in writers]
+        gone = threading.Event()
+        threads = _write(server, writers, None, gone)
+        while [writer.sent for writer in writers] == before and server.exit_code is None:
+            gone.wait(0.01)
         gone.wait(pick.uniform(0.1, 1.0))
         workers = server.descendants()
         server.kill()
         gone.set()
-        for thread in threads:
-            thread.join(60)
-            assert not thread.is_alive()
-        assert [writer.failures for writer in writers] == [[], []], server.log_tail()
+        _join(threads)
         assert wait_gone(workers) == set()
+    node.begin_life()
     server.start()
-    with connect(server.location) as client:
-        for writer in writers:
-            stream, first = writer.open(client)
-            stream.acks(4)
-            for number in range(first, writer.sent):
-                stream.write(numbers(range(number * BATCH_ROWS, (number + 1) * BATCH_ROWS)))
-            for ack in stream.finish():
-                writer.take(ack, first + ack["sequence"])
-            assert writer.on_disk == set(range(writer.sent))
+    _join(_write(server, writers, 0, threading.Event()))
     server.stop()
+    check_broken(writers)
     for writer in writers:
         assert writer.sent > ROUNDS
-        assert Counter(lake.numbers_in(backend, writer.table)) == Counter(range(writer.sent * BATCH_ROWS))
+        assert Counter(lake.numbers_in(backend, writer.table)) == Counter(writer.rows())
+
+
+def _write(
+    server: ServerProcess, writers: list[KeyedWriter], count: int | None, gone: threading.Event
+) -> list[threading.Thread]:
+    threads = [threading.Thread(target=writer.run, args=(server.location, count, gone)) for writer in writers]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def _join(threads: list[threading.Thread]) -> None:
+    for thread in threads:
+        thread.join(JOIN_TIMEOUT_S)
+        assert not thread.is_alive()

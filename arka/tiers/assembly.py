@@ -1,0 +1,238 @@
+"""A log's components, made and joined, with what a start found handed to each.
+
+Owns: which component gets which. Does not own the order of a start (``arka.tiers.startup``) nor what any of the
+components does.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+from uuid import UUID
+
+from arka._core.framing import KIND_LOST
+from arka._core.lsn import LsnAllocator
+from arka.options import Settings
+from arka.records import LsnRange, Tier
+from arka.storage.ports import Catalog, Disk, ObjectStore
+from arka.storage.threads import run_compute
+from arka.tiers.keys import KeyIndex
+from arka.tiers.logclock import LogClock
+from arka.tiers.memory import MemoryTier
+from arka.tiers.mirror import CheckpointStore
+from arka.tiers.objects import Compute, ObjectTier, ReadRange
+from arka.tiers.parking import Parking
+from arka.tiers.pipeline import Marks, Parts, Pipeline
+from arka.tiers.release import LoadedCheckpoints, LogRelease, LostRange, merge_lost
+from arka.tiers.replay import Replay
+from arka.tiers.reservation import LsnReservation
+from arka.tiers.space import NOT_SHARED, DiskSpace, SharedRoom
+from arka.tiers.table import Table, TableCommitter
+from arka.tiers.tables import Tables
+from arka.tiers.uplink import Uplink
+from arka.tiers.watermarks import Watermark
+from arka.wal.logstate import LogStateFile
+from arka.wal.recovery import RecoveredLog
+from arka.wal.segment import encode_lost
+from arka.wal.writer import WalWriter
+
+#: The log's folder in the data directory, and that of what is brought back from parking.
+WAL_FOLDER: Final = "wal"
+_PARKED_FOLDER: Final = "parked"
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a log needs of the world.
+
+    Attributes:
+        disk: where the WAL lies.
+        disk_uuid: the identity of the data directory (R13).
+        store: the object store.
+        checkpoints: a folder on the log's disk, for the checkpoints that the store has.
+        catalog: the Iceberg catalog.
+        read_range: reads ``(path, start, end)`` of a segment for the object tier.
+        read_free: returns the data directory's free bytes.
+        shared: which later tiers write to the log's own file system (R23).
+        survival: what each tier survives with these settings (R14).
+        rng: for the jitter of retries.
+        compute: runs what would hold trio's thread up; simulations have no threads.
+    """
+
+    disk: Disk
+    disk_uuid: UUID
+    store: ObjectStore
+    checkpoints: ObjectStore
+    catalog: Catalog
+    read_range: ReadRange
+    read_free: Callable[[], int]
+    survival: dict[str, bool]
+    rng: random.Random
+    compute: Compute = run_compute
+    shared: SharedRoom = NOT_SHARED
+
+
+@dataclass(frozen=True, slots=True)
+class OpenLog:
+    """What ``open_pipeline`` gives: the pipeline, and what its start found, for the log and the status."""
+
+    pipeline: Pipeline
+    reservation: LsnReservation
+    log_uuid: UUID
+    epoch: int
+    recovered_lsn: int
+    next_lsn: int
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a start found.
+
+    Attributes:
+        data_dir: holds the log's folder.
+        state: the log's state on disk.
+        recovered: the log's segments, sealed.
+        replay: what is in them.
+        checkpoints: what they remember beside keys.
+        keys: the checkpoints' keys.
+        allocator: gives the LSNs that are reserved.
+        first_lsn: the first of them.
+    """
+
+    data_dir: Path
+    state: LogStateFile
+    recovered: RecoveredLog
+    replay: Replay
+    checkpoints: LoadedCheckpoints
+    keys: KeyIndex
+    allocator: LsnAllocator
+    first_lsn: int
+
+
+async def assemble(
+    settings: Settings, world: Surroundings, found: Found, uplink: Uplink, checkpoint_store: CheckpointStore
+) -> OpenLog:
+    """Make the components of a log and give them what its start found.
+
+    Args:
+        settings: all options.
+        world: what is outside of the log.
+        found: what is there.
+        uplink: the tie to the object store; may not be connected yet.
+        checkpoint_store: where checkpoints are, here and there.
+
+    Raises:
+        OSError: the disk failed.
+    """
+    node_id, log_uuid, epoch = settings.server.node_id, found.state.state.log_uuid, found.state.state.epoch
+    recovered, keys, clock = found.recovered, found.keys, LogClock(found.checkpoints.clock_us)
+    writer = await WalWriter.open(
+        found.data_dir / WAL_FOLDER,
+        world.disk,
+        log_uuid=log_uuid,
+        epoch=epoch,
+        first_segment=recovered.next_segment,
+        options=settings.wal,
+    )
+    memory = MemoryTier(found.allocator, keys)
+    found_lost = [*found.replay.lost, *_note_lost(memory, found)]
+    lost = merge_lost([found.checkpoints.lost, (LostRange(gap, clock.now_us()) for gap in found_lost)])
+    marks = Marks(Watermark(Tier.DISK, recovered.last_lsn), Watermark(Tier.OBJECT_STORAGE))
+    objects = ObjectTier(
+        world.store,
+        node_id=node_id,
+        log_uuid=log_uuid,
+        options=settings.object_store,
+        on_advance=marks.objects.advance,
+        read_range=world.read_range,
+        rng=world.rng,
+        compute=world.compute,
+    )
+    space = DiskSpace(
+        limit_bytes=settings.limits.disk_bytes,
+        free_bytes=settings.limits.disk_free_bytes,
+        used_bytes=sum(segment.end_bytes for segment in recovered.segments),
+        read_free=world.read_free,
+    )
+    parking = Parking(
+        world.store,
+        world.disk,
+        found.data_dir / _PARKED_FOLDER,
+        space,
+        node_id=node_id,
+        log_uuid=log_uuid,
+        objects=marks.objects,
+        wait_connected=uplink.wait_connected,
+        retry_s=settings.object_store.retry_s,
+        rng=world.rng,
+    )
+
+    def make_committer(table: Table) -> TableCommitter:
+        return TableCommitter(
+            table,
+            world.catalog,
+            marks.objects,
+            log_uuid=log_uuid,
+            epoch=lambda: uplink.epoch,
+            options=settings.iceberg,
+            rng=world.rng,
+            on_committed=tables.note_committed,
+        )
+
+    tables = Tables(
+        world.catalog, memory, marks.disk, keys, clock, parking, log_uuid=log_uuid, make_committer=make_committer
+    )
+    release = LogRelease(
+        checkpoint_store,
+        writer,
+        keys,
+        space,
+        clock,
+        verify=uplink.verify,
+        node_id=node_id,
+        log_uuid=log_uuid,
+        epoch=lambda: uplink.epoch,
+        lost=lost,
+        after_lsn=found.checkpoints.through_lsn,
+        retention_s=settings.idempotency.retention_s,
+        grace_s=settings.wal.release_grace_s,
+    )
+    _hand_over(found, tables, objects, release)
+    parts = Parts(memory, writer, found.state, objects, uplink, tables, marks, keys, space, release)
+    pipeline = Pipeline(log_uuid, parts, settings, survival=world.survival)
+    # A segment more than is owed: the next one is allocated whole before the active one is full.
+    space.count_owed(lambda: settings.wal.segment_bytes + pipeline.owed_bytes(world.shared))
+    reservation = LsnReservation(found.allocator, found.state, reserve_store_block=uplink.reserve_block)
+    return OpenLog(pipeline, reservation, log_uuid, epoch, recovered.last_lsn, found.first_lsn)
+
+
+def _hand_over(found: Found, tables: Tables, objects: ObjectTier, release: LogRelease) -> None:
+    """Give each component what recovery found for it."""
+    replay, keys = found.replay, found.keys
+    for uuid, lsn in replay.dropped.items():
+        keys.drop_table(uuid, lsn)
+    tables.restore(replay.known(found.checkpoints.tables), replay.drops)
+    for uuid, frames in replay.tables.items():
+        table = tables.get(uuid)
+        if table is not None:
+            frames.hand_over(table, keys)
+    for segment in found.recovered.segments:
+        release.note(segment.ref, segment.last_lsn, segment.end_bytes)
+        for appended in segment.ranges:
+            objects.submit_recovered(appended)
+
+
+def _note_lost(memory: MemoryTier, found: Found) -> list[LsnRange]:
+    """Record the LSNs that may have been given and are gone (R3); none are from a log that was closed."""
+    last_lsn = found.recovered.last_lsn
+    if found.first_lsn == last_lsn + 1 or found.recovered.closed:
+        return []
+    lost = LsnRange(last_lsn, found.first_lsn - 1)
+    memory.append_control(KIND_LOST, encode_lost(lost))
+    return [lost]
+
+
+__all__ = ["WAL_FOLDER", "Found", "OpenLog", "Surroundings", "assemble"]
