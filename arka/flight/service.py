@@ -301,6 +301,7 @@ class FlightService:
             "lag": {
                 "writes_from_lsn": table.backlog.first_lsn,
                 "frame_bytes": table.backlog.frame_bytes,
+                "parked_bytes": self._pipeline.tables.parked_bytes(table),
             },
             "snapshot_id": None
             if table.committed.latest.snapshot_id is None

@@ -97,7 +97,7 @@ class Tables:
         self._ddl_lock = trio.Lock()
         self._draining = False
         self._nursery: trio.Nursery | None = None
-        self._reconciled = trio.Event()
+        self._reconciled = False
 
     # -- the list ---------------------------------------------------------------------------------
 
@@ -117,6 +117,10 @@ class Tables:
             if first is not None:
                 needed.append(first)
         return min(needed, default=None)
+
+    def parked_bytes(self, table: Table) -> int:
+        """Bytes of a stopped table that wait in the object store."""
+        return self._parking.parked_bytes(table.info.uuid)
 
     def remembered(self) -> Iterable[KnownTable]:
         """What a checkpoint remembers of the tables, so that a start knows them without the catalog (R5)."""
@@ -210,7 +214,7 @@ class Tables:
         Raises:
             CatalogUnavailable: ask again.
         """
-        if self._reconciled.is_set():
+        if self._reconciled:
             return
         async with self._ddl_lock:
             found = {table.info.uuid: table for table in await self.catalog.list_tables()}
@@ -234,7 +238,7 @@ class Tables:
                         f"Table {table.info.name} ({table.info.uuid}) is not in the catalog and was not dropped here: "
                         "others dropped it. Its writes are kept"
                     )
-            self._reconciled.set()
+            self._reconciled = True
 
     def register(self, found: CatalogTable) -> Table:
         """Take a table of the catalog in; one that is known by its UUID stays as it is."""

@@ -115,6 +115,7 @@ async def test_gone_table_is_parked_and_frees_the_log(autojump_clock: MockClock)
             write(pipeline, table, 5, b"k5")
         assert unknown.value.code is ErrorCode.OUTCOME_UNKNOWN
         assert node.keys_of("parked")
+        assert pipeline.tables.parked_bytes(table) > 0
         await write_all(pipeline, other, range(60), Tier.ICEBERG_COMMITTED)
         await trio.sleep(60)
         lsns = [int(key.rpartition("/")[2][:16]) for key in node.store.objects if "/wal/" in key]
