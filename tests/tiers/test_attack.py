@@ -1,0 +1,285 @@
+"""What a review of the rewritten start, connect, release and drop found; each test fails on the code it was written for."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from arka.errors import DataCorruption
+from arka.records import TableName, Tier
+from arka.testing.simnode import NAME, SimNode, create_table, with_options, write, write_all
+from arka.testing.simstore import Fault, Outcome
+from arka.tiers.table import TableState
+
+OTHER = TableName("default", "other")
+
+
+async def test_restore_after_an_object_began_before_its_predecessor(autojump_clock: MockClock) -> None:
+    """After a restart the first object may begin below the chain's head: the head must not be deleted early (R11, R12)."""
+    world = SimNode()
+    async with world.run() as pipeline:
+        table = await create_table(pipeline)
+        # The first segment is full, the second one is begun; all in the store and in Iceberg.
+        for number in range(14):
+            await write_all(pipeline, table, range(number, number + 1))
+        await pipeline.flush(table, Tier.ICEBERG_COMMITTED)
+        world.store.away = True
+        await write_all(pipeline, table, range(14, 16), Tier.DISK)
+    world.store.away = False
+    async with world.run() as pipeline:
+        table = await pipeline.tables.find(NAME)
+        world.weather.away = True
+        await pipeline.flush(table, Tier.OBJECT_STORAGE)
+        await trio.sleep(60)
+        assert world.keys_of("checkpoint"), "the first segment was released"
+    world.weather.away = False
+    world.lose_disk()
+    async with world.run() as pipeline:
+        table = await pipeline.tables.find(NAME)
+        await pipeline.flush(table, Tier.ICEBERG_COMMITTED)
+    assert world.ids() == list(range(16))
+
+
+async def test_keys_of_a_checkpoint_that_only_the_disk_has(autojump_clock: MockClock) -> None:
+    """What an offline start loaded from a checkpoint that never reached the store is not covered there (R12, R21)."""
+    world = SimNode()
+    async with world.run() as pipeline:
+        table = await create_table(pipeline)
+        world.store.plan("put_new", *[Fault(Outcome.REFUSED)] * 1000, key="/checkpoint/")
+        await write_all(pipeline, table, range(60), Tier.ICEBERG_COMMITTED)
+        await trio.sleep(60)
+        assert not world.keys_of("checkpoint")
+        assert [key for key in world.disk.checkpoints.objects if "/checkpoint/" in key]
+    world.store.calm()
+    world.store.away = True
+    async with world.run() as pipeline:
+        table = await pipeline.tables.find(NAME)
+        await write_all(pipeline, table, range(60, 63), Tier.DISK)
+        world.store.away = False
+        await pipeline.flush(table, Tier.ICEBERG_COMMITTED)
+        await trio.sleep(60)
+    async with world.run() as pipeline:
+        table = await pipeline.tables.find(NAME)
+        assert write(pipeline, table, 0, b"k0").duplicate
+
+
+async def _late_object(world: SimNode) -> None:
+    """A life that ends with its second object on the wire, not acknowledged; it lands at ``store.settle``."""
+    async with world.run() as pipeline:
+        table = await create_table(pipeline)
+        await write_all(pipeline, table, range(2), Tier.ICEBERG_COMMITTED)
+        world.store.plan("put_new", Fault(Outcome.LATE, late_s=1e9), *[Fault(Outcome.REFUSED)] * 1000, key="/wal/")
+        write(pipeline, table, 2, b"k2")
+        write(pipeline, table, 3, b"k3")
+        await pipeline.flush(table, Tier.DISK)
+        await trio.sleep(2)
+        assert pipeline.table_marks(table)[Tier.OBJECT_STORAGE] < pipeline.memory.last_lsn
+    world.store.calm()
+
+
+async def test_object_that_lands_after_a_restore(autojump_clock: MockClock) -> None:
+    """What a lost machine's process uploads after its log was restored elsewhere is no part of the log (R10, R11)."""
+    world = SimNode()
+    await _late_object(world)
+    world.lose_disk()
+    # The new machine has restored the log; then the store is away, before its start is recorded there.
+    world.store.plan("put_new", *[Fault(Outcome.REFUSED)] * 1000, key="/started/")
+    async with world.run() as pipeline:
+        table = await pipeline.tables.find(NAME)
+        await write_all(pipeline, table, range(10, 12), Tier.DISK)
+    world.store.calm()
+    world.store.settle()
+    async with world.run() as pipeline:
+        table = await pipeline.tables.find(NAME)
+        await write_all(pipeline, table, range(12, 14), Tier.ICEBERG_COMMITTED)
+        assert world.ids() == [0, 1, 10, 11, 12, 13]
+    world.lose_disk()
+    async with world.run() as pipeline:
+        # The client of the lost machine resends what it was acknowledged on its disk only, as the handshake asks it to.
+        table = await pipeline.tables.find(NAME)
+        assert pipeline.resume_marks(table, 10)[Tier.DISK] < 5
+        await write_all(pipeline, table, range(2, 4), Tier.ICEBERG_COMMITTED)
+    assert sorted(world.ids()) == [0, 1, 2, 3, 10, 11, 12, 13]
+
+
+async def test_start_after_an_object_landed_after_a_restore(autojump_clock: MockClock) -> None:
+    """The same, and the new machine had written nothing: it is not damaged and starts again (R11)."""
+    world = SimNode()
+    await _late_object(world)
+    world.lose_disk()
+    world.store.plan("put_new", *[Fault(Outcome.REFUSED)] * 1000, key="/started/")
+    await world.open()
+    world.disk.kill()
+    world.store.calm()
+    world.store.settle()
+    async with world.run() as pipeline:
+        table = await pipeline.tables.find(NAME)
+        await write_all(pipeline, table, range(2, 4), Tier.ICEBERG_COMMITTED)
+    assert world.ids() == [0, 1, 2, 3]
+
+
+async def test_error_of_a_drop_that_a_crash_undid(autojump_clock: MockClock) -> None:
+    """A write that ended with ``table_dropped`` is not in the table after a crash (protocol 3, R21)."""
+    world = SimNode()
+    told: list[object] = []
+    opened = await world.open()
+    async with trio.open_nursery() as nursery:
+        pipeline = opened.pipeline
+        await nursery.start(pipeline.run)
+        table = await create_table(pipeline)
+        await pipeline.flush(table, Tier.ICEBERG_COMMITTED)
+        world.store.away = True
+        await write_all(pipeline, table, range(1), Tier.DISK)
+        # What a stream does: the error goes to the client at once.
+        table.listen_end(told.append)
+        world.disk.cut_power_after(0)
+        nursery.start_soon(pipeline.tables._drop, table, False, _Done())
+        with trio.move_on_after(10):
+            while not told:
+                await trio.sleep(0.01)
+        nursery.cancel_scope.cancel()
+    world.disk.crash()
+    world.store.away = False
+    async with world.run() as pipeline:
+        table = await pipeline.tables.find(NAME)
+        await pipeline.flush(table, Tier.ICEBERG_COMMITTED)
+    assert not (told and world.ids() == [0])
+
+
+class _Done:
+    def set(self, error: object) -> None:
+        del error
+
+
+async def test_late_checkpoint_of_a_fenced_process_ends_no_retention(autojump_clock: MockClock) -> None:
+    """A checkpoint that lands late, of a process that was up for long, makes no successor's key old (R21)."""
+    world = SimNode(with_options(idempotency__retention_s=24 * 3600.0))
+    async with world.run() as pipeline:
+        table = await create_table(pipeline)
+        await trio.sleep(30 * 3600)
+        world.store.plan("put_new", *[Fault(Outcome.REFUSED)] * 1000, key="/checkpoint/")
+        await write_all(pipeline, table, range(60), Tier.ICEBERG_COMMITTED)
+        await trio.sleep(10)
+        # It is on the wire when the machine is lost.
+        late = {k: v for k, v in world.disk.checkpoints.objects.items() if "/checkpoint/" in k}
+        assert late
+    world.store.calm()
+    world.lose_disk()
+    async with world.run() as pipeline:
+        world.store.objects.update(late)
+        table = await create_table(pipeline, OTHER)
+        await write_all(pipeline, table, range(100, 160), Tier.ICEBERG_COMMITTED)
+        await trio.sleep(60)
+        assert len(world.keys_of("checkpoint")) > len(late)
+    async with world.run() as pipeline:
+        table = await pipeline.tables.find(OTHER)
+        assert write(pipeline, table, 100, b"k100").duplicate
+        await trio.sleep(60)
+        assert write(pipeline, table, 100, b"k100").duplicate
+
+
+async def test_handshake_of_a_table_that_was_made_again(autojump_clock: MockClock) -> None:
+    """A table made again under an old name does not vouch for the old one's writes (protocol 3.3)."""
+    world = SimNode()
+    async with world.run() as pipeline:
+        table = await create_table(pipeline)
+        await pipeline.flush(table, Tier.ICEBERG_COMMITTED)
+        world.weather.away = True
+        lsn = write(pipeline, table, 1, b"k1").lsn
+        await pipeline.flush(table, Tier.OBJECT_STORAGE)
+        # Its client is cut off here, with no ack for iceberg_committed.
+        world.weather.away = False
+        await pipeline.tables.drop(NAME, purge=False)
+        again = await create_table(pipeline)
+        await pipeline.flush(again, Tier.ICEBERG_COMMITTED)
+        await trio.sleep(10)
+        assert again.info.uuid != table.info.uuid
+        assert pipeline.resume_marks(again, lsn)[Tier.ICEBERG_COMMITTED] < lsn
+
+
+async def test_handshake_of_a_name_that_others_gave_away(autojump_clock: MockClock) -> None:
+    """A table that took a parked one's name does not vouch for what is parked (protocol 3.3, R18)."""
+    world = SimNode()
+    async with world.run() as pipeline:
+        table = await create_table(pipeline)
+        await write_all(pipeline, table, range(3), Tier.ICEBERG_COMMITTED)
+        found = world.catalog._tables.pop(NAME)
+        lsn = write(pipeline, table, 3, b"k3").lsn
+        await trio.sleep(30)
+        assert table.state is TableState.STOPPED
+        assert world.keys_of("parked")
+        made = await create_table(pipeline, OTHER)
+        other = world.catalog._tables.pop(OTHER)
+        del made, found
+        from dataclasses import replace
+        from uuid import uuid4
+
+        other.info = replace(other.info, name=NAME, uuid=uuid4())
+        world.catalog._tables[NAME] = other
+        again = await pipeline.tables.find(NAME)
+        await trio.sleep(10)
+        assert again.info.uuid != table.info.uuid
+        assert pipeline.resume_marks(again, lsn)[Tier.ICEBERG_COMMITTED] < lsn
+
+
+async def test_drop_while_parked_writes_are_brought_back(autojump_clock: MockClock) -> None:
+    """DropTable in the midst of bringing parked writes back does not end the process (R18)."""
+    world = SimNode()
+    async with world.run() as pipeline:
+        table = await create_table(pipeline)
+        await write_all(pipeline, table, range(3), Tier.ICEBERG_COMMITTED)
+        found = world.catalog._tables.pop(NAME)
+        await write_all(pipeline, table, range(3, 40))
+        await trio.sleep(30)
+        assert len(world.keys_of("parked")) > 1
+    world.catalog._tables[NAME] = found
+    gate = trio.Event()
+    world.store.plan("get", Fault(gate=gate), key="/parked/")
+    async with world.run() as pipeline:
+        await trio.sleep(1)
+        await pipeline.tables.drop(NAME, purge=False)
+        await trio.sleep(1)
+        gate.set()
+        await trio.sleep(1)
+
+
+async def test_parked_writes_of_a_table_whose_drop_a_start_finished(autojump_clock: MockClock) -> None:
+    """What was parked goes with its table also when a crash came between the drop and its end (R18)."""
+    world = SimNode()
+    async with world.run() as pipeline:
+        table = await create_table(pipeline)
+        await write_all(pipeline, table, range(3), Tier.ICEBERG_COMMITTED)
+        world.catalog._tables.pop(NAME)
+        await write_all(pipeline, table, range(3, 40))
+        await trio.sleep(30)
+        assert world.keys_of("parked")
+        world.store.plan("delete", *[Fault(Outcome.REFUSED)] * 100, key="/parked/")
+        with trio.move_on_after(5):
+            await pipeline.tables.drop(NAME, purge=False)
+            await trio.sleep(1)
+    world.store.calm()
+    async with world.run():
+        await trio.sleep(100)
+        assert not world.keys_of("parked")
+
+
+async def test_disk_that_fails_at_a_late_connect(autojump_clock: MockClock) -> None:
+    """A disk that does not take the epoch is a failed disk: streams hear ``outcome_unknown`` (R6, protocol 3.4)."""
+    world = SimNode()
+    async with world.run() as pipeline:
+        await create_table(pipeline)
+        await pipeline.flush(await pipeline.tables.find(NAME), Tier.ICEBERG_COMMITTED)
+    world.store.away = True
+    told: list[object] = []
+    with contextlib.suppress(BaseExceptionGroup):
+        async with world.run() as pipeline:
+            pipeline.listen_failure(lambda code, detail: told.append(code))
+            await trio.sleep(10)
+            world.disk.fail_next("sync", errno.EIO)
+            world.store.away = False
+            await trio.sleep(100)
+    assert told
