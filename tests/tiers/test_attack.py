@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
+from dataclasses import replace
+from uuid import uuid4
 
 import pytest
 import trio
 from trio.testing import MockClock
 
-from arka.errors import DataCorruption
+from arka.errors import ArkaError, ConfigurationError
 from arka.records import TableName, Tier
 from arka.testing.simnode import NAME, SimNode, create_table, with_options, write, write_all
 from arka.testing.simstore import Fault, Outcome
-from arka.tiers.table import TableState
+from arka.tiers.pipeline import Pipeline
+from arka.tiers.table import Table, TableState
 
 OTHER = TableName("default", "other")
 
@@ -215,8 +218,8 @@ async def test_handshake_of_a_name_that_others_gave_away(autojump_clock: MockClo
         made = await create_table(pipeline, OTHER)
         other = world.catalog._tables.pop(OTHER)
         del made, found
-        from dataclasses import replace
-        from uuid import uuid4
+
+
 
         other.info = replace(other.info, name=NAME, uuid=uuid4())
         world.catalog._tables[NAME] = other
@@ -283,3 +286,121 @@ async def test_disk_that_fails_at_a_late_connect(autojump_clock: MockClock) -> N
             world.store.away = False
             await trio.sleep(100)
     assert told
+
+
+async def test_start_record_of_another_head(autojump_clock: MockClock) -> None:
+    """A start record that landed late names the head that the process then goes on from (R11)."""
+    world = SimNode()
+    async with world.run() as pipeline:
+        table = await create_table(pipeline)
+        await write_all(pipeline, table, range(2), Tier.ICEBERG_COMMITTED)
+        # The next object is on the wire when the process is killed.
+        world.store.plan("put_new", Fault(Outcome.LATE, late_s=10), *[Fault(Outcome.REFUSED)] * 1000, key="/wal/")
+        write(pipeline, table, 2, b"k2")
+        await pipeline.flush(table, Tier.DISK)
+        await trio.sleep(1)
+    world.store.calm()
+    # So is the start record when the store goes away.
+    world.store.plan("put_new", Fault(Outcome.LATE, late_s=15), *[Fault(Outcome.REFUSED)] * 9, key="/started/")
+    gate = trio.Event()
+    async with world.run() as pipeline:
+        world.store.away = True
+        await trio.sleep(8)
+        world.store.away = False
+        world.store.calm()
+        world.store.plan("put_new", Fault(gate=gate), key="/started/")
+        await trio.sleep(20)
+        gate.set()
+        table = await pipeline.tables.find(NAME)
+        await write_all(pipeline, table, range(3, 5))
+    world.lose_disk()
+    async with world.run() as pipeline:
+        await pipeline.flush(await pipeline.tables.find(NAME), Tier.ICEBERG_COMMITTED)
+    assert world.ids() == list(range(5))
+
+
+async def test_old_disk_after_a_new_one_gave_lsns(autojump_clock: MockClock) -> None:
+    """A disk goes on only if no other one gave LSNs of the log since (R13, protocol 3.1)."""
+    world = SimNode()
+    async with world.run() as pipeline:
+        table = await create_table(pipeline)
+        await write_all(pipeline, table, range(2), Tier.ICEBERG_COMMITTED)
+    old = world.lose_disk()
+    world.store.plan("put_new", *[Fault(Outcome.REFUSED)] * 1000, key="/started/")
+    async with world.run() as pipeline:
+        table = await pipeline.tables.find(NAME)
+        given = write(pipeline, table, 2, b"k2").lsn
+        await pipeline.flush(table, Tier.DISK)
+    world.store.calm()
+    new, world.disk = world.disk, old
+    try:
+        async with world.run() as pipeline:
+            table = await pipeline.tables.find(NAME)
+            later = write(pipeline, table, 3, b"k3").lsn
+            await pipeline.flush(table, Tier.ICEBERG_COMMITTED)
+    except ConfigurationError:
+        return
+    del new
+    assert later > given
+
+
+async def test_table_registered_again_after_a_drop(autojump_clock: MockClock) -> None:
+    """A drop that was done is not done again to what a person registered afterwards, as the server told them to (R5)."""
+    world = SimNode()
+    opened = await world.open()
+    answered = False
+    with contextlib.suppress(BaseExceptionGroup), trio.move_on_after(60):
+        async with trio.open_nursery() as nursery:
+            pipeline = opened.pipeline
+            await nursery.start(pipeline.run)
+            table = await create_table(pipeline)
+            await write_all(pipeline, table, range(3), Tier.ICEBERG_COMMITTED)
+            kept = world.catalog._tables[NAME]
+            world.weather.max_delay_s = 0.5
+            nursery.start_soon(_fail_after_the_record, world, pipeline, table)
+            await pipeline.tables.drop(NAME, purge=False)
+            # The client has its answer: dropped. The log's disk fails before it has the second record.
+            answered = True
+            await trio.sleep_forever()
+    assert answered
+    world.disk.crash()
+    world.weather.calm()
+    async with world.run() as pipeline:
+        await trio.sleep(0.5)
+        world.catalog._tables[NAME] = kept
+        with pytest.raises(ArkaError, match="restart the server to take it in"):
+            await pipeline.tables.find(NAME)
+    async with world.run():
+        await trio.sleep(0.5)
+        assert NAME in world.catalog._tables
+
+
+async def _fail_after_the_record(world: SimNode, pipeline: Pipeline, table: Table) -> None:
+    while table.drop_lsn is None or pipeline.table_marks(table)[Tier.DISK] < table.drop_lsn:
+        await trio.sleep(0.001)
+    world.disk.fail_next("write", errno.EIO)
+
+
+async def test_renamed_table_and_its_successor_without_catalog(autojump_clock: MockClock) -> None:
+    """Two tables of the log had one name, one after the other: the later one has it while the catalog is away (R5)."""
+    world = SimNode()
+    async with world.run() as pipeline:
+        table = await create_table(pipeline)
+        await write_all(pipeline, table, range(3), Tier.ICEBERG_COMMITTED)
+        found = world.catalog._tables.pop(NAME)
+        found.info = replace(found.info, name=OTHER)
+        world.catalog._tables[OTHER] = found
+        await write_all(pipeline, table, range(3, 5), Tier.ICEBERG_COMMITTED)
+        assert table.info.name == OTHER
+        again = await create_table(pipeline)
+        assert again is not table
+        await write_all(pipeline, again, range(100, 102), Tier.ICEBERG_COMMITTED)
+    assert world.ids() == [100, 101]
+    world.weather.away = True
+    async with world.run() as pipeline:
+        table = await pipeline.tables.find(NAME)
+        write(pipeline, table, 102, b"k102")
+        await trio.sleep(10)
+        world.weather.away = False
+        await pipeline.flush(table, Tier.ICEBERG_COMMITTED)
+    assert world.ids() == [100, 101, 102]
