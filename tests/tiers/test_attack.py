@@ -12,9 +12,11 @@ import trio
 from trio.testing import MockClock
 
 from arka.errors import ArkaError, ConfigurationError
-from arka.records import TableName, Tier
+from arka.records import TableDefinition, TableName, Tier
+from arka.storage.ports import CatalogTable
 from arka.testing.simnode import NAME, SimNode, create_table, with_options, write, write_all
 from arka.testing.simstore import Fault, Outcome
+from arka.testing.simwriters import SCHEMA
 from arka.tiers.pipeline import Pipeline
 from arka.tiers.table import Table, TableState
 
@@ -404,3 +406,73 @@ async def test_renamed_table_and_its_successor_without_catalog(autojump_clock: M
         world.weather.away = False
         await pipeline.flush(table, Tier.ICEBERG_COMMITTED)
     assert world.ids() == [100, 101, 102]
+
+
+async def test_table_found_while_the_catalog_is_listed(autojump_clock: MockClock) -> None:
+    """A table that a client's request found while the first list was on its way is not taken for gone (R5)."""
+    world = SimNode()
+    async with world.run() as pipeline:
+        await create_table(pipeline)
+        await pipeline.flush(await pipeline.tables.find(NAME), Tier.ICEBERG_COMMITTED)
+    world.weather.away = True
+    async with world.run() as pipeline:
+        catalog = pipeline.tables.catalog
+        answer, gate, asked = catalog.list_tables, trio.Event(), trio.Event()
+
+        async def slow() -> list[CatalogTable]:
+            found = await answer()
+            asked.set()
+            await gate.wait()
+            return found
+
+        catalog.list_tables = slow  # type: ignore[method-assign]
+        world.weather.away = False
+        await asked.wait()
+        # Somebody else makes a table; a client of ours writes to it.
+        await catalog.create_table(TableDefinition(OTHER, SCHEMA), "12345678")
+        table = await pipeline.tables.find(OTHER)
+        gate.set()
+        await trio.sleep(1)
+        assert table.state is TableState.ACTIVE
+
+
+async def test_drop_while_writes_are_parked(autojump_clock: MockClock) -> None:
+    """DropTable in the midst of parking leaves nothing parked (R18)."""
+    world = SimNode()
+    async with world.run() as pipeline:
+        table = await create_table(pipeline)
+        await write_all(pipeline, table, range(3), Tier.ICEBERG_COMMITTED)
+        world.catalog.remove(NAME)
+        gate = trio.Event()
+        world.store.plan("put_new", Fault(gate=gate), key="/parked/")
+        await write_all(pipeline, table, range(3, 40))
+        await trio.sleep(30)
+        await pipeline.tables.drop(NAME, purge=False)
+        await trio.sleep(10)
+        gate.set()
+        await trio.sleep(10)
+        assert not world.keys_of("parked")
+
+
+async def test_start_while_a_predecessor_deletes(autojump_clock: MockClock) -> None:
+    """Objects that the last process had let go of may vanish while the next one looks at them (R12)."""
+    world = SimNode()
+    async with world.run() as pipeline:
+        world.store.plan("delete", *[Fault(Outcome.REFUSED)] * 1000, key="/wal/")
+        table = await create_table(pipeline)
+        await write_all(pipeline, table, range(60), Tier.ICEBERG_COMMITTED)
+        await trio.sleep(60)
+        through = int(world.keys_of("checkpoint")[-1].rpartition("/")[2])
+    world.store.calm()
+    gate = trio.Event()
+    world.store.plan("get_range", Fault(gate=gate), key="/wal/")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(world.open)
+        await trio.sleep(1)
+        key = world.store.of("get_range", "/wal/")[-1].key
+        assert int(key.rpartition("/")[2][:16]) < through
+        # The delete of the process that was fenced, and had looked before it was.
+        for old in world.keys_of("wal")[:-1]:
+            if int(old.rpartition("/")[2][:16]) < through:
+                del world.store.objects[old]
+        gate.set()
