@@ -11,12 +11,14 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from arka.errors import ArkaError, ConfigurationError
+from arka.errors import ArkaError, ConfigurationError, Unavailable
 from arka.records import TableDefinition, TableName, Tier
+from arka.server import _register_demo_tables
 from arka.storage.ports import CatalogTable
 from arka.testing.simnode import NAME, SimNode, create_table, with_options, write, write_all
 from arka.testing.simstore import Fault, Outcome
 from arka.testing.simwriters import SCHEMA
+from arka.tiers.demo import demo_definitions
 from arka.tiers.pipeline import Pipeline
 from arka.tiers.table import Table, TableState
 
@@ -476,3 +478,55 @@ async def test_start_while_a_predecessor_deletes(autojump_clock: MockClock) -> N
             if int(old.rpartition("/")[2][:16]) < through:
                 del world.store.objects[old]
         gate.set()
+
+
+async def test_rollback_between_two_lives(autojump_clock: MockClock) -> None:
+    """A rollback that a person made while the server was down is not undone by a replay (R20)."""
+    world = SimNode()
+    async with world.run() as pipeline:
+        table = await create_table(pipeline)
+        await write_all(pipeline, table, range(2), Tier.ICEBERG_COMMITTED)
+        mark = world.catalog._tables[NAME].marks[pipeline.log_uuid]
+        await write_all(pipeline, table, range(2, 5), Tier.ICEBERG_COMMITTED)
+    world.catalog._tables[NAME].rows[:] = world.catalog._tables[NAME].rows[:2]
+    world.catalog.set_mark(NAME, mark)
+    assert world.ids() == [0, 1]
+    async with world.run() as pipeline:
+        await trio.sleep(30)
+        assert world.ids() == [0, 1]
+
+
+async def test_start_with_a_demo_table_that_others_dropped(autojump_clock: MockClock) -> None:
+    """A stopped table's trouble stays in the table: the server starts with ``--demo-tables`` all the same (R18)."""
+    world = SimNode()
+    async with world.run() as pipeline:
+        await _register_demo_tables(pipeline)
+        name = demo_definitions()[0].name
+        await pipeline.flush(await pipeline.tables.find(name), Tier.DISK)
+        await trio.sleep(1)
+    world.catalog.remove(name)
+    async with world.run() as pipeline:
+        await _register_demo_tables(pipeline)
+
+
+async def test_error_of_a_drop_that_a_node_loss_undid(autojump_clock: MockClock) -> None:
+    """The same as ``test_error_of_a_drop_that_a_crash_undid``, with the node lost while store and catalog are away."""
+    world = SimNode()
+    told: list[object] = []
+    async with world.run() as pipeline:
+        table = await create_table(pipeline)
+        await pipeline.flush(table, Tier.ICEBERG_COMMITTED)
+        world.weather.away = True
+        await write_all(pipeline, table, range(1))
+        world.store.away = True
+        table.listen_end(told.append)
+        with pytest.raises(Unavailable):
+            await pipeline.tables.drop(NAME, purge=False)
+        still_there = NAME in world.catalog._tables
+    world.weather.calm()
+    world.store.away = False
+    world.lose_disk()
+    if still_there:
+        async with world.run() as pipeline:
+            await pipeline.flush(await pipeline.tables.find(NAME), Tier.ICEBERG_COMMITTED)
+        assert not (told and world.ids() == [0])
