@@ -530,3 +530,43 @@ async def test_error_of_a_drop_that_a_node_loss_undid(autojump_clock: MockClock)
         async with world.run() as pipeline:
             await pipeline.flush(await pipeline.tables.find(NAME), Tier.ICEBERG_COMMITTED)
         assert not (told and world.ids() == [0])
+
+
+async def test_disk_that_became_stale_while_it_took_the_epoch(autojump_clock: MockClock) -> None:
+    """Another disk's start that was recorded between the look at it and the epoch's put makes this one stale (R13)."""
+    world = SimNode()
+    async with world.run() as pipeline:
+        await write_all(pipeline, await create_table(pipeline), range(2), Tier.ICEBERG_COMMITTED)
+    old = world.lose_disk()
+    given = later = 0
+    gate, asked = trio.Event(), trio.Event()
+    # The new disk has taken epoch 2; its start is recorded a little later.
+    world.store.plan("put_new", *[Fault(Outcome.REFUSED)] * 1000, key="/started/")
+    second = (await world.open()).pipeline
+    world.disk = old
+    world.store.plan("put_new", Fault(gate=gate), key="/epoch/0000000003")
+
+    async def start_first() -> None:
+        nonlocal later
+        with contextlib.suppress(ConfigurationError):
+            first = (await world.open()).pipeline
+            later = write(first, await first.tables.find(NAME), 3, b"k3").lsn
+        asked.set()
+
+    with contextlib.suppress(BaseExceptionGroup):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(start_first)
+            while not world.store.of("put_new", "/epoch/0000000003"):
+                await trio.sleep(0.01)
+            world.store.calm()
+            world.store.plan("put_new", *[Fault(Outcome.REFUSED)] * 1000, key="/wal/0000000002/")
+            await nursery.start(second.run)
+            await second.uplink.wait_connected()
+            table = await second.tables.find(NAME)
+            given = write(second, table, 2, b"k2").lsn
+            await second.flush(table, Tier.DISK)
+            gate.set()
+            await asked.wait()
+            nursery.cancel_scope.cancel()
+    assert given
+    assert not later or later > given
