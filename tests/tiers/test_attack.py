@@ -223,8 +223,6 @@ async def test_handshake_of_a_name_that_others_gave_away(autojump_clock: MockClo
         other = world.catalog._tables.pop(OTHER)
         del made, found
 
-
-
         other.info = replace(other.info, name=NAME, uuid=uuid4())
         world.catalog._tables[NAME] = other
         again = await pipeline.tables.find(NAME)
@@ -570,3 +568,53 @@ async def test_disk_that_became_stale_while_it_took_the_epoch(autojump_clock: Mo
             nursery.cancel_scope.cancel()
     assert given
     assert not later or later > given
+
+
+async def test_drop_of_a_name_that_a_table_no_longer_has(autojump_clock: MockClock) -> None:
+    """DropTable gives up no writes of a table that others renamed meanwhile: it is still there (R5)."""
+    world = SimNode()
+    async with world.run() as pipeline:
+        table = await create_table(pipeline)
+        await write_all(pipeline, table, range(3), Tier.ICEBERG_COMMITTED)
+        found = world.catalog._tables.pop(NAME)
+        found.info = replace(found.info, name=OTHER)
+        world.catalog._tables[OTHER] = found
+        world.weather.max_delay_s = 1.0
+        write(pipeline, table, 3, b"k3")
+        await pipeline.flush(table, Tier.DISK)
+        with contextlib.suppress(ArkaError):
+            await pipeline.tables.drop(NAME, purge=False)
+        world.weather.calm()
+        await trio.sleep(30)
+    async with world.run() as pipeline:
+        await trio.sleep(30)
+        assert OTHER not in world.catalog._tables or world.ids(OTHER) == [0, 1, 2, 3]
+
+
+async def test_lsn_that_two_disks_give(autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No LSN that another disk gave is given again, whatever that disk had recorded in the store (R2).
+
+    With small blocks, since a real one has 2**32 LSNs.
+    """
+    monkeypatch.setattr("arka.tiers.lease.STORE_BLOCK", 64)
+    monkeypatch.setattr("arka.tiers.startup.DISK_BLOCK", 32)
+    world = SimNode()
+    async with world.run() as pipeline:
+        await write_all(pipeline, await create_table(pipeline), range(2), Tier.ICEBERG_COMMITTED)
+    old = world.lose_disk()
+    world.store.plan("put_new", *[Fault(Outcome.REFUSED)] * 1000, key="/started/")
+    given = []
+    async with world.run() as pipeline:
+        table = await pipeline.tables.find(NAME)
+        given = [write(pipeline, table, number).lsn for number in range(2, 6)]
+        await pipeline.flush(table, Tier.DISK)
+    world.store.calm()
+    world.disk = old
+    again = []
+    with contextlib.suppress(ConfigurationError):
+        for _ in range(3):
+            async with world.run() as pipeline:
+                table = await pipeline.tables.find(NAME)
+                again += [write(pipeline, table, number).lsn for number in range(6, 10)]
+                await pipeline.flush(table, Tier.ICEBERG_COMMITTED)
+    assert not set(given) & set(again)
