@@ -254,10 +254,17 @@ class TableInfo:
 
 
 class KnownTable(NamedTuple):
-    """A table as a checkpoint of the log remembers it: what it is, and the last LSN that Iceberg was seen to hold."""
+    """A table as a log remembers it.
+
+    Attributes:
+        info: what it is.
+        committed_lsn: the last LSN that Iceberg was seen to hold of it.
+        known_from_lsn: no LSN up to here was given to one of its writes.
+    """
 
     info: TableInfo
     committed_lsn: int
+    known_from_lsn: int = 0
 
 
 class WriteRequest(msgspec.Struct, frozen=True):

@@ -16,7 +16,7 @@ from uuid import UUID
 import structlog
 
 from arka.errors import DataCorruption
-from arka.storage.ports import ObjectStore
+from arka.storage.ports import ObjectStore, StoreUnavailable
 from arka.tiers.epochs import newest_start
 from arka.wal.objectfile import HEADER_BYTES, ObjectHeader, ObjectRef, WalObject, parse_object
 
@@ -49,10 +49,19 @@ class Chain:
 
         Raises:
             DataCorruption: an object that the chain reaches is damaged, or one that was acknowledged is gone.
-            StoreUnavailable: the store does not answer; ask again.
+            StoreUnavailable: the store does not answer, or a fenced process has deleted what was to be read: ask
+                again, with the newest checkpoint.
 
         Cancellation: nothing changes.
         """
+        try:
+            return await self._find_head()
+        except KeyError as error:
+            raise StoreUnavailable(
+                f"{error} was deleted while it was to be read: another process released it"
+            ) from error
+
+    async def _find_head(self) -> ObjectRef | None:
         start = await newest_start(self._store, self._node_id)
         if start is None:
             return None

@@ -100,6 +100,12 @@ def log_drop(memory: MemoryTier, info: TableInfo, *, purge: bool, done: bool = F
     return memory.append_control(KIND_DROP, msgspec.msgpack.encode(record))
 
 
+def log_drop_done(memory: MemoryTier, table: UUID) -> int:
+    """Put the record of a done drop into the log, for a table of which no more is known; returns its LSN."""
+    record = DropRecord("", "", str(table), purge=False, done=True)
+    return memory.append_control(KIND_DROP, msgspec.msgpack.encode(record))
+
+
 def new_location_suffix() -> str:
     """Eight hex digits that no other table of this name will have (R5)."""
     return secrets.token_hex(4)
@@ -263,6 +269,7 @@ __all__ = [
     "log_create",
     "log_created",
     "log_drop",
+    "log_drop_done",
     "new_location_suffix",
     "parse_created",
     "parse_drop",

@@ -113,6 +113,9 @@ async def take_epoch(store: ObjectStore, claim: Claim) -> EpochLease:
             # Somebody else took it, or our own response was lost: the record says which, and the next one is free.
             continue
         await failpoints.reach("epoch.taken")
+        if claim.local is not None:
+            # Whoever had an epoch between may have recorded its start since we looked; from here on it cannot.
+            await _check_no_later_start(store, claim, claim.local)
         reserved = await _reserved(store, claim.node_id)
         known = max(reserved, claim.local.lsn_ceiling if claim.local is not None else 1)
         # Above both: a store that was emptied, or exchanged, knows less than the disk.
@@ -185,10 +188,7 @@ async def _check_not_stale(store: ObjectStore, claim: Claim, local: LocalLog, ne
     record must then name no later state of this disk than the one that is here, since a data directory that was
     restored from a snapshot, or cloned, has the same UUID and an older state.
     """
-    started = await newest_start(store, claim.node_id)
-    if started is not None and started.epoch > local.epoch:
-        record = await read_record(store, epoch_key(claim.node_id, started.epoch), EpochRecord)
-        raise _stale(store, claim, local, record, "went on from another disk, or another state of this one")
+    await _check_no_later_start(store, claim, local)
     for epoch in range(newest.epoch, local.epoch, -1):
         record = newest
         if epoch < newest.epoch:
@@ -203,6 +203,13 @@ async def _check_not_stale(store: ObjectStore, claim: Claim, local: LocalLog, ne
                 record,
                 f"found its disk at epoch {record.disk_epoch} and LSN {record.disk_ceiling - 1}",
             )
+
+
+async def _check_no_later_start(store: ObjectStore, claim: Claim, local: LocalLog) -> None:
+    started = await newest_start(store, claim.node_id)
+    if started is not None and started.epoch > local.epoch:
+        record = await read_record(store, epoch_key(claim.node_id, started.epoch), EpochRecord)
+        raise _stale(store, claim, local, record, "went on from another disk, or another state of this one")
 
 
 def _stale(store: ObjectStore, claim: Claim, local: LocalLog, record: EpochRecord, how: str) -> ConfigurationError:

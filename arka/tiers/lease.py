@@ -16,7 +16,15 @@ from arka import failpoints
 from arka.errors import Fenced
 from arka.records import MAX_LSN
 from arka.storage.ports import ObjectExists, ObjectStore, StoreUnavailable
-from arka.tiers.epochrecords import EpochRecord, StartRecord, epoch_key, heartbeat_prefix, lsn_key, start_key
+from arka.tiers.epochrecords import (
+    EpochRecord,
+    StartRecord,
+    epoch_key,
+    heartbeat_prefix,
+    lsn_key,
+    read_record,
+    start_key,
+)
 from arka.tiers.watermarks import now_us
 from arka.wal.objectfile import ObjectRef
 
@@ -115,7 +123,7 @@ class EpochLease:
         self._lsn_ceiling = ceiling
         return ceiling
 
-    async def record_start(self, head: ObjectRef | None) -> None:
+    async def record_start(self, head: ObjectRef | None) -> ObjectRef | None:
         """Say in the store that this epoch's disk holds all of the log, and where the chain ends that it goes on from.
 
         From here on a disk that does not know of this epoch is stale (R13), and what other epochs' processes
@@ -124,9 +132,14 @@ class EpochLease:
         Args:
             head: the last object of the chain; None for none.
 
+        Returns:
+            The head that is recorded: an earlier attempt's, if that one landed. What came to the chain's folder since
+            is no part of it.
+
         Raises:
+            DataCorruption: the record is damaged.
             Fenced: another process has taken a higher epoch.
-            StoreUnavailable: it may or may not be recorded; ask again with the same head.
+            StoreUnavailable: it may or may not be recorded; ask again.
 
         Durability: recorded on return. The epoch must be durable on the disk before this is called.
         """
@@ -137,13 +150,15 @@ class EpochLease:
             started_us=now_us(),
             head=None if head is None else (head.epoch, head.first_lsn, head.last_lsn, head.checksum),
         )
+        key = start_key(self._node_id, self.epoch)
         try:
-            await self._store.put_new(start_key(self._node_id, self.epoch), [record.to_bytes()])
+            await self._store.put_new(key, [record.to_bytes()])
         except ObjectExists:
             # Ours, with its response lost: nobody else has this epoch.
-            log.debug("epoch.start_exists", epoch=self.epoch)
+            record = await read_record(self._store, key, StartRecord)
         await failpoints.reach("epoch.start_recorded")
         await self.verify()
+        return record.head_ref
 
     async def beat(self, interval_s: float) -> None:
         """Show, until cancelled, that this process lives, and look whether the epoch is still its own.

@@ -27,7 +27,7 @@ from arka.records import TableInfo
 from arka.storage.ports import Buffer, ObjectExists, ObjectStore, StoreUnavailable
 from arka.storage.threads import run_compute
 from arka.tiers.lease import EpochLease
-from arka.wal.objectfile import EncodedObject, ObjectRef, encode_object
+from arka.wal.objectfile import EncodedObject, ObjectRef, encode_object, first_frame_above
 from arka.wal.segment import AppendedRange
 
 log = structlog.get_logger(__name__)
@@ -203,7 +203,7 @@ class ObjectTier:
             while True:
                 await self._wait_company()
                 await slots.acquire()
-                upload = _Upload(await self._next_object())
+                upload = await self._next_upload()
                 self._uploading.append(upload)
                 nursery.start_soon(self._upload, upload)
 
@@ -218,7 +218,7 @@ class ObjectTier:
                 await self._hurried.wait()
         self._hurried = trio.Event()
 
-    async def _next_object(self) -> EncodedObject:
+    async def _next_upload(self) -> _Upload:
         """Cut the next object off what is pending; one segment, about ``options.bytes``."""
         piece = self._pending.popleft()
         size = piece.end - piece.start
@@ -226,7 +226,7 @@ class ObjectTier:
         data = await self._read_range(piece.segment.path, piece.start, piece.end)
         encoded: EncodedObject = await self._compute(self._encode, piece, data)
         self._head = encoded.ref
-        return encoded
+        return _Upload(encoded, size)
 
     @property
     def _held(self) -> EpochLease:
@@ -234,12 +234,20 @@ class ObjectTier:
         return self._lease
 
     def _encode(self, piece: AppendedRange, data: Buffer) -> EncodedObject:
+        """Make an object of a range; of one that begins below the chain's end, only what lies behind that.
+
+        # Invariant: an object ends below its successor's first LSN; what may be deleted is told by that (R12).
+        """
+        first_lsn = piece.first_lsn
+        if self._head is not None and first_lsn <= self._head.last_lsn:
+            offset, first_lsn = first_frame_above(data, self._head.last_lsn)
+            data = memoryview(data)[offset:]
         return encode_object(
             self._log_uuid,
             self._held.epoch,
             piece.segment.number,
             piece.segment.epoch,
-            first_lsn=piece.first_lsn,
+            first_lsn=first_lsn,
             last_lsn=piece.last_lsn,
             tables=piece.tables,
             frames=data,
@@ -261,8 +269,7 @@ class ObjectTier:
         await self._persist(put)
         await failpoints.reach("objects.put")
         upload.done = True
-        # The frames stand in the object as they stood in the log, between its header, tables and footer.
-        self._unstored_bytes -= memoryview(upload.encoded.parts[2]).nbytes
+        self._unstored_bytes -= upload.log_bytes
         self._uploaded.set()
 
     async def _check_same(self, key: str, encoded: EncodedObject) -> None:
@@ -324,10 +331,12 @@ class ObjectTier:
 class _Upload:
     """One object on its way."""
 
-    __slots__ = ("done", "encoded")
+    __slots__ = ("done", "encoded", "log_bytes")
 
-    def __init__(self, encoded: EncodedObject) -> None:
+    def __init__(self, encoded: EncodedObject, log_bytes: int) -> None:
         self.encoded = encoded
+        # How much of the log it is.
+        self.log_bytes = log_bytes
         self.done = False
 
 

@@ -28,12 +28,11 @@ from arka.tiers.memory import Appended, MemoryTier, Releasable
 from arka.tiers.objects import ObjectTier
 from arka.tiers.release import LogRelease
 from arka.tiers.space import DiskSpace, SharedRoom
-from arka.tiers.table import Table, TableState
+from arka.tiers.table import Table
 from arka.tiers.tables import Tables
 from arka.tiers.uplink import Taken, Uplink
 from arka.tiers.watermarks import Watermark
 from arka.wal.logstate import LogStateFile
-from arka.wal.objectfile import ObjectRef
 from arka.wal.writer import AppendedRange, WalPoisoned, WalWriter
 
 log = structlog.get_logger(__name__)
@@ -150,9 +149,9 @@ class Pipeline:
             await nursery.start(self._run_tables)
             task_status.started()
 
-    async def connect(self, taken: Taken, head: ObjectRef | None) -> None:
+    async def connect(self, taken: Taken) -> None:
         """Let the log go to the object store; see ``Uplink.connect``."""
-        await self.uplink.connect(taken, self._state, self._objects, self._recovered_lsn, head)
+        await self.uplink.connect(taken, self._state, self._objects, self._recovered_lsn)
 
     async def _run_disk(self) -> None:
         await self.guard_log(self._disk_tier.run)
@@ -169,20 +168,24 @@ class Pipeline:
         """Run a task of the log; what ends the log ends the process, after its streams were told (R6, protocol 3.4)."""
         try:
             await task()
-        except* (WalPoisoned, Fenced) as group:
+        except* Exception as group:
             error = _first_leaf(group)
             if isinstance(error, WalPoisoned):
                 self._failure = error
                 log.critical("disk.poisoned", reason=error.detail)
-                code = ErrorCode.OUTCOME_UNKNOWN
+                self._tell(ErrorCode.OUTCOME_UNKNOWN, error.detail)
             else:
                 self._draining = True
-                log.critical("log.fenced", reason=error.detail)
-                code = ErrorCode.UNAVAILABLE
-            for listener in tuple(self._failure_listeners):
-                listener(code, error.detail)
+                log.critical("log.fenced" if isinstance(error, Fenced) else "log.failed", reason=str(error))
+                self._tell(
+                    ErrorCode.UNAVAILABLE, str(error) if isinstance(error, ArkaError) else "The server has failed"
+                )
             await trio.sleep(_LAST_WORDS_S)
             raise error from None
+
+    def _tell(self, code: ErrorCode, detail: str) -> None:
+        for listener in tuple(self._failure_listeners):
+            listener(code, detail)
 
     def start_drain(self) -> None:
         """Refuse new writes from now on, and bring what is accepted down without waiting for company."""
@@ -197,7 +200,7 @@ class Pipeline:
         """
         await self._marks.disk.wait_reached(self.memory.last_lsn)
         for table in self.tables.all():
-            while table.state is TableState.ACTIVE and table.committed.lsn < table.last_lsn:
+            while table.is_committing and table.committed.lsn < table.last_lsn:
                 changed = table.changed
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(_first_of, changed.wait, nursery.cancel_scope)
@@ -344,8 +347,10 @@ class Pipeline:
     def resume_marks(self, table: Table, lsn: int) -> dict[Tier, int]:
         """Answer a handshake: per tier the largest W such that nothing up to min(W, ``lsn``) is missing (3.3)."""
         marks = self.table_marks(table)
-        if table.taken_up and not table.backlog and table.last_lsn <= table.committed.lsn:
-            # Nothing of this table is on its way: it holds all there is.
+        idle = not table.backlog and table.last_lsn <= table.committed.lsn
+        if table.taken_up and idle and lsn > table.known_from_lsn:
+            # Nothing of this table is on its way: it holds all there is. What was given before it was known here was
+            # another table's.
             marks[Tier.ICEBERG_COMMITTED] = marks[Tier.OBJECT_STORAGE]
         cap = min([lsn, *(lost.range.after for lost in self._release.remembered_lost())])
         return {tier: min(mark, cap) for tier, mark in marks.items()}
@@ -381,13 +386,12 @@ async def _first_of(wait: Callable[[], object], scope: trio.CancelScope) -> None
     scope.cancel()
 
 
-def _first_leaf(group: BaseExceptionGroup[WalPoisoned | Fenced]) -> WalPoisoned | Fenced:
+def _first_leaf(group: ExceptionGroup[Exception]) -> Exception:
     """The first error of a group; a failed disk before all else, since it concerns every write."""
     poisoned, others = group.split(WalPoisoned)
-    error: BaseException = poisoned or others or group
-    while isinstance(error, BaseExceptionGroup):
+    error: Exception = poisoned or others or group
+    while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]
-    assert isinstance(error, WalPoisoned | Fenced)
     return error
 
 

@@ -66,8 +66,9 @@ class _Checkpoint(msgspec.Struct, frozen=True, array_like=True):
     keys: list[tuple[bytes, bytes]]
     #: (UUID of a dropped table, last LSN of its keys that count no more)
     dropped: list[tuple[bytes, int]]
-    #: Every table known: UUID, ``TableInfo.to_bytes``, and the last LSN that Iceberg was seen to hold of it.
-    tables: list[tuple[bytes, bytes, int]]
+    #: Every table known: UUID, ``TableInfo.to_bytes``, the last LSN that Iceberg was seen to hold of it, and the LSN
+    #: from which on it is known.
+    tables: list[tuple[bytes, bytes, int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +242,7 @@ class LogRelease:
             lost=[(lost.range.after, lost.range.through, lost.noted_us) for lost in self.remembered_lost()],
             keys=[(table.bytes, packed) for table, packed in self._keys.uncovered(through_lsn)],
             dropped=[(table.bytes, lsn) for table, lsn in self._keys.dropped()],
-            tables=[(info.uuid.bytes, info.to_bytes(), committed_lsn) for info, committed_lsn in tables],
+            tables=[(table.info.uuid.bytes, table.info.to_bytes(), *table[1:]) for table in tables],
         )
         body = msgspec.msgpack.encode(record)
         key = f"{self._node_id}/checkpoint/{self._epoch():010d}/{through_lsn:016d}"
@@ -332,10 +333,13 @@ async def load_checkpoints(
             log.debug("log.checkpoint_gone", key=meta.key)
             continue
         newest = _parse(store.url, meta.key, data, log_uuid)
-        _take_keys(f"{store.url}/{meta.key}", newest, keys)
-        lost = merge_lost([lost, (LostRange(LsnRange(*bounds), noted_us) for *bounds, noted_us in newest.lost)])
-        through_lsn = max(through_lsn, newest.through_lsn)
+        # A fenced process's clock may be ahead of its successor's: nothing may look older than it was to its writer.
         clock_us = max(clock_us, newest.clock_us)
+        behind_us = clock_us - newest.clock_us
+        _take_keys(f"{store.url}/{meta.key}", newest, keys, clock_us)
+        noted = [LostRange(LsnRange(*bounds), noted_us + behind_us) for *bounds, noted_us in newest.lost]
+        lost = merge_lost([lost, noted])
+        through_lsn = max(through_lsn, newest.through_lsn)
     if newest is None:
         return LoadedCheckpoints((), (), 0, 0)
     keys.forget_uncovered(through_lsn)
@@ -343,7 +347,7 @@ async def load_checkpoints(
         keys.drop_table(UUID(bytes=table), lsn)
     remembered = (item for item in lost if item.noted_us >= clock_us - int(retention_s * 1e6))
     try:
-        tables = tuple(KnownTable(TableInfo.from_bytes(data), lsn) for _, data, lsn in newest.tables)
+        tables = tuple(KnownTable(TableInfo.from_bytes(data), *lsns) for _, data, *lsns in newest.tables)
     except ValueError as error:
         raise DataCorruption(f"{store.url}/{metas[-1].key}", _CRC_BYTES, "table records", str(error)) from error
     return LoadedCheckpoints(tuple(remembered), tables, through_lsn, clock_us)
@@ -354,7 +358,7 @@ def covered_lsn(key: str) -> int:
     return int(key.rpartition("/")[2])
 
 
-def _take_keys(path: str, record: _Checkpoint, keys: KeyIndex) -> None:
+def _take_keys(path: str, record: _Checkpoint, keys: KeyIndex, clock_us: int) -> None:
     """Take a checkpoint's keys, and what was committed when it was written: not those of parked writes (R18, R21)."""
     for table_bytes, packed in record.keys:
         try:
@@ -362,8 +366,8 @@ def _take_keys(path: str, record: _Checkpoint, keys: KeyIndex) -> None:
             keys.load(table, packed)
         except ValueError as error:
             raise DataCorruption(path, _CRC_BYTES, "keys in LSN order", str(error)) from error
-    for table_bytes, _, committed_lsn in record.tables:
-        keys.note_committed(UUID(bytes=table_bytes), committed_lsn, record.clock_us)
+    for table_bytes, _, committed_lsn, _ in record.tables:
+        keys.note_committed(UUID(bytes=table_bytes), committed_lsn, clock_us)
 
 
 def _parse(url: str, key: str, data: bytes, log_uuid: UUID) -> _Checkpoint:

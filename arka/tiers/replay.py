@@ -36,10 +36,14 @@ class TableFrames:
     Attributes:
         infos: by schema id; the last one met is the newest that this log knows.
         last_lsn: of its last frame; 0 for none.
+        created_lsn: of its first CREATE record; 0 for none.
+        named_lsn: of its last one: who got a name last, has it.
     """
 
     infos: dict[int, TableInfo] = field(default_factory=dict)
     last_lsn: int = 0
+    created_lsn: int = 0
+    named_lsn: int = 0
     _paths: list[tuple[str, int, int]] = field(default_factory=list)
     # Per frame: index into _paths, LSN, offset, frame bytes.
     _places: array[int] = field(default_factory=lambda: array("Q"))
@@ -102,11 +106,15 @@ class Replay:
             case kind if kind == KIND_BATCH:
                 self._frames(UUID(bytes=header.table_uuid)).take(frame)
             case kind if kind == KIND_TABLE:
-                self.learn(TableInfo.from_bytes(frame.payload()))
+                info = TableInfo.from_bytes(frame.payload())
+                self._frames(info.uuid).learn(info)
             case kind if kind == KIND_CREATE:
-                info = ddl.parse_created(frame.payload())
-                if info is not None:
-                    self.learn(info)
+                created = ddl.parse_created(frame.payload())
+                if created is not None:
+                    frames = self._frames(created.uuid)
+                    frames.learn(created)
+                    frames.created_lsn = frames.created_lsn or header.lsn
+                    frames.named_lsn = header.lsn
             case kind if kind == KIND_DROP:
                 record = ddl.parse_drop(frame.payload())
                 uuid = ddl.parse_table_uuid(record)
@@ -121,21 +129,21 @@ class Replay:
             case kind if kind == KIND_LOST:
                 self.lost.append(parse_lost(frame.payload()))
 
-    def learn(self, info: TableInfo) -> None:
-        """Note a table at a schema."""
-        self._frames(info.uuid).learn(info)
-
     def known(self, remembered: Iterable[KnownTable]) -> list[KnownTable]:
         """Join the tables that the log describes to those that its newest checkpoint remembers.
 
         Args:
             remembered: the checkpoint's tables; of those, the log knows later schemas and drops.
+
+        Returns:
+            The tables; of two with one name, the one that got it last comes last.
         """
         recorded = {table.info.uuid: table for table in remembered if table.info.uuid not in self.dropped}
-        for uuid, frames in self.tables.items():
+        for uuid, frames in sorted(self.tables.items(), key=lambda item: item[1].named_lsn):
             info = frames.newest_info
             if info is not None:
-                recorded[uuid] = KnownTable(info, recorded[uuid].committed_lsn if uuid in recorded else 0)
+                known = recorded.pop(uuid, KnownTable(info, 0, frames.created_lsn))
+                recorded[uuid] = known._replace(info=info)
         return list(recorded.values())
 
     def _frames(self, uuid: UUID) -> TableFrames:

@@ -32,6 +32,7 @@ _PROGRESS_S: Final = 1.0
 
 async def restore_log(
     chain: Chain,
+    head: ObjectRef | None,
     directory: Path,
     disk: Disk,
     *,
@@ -39,20 +40,18 @@ async def restore_log(
     epoch: int,
     released_lsn: int,
     segment_bytes: int,
-) -> ObjectRef | None:
-    """Write the segments of a log that only the object store has.
+) -> None:
+    """Write the segments of a log that only the object store has: every frame up to the head that it still has.
 
     Args:
         chain: its objects.
-        directory: of the log; holds no log state. What else an earlier attempt left there is removed.
+        head: the last of them; None for none.
+        directory: of the log. What an earlier attempt left there is removed, a log state that never started too.
         disk: its file system.
         log_uuid: the log.
         epoch: the epoch of this start.
         released_lsn: what checkpoints cover: the log's end where the store has no object above it.
         segment_bytes: about how large a segment becomes.
-
-    Returns:
-        The chain's head; the segments hold every frame up to there that the store still has.
 
     Raises:
         DataCorruption: an object is damaged or missing.
@@ -63,7 +62,6 @@ async def restore_log(
 
     Cancellation: as a crash.
     """
-    head = await chain.find_head()
     restore = _Restore(directory, disk, log_uuid, epoch, released_lsn, segment_bytes)
     started = said = trio.current_time()
     await disk.run(restore.begin)
@@ -79,6 +77,8 @@ async def restore_log(
         raise StoreUnavailable(f"{error} was deleted while it was to be read: another process released it") from error
     finally:
         restore.close()
+    if head is None and not released_lsn:
+        return
     log.info(
         "log.restored",
         last_lsn=restore.last_lsn,
@@ -86,7 +86,6 @@ async def restore_log(
         bytes=restore.bytes,
         seconds=round(trio.current_time() - started, 3),
     )
-    return head
 
 
 class _Restore:
@@ -117,8 +116,8 @@ class _Restore:
         """Make the directory, and remove what an earlier attempt left."""
         self._disk.make_directory(self._directory)
         names = self._disk.list_names(self._directory)
-        assert STATE_NAME not in names, "a log state says that there is a log"
-        for name in names:
+        for name in sorted(names, key=lambda name: name != STATE_NAME):
+            # The log state first: without it the rest is nothing.
             self._disk.remove(self._directory / name)
         self._disk.sync_directory(self._directory)
 

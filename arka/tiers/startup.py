@@ -31,7 +31,6 @@ from arka.tiers.restore import restore_log
 from arka.tiers.tables import Tables
 from arka.tiers.uplink import Taken, Uplink, ask_store
 from arka.wal.logstate import LogState, LogStateFile
-from arka.wal.objectfile import ObjectRef
 from arka.wal.recovery import RecoveredLog, recover
 
 log = structlog.get_logger(__name__)
@@ -87,14 +86,17 @@ class _Start:
     async def run(self) -> OpenLog:
         """Do all of it."""
         state = await LogState.read(self._wal_dir, self._world.disk)
+        if state is not None and not state.started_epoch:
+            # A disk that was being made or restored, and never served: another one may have been since. Anew.
+            state = None
         if state is not None:
             # What a failed fsync left in the page cache is not on the disk: make it so before the store hears of it.
             state = await state.write(self._wal_dir, self._world.disk)
         taken = await self._take(state, patience_s=None if state is None else _PATIENCE_S)
-        head: ObjectRef | None = None
+        is_new = state is None
         if state is None:
             assert taken is not None
-            taken, state, head = await self._new_disk(taken)
+            taken, state = await self._new_disk(taken)
         state_file = LogStateFile(self._wal_dir, self._world.disk, state)
         # A higher epoch, before a segment carries it; a higher ceiling, before a write does.
         await self._note_epoch(state_file, taken)
@@ -102,8 +104,6 @@ class _Start:
         if taken is None and not await self._may_start_alone(state, recovered):
             taken = await self._take(state, patience_s=None)
             await self._note_epoch(state_file, taken)
-        if taken is not None and head is None:
-            head = await ask_store(taken.chain.find_head)
         first_lsn = max(state.lsn_ceiling, recovered.last_lsn + 1)
         ceiling = min(first_lsn + DISK_BLOCK, state_file.state.store_ceiling)
         await state_file.raise_to(lsn_ceiling=ceiling)
@@ -120,7 +120,8 @@ class _Start:
         )
         opened = await assemble(self._settings, self._world, found, self._uplink, self._checkpoint_store)
         if taken is not None:
-            await self._connect(taken, head, opened)
+            # Nothing is served from a new disk before its start is recorded: an older one could be let in beside it.
+            await self._connect(taken, opened, patience_s=None if is_new else _PATIENCE_S)
         await self._know_tables(opened.pipeline.tables)
         return opened
 
@@ -150,12 +151,10 @@ class _Start:
         load = partial(load_checkpoints, here, self._node_id, log_uuid, retention_s, self._keys)
         return await ask_store(load)
 
-    async def _new_disk(self, taken: Taken) -> tuple[Taken, LogState, ObjectRef | None]:
+    async def _new_disk(self, taken: Taken) -> tuple[Taken, LogState]:
         """Begin a log on an empty disk, or bring one back that the store has."""
         lease = taken.lease
-        head: ObjectRef | None = None
-        if lease.epoch > 1:
-            taken, head = await self._restore(lease)
+        taken = await self._restore(lease)
         state = await LogState.create(
             self._wal_dir,
             self._world.disk,
@@ -164,17 +163,19 @@ class _Start:
             lsn_ceiling=lease.first_lsn,
             store_ceiling=lease.lsn_ceiling,
         )
-        return taken, state, head
+        return taken, state
 
-    async def _restore(self, lease: EpochLease) -> tuple[Taken, ObjectRef | None]:
-        """Write the log anew from the store; returns what it was written from, and the chain's head."""
-        log.warning("log.restoring", epoch=lease.epoch, store=self._world.store.url)
+    async def _restore(self, lease: EpochLease) -> Taken:
+        """Write the log anew from the store; returns what it was written from."""
+        if lease.epoch > 1:
+            log.warning("log.restoring", epoch=lease.epoch, store=self._world.store.url)
 
-        async def attempt() -> tuple[Taken, ObjectRef | None]:
+        async def attempt() -> Taken:
             # Read anew at each attempt: what was released meanwhile is in a newer checkpoint.
             again = await self._uplink.take(None)
-            head = await restore_log(
+            await restore_log(
                 again.chain,
+                again.head,
                 self._wal_dir,
                 self._world.disk,
                 log_uuid=lease.log_uuid,
@@ -182,14 +183,14 @@ class _Start:
                 released_lsn=again.released_lsn,
                 segment_bytes=self._settings.wal.segment_bytes,
             )
-            return again, head
+            return again
 
         return await ask_store(attempt)
 
-    async def _connect(self, taken: Taken, head: ObjectRef | None, opened: OpenLog) -> None:
+    async def _connect(self, taken: Taken, opened: OpenLog, *, patience_s: float | None) -> None:
         """Let the log go to the store; if that goes away just now, the pipeline does it later."""
         try:
-            await ask_store(partial(opened.pipeline.connect, taken, head), patience_s=_PATIENCE_S)
+            await ask_store(partial(opened.pipeline.connect, taken), patience_s=patience_s)
         except StoreUnavailable as error:
             log.warning("objects.unavailable", reason=str(error))
 

@@ -71,7 +71,15 @@ class Table:
     Used from trio's thread only.
     """
 
-    def __init__(self, info: TableInfo, committed_lsn: int, snapshot_id: int | None, *, recorded_lsn: int = 0) -> None:
+    def __init__(
+        self,
+        info: TableInfo,
+        committed_lsn: int,
+        snapshot_id: int | None,
+        *,
+        recorded_lsn: int = 0,
+        known_from_lsn: int = 0,
+    ) -> None:
         """Begin with no frames.
 
         Args:
@@ -79,9 +87,11 @@ class Table:
             committed_lsn: the last LSN that the catalog says it holds; 0 as long as nobody has asked.
             snapshot_id: its current snapshot.
             recorded_lsn: the last LSN that an earlier process saw committed: less in the catalog is a rollback (R20).
+            known_from_lsn: no LSN up to here was given to one of its writes.
         """
         self.info = info
         self.recorded_lsn = recorded_lsn
+        self.known_from_lsn = known_from_lsn
         self.committed = Watermark(Tier.ICEBERG_COMMITTED, committed_lsn, snapshot_id)
         self.backlog = Backlog()
         #: The schemas that waiting frames may use, by id (R24).
@@ -89,6 +99,8 @@ class Table:
         #: The last LSN given to a write of this table; recovery raises it.
         self.last_lsn = committed_lsn
         self.ending: Ending | None = None
+        #: An ending that is decided and not yet certain: new writes are refused, those that wait are not told.
+        self.coming: Ending | None = None
         #: LSN of the drop record while the catalog has not dropped the table yet.
         self.drop_lsn: int | None = None
         #: Whether its backlog and ``last_lsn`` speak of all its frames, parked ones too.
@@ -102,17 +114,23 @@ class Table:
         """Whether the table takes writes."""
         return self.ending.state if self.ending is not None else TableState.ACTIVE
 
+    @property
+    def is_committing(self) -> bool:
+        """Whether what was accepted for it goes on its way to Iceberg."""
+        return self.ending is None and self.coming is None
+
     def check_active(self) -> None:
         """Refuse a write to a table that takes none.
 
         Raises:
             ArkaError: ``table_dropped`` or ``table_stopped``.
         """
-        if self.ending is not None:
-            code = self.ending.code
+        ending = self.ending or self.coming
+        if ending is not None:
+            code = ending.code
             if code is ErrorCode.OUTCOME_UNKNOWN:
                 code = ErrorCode.TABLE_STOPPED
-            raise ArkaError(self.ending.detail, code=code)
+            raise ArkaError(ending.detail, code=code)
 
     @property
     def ending_detail(self) -> str:

@@ -53,6 +53,25 @@ class _Outcome:
             raise self._error
 
 
+class _Tender:
+    """The task that commits or parks one table, and how to end it."""
+
+    def __init__(self) -> None:
+        self._scope = trio.CancelScope()
+        self._ended = trio.Event()
+
+    async def run(self, tend: Callable[[Table], Awaitable[None]], table: Table) -> None:
+        try:
+            with self._scope:
+                await tend(table)
+        finally:
+            self._ended.set()
+
+    async def end(self) -> None:
+        self._scope.cancel()
+        await self._ended.wait()
+
+
 class Tables:
     """The tables of one log. Used from trio's thread only."""
 
@@ -94,6 +113,10 @@ class Tables:
         self._dropped: set[UUID] = set()
         # Drops that an earlier process wrote into the log, and the catalog may not have done.
         self._pending_drops: dict[UUID, ddl.PendingDrop] = {}
+        # Tables that an earlier process dropped: what is parked for them is nobody's.
+        self._orphans: set[UUID] = set()
+        # The task that commits or parks a table, by its UUID.
+        self._tenders: dict[UUID, _Tender] = {}
         self._ddl_lock = trio.Lock()
         self._draining = False
         self._nursery: trio.Nursery | None = None
@@ -125,7 +148,10 @@ class Tables:
     def remembered(self) -> Iterable[KnownTable]:
         """What a checkpoint remembers of the tables, so that a start knows them without the catalog (R5)."""
         tables = [table for table in self._by_uuid.values() if table.state is not TableState.DROPPED]
-        return [KnownTable(table.info, max(table.committed.lsn, table.recorded_lsn)) for table in tables]
+        return [
+            KnownTable(table.info, max(table.committed.lsn, table.recorded_lsn), table.known_from_lsn)
+            for table in tables
+        ]
 
     def note_committed(self, table: Table) -> None:
         """Start the retention of the keys that a table holds (R21)."""
@@ -174,6 +200,8 @@ class Tables:
             task_status.started()
             await self.wait_catalog(self.reconcile)
             await self._parking.load()
+            for uuid in self._orphans:
+                await self._parking.forget(uuid)
             for table in self.all():
                 self._take_up(table)
             # Tables come and go; the nursery stays open for them.
@@ -196,17 +224,22 @@ class Tables:
             else:
                 return
 
-    def restore(self, known: Iterable[KnownTable], drops: Mapping[UUID, ddl.PendingDrop]) -> None:
+    def restore(
+        self, known: Iterable[KnownTable], drops: Mapping[UUID, ddl.PendingDrop], dropped: Iterable[UUID]
+    ) -> None:
         """Take in what the log knows; to be called once, before ``run``.
 
         Args:
             known: the tables that the log and its checkpoints name, each as they knew it last.
             drops: tables that the catalog may not have dropped yet.
+            dropped: all tables whose drop is in the log.
         """
         self._pending_drops = dict(drops)
-        for info, recorded_lsn in known:
+        for info, recorded_lsn, known_from_lsn in known:
             if info.uuid not in drops:
-                self._add(Table(info, 0, None, recorded_lsn=recorded_lsn))
+                self._add(Table(info, 0, None, recorded_lsn=recorded_lsn, known_from_lsn=known_from_lsn))
+                self._by_name[info.name] = self._by_uuid[info.uuid]
+        self._orphans = {uuid for uuid in dropped if uuid not in self._by_uuid}
 
     async def reconcile(self) -> None:
         """Compare the tables with the catalog's, once: finish drops, take in what is new, stop what is gone.
@@ -217,13 +250,16 @@ class Tables:
         if self._reconciled:
             return
         async with self._ddl_lock:
+            # One that a client's request finds while the catalog is listed is in no older listing.
+            known_before = self.all()
             found = {table.info.uuid: table for table in await self.catalog.list_tables()}
             for uuid, drop in tuple(self._pending_drops.items()):
                 left = found.pop(uuid, None)
                 if left is not None:
                     await ddl.finish_drop(self.catalog, left.info, purge=drop.purge)
-                    ddl.log_drop(self._memory, left.info, purge=drop.purge, done=True)
                     log.info("table.drop_finished", table=str(left.info.name))
+                # Also of one that was gone: whoever registers it again does not mean it to be dropped again.
+                ddl.log_drop_done(self._memory, uuid)
                 self._dropped.add(uuid)
                 del self._pending_drops[uuid]
             for loaded in found.values():
@@ -232,7 +268,7 @@ class Tables:
                     self.register(loaded)
                 elif known.state is TableState.ACTIVE:
                     self._adopt(known, loaded)
-            for table in self.all():
+            for table in known_before:
                 if table.info.uuid not in found and table.state is TableState.ACTIVE:
                     table.stop(
                         f"Table {table.info.name} ({table.info.uuid}) is not in the catalog and was not dropped here: "
@@ -253,7 +289,9 @@ class Tables:
                 "again: restart the server to take it in)",
                 code=ErrorCode.TABLE_DROPPED,
             )
-        table = Table(found.info, found.committed_lsn(self._log_uuid), found.snapshot_id)
+        committed_lsn = found.committed_lsn(self._log_uuid)
+        known_from_lsn = 0 if committed_lsn else self._memory.last_lsn
+        table = Table(found.info, committed_lsn, found.snapshot_id, known_from_lsn=known_from_lsn)
         self._add(table)
         if self._nursery is not None and self._parking.loaded:
             self._take_up(table)
@@ -279,6 +317,8 @@ class Tables:
         if table.info.name == old_name:
             return
         log.info("table.renamed", table=str(table.info.name), before=str(old_name))
+        # A start that finds the catalog away must not take its old name for its own.
+        ddl.log_created(self._memory, table.info, table.info.location[-8:])
         if self._by_name.get(old_name) is table:
             del self._by_name[old_name]
         named = self._by_name.get(table.info.name)
@@ -288,7 +328,10 @@ class Tables:
     def _take_up(self, table: Table) -> None:
         """Begin to commit a table, or to park it; what was parked earlier comes first (R18)."""
         assert self._nursery is not None
-        self._nursery.start_soon(self._tend, table)
+        if table.coming is not None:
+            return
+        tender = self._tenders[table.info.uuid] = _Tender()
+        self._nursery.start_soon(tender.run, self._tend, table)
 
     async def _tend(self, table: Table) -> None:
         """Commit a table for as long as that goes, then park what it has."""
@@ -301,6 +344,12 @@ class Tables:
                 await self.wait_catalog(partial(self._look_for, table))
         if table.state is TableState.STOPPED:
             await self._parking.park(table)
+
+    async def _end_tending(self, uuid: UUID) -> None:
+        """End the task of a table that is to be dropped: nobody commits or parks it any more."""
+        tender = self._tenders.pop(uuid, None)
+        if tender is not None:
+            await tender.end()
 
     async def _forget_parked(self, table: Table, last_lsn: int) -> None:
         await table.committed.wait_reached(last_lsn)
@@ -347,7 +396,7 @@ class Tables:
                 if error.code is not ErrorCode.TABLE_NOT_FOUND:
                     raise
             else:
-                if existing.state is TableState.DROPPED:
+                if existing.state is TableState.DROPPED or existing.coming is not None:
                     raise Unavailable(
                         f"{definition.name} is being dropped and the catalog has not done it yet: ask for DropTable "
                         "again, then create it"
@@ -380,6 +429,8 @@ class Tables:
         """
         async with self._ddl_lock:
             table = await self.find(name)
+            if table.drop_lsn is None:
+                await self._check_named(table, name)
         # The client may go away, the drop may not: once its record is in the log it is carried out.
         done = _Outcome()
         assert self._nursery is not None
@@ -387,7 +438,28 @@ class Tables:
         await done.wait()
         return name
 
+    async def _check_named(self, table: Table, name: TableName) -> None:
+        """Check that the catalog means the same table by a name that is about to be dropped (R5).
+
+        Raises:
+            ArkaError: ``table_not_found``: others renamed it, or the name is another table's.
+            Unavailable: the catalog does not answer.
+        """
+        found = await ddl.load_table(self.catalog, name)
+        if found is not None and found.info.uuid == table.info.uuid:
+            return
+        try:
+            await self._look_for(table)
+        except CatalogUnavailable as error:
+            raise Unavailable(f"The catalog does not answer, so {name} may be another table now: {error}") from error
+        if table.info.name != name:
+            raise ArkaError(
+                f"Table not found: {_spoken(name)} (it was renamed to {table.info.name})",
+                code=ErrorCode.TABLE_NOT_FOUND,
+            )
+
     async def _drop(self, table: Table, purge: bool, done: _Outcome) -> None:
+        """Carry a drop out, whatever its client does; the client hears of the first attempt."""
         info = table.info
         async with self._ddl_lock:
             if info.uuid in self._dropped:
@@ -396,16 +468,20 @@ class Tables:
             if table.drop_lsn is None:
                 # The record stays in the log until the catalog has done it: a restart finishes it.
                 table.drop_lsn = ddl.log_drop(self._memory, info, purge=purge)
-                table.end(ddl.dropped(info))
+                table.coming = ddl.dropped(info)
             await self._disk.wait_reached(table.drop_lsn)
             await failpoints.reach("drop.recorded")
+            await self._end_tending(info.uuid)
             try:
                 await ddl.drop_table(self.catalog, info, purge=purge)
             except ArkaError as error:
                 done.set(error)
                 return
             await failpoints.reach("drop.done")
-            ddl.log_drop(self._memory, info, purge=purge, done=True)
+            # Only now is it true whatever happens: until the catalog has done it, the loss of this disk undoes it.
+            table.end(ddl.dropped(info))
+            noted_lsn = ddl.log_drop(self._memory, info, purge=purge, done=True)
+            await self._disk.wait_reached(noted_lsn)
             await failpoints.reach("drop.noted")
             self._dropped.add(info.uuid)
             if self._by_name.get(info.name) is table:
@@ -413,7 +489,10 @@ class Tables:
             self._by_uuid.pop(info.uuid, None)
             self._keys.drop_table(info.uuid)
         done.set(None)
-        await self._parking.forget(info.uuid)
+        if self._parking.loaded:
+            await self._parking.forget(info.uuid)
+        else:
+            self._orphans.add(info.uuid)
 
 
 def _spoken(name: TableName) -> str:

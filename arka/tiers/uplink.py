@@ -22,6 +22,7 @@ from arka.tiers.mirror import CheckpointStore
 from arka.tiers.objects import ObjectTier
 from arka.wal.logstate import LogState, LogStateFile
 from arka.wal.objectfile import ObjectRef
+from arka.wal.writer import WalPoisoned
 
 log = structlog.get_logger(__name__)
 
@@ -41,11 +42,13 @@ class Taken:
         lease: the epoch.
         released_lsn: what checkpoints cover; the disk has them now too.
         chain: the WAL objects.
+        head: the last of them; None for none.
     """
 
     lease: EpochLease
     released_lsn: int
     chain: Chain
+    head: ObjectRef | None
 
 
 class Uplink:
@@ -97,14 +100,14 @@ class Uplink:
         return await self._held.reserve_block()
 
     async def take(self, state: LogState | None) -> Taken:
-        """Take the epoch and bring the store's checkpoints to the disk; one attempt.
+        """Take the epoch, bring the store's checkpoints to the disk, and find the end of the chain; one attempt.
 
         Args:
             state: the disk's log, as it is now.
 
         Raises:
             ConfigurationError: see ``take_epoch``.
-            DataCorruption: a record in the store is damaged.
+            DataCorruption: a record in the store, or the chain, is damaged.
             StoreUnavailable: ask again; an epoch that was taken is kept.
         """
         if self._lease is None:
@@ -113,11 +116,9 @@ class Uplink:
         lease, node_id = self._lease, self._claim.node_id
         released_lsn = await self._checkpoints.mirror()
         chain = Chain(self._store, node_id, lease.log_uuid, released_lsn=released_lsn)
-        return Taken(lease, released_lsn, chain)
+        return Taken(lease, released_lsn, chain, await chain.find_head())
 
-    async def connect(
-        self, taken: Taken, state: LogStateFile, objects: ObjectTier, recovered_lsn: int, head: ObjectRef | None
-    ) -> None:
+    async def connect(self, taken: Taken, state: LogStateFile, objects: ObjectTier, recovered_lsn: int) -> None:
         """Let the log go to the store from here on; one attempt.
 
         Args:
@@ -125,16 +126,16 @@ class Uplink:
             state: the disk's log.
             objects: the object tier; has been given all that recovery found.
             recovered_lsn: where the log ended on this disk when the process began.
-            head: the last object of the chain.
 
         Raises:
             DataCorruption: the store holds more than the disk: the disk has lost what it had promised (R7).
             Fenced: another process has taken a higher epoch.
             StoreUnavailable: ask again.
-            OSError: the disk does not take the epoch.
+            WalPoisoned: the disk does not take the epoch (R6).
 
         Durability: the epoch is on the disk and its start in the store before anything is uploaded.
         """
+        head = taken.head
         if head is not None and head.last_lsn > recovered_lsn:
             # Only what is fsynced is uploaded (R4).
             raise DataCorruption(
@@ -144,9 +145,13 @@ class Uplink:
                 f"an object up to LSN {head.last_lsn}",
             )
         lease = taken.lease
-        await state.raise_to(epoch=lease.epoch, store_ceiling=lease.lsn_ceiling)
-        await lease.record_start(head)
-        objects.connect(lease, head)
+        try:
+            await state.raise_to(epoch=lease.epoch, store_ceiling=lease.lsn_ceiling)
+            recorded = await lease.record_start(head)
+            await state.raise_to(started_epoch=lease.epoch)
+        except OSError as error:
+            raise WalPoisoned(f"The log's state cannot be written: {error}; restart the server") from error
+        objects.connect(lease, recorded)
         self._connected.set()
 
     async def run(self, state: LogStateFile, objects: ObjectTier, recovered_lsn: int) -> None:
@@ -160,6 +165,7 @@ class Uplink:
         Raises:
             Fenced: another process owns the log, or the log went on from another disk meanwhile.
             DataCorruption: see ``connect``.
+            WalPoisoned: see ``connect``.
 
         Cancellation: as a crash.
         """
@@ -167,8 +173,7 @@ class Uplink:
             log.warning("objects.offline", store=self._store.url, hint="memory and disk acks go on")
 
         async def attempt() -> None:
-            taken = await self.take(state.state)
-            await self.connect(taken, state, objects, recovered_lsn, await taken.chain.find_head())
+            await self.connect(await self.take(state.state), state, objects, recovered_lsn)
 
         while not self.connected:
             try:

@@ -27,8 +27,8 @@ _MAGIC: Final = magic(b"ARKL")
 #: A page each, so that writing one slot cannot tear the other.
 _SLOT_BYTES: Final = 4096
 _SLOTS: Final = 2
-# magic, crc, version, reserved, log uuid, epoch, lsn ceiling, generation, store ceiling
-_LAYOUT: Final = struct.Struct("<IIII16sQQQQ")
+# magic, crc, version, reserved, log uuid, epoch, lsn ceiling, generation, store ceiling, started epoch
+_LAYOUT: Final = struct.Struct("<IIII16sQQQQQ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,8 @@ class LogState:
         store_ceiling: LSNs below it are reserved for this log in the object store: while the store is away a start
             may give them all the same (R2, R13); never below ``lsn_ceiling``.
         generation: how often the state was written.
+        started_epoch: the highest epoch whose start the object store was seen to record; 0 for none: nothing was ever
+            served from a disk that was just made or restored, and it may be made again (R13).
     """
 
     log_uuid: UUID
@@ -49,6 +51,7 @@ class LogState:
     lsn_ceiling: int
     store_ceiling: int
     generation: int = 1
+    started_epoch: int = 0
 
     @classmethod
     async def create(
@@ -135,6 +138,7 @@ class LogState:
             self.lsn_ceiling,
             self.generation,
             self.store_ceiling,
+            self.started_epoch,
         )
         return seal_block(fields.ljust(_SLOT_BYTES, b"\0"))
 
@@ -162,11 +166,12 @@ class LogState:
         assert newest is not None
         if newest.log_uuid != self.log_uuid:
             raise InternalError(f"{directory} is log {newest.log_uuid}, not {self.log_uuid}")
-        found = (newest.epoch, newest.lsn_ceiling, newest.store_ceiling)
-        asked = (self.epoch, self.lsn_ceiling, self.store_ceiling)
+        found = (newest.epoch, newest.lsn_ceiling, newest.store_ceiling, newest.started_epoch)
+        asked = (self.epoch, self.lsn_ceiling, self.store_ceiling, self.started_epoch)
         if any(new < old for new, old in zip(asked, found, strict=True)):
             raise InternalError(
-                f"{directory} is at epoch, ceiling and store ceiling {found}: none may fall, asked for {asked}"
+                f"{directory} is at epoch, ceiling, store ceiling and started epoch {found}: none may fall, asked for "
+                f"{asked}"
             )
         state = replace(self, generation=newest.generation + 1)
         first = generations.index(min(generations))
@@ -207,7 +212,9 @@ class LogStateFile:
         """What is on disk."""
         return self._state
 
-    async def raise_to(self, *, epoch: int = 0, lsn_ceiling: int = 0, store_ceiling: int = 0) -> None:
+    async def raise_to(
+        self, *, epoch: int = 0, lsn_ceiling: int = 0, store_ceiling: int = 0, started_epoch: int = 0
+    ) -> None:
         """Raise parts of the state; one that is higher already stays.
 
         Raises:
@@ -224,6 +231,7 @@ class LogStateFile:
                 epoch=max(epoch, old.epoch),
                 lsn_ceiling=max(lsn_ceiling, old.lsn_ceiling),
                 store_ceiling=max(store_ceiling, old.store_ceiling),
+                started_epoch=max(started_epoch, old.started_epoch),
             )
             if wanted != old:
                 self._state = await wanted.write(self._directory, self._disk)
@@ -249,8 +257,9 @@ def read_slots(directory: Path, disk: Disk) -> list[LogState | DataCorruption] |
         except DataCorruption as error:
             slots.append(error)
             continue
-        _, _, _, _, uuid, epoch, ceiling, generation, store_ceiling = _LAYOUT.unpack_from(data, offset)
-        slots.append(LogState(UUID(bytes=uuid), epoch, ceiling, store_ceiling, generation))
+        fields = _LAYOUT.unpack_from(data, offset)
+        uuid, epoch, ceiling, generation, store_ceiling, started = fields[4:]
+        slots.append(LogState(UUID(bytes=uuid), epoch, ceiling, store_ceiling, generation, started))
     return slots
 
 

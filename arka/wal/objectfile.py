@@ -20,6 +20,7 @@ from arka._core.framing import (
     Group,
     crc32c,
     crc_seed,
+    parse_header,
     verify_frame,
 )
 from arka.errors import DataCorruption
@@ -213,6 +214,25 @@ def encode_object(
     return EncodedObject(parts, ObjectRef(epoch, first_lsn, last_lsn, checksum), size)
 
 
+def first_frame_above(frames: Buffer, lsn: int) -> tuple[int, int]:
+    """Find the first frame with an LSN above ``lsn`` in frames that stand one behind the other.
+
+    Returns:
+        Its offset and its LSN.
+
+    Raises:
+        ValueError: there is none.
+    """
+    data = memoryview(frames)
+    offset = 0
+    while offset < len(data):
+        header = parse_header(data, offset)
+        if header.lsn > lsn:
+            return offset, header.lsn
+        offset += header.frame_bytes
+    raise ValueError(f"no frame above LSN {lsn}")
+
+
 @dataclass(frozen=True, slots=True)
 class WalObject:
     """An object that was read and found whole."""
@@ -296,6 +316,7 @@ __all__ = [
     "ObjectRef",
     "WalObject",
     "encode_object",
+    "first_frame_above",
     "object_key",
     "parse_object",
 ]

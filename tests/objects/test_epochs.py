@@ -160,6 +160,25 @@ async def test_older_state_of_a_disk_whose_start_died(store):
         await take(store, local=after(first, given=499))
 
 
+async def test_start_that_is_recorded_while_an_epoch_is_taken(store, autojump_clock):
+    """A disk after which another one's start was recorded, just before its own epoch was there, is stale (R13)."""
+    first = await start(store)
+    other = await take(store, disk=OTHER_DISK)
+    gate = trio.Event()
+    store.plan("put_new", Fault(gate=gate), key="n/epoch/0000000003")
+    async with trio.open_nursery() as nursery:
+
+        @nursery.start_soon
+        async def record():
+            while not store.of("put_new", "n/epoch/0000000003"):
+                await trio.sleep(0.01)
+            await other.record_start(None)
+            gate.set()
+
+        with pytest.raises(ConfigurationError, match="stale"):
+            await take(store, local=after(first))
+
+
 async def test_empty_disk_takes_a_log_over(store):
     """A node whose disk is gone comes up on an empty one, above every LSN that the old one may have given (R2)."""
     first = await start(store)

@@ -42,8 +42,10 @@ class Restored:
 
     async def restore(self):
         chain = Chain(self.bench.store, NODE, self.bench.log_uuid, released_lsn=self.released_lsn)
-        return await restore_log(
+        head = await chain.find_head()
+        await restore_log(
             chain,
+            head,
             DIRECTORY,
             self.disk,
             log_uuid=self.bench.log_uuid,
@@ -51,6 +53,7 @@ class Restored:
             released_lsn=self.released_lsn,
             segment_bytes=self.segment_bytes,
         )
+        return head
 
     def take(self, frame):
         if frame.header.lsn:

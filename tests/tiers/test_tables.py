@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import trio
@@ -237,10 +238,15 @@ async def test_drop_waits_in_the_log_for_the_catalog(autojump_clock: MockClock) 
     async with node.run() as pipeline:
         table, other = await create_table(pipeline), await create_table(pipeline, OTHER)
         await write_all(pipeline, table, range(3), Tier.ICEBERG_COMMITTED)
-        node.weather.away = True
-        with contextlib.suppress(Unavailable):
-            await pipeline.tables.drop(NAME, purge=False)
-        node.weather.away = False
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(pipeline.tables.drop, NAME, purge=False))
+            while table.drop_lsn is None:
+                await trio.lowlevel.checkpoint()
+            # Killed when the record is on disk and the catalog has not been asked.
+            await pipeline.marks_of(table)[0].wait_reached(table.drop_lsn)
+            node.weather.away = True
+            nursery.cancel_scope.cancel()
+    assert NAME in node.catalog._tables
     node.weather.away = True
     async with node.run() as pipeline:
         await trio.sleep(100)
