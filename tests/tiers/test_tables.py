@@ -43,6 +43,41 @@ async def test_start_while_the_catalog_is_away(autojump_clock: MockClock) -> Non
         assert world.ids(OTHER) == [5, 6, 7]
 
 
+async def test_start_while_the_warehouse_is_away(autojump_clock: MockClock) -> None:
+    """A start whose catalog names a table that nobody can read keeps it, takes its writes, and commits them later (R5).
+
+    Others go on meanwhile; one that is renamed before it can be read is followed; a drop is finished then.
+    """
+    third = TableName("default", "third")
+    world = SimNode()
+    async with world.run() as pipeline:
+        for name in (NAME, OTHER, third):
+            await write_all(pipeline, await create_table(pipeline, name), range(5), Tier.ICEBERG_COMMITTED)
+        world.weather.away = True
+        with contextlib.suppress(Unavailable):
+            await pipeline.tables.drop(third, purge=False)
+        world.weather.away = False
+        world.catalog.unreadable |= {NAME, third}
+    async with world.run() as pipeline:
+        await trio.sleep(100)
+        table, other = [await pipeline.tables.find(name) for name in (NAME, OTHER)]
+        await write_all(pipeline, table, range(5, 8))
+        await write_all(pipeline, other, range(5, 60), Tier.ICEBERG_COMMITTED)
+        assert table.state is TableState.ACTIVE
+        assert world.ids() == list(range(5))
+        assert third in world.catalog._tables
+        found = world.catalog._tables.pop(NAME)
+        found.info = replace(found.info, name=TableName("default", "renamed"))
+        world.catalog._tables[found.info.name] = found
+        world.catalog.unreadable.clear()
+        await pipeline.flush(table, Tier.ICEBERG_COMMITTED)
+        assert world.ids(found.info.name) == list(range(8))
+        await trio.sleep(100)
+        assert third not in world.catalog._tables
+        await write_all(pipeline, await create_table(pipeline, third), range(3), Tier.ICEBERG_COMMITTED)
+    assert world.ids(third) == [0, 1, 2]
+
+
 async def test_start_while_the_store_is_away(autojump_clock: MockClock) -> None:
     """A restart during a store outage gives memory and disk acks, knows its keys, and uploads later (R13)."""
     world = SimNode()
