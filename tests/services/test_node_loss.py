@@ -156,11 +156,12 @@ def join(threads: Sequence[threading.Thread]) -> None:
 def test_frozen_owner_is_fenced_on_s3(components: Components, make_server: Callable[..., ServerProcess]) -> None:
     """A process that was frozen while another took its log over acks nothing that is lost, and exits as fenced.
 
-    When it wakes up it uploads under its old epoch before it can know, and S3 takes that (R10).
+    When it wakes up, its next heartbeat is far away: it uploads under its old epoch, S3 takes that, and only the
+    look at the newest epoch before the ack shows what has happened (R10).
     """
     backend = components.backend("s3-postgres")
     table = f"{backend.namespace}.t"
-    make = partial(make_server, backend, object_store__heartbeat_s=HEARTBEAT_S)
+    make = partial(make_server, backend, object_store__heartbeat_s=NEVER_S)
     first = make(object_store__linger_s=NEVER_S, object_store__bytes=OBJECT_BYTES).start()
     with connect(first.location) as client:
         create(client, table)
@@ -172,7 +173,7 @@ def test_frozen_owner_is_fenced_on_s3(components: Components, make_server: Calla
         reader.wait("disk", 1)
         first.freeze()
         stream.write(numbers(MEANWHILE), idempotency_key="meanwhile")
-        second = make(data="second").start()
+        second = make("--take-over", data="second").start()
         with connect(second.location) as other:
             new = write_keyed(other, table, range(10, 20), "iceberg_committed")
         first.thaw()

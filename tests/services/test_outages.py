@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import obstore
+import obstore.store
 import pyarrow as pa
 import pyarrow.flight as flight
 import pytest
@@ -37,6 +40,8 @@ from tests.services.reader import Reader
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
 BATCHES = 40
+#: How long a worker may wait for a catalog that says nothing; a busy machine needs seconds to start one.
+DEADLINE_S = 6
 PADDED = pa.schema([pa.field("n", pa.int64(), nullable=False), pa.field("pad", pa.binary())])
 #: Two rows and what is beside them fill the smallest segment.
 PAD_BYTES = 600_000
@@ -305,6 +310,106 @@ def _replace(backend: Backend, found, contents: bytes | None) -> None:
         return
     with found.io.new_output(found.metadata_location).create(overwrite=True) as file:
         file.write(contents)
+
+
+def parked_keys(backend: Backend) -> list[str]:
+    """The keys of parked objects: what the node's store has below ``parked/``."""
+    config = {
+        key.removeprefix("object_store.config."): value
+        for key, value in backend.settings.items()
+        if key.startswith("object_store.config.")
+    }
+    url = backend.settings["object_store.url"]
+    store = obstore.store.from_url(url, config=config, client_options={"allow_http": True})
+    return [meta["path"] for metas in obstore.list(store, "arka-0/parked") for meta in metas]
+
+
+def test_table_dropped_by_others(components: Components, make_server: Callable[..., ServerProcess]) -> None:
+    """What waits for a table that others drop gets outcome_unknown and is parked; registered again, it is committed.
+
+    Another table goes on and the log is released meanwhile; the parked writes come once, in order, behind the rows
+    that the table had (R18).
+    """
+    backend = components.backend("s3-postgres")
+    gone, other = (f"{backend.namespace}.{name}" for name in ("gone", "other"))
+    fields = [("n", "int64!"), ("pad", "binary")]
+    server = make_server(backend, **SMALL_SEGMENTS).start()
+    with connect(server.location) as client:
+        for table in (gone, other):
+            create(client, table, fields)
+        lsns = write_padded(client, gone, range(2), "iceberg_committed")
+        with lake.open_catalog(backend) as catalog:
+            last = catalog.load_table(gone)
+            catalog.drop_table(gone)
+        stream = Stream(client, gone, PADDED, requested_durability="iceberg_committed")
+        for n in range(2, 5):
+            stream.write(padded(n), idempotency_key=f"k{n}")
+        acks = stream.finish()
+        errors = [ack for ack in acks if ack["error"] is not None]
+        assert [(ack["sequence"], ack["code"]) for ack in errors] == [(n, "outcome_unknown") for n in range(3)]
+        assert "others dropped it" in errors[0]["error"]
+        assert "iceberg_committed" not in {ack["durability_level"] for ack in acks if ack["error"] is None}
+        lsns |= {2 + ack["sequence"]: ack["lsn"] for ack in errors}
+        stream = Stream(client, gone, PADDED)
+        stream.write(padded(5), idempotency_key="k5")
+        assert [(ack["code"], ack["lsn"]) for ack in stream.finish()] == [("table_stopped", 0)]
+        write_padded(client, other, range(5), "iceberg_committed")
+        wait_for(lambda: f"arka-0/parked/{last.metadata.table_uuid}/" in "\n".join(parked_keys(backend)), "parked")
+        wait_released(server)
+    server.stop()
+    with lake.open_catalog(backend) as catalog:
+        catalog.register_table(gone, last.metadata_location)
+    server.start()
+    with connect(server.location) as client:
+        # Resends; and the next write, behind what was parked.
+        assert write_padded(client, gone, range(5), "iceberg_committed") == lsns
+        assert write_padded(client, gone, range(5, 6), "iceberg_committed")[5] > max(lsns.values())
+    wait_for(lambda: not parked_keys(backend), "what is committed is not kept")
+    server.stop()
+    assert lake.numbers_in(backend, gone) == list(range(6))
+    notes = [snapshot.summary.additional_properties for snapshot in lake.load(backend, gone).metadata.snapshots]
+    spans = [(int(note["arka.lsn-first"]), int(note["arka.lsn-last"])) for note in notes]
+    assert all(before[1] + 1 == after[0] for before, after in pairwise(spans)), spans
+    assert lake.numbers_in(backend, other) == list(range(5))
+
+
+def test_catalog_that_hangs_for_one_table(components: Components, make_server: Callable[..., ServerProcess]) -> None:
+    """A table whose catalog requests are never answered costs others one job deadline, then commits elsewhere (R19).
+
+    Each of its attempts takes a deadline. Were others still to wait for those, each of their commits would see
+    another attempt.
+    """
+    backend = components.backend("s3-rest")
+    port = components.seaweedfs.iceberg_port
+    stuck, *others = (f"{backend.namespace}.{name}" for name in ("stuck", "one", "two"))
+    commits = 10
+    with CuttingProxy(port) as proxy:
+        server = make_server(backend.behind(port, proxy.port), iceberg__job_deadline_s=DEADLINE_S).start()
+        with connect(server.location) as client:
+            for table in (stuck, *others):
+                create(client, table)
+                write_all(client, table, [numbers([-1])])
+            rule = proxy.break_next(f"/tables/{stuck.partition('.')[2]}".encode(), Cut.SWALLOW, times=1_000_000)
+            stream = Stream(client, stuck, requested_durability="iceberg_committed")
+            reader = Reader(stream)
+            stream.write(numbers([0]))
+            wait_for(lambda: rule.times < 1_000_000, "the commit is under way")
+            for table in others:
+                write_all(client, table, [numbers([0])])
+            assert "catalog.deadline_missed" in server.log_tail()
+            began = rule.times
+            for n in range(1, 1 + commits):
+                write_all(client, others[n % 2], [numbers([n])])
+            attempts = began - rule.times
+            assert attempts < commits / 2, f"{attempts} attempts of a stuck table beside {commits} commits of others"
+            assert reader.count("iceberg_committed") == 0
+            rule.times = 0
+            proxy.cut_all()
+            stream.writer.done_writing()
+            check_order(reader.finish(), "iceberg_committed", 1)
+        server.stop()
+    assert lake.numbers_in(backend, stuck) == [-1, 0]
+    assert sorted(n for table in others for n in lake.numbers_in(backend, table)) == [-1, -1, 0, *range(commits + 1)]
 
 
 def test_short_outage_under_load(tmp_path: Path, own_components: Components) -> None:
