@@ -119,6 +119,9 @@ def _load(opened: Catalog, identifier: tuple[str, ...]) -> Table | None:
         return opened.load_table(identifier)
     except (NoSuchTableError, NoSuchNamespaceError):
         return None
+    except ValueError as error:
+        # What lies there is no metadata: others may mend it, and no row is lost by waiting.
+        raise CatalogUnavailable(f"table {'.'.join(identifier)}: its metadata cannot be read: {error}") from error
 
 
 def _attempt(config: CatalogConfig, opened: Catalog, table: Table, job: CommitJob) -> CommitResult:

@@ -27,7 +27,14 @@ from arka.iceberg.marks import is_mark, marks_of
 from arka.iceberg.partition import new_partition_spec, partition_fields, split_fields
 from arka.iceberg.schema import UnsupportedType, arrow_schema, new_iceberg_schema
 from arka.records import TableDefinition, TableInfo, TableName, TableType
-from arka.storage.ports import CatalogConflict, CatalogTable, TableExists, TableMissing
+from arka.storage.ports import (
+    CatalogConflict,
+    CatalogListing,
+    CatalogTable,
+    CatalogUnavailable,
+    TableExists,
+    TableMissing,
+)
 
 TABLE_TYPE: Final = "arka.table-type"
 PRIMARY_KEY: Final = "arka.primary-key"
@@ -118,18 +125,20 @@ def load_table(config: CatalogConfig, name: TableName) -> CatalogTable:
     Raises:
         TableMissing: no such table.
         CatalogConflict: it is not one that Arka can write: format version or types.
+        CatalogUnavailable: its metadata file holds something else.
     """
     return describe(_load(catalog(config), name))
 
 
-def list_tables(config: CatalogConfig) -> list[CatalogTable]:
-    """Load every table that Arka could write, sorted by name.
+def list_tables(config: CatalogConfig) -> CatalogListing:
+    """Load every table that Arka could write.
 
-    Tables of foreign makers with types, names or format versions beyond Arka's are left out and logged, and
-    so are those whose metadata file is not there.
+    Tables of foreign makers with types, names or format versions beyond Arka's are left out and logged. Those whose
+    metadata cannot be read are named: they are there all the same.
     """
     opened = catalog(config)
     found = []
+    unread = []
     for namespace in opened.list_namespaces():
         for identifier in opened.list_tables(namespace):
             try:
@@ -142,8 +151,9 @@ def list_tables(config: CatalogConfig) -> list[CatalogTable]:
                 continue
             except Exception as error:
                 # One table that cannot be read, for whatever reason, must not keep the others from being served.
+                unread.append(name)
                 _log.warning("catalog.table_broken table=%s reason=%s", ".".join(identifier), error)
-    return sorted(found, key=lambda table: table.info.name)
+    return CatalogListing(tuple(sorted(found, key=lambda table: table.info.name)), frozenset(unread))
 
 
 def describe(table: Table) -> CatalogTable:
@@ -185,6 +195,8 @@ def _load(opened: Catalog, name: TableName) -> Table:
         return opened.load_table(tuple(name))
     except (NoSuchTableError, NoSuchNamespaceError) as error:
         raise TableMissing(f"Table not found: {name}") from error
+    except ValueError as error:
+        raise CatalogUnavailable(f"table {name}: its metadata cannot be read: {error}") from error
 
 
 def new_properties(definition: TableDefinition) -> dict[str, str]:

@@ -24,6 +24,7 @@ from arka.iceberg.config import CatalogConfig
 from arka.records import TableDefinition, TableInfo, TableName
 from arka.storage.ports import (
     CatalogConflict,
+    CatalogListing,
     CatalogTable,
     CatalogUnavailable,
     CommitJob,
@@ -149,7 +150,7 @@ def load_table(config: CatalogConfig, name: TableName) -> CatalogTable:
 
 
 @_job
-def list_tables(config: CatalogConfig) -> list[CatalogTable]:
+def list_tables(config: CatalogConfig) -> CatalogListing:
     """See ``arka.iceberg.control.list_tables``."""
     from arka.iceberg.control import list_tables as run
 

@@ -29,6 +29,7 @@ from arka.iceberg.config import CatalogConfig
 from arka.options import IcebergOptions
 from arka.records import TableDefinition, TableInfo, TableName
 from arka.storage.ports import (
+    CatalogListing,
     CatalogTable,
     CatalogUnavailable,
     CommitJob,
@@ -207,7 +208,7 @@ class IcebergCatalog:
         """See ``ports.Catalog.load_table``."""
         return await self._control.run(worker.load_table, self._config, name)
 
-    async def list_tables(self) -> list[CatalogTable]:
+    async def list_tables(self) -> CatalogListing:
         """See ``ports.Catalog.list_tables``."""
         return await self._control.run(worker.list_tables, self._config)
 

@@ -124,6 +124,19 @@ class CatalogTable:
 
 
 @dataclass(frozen=True, slots=True)
+class CatalogListing:
+    """The catalog's tables.
+
+    Attributes:
+        tables: those that could be loaded, sorted by name.
+        unread: names of tables that exist and whose metadata could not be read: it is not known which they are.
+    """
+
+    tables: tuple[CatalogTable, ...]
+    unread: frozenset[TableName] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
 class SegmentSlice:
     """The frames of one table in one segment file.
 
@@ -268,8 +281,8 @@ class Catalog(Protocol):
         """
         ...
 
-    async def list_tables(self) -> list[CatalogTable]:
-        """Load every table of every namespace, sorted by name."""
+    async def list_tables(self) -> CatalogListing:
+        """Load every table of every namespace; one that cannot be read keeps no other out."""
         ...
 
     async def encode(self, job: EncodeJob) -> StagedFiles:
@@ -403,6 +416,7 @@ __all__ = [
     "Buffer",
     "Catalog",
     "CatalogConflict",
+    "CatalogListing",
     "CatalogTable",
     "CatalogUnavailable",
     "CommitJob",

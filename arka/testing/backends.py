@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from types import TracebackType
@@ -38,6 +38,11 @@ class Backend:
     namespace: str
     settings: Mapping[str, str]
     catalog: Mapping[str, str] = field(repr=False)
+
+    def behind(self, port: int, proxy_port: int) -> Backend:
+        """The same for a server that reaches the catalog, which listens on ``port``, by another port alone."""
+        uri = self.settings["iceberg.catalog_uri"].replace(f":{port}", f":{proxy_port}")
+        return replace(self, settings={**self.settings, "iceberg.catalog_uri": uri})
 
 
 class Components:

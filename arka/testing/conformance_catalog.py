@@ -162,7 +162,7 @@ async def created_table_is_described_whole(subject: Subject) -> None:
     assert loaded.info.schema.equals(info.schema, check_metadata=True)
     assert loaded.marks == ()
     assert loaded.snapshot_id is None
-    assert info.name in [table.info.name for table in await subject.catalog.list_tables()]
+    assert info.name in [table.info.name for table in (await subject.catalog.list_tables()).tables]
 
 
 async def taken_name_is_refused(subject: Subject) -> None:
@@ -192,10 +192,10 @@ async def impossible_definitions_are_refused(subject: Subject) -> None:
         {"properties": {"format-version": "3"}},
         {"properties": {f"arka.{subject.log_uuid}.committed-lsn": "7"}},
     ]
-    before = len(await subject.catalog.list_tables())
+    before = await subject.catalog.list_tables()
     for changes in cases:
         await _error_of(CatalogConflict, _create(subject, **changes))
-    assert len(await subject.catalog.list_tables()) == before
+    assert await subject.catalog.list_tables() == before
 
 
 async def dropped_table_is_gone(subject: Subject) -> None:

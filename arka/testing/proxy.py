@@ -47,6 +47,7 @@ class Rule:
         answer: sent back for ``Cut.ANSWER``, before the connection is closed.
         then: called at each cut, with the client still waiting: what others do in between.
         done: set when ``times`` has come down to 0 and ``then`` has returned.
+        held: requests that are left without an answer now, their clients waiting.
     """
 
     match: bytes
@@ -55,6 +56,7 @@ class Rule:
     answer: bytes = b""
     then: Callable[[], object] | None = None
     done: threading.Event = field(default_factory=threading.Event)
+    held: int = 0
 
 
 def http_answer(status: str) -> bytes:
@@ -162,9 +164,13 @@ class CuttingProxy:
             if rule.cut is Cut.ANSWER:
                 _send(connection.client, rule.answer)
             if rule.cut in (Cut.SWALLOW, Cut.SILENCE):
+                with self._lock:
+                    rule.held += 1
                 # Until the client gives up.
                 while _receive(connection.client):
                     pass
+                with self._lock:
+                    rule.held -= 1
             return
 
     def _pass_rest(self, connection: _Connection) -> bool:

@@ -100,6 +100,14 @@ class ServerProcess:
             ServerFailed: it ended, or was not ready in time.
         """
         self.spawn()
+        return self.wait_ready()
+
+    def wait_ready(self) -> ServerProcess:
+        """Wait until the process that was spawned last serves.
+
+        Raises:
+            ServerFailed: it ended, or was not ready in time.
+        """
         deadline = time.monotonic() + START_TIMEOUT_S
         while (ready := self.announced()) is None or ready["pid"] != self.pid:
             if self.exit_code is not None:

@@ -27,6 +27,7 @@ from arka.iceberg.scan import check_columns, scan_notes
 from arka.iceberg.schema import arrow_schema, new_iceberg_schema
 from arka.records import TableDefinition, TableInfo, TableName
 from arka.storage.ports import (
+    CatalogListing,
     CatalogTable,
     CatalogUnavailable,
     CommitJob,
@@ -112,6 +113,7 @@ class SimCatalog:
 
     Attributes:
         calls: the name of each call so far.
+        unreadable: tables whose metadata nobody can read for now.
     """
 
     def __init__(self, read_frames: ReadFrames, *, latency_s: float = 0.0) -> None:
@@ -122,6 +124,7 @@ class SimCatalog:
         self._faults: deque[Fault] = deque()
         self._snapshot_ids = count(1_000)
         self.calls: list[str] = []
+        self.unreadable: set[TableName] = set()
 
     # What a test does to the world.
 
@@ -163,9 +166,9 @@ class SimCatalog:
         """See ``ports.Catalog.load_table``."""
         return await self._call("load_table", lambda: self._find(name).describe())
 
-    async def list_tables(self) -> list[CatalogTable]:
+    async def list_tables(self) -> CatalogListing:
         """See ``ports.Catalog.list_tables``."""
-        return await self._call("list_tables", lambda: [self._tables[name].describe() for name in sorted(self._tables)])
+        return await self._call("list_tables", self._list)
 
     async def encode(self, job: EncodeJob) -> StagedFiles:
         """See ``ports.Catalog.encode``."""
@@ -195,10 +198,20 @@ class SimCatalog:
             raise CatalogUnavailable(f"{name}: planned fault: the response is lost")
         return result
 
+    def _list(self) -> CatalogListing:
+        readable = sorted(self._tables.keys() - self.unreadable)
+        found = tuple(self._tables[name].describe() for name in readable)
+        return CatalogListing(found, frozenset(self._tables.keys() & self.unreadable))
+
+    def _check_readable(self, name: TableName) -> None:
+        if name in self.unreadable:
+            raise CatalogUnavailable(f"{name}: its metadata cannot be read")
+
     def _find(self, name: TableName) -> _SimTable:
         table = self._tables.get(name)
         if table is None:
             raise TableMissing(f"Table not found: {name}")
+        self._check_readable(name)
         return table
 
     def _find_same(self, info: TableInfo) -> _SimTable:
@@ -255,6 +268,7 @@ class SimCatalog:
         table = self._tables.get(job.table.name)
         if table is None or table.info.uuid != job.table.uuid:
             return CommitResult(CommitOutcome.TABLE_GONE, 0, None)
+        self._check_readable(job.table.name)
         current = table.snapshots[-1] if table.snapshots else None
         mark = table.marks.get(job.log_uuid, CommitMark(job.log_uuid, 0, 0))
         if mark.epoch > job.epoch:

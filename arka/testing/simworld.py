@@ -466,6 +466,7 @@ class ProcessCatalog(SimCatalog):
         self._tables = weather.tables._tables
         self._staged = weather.tables._staged
         self._snapshot_ids = weather.tables._snapshot_ids
+        self.unreadable = weather.tables.unreadable
 
     async def _call(self, name: str, effect: Callable[[], T]) -> T:
         weather, rng = self._weather, self._weather.rng

@@ -51,9 +51,16 @@ class DropRecord(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class PendingDrop:
-    """A drop that the log asks for and that is not known to be done: its record's LSN, and whether files go too."""
+    """A drop that the log asks for and that is not known to be done.
+
+    Attributes:
+        lsn: its record's.
+        name: the table's, when it was asked for.
+        purge: whether files go too.
+    """
 
     lsn: int
+    name: TableName
     purge: bool
 
 
@@ -202,6 +209,20 @@ async def load_table(catalog: Catalog, name: TableName) -> CatalogTable | None:
         raise Unavailable(f"The catalog does not answer, so {name} cannot be looked up: {error}") from error
 
 
+async def reload_table(catalog: Catalog, name: TableName) -> CatalogTable | None:
+    """Load a table that could not be read; None when there is none that Arka can write.
+
+    Raises:
+        CatalogUnavailable: ask again.
+    """
+    try:
+        return await catalog.load_table(name)
+    except (TableMissing, CatalogConflict):
+        return None
+    except ArkaError as error:
+        raise CatalogUnavailable(error.detail) from error
+
+
 async def create_table(catalog: Catalog, definition: TableDefinition, suffix: str) -> tuple[CatalogTable, bool]:
     """Create a table in the catalog; one that appeared meanwhile and is the same will do.
 
@@ -274,4 +295,5 @@ __all__ = [
     "parse_created",
     "parse_drop",
     "parse_table_uuid",
+    "reload_table",
 ]

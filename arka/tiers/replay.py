@@ -16,7 +16,7 @@ from uuid import UUID
 import structlog
 
 from arka._core.framing import KIND_BATCH, KIND_CREATE, KIND_DROP, KIND_LOST, KIND_TABLE, crc32c
-from arka.records import KnownTable, LsnRange, TableInfo
+from arka.records import KnownTable, LsnRange, TableInfo, TableName
 from arka.tiers import ddl
 from arka.tiers.keys import KeyIndex, pack_entry
 from arka.tiers.table import Table
@@ -125,7 +125,9 @@ class Replay:
                 if record.done:
                     self.drops.pop(uuid, None)
                 else:
-                    self.drops[uuid] = ddl.PendingDrop(header.lsn, record.purge)
+                    self.drops[uuid] = ddl.PendingDrop(
+                        header.lsn, TableName(record.namespace, record.name), record.purge
+                    )
             case kind if kind == KIND_LOST:
                 self.lost.append(parse_lost(frame.payload()))
 

@@ -5,7 +5,10 @@ the catalog at start, and the lives of the tables' committers. Does not own a ta
 (``arka.tiers.table``), the records' form (``arka.tiers.ddl``) nor parked frames (``arka.tiers.parking``).
 
 A start knows its tables from the log alone; the catalog is asked as soon as it answers. Until then a table takes
-writes and nothing of it is committed.
+writes and nothing of it is committed. A catalog may answer while the warehouse does not: a table that it names and
+whose metadata cannot be read is there, and is asked for on and on.
+
+Longer than most modules: all of it changes the same list.
 """
 
 from __future__ import annotations
@@ -117,6 +120,8 @@ class Tables:
         self._orphans: set[UUID] = set()
         # The task that commits or parks a table, by its UUID.
         self._tenders: dict[UUID, _Tender] = {}
+        # Tables that were in the catalog at the start and could not be read.
+        self._unread: set[UUID] = set()
         self._ddl_lock = trio.Lock()
         self._draining = False
         self._nursery: trio.Nursery | None = None
@@ -199,6 +204,8 @@ class Tables:
             self._nursery = nursery
             task_status.started()
             await self.wait_catalog(self.reconcile)
+            for uuid in self._pending_drops:
+                nursery.start_soon(self.wait_catalog, partial(self._retry_drop, uuid))
             await self._parking.load()
             for uuid in self._orphans:
                 await self._parking.forget(uuid)
@@ -252,16 +259,11 @@ class Tables:
         async with self._ddl_lock:
             # One that a client's request finds while the catalog is listed is in no older listing.
             known_before = self.all()
-            found = {table.info.uuid: table for table in await self.catalog.list_tables()}
+            listing = await self.catalog.list_tables()
+            found = {table.info.uuid: table for table in listing.tables}
             for uuid, drop in tuple(self._pending_drops.items()):
-                left = found.pop(uuid, None)
-                if left is not None:
-                    await ddl.finish_drop(self.catalog, left.info, purge=drop.purge)
-                    log.info("table.drop_finished", table=str(left.info.name))
-                # Also of one that was gone: whoever registers it again does not mean it to be dropped again.
-                ddl.log_drop_done(self._memory, uuid)
-                self._dropped.add(uuid)
-                del self._pending_drops[uuid]
+                if uuid in found or drop.name not in listing.unread:
+                    await self._finish_drop(uuid, found.pop(uuid, None))
             for loaded in found.values():
                 known = self._by_uuid.get(loaded.info.uuid)
                 if known is None:
@@ -269,7 +271,12 @@ class Tables:
                 elif known.state is TableState.ACTIVE:
                     self._adopt(known, loaded)
             for table in known_before:
-                if table.info.uuid not in found and table.state is TableState.ACTIVE:
+                if table.info.uuid in found or table.state is not TableState.ACTIVE:
+                    continue
+                if table.info.name in listing.unread:
+                    log.warning("table.unread", table=str(table.info.name), hint="it takes writes; commits wait")
+                    self._unread.add(table.info.uuid)
+                else:
                     table.stop(
                         f"Table {table.info.name} ({table.info.uuid}) is not in the catalog and was not dropped here: "
                         "others dropped it. Its writes are kept"
@@ -335,6 +342,8 @@ class Tables:
 
     async def _tend(self, table: Table) -> None:
         """Commit a table for as long as that goes, then park what it has."""
+        if table.info.uuid in self._unread:
+            await self.wait_catalog(partial(self._read_at_last, table))
         if table.state is TableState.ACTIVE and (parked_lsn := await self._parking.bring_back(table)):
             assert self._nursery is not None
             self._nursery.start_soon(self._forget_parked, table, parked_lsn)
@@ -361,14 +370,34 @@ class Tables:
         Raises:
             CatalogUnavailable: ask again.
         """
-        found = next((t for t in await self.catalog.list_tables() if t.info.uuid == table.info.uuid), None)
+        listing = await self.catalog.list_tables()
+        found = next((t for t in listing.tables if t.info.uuid == table.info.uuid), None)
+        strangers = listing.unread - {known.info.name for known in self.all() if known is not table}
         if found is not None:
             self._adopt(table, found)
+        elif strangers:
+            raise CatalogUnavailable(
+                f"{table.info.name} may be one of {sorted(map(str, strangers))}, which cannot be read"
+            )
         elif table.state is TableState.ACTIVE:
             table.stop(
                 f"Table {table.info.name} ({table.info.uuid}) is no longer in the catalog: others dropped it. "
                 "Its uncommitted writes are kept"
             )
+
+    async def _read_at_last(self, table: Table) -> None:
+        """Learn how far a table is that could not be read at the start.
+
+        Raises:
+            CatalogUnavailable: ask again.
+        """
+        if table.state is TableState.ACTIVE:
+            found = await ddl.reload_table(self.catalog, table.info.name)
+            if found is not None and found.info.uuid == table.info.uuid:
+                self._adopt(table, found)
+            else:
+                await self._look_for(table)
+        self._unread.discard(table.info.uuid)
 
     def _note_ending(self, table: Table, ending: Ending) -> None:
         if ending.state is TableState.STOPPED:
@@ -493,6 +522,31 @@ class Tables:
             await self._parking.forget(info.uuid)
         else:
             self._orphans.add(info.uuid)
+
+    async def _finish_drop(self, uuid: UUID, left: CatalogTable | None) -> None:
+        """Do a drop that an earlier process wrote into the log; ``left``: what the catalog still has of the table.
+
+        Raises:
+            CatalogUnavailable: ask again.
+        """
+        if left is not None:
+            purge = self._pending_drops[uuid].purge
+            await ddl.finish_drop(self.catalog, left.info, purge=purge)
+            log.info("table.drop_finished", table=str(left.info.name))
+        # Also of one that was gone: whoever registers it again does not mean it to be dropped again.
+        ddl.log_drop_done(self._memory, uuid)
+        self._dropped.add(uuid)
+        del self._pending_drops[uuid]
+
+    async def _retry_drop(self, uuid: UUID) -> None:
+        """Finish a drop whose table could not be read at the start.
+
+        Raises:
+            CatalogUnavailable: ask again.
+        """
+        async with self._ddl_lock:
+            found = await ddl.reload_table(self.catalog, self._pending_drops[uuid].name)
+            await self._finish_drop(uuid, found if found is not None and found.info.uuid == uuid else None)
 
 
 def _spoken(name: TableName) -> str:

@@ -25,7 +25,7 @@ from arka.iceberg import worker
 from arka.options import IcebergOptions
 from arka.records import TableInfo, TableName, TableType
 from arka.storage.catalog import IcebergCatalog, WorkerPool, open_catalog
-from arka.storage.ports import CatalogUnavailable, EncodeJob, SegmentSlice
+from arka.storage.ports import CatalogListing, CatalogUnavailable, EncodeJob, SegmentSlice
 
 INFO = TableInfo(
     uuid=UUID(int=4),
@@ -216,7 +216,7 @@ async def test_start_warms_every_pool(tmp_path: Path) -> None:
         pools = [*catalog._encode.pools, *catalog._commit.pools, catalog._control]
         assert [pool._context.statistics().idle_workers for pool in pools] == [1, 1, 1]
         assert (tmp_path / "catalog.db").exists()
-        assert await catalog.list_tables() == []
+        assert await catalog.list_tables() == CatalogListing(())
 
 
 async def test_start_without_a_catalog_is_unavailable(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from arka.iceberg import catalogs, commit, control
 from arka.iceberg.fileio import local_path
 from arka.iceberg.garbage import Garbage
 from arka.iceberg.manifests import COLD_ENTRIES, MERGE_AT
-from arka.storage.ports import CatalogUnavailable, CommitOutcome
+from arka.records import TableName
+from arka.storage.ports import CatalogListing, CatalogUnavailable, CommitOutcome
 
 SCHEMA = pa.schema([pa.field("n", pa.int64()), pa.field("day", pa.date32())])
 
@@ -112,7 +113,7 @@ def test_table_dropped_between_check_and_swap_is_gone(lake: Any, monkeypatch: py
     lake.append(info, [_rows(1)], 0)
     _Between(monkeypatch, lake, lambda: control.drop_table(lake.config, info, purge=False))
     assert lake.append(info, [_rows(2)], 1).outcome is CommitOutcome.TABLE_GONE
-    assert control.list_tables(lake.config) == []
+    assert control.list_tables(lake.config) == CatalogListing(())
 
 
 @pytest.mark.parametrize("stock", [False, True], ids=["lean", "stock"])
@@ -452,7 +453,13 @@ def test_foreign_tables_beyond_arka_are_listed_without(lake: Any) -> None:
     catalog.register_table(("default", "newer"), f"file://{path}")
     broken = catalog.create_table(("default", "broken"), SCHEMA)
     Path(local_path(broken.metadata_location) or "").unlink()
+    garbage = catalog.create_table(("default", "garbage"), SCHEMA)
+    Path(local_path(garbage.metadata_location) or "").write_bytes(b"\xff no metadata at all")
     catalog.create_table(("default", "odd name"), SCHEMA)
     catalog.create_table(("default", "fine"), SCHEMA)
     catalog.close()
-    assert [table.info.name.name for table in control.list_tables(lake.config)] == ["fine", info.name.name]
+    listing = control.list_tables(lake.config)
+    assert [table.info.name.name for table in listing.tables] == ["fine", info.name.name]
+    assert listing.unread == {TableName("default", "broken"), TableName("default", "garbage")}
+    with pytest.raises(CatalogUnavailable, match="garbage"):
+        control.load_table(lake.config, TableName("default", "garbage"))

@@ -77,6 +77,7 @@ class KeyedWriter:
         pad: Callable[[int], str],
         window: int = 16,
         pace_s: float = 0,
+        survives: str = "disk",
     ) -> None:
         """Say who it is.
 
@@ -88,6 +89,7 @@ class KeyedWriter:
             pad: makes the second column of row ``n``.
             window: batches that wait for their last ack at a time.
             pace_s: pause between two batches.
+            survives: the first tier whose acks outlive the end of a life: ``object_storage`` where the disk goes too.
         """
         self.table = table
         self.durability = durability
@@ -103,6 +105,7 @@ class KeyedWriter:
         self._pad = pad
         self._window = window
         self._pace_s = pace_s
+        self._survives = TIERS.index(survives)
 
     def rows(self) -> range:
         """The rows that Iceberg must hold in the end, if everything sent was accepted."""
@@ -166,12 +169,12 @@ class KeyedWriter:
         stream.writer.close()
 
     def _first(self, handshake: Sequence[Ack]) -> int:
-        """The first batch to send: without its last ack, or in memory alone and not vouched for by the handshake."""
+        """The first batch to send: without its last ack, or perhaps lost and not vouched for by the handshake."""
         assert [ack["sequence"] for ack in handshake] == [-1] * 4, handshake
         (safe,) = (ack["lsn"] for ack in handshake if ack["durability_level"] == self.durability)
         for number in range(self.sent):
             told = self.told.get(number, Told())
-            may_be_lost = told.tier < TIERS.index("disk") and not told.kept and told.lsn > safe
+            may_be_lost = told.tier < self._survives and not told.kept and told.lsn > safe
             if told.tier < self._last or may_be_lost:
                 return number
         return self.sent
@@ -215,10 +218,10 @@ class KeyedWriter:
         if ack.get("duplicate"):
             self.duplicates += 1
             assert told.lsn in (0, ack["lsn"]), f"{ack}: batch {number} was given LSN {told.lsn}"
-            # An earlier life gave it, and this one knows it: from its disk.
+            # An earlier life gave it, and this one knows it: from its disk, or from the store.
             told.kept |= ack["lsn"] <= self._node.floor
         elif ack["lsn"] != told.lsn:
-            assert told.tier < TIERS.index("disk"), f"{ack}: batch {number} was acked at tier {told.tier} and is lost"
+            assert told.tier < self._survives, f"{ack}: batch {number} was acked at tier {told.tier} and is lost"
             assert tier == 0, f"{ack}: batch {number} had LSN {told.lsn}"
             assert not told.kept, f"{ack}: batch {number} had outlived a crash and is lost"
             self._node.note(ack["lsn"], self._writer, number)

@@ -135,6 +135,26 @@ def test_foreign_rows_stay(backend: Backend, client: flight.FlightClient, table:
     assert lake.numbers_in(backend, table) == [1, 2, 3, 100, 101]
 
 
+def test_renamed_by_others(backend: Backend, client: flight.FlightClient, table: str) -> None:
+    """A table that others rename in the midst of a stream is followed: the stream's acks come, the old name is free."""
+    create(client, table)
+    renamed = f"{table}_renamed"
+    stream = Stream(client, table, requested_durability="iceberg_committed")
+    stream.write(numbers([0]))
+    acks = stream.acks(4)
+    with lake.open_catalog(backend) as catalog:
+        catalog.rename_table(table, renamed)
+    for n in range(1, 4):
+        stream.write(numbers([n]))
+    check_order(acks + stream.finish(), "iceberg_committed", 4)
+    write_all(client, renamed, [numbers([4])])
+    assert "table_not_found" in failure_of(write_all, client, table, [numbers([5])])
+    assert lake.numbers_in(backend, renamed) == [0, 1, 2, 3, 4]
+    create(client, table)
+    write_all(client, table, [numbers([6])])
+    assert lake.numbers_in(backend, table) == [6]
+
+
 def test_restart(backend: Backend, server: ServerProcess, table: str) -> None:
     """A stopped server goes on where it was: tables, keys and LSNs, with objects and catalog out of its hands."""
     with connect(server.location) as client:

@@ -60,13 +60,7 @@ def site(
     rest = backend.name == "s3-rest"
     port = components.seaweedfs.iceberg_port if rest else components.postgresql.port
     with CuttingProxy(port) as proxy:
-        uri = backend.settings["iceberg.catalog_uri"].replace(f":{port}", f":{proxy.port}")
-        settings = {
-            **QUICK,
-            **backend.settings,
-            "iceberg.catalog_uri": uri,
-            "iceberg.job_deadline_s": DEADLINE_S,
-        }
+        settings = {**QUICK, **backend.behind(port, proxy.port).settings, "iceberg.job_deadline_s": DEADLINE_S}
         with ServerProcess(tmp_path_factory.mktemp("unknown") / "data", settings) as server:
             yield Site(backend, proxy, server)
         assert proxy.failures == []

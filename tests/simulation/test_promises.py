@@ -14,11 +14,11 @@ import pytest
 from arka.storage.ports import CommitJob, CommitMark, CommitOutcome, CommitResult
 from arka.testing.simcatalog import SimCatalog
 from arka.testing.simulation import Outcome, simulate, simulate_many
-from arka.tiers import startup
 from arka.tiers.disk import DiskTier
 from arka.tiers.epochs import EpochLease
 from arka.tiers.keys import KeyIndex
 from arka.tiers.logclock import LogClock
+from arka.tiers.replay import TableFrames
 from arka.tiers.watermarks import now_us
 
 #: Within so many seeds a broken engine has to be caught.
@@ -74,14 +74,13 @@ def test_catches_ack_before_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_catches_key_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that forgets keys at a restart is caught: a resend gets an LSN of its own, or doubles its rows."""
-    take = startup._Replay._take_batch
+    take = TableFrames.take
 
     def forget(self: Any, frame: Any) -> None:
         take(self, frame)
-        for frames in self.tables.values():
-            frames.keys.clear()
+        self._keys.clear()
 
-    monkeypatch.setattr(startup._Replay, "_take_batch", forget)
+    monkeypatch.setattr(TableFrames, "take", forget)
     broken = catch()
     assert "and got" in broken or "twice" in broken
 

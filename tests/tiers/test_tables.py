@@ -17,9 +17,22 @@ from arka.storage.ports import CommitMark
 from arka.testing.simnode import NAME, SimNode, create_table, with_options, write, write_all
 from arka.testing.simstore import Fault, Outcome
 from arka.testing.simwriters import SCHEMA
-from arka.tiers.table import TableState
+from arka.tiers.pipeline import Pipeline
+from arka.tiers.table import Table, TableState
 
 OTHER = TableName("default", "other")
+
+
+async def begin_drop(node: SimNode, pipeline: Pipeline, table: Table) -> None:
+    """Ask for a drop; return when its record is on disk and the catalog, which is away then, has not done it."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(pipeline.tables.drop, table.info.name, purge=False))
+        while table.drop_lsn is None:
+            await trio.lowlevel.checkpoint()
+        await pipeline.marks_of(table)[0].wait_reached(table.drop_lsn)
+        node.weather.away = True
+        nursery.cancel_scope.cancel()
+    assert table.info.name in node.catalog._tables
 
 
 async def test_start_while_the_catalog_is_away(autojump_clock: MockClock) -> None:
@@ -42,6 +55,39 @@ async def test_start_while_the_catalog_is_away(autojump_clock: MockClock) -> Non
             await pipeline.flush(await pipeline.tables.find(name), Tier.ICEBERG_COMMITTED)
         assert node.ids() == list(range(8))
         assert node.ids(OTHER) == [5, 6, 7]
+
+
+async def test_start_while_the_warehouse_is_away(autojump_clock: MockClock) -> None:
+    """A start whose catalog names a table that nobody can read keeps it, takes its writes, and commits them later (R5).
+
+    Others go on meanwhile; one that is renamed before it can be read is followed; a drop is finished then.
+    """
+    third = TableName("default", "third")
+    node = SimNode()
+    async with node.run() as pipeline:
+        for name in (NAME, OTHER, third):
+            await write_all(pipeline, await create_table(pipeline, name), range(5), Tier.ICEBERG_COMMITTED)
+        await begin_drop(node, pipeline, await pipeline.tables.find(third))
+        node.weather.away = False
+        node.catalog.unreadable |= {NAME, third}
+    async with node.run() as pipeline:
+        await trio.sleep(100)
+        table, other = [await pipeline.tables.find(name) for name in (NAME, OTHER)]
+        await write_all(pipeline, table, range(5, 8))
+        await write_all(pipeline, other, range(5, 60), Tier.ICEBERG_COMMITTED)
+        assert table.state is TableState.ACTIVE
+        assert node.ids() == list(range(5))
+        assert third in node.catalog._tables
+        found = node.catalog._tables.pop(NAME)
+        found.info = replace(found.info, name=TableName("default", "renamed"))
+        node.catalog._tables[found.info.name] = found
+        node.catalog.unreadable.clear()
+        await pipeline.flush(table, Tier.ICEBERG_COMMITTED)
+        assert node.ids(found.info.name) == list(range(8))
+        await trio.sleep(100)
+        assert third not in node.catalog._tables
+        await write_all(pipeline, await create_table(pipeline, third), range(3), Tier.ICEBERG_COMMITTED)
+    assert node.ids(third) == [0, 1, 2]
 
 
 async def test_start_while_the_store_is_away(autojump_clock: MockClock) -> None:
@@ -238,14 +284,7 @@ async def test_drop_waits_in_the_log_for_the_catalog(autojump_clock: MockClock) 
     async with node.run() as pipeline:
         table, other = await create_table(pipeline), await create_table(pipeline, OTHER)
         await write_all(pipeline, table, range(3), Tier.ICEBERG_COMMITTED)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(partial(pipeline.tables.drop, NAME, purge=False))
-            while table.drop_lsn is None:
-                await trio.lowlevel.checkpoint()
-            # Killed when the record is on disk and the catalog has not been asked.
-            await pipeline.marks_of(table)[0].wait_reached(table.drop_lsn)
-            node.weather.away = True
-            nursery.cancel_scope.cancel()
+        await begin_drop(node, pipeline, table)
     assert NAME in node.catalog._tables
     node.weather.away = True
     async with node.run() as pipeline:
