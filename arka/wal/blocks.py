@@ -12,7 +12,7 @@ from arka._core.framing import crc32c
 from arka.errors import ConfigurationError, DataCorruption
 
 #: Of all files in the log's directory; a reader refuses any other.
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 
 _PREFIX: Final = struct.Struct("<III")
 
