@@ -96,12 +96,13 @@ class Writer:
         return [write for write in self._mine if write.key and not write.finished and not write.refused]
 
     async def run(self, server: Server) -> None:
-        """Write through one stream after another. Ends with the process, or when everything is settled in a drain."""
+        """Write through one stream after another, in a drain only what is left. Ends with the process."""
         while True:
             try:
                 await _Session(self, server).run()
-                if server.draining and not self.unfinished:
-                    break
+                # Not the end: what this writer sends to a superseded process meanwhile has to go to this one, too.
+                while server.draining and not self.unfinished:  # noqa: ASYNC110
+                    await trio.sleep(0.5)
             except* ArkaError as group:
                 # A stream ends with one error: what else is in the group is the same one.
                 self._promises.note(f"stream: writer {self.number} ended with {group.exceptions[0]}")

@@ -203,16 +203,20 @@ class Tables:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             task_status.started()
-            await self.wait_catalog(self.reconcile)
-            for uuid in self._pending_drops:
-                nursery.start_soon(self.wait_catalog, partial(self._retry_drop, uuid))
-            await self._parking.load()
-            for uuid in self._orphans:
-                await self._parking.forget(uuid)
-            for table in self.all():
-                self._take_up(table)
-            # Tables come and go; the nursery stays open for them.
-            await trio.sleep_forever()
+            try:
+                await self.wait_catalog(self.reconcile)
+                for uuid in self._pending_drops:
+                    nursery.start_soon(self.wait_catalog, partial(self._retry_drop, uuid))
+                await self._parking.load()
+                for uuid in self._orphans:
+                    await self._parking.forget(uuid)
+                for table in self.all():
+                    self._take_up(table)
+                # Tables come and go; the nursery stays open for them.
+                await trio.sleep_forever()
+            finally:
+                # A request may outlive this task: what it registers is the next start's to commit.
+                self._nursery = None
 
     def start_drain(self) -> None:
         """Create no table any more, and commit what there is without waiting for company."""
@@ -300,7 +304,7 @@ class Tables:
         known_from_lsn = 0 if committed_lsn else self._memory.last_lsn
         table = Table(found.info, committed_lsn, found.snapshot_id, known_from_lsn=known_from_lsn)
         self._add(table)
-        if self._nursery is not None and self._parking.loaded:
+        if self._parking.loaded:
             self._take_up(table)
         return table
 
@@ -334,8 +338,7 @@ class Tables:
 
     def _take_up(self, table: Table) -> None:
         """Begin to commit a table, or to park it; what was parked earlier comes first (R18)."""
-        assert self._nursery is not None
-        if table.coming is not None:
+        if table.coming is not None or self._nursery is None:
             return
         tender = self._tenders[table.info.uuid] = _Tender()
         self._nursery.start_soon(tender.run, self._tend, table)
@@ -344,8 +347,8 @@ class Tables:
         """Commit a table for as long as that goes, then park what it has."""
         if table.info.uuid in self._unread:
             await self.wait_catalog(partial(self._read_at_last, table))
-        if table.state is TableState.ACTIVE and (parked_lsn := await self._parking.bring_back(table)):
-            assert self._nursery is not None
+        parked_lsn = await self._parking.bring_back(table) if table.state is TableState.ACTIVE else 0
+        if parked_lsn and self._nursery is not None:
             self._nursery.start_soon(self._forget_parked, table, parked_lsn)
         table.taken_up = table.state is TableState.ACTIVE
         while table.state is TableState.ACTIVE:
@@ -454,7 +457,8 @@ class Tables:
 
         Raises:
             ArkaError: ``table_not_found``.
-            Unavailable: the catalog does not answer; the drop is in the log and may be asked for again.
+            Unavailable: the catalog does not answer; the drop is in the log and may be asked for again. Or the server
+                is stopping, and nothing was done.
         """
         async with self._ddl_lock:
             table = await self.find(name)
@@ -462,7 +466,8 @@ class Tables:
                 await self._check_named(table, name)
         # The client may go away, the drop may not: once its record is in the log it is carried out.
         done = _Outcome()
-        assert self._nursery is not None
+        if self._nursery is None:
+            raise Unavailable("The server is stopping")
         self._nursery.start_soon(self._drop, table, purge, done)
         await done.wait()
         return name

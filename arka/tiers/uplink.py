@@ -108,15 +108,21 @@ class Uplink:
         Raises:
             ConfigurationError: see ``take_epoch``.
             DataCorruption: a record in the store, or the chain, is damaged.
+            Fenced: another process has taken a higher epoch meanwhile.
             StoreUnavailable: ask again; an epoch that was taken is kept.
         """
         if self._lease is None:
             local = None if state is None else LocalLog(state.log_uuid, state.epoch, state.lsn_ceiling)
             self._lease = await take_epoch(self._store, self._claim.of(local))
         lease, node_id = self._lease, self._claim.node_id
-        released_lsn = await self._checkpoints.mirror()
-        chain = Chain(self._store, node_id, lease.log_uuid, released_lsn=released_lsn)
-        return Taken(lease, released_lsn, chain, await chain.find_head())
+        try:
+            released_lsn = await self._checkpoints.mirror()
+            chain = Chain(self._store, node_id, lease.log_uuid, released_lsn=released_lsn)
+            return Taken(lease, released_lsn, chain, await chain.find_head())
+        except DataCorruption:
+            # Of a log that another process goes on with meanwhile, this one sees half.
+            await lease.verify()
+            raise
 
     async def connect(self, taken: Taken, state: LogStateFile, objects: ObjectTier, recovered_lsn: int) -> None:
         """Let the log go to the store from here on; one attempt.
@@ -135,16 +141,17 @@ class Uplink:
 
         Durability: the epoch is on the disk and its start in the store before anything is uploaded.
         """
-        head = taken.head
+        lease, head = taken.lease, taken.head
         if head is not None and head.last_lsn > recovered_lsn:
-            # Only what is fsynced is uploaded (R4).
+            # Only what is fsynced is uploaded (R4): either this disk has lost it, or it is from the process that took
+            # the log over after this one took its epoch, and before it looked at the chain.
+            await lease.verify()
             raise DataCorruption(
                 f"{self._store.url}/{head.key(self._claim.node_id)}",
                 0,
                 f"nothing above LSN {recovered_lsn}, where the log ends on this disk",
                 f"an object up to LSN {head.last_lsn}",
             )
-        lease = taken.lease
         try:
             await state.raise_to(epoch=lease.epoch, store_ceiling=lease.lsn_ceiling)
             recorded = await lease.record_start(head)

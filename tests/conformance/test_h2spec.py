@@ -13,8 +13,9 @@ import pytest
 SOURCES = Path(__file__).parent / "go" / "h2spec"
 pytestmark = [pytest.mark.foreign, pytest.mark.process, pytest.mark.slow]
 
-# How long h2spec waits for an answer that does not come; it ends in well under a second otherwise.
-CASE_TIMEOUT_S = 3
+# How long h2spec waits for an answer that does not come. Most cases need milliseconds; 5.1.2 opens as many streams as
+# are advertised, 4,000, before it asks, and takes seconds on a busy machine.
+CASE_TIMEOUT_S = 20
 # More than all cases may take together: the report of a server that fails them is worth the wait.
 RUN_TIMEOUT_S = 500
 # Of the pinned version in strict mode: a run of fewer has left something out.

@@ -12,7 +12,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from arka.errors import ArkaError, ConfigurationError, Unavailable
+from arka.errors import ArkaError, ConfigurationError, Fenced, Unavailable
 from arka.records import TableDefinition, TableName, Tier
 from arka.server import _register_demo_tables
 from arka.storage.ports import CatalogTable
@@ -553,3 +553,51 @@ async def test_lsn_that_two_disks_give(autojump_clock: MockClock, monkeypatch: p
                 again += [write(pipeline, table, number).lsn for number in range(6, 10)]
                 await pipeline.flush(table, Tier.ICEBERG_COMMITTED)
     assert not set(given) & set(again)
+
+
+async def test_takeover_while_a_start_looks_at_the_chain(autojump_clock: MockClock) -> None:
+    """A process that took its epoch and froze is fenced when it wakes; what the next owner wrote is no damage (R10)."""
+    node = SimNode(with_options(server__take_over=True))
+    async with node.run() as pipeline:
+        await write_all(pipeline, await create_table(pipeline), range(2), Tier.ICEBERG_COMMITTED)
+    gate = trio.Event()
+
+    async def freeze() -> None:
+        async with node.run():
+            node.store.plan("list_keys", Fault(gate=gate), key="/checkpoint/")
+            node.store.away = False
+            await trio.sleep_forever()
+
+    node.store.away = True
+    with pytest.RaisesGroup(Fenced, flatten_subgroups=True):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(freeze)
+            await trio.sleep(15)
+            assert node.store.of("list_keys", "/checkpoint/")[-1].ended is None
+            node.lose_disk()
+            async with node.run() as pipeline:
+                await write_all(pipeline, await pipeline.tables.find(NAME), range(2, 4), Tier.ICEBERG_COMMITTED)
+            gate.set()
+            await trio.sleep(30)
+    assert node.ids() == list(range(4))
+
+
+async def test_requests_that_outlive_the_tables(autojump_clock: MockClock) -> None:
+    """A server that stops registers what a late request found, and drops nothing any more; neither is a crash (R5)."""
+    node = SimNode()
+    opened = await node.open()
+    pipeline = opened.pipeline
+    async with trio.open_nursery() as nursery:
+        await nursery.start(pipeline.run)
+        await create_table(pipeline)
+        await create_table(pipeline, OTHER)
+        nursery.cancel_scope.cancel()
+    named = node.catalog._tables.pop(OTHER)
+    late = TableName("default", "late")
+    named.info = replace(named.info, name=late, uuid=uuid4())
+    node.catalog._tables[late] = named
+    found = await pipeline.tables.find(late)
+    assert found.state is TableState.ACTIVE
+    with pytest.raises(Unavailable, match="stopping"):
+        await pipeline.tables.drop(NAME, purge=False)
+    assert NAME in node.catalog._tables
