@@ -298,8 +298,9 @@ class Pipeline:
 
     def needed_from(self) -> int:
         """The least LSN that some tier below the disk still needs; what lies below may be let go of (R12)."""
-        above = self._marks.objects.lsn + 1
-        needed = self.tables.needed_from()
+        uploaded_lsn = self._marks.objects.lsn
+        above = uploaded_lsn + 1
+        needed = self.tables.needed_from(uploaded_lsn)
         return above if needed is None else min(above, needed)
 
     def owed_bytes(self, shared: SharedRoom) -> int:

@@ -137,13 +137,17 @@ class Tables:
         """Every table, in whatever state."""
         return tuple(self._by_uuid.values())
 
-    def needed_from(self) -> int | None:
-        """The least LSN whose frame some table or some drop still needs from the log; None for none."""
-        needed = [drop.lsn for drop in self._pending_drops.values()]
+    def needed_from(self, uploaded_lsn: int) -> int | None:
+        """The least LSN whose frame some table or some drop still needs from the log; None for none.
+
+        Args:
+            uploaded_lsn: the object store has the log up to here.
+        """
+        # A drop that the store does not have is undone by the loss of this disk: its table's frames must be there then.
+        needed = [drop.lsn if drop.lsn <= uploaded_lsn else 0 for drop in self._pending_drops.values()]
         for table in self._by_uuid.values():
-            first = table.backlog.first_lsn if table.drop_lsn is None else table.drop_lsn
-            if first is not None:
-                needed.append(first)
+            # Also those of a table that is to be dropped: until the catalog has done it, a crash may undo that.
+            needed += [lsn for lsn in (table.backlog.first_lsn, table.drop_lsn) if lsn is not None]
         return min(needed, default=None)
 
     def parked_bytes(self, table: Table) -> int:
@@ -293,7 +297,7 @@ class Tables:
         if known is not None:
             return known
         if found.info.uuid in self._pending_drops:
-            raise ArkaError(f"Table is being dropped: {found.info.name}", code=ErrorCode.TABLE_DROPPED)
+            raise Unavailable(f"{found.info.name} is being dropped and the catalog has not done it yet: try again")
         if found.info.uuid in self._dropped:
             raise ArkaError(
                 f"Table was dropped: {found.info.name} (what stands under the name now is the same table, registered "
