@@ -10,6 +10,7 @@ late is no part of it.
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
 from typing import Final
 from uuid import UUID
 
@@ -54,14 +55,6 @@ class Chain:
 
         Cancellation: nothing changes.
         """
-        try:
-            return await self._find_head()
-        except KeyError as error:
-            raise StoreUnavailable(
-                f"{error} was deleted while it was to be read: another process released it"
-            ) from error
-
-    async def _find_head(self) -> ObjectRef | None:
         start = await newest_start(self._store, self._node_id)
         if start is None:
             return None
@@ -93,8 +86,7 @@ class Chain:
 
         Raises:
             DataCorruption: a header is damaged, or an object above ``released_lsn`` is missing.
-            KeyError: one went away while this ran: see ``read``.
-            StoreUnavailable: the store does not answer; ask again.
+            StoreUnavailable: the store does not answer, or one went away while this ran: see ``read``.
         """
         refs: list[ObjectRef] = []
         listed = {meta.key for meta in await self._store.list_keys(f"{self._node_id}/wal/")}
@@ -115,8 +107,8 @@ class Chain:
 
         Raises:
             DataCorruption: it is damaged, or another one.
-            KeyError: it is gone: another process released it; look for the newest checkpoint and begin anew.
-            StoreUnavailable: the store does not answer; ask again.
+            StoreUnavailable: the store does not answer, or it is gone: another process released it; look for the
+                newest checkpoint and begin anew.
         """
         found = await self._read(ref.key(self._node_id))
         if found.ref != ref:
@@ -158,12 +150,18 @@ class Chain:
         return linked, None
 
     async def _read(self, key: str) -> WalObject:
-        data = memoryview(await self._store.get(key))
+        data = memoryview(await self._get(key, self._store.get(key)))
         return parse_object(self._path(key), data, self._log_uuid)
 
     async def _read_header(self, key: str) -> ObjectHeader:
-        head = await self._store.get_range(key, 0, HEADER_BYTES)
+        head = await self._get(key, self._store.get_range(key, 0, HEADER_BYTES))
         return ObjectHeader.from_bytes(self._path(key), memoryview(head))
+
+    async def _get(self, key: str, request: Awaitable[bytes]) -> bytes:
+        try:
+            return await request
+        except KeyError as error:
+            raise StoreUnavailable(f"{key} was deleted while it was to be read: another process released it") from error
 
     def _path(self, key: str) -> str:
         return f"{self._store.url}/{key}"

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 from uuid import UUID
 
 import structlog
@@ -27,13 +27,11 @@ from arka.records import TableInfo
 from arka.storage.ports import Buffer, ObjectExists, ObjectStore, StoreUnavailable
 from arka.storage.threads import run_compute
 from arka.tiers.lease import EpochLease
+from arka.tiers.retry import persist
 from arka.wal.objectfile import EncodedObject, ObjectRef, encode_object, first_frame_above
 from arka.wal.segment import AppendedRange
 
 log = structlog.get_logger(__name__)
-
-#: Longest pause between two attempts of a request, in seconds.
-_MAX_RETRY_S: Final = 5.0
 
 ReadRange = Callable[[Path, int, int], Awaitable[Buffer]]
 #: Runs ``function(*args)`` where it holds nobody up.
@@ -311,21 +309,15 @@ class ObjectTier:
 
     async def _persist(self, request: Callable[[], Awaitable[None]]) -> None:
         """Repeat a request until the store answers it."""
-        pause_s = self._options.retry_s
-        while True:
-            try:
-                await request()
-            except StoreUnavailable as error:
-                if not self._stalled:
-                    self._stalled = True
-                    log.warning("objects.stalled", store=self._store.url, reason=str(error))
-                await trio.sleep(pause_s * self._rng.uniform(0.5, 1.0))
-                pause_s = min(pause_s * 2, _MAX_RETRY_S)
-            else:
-                if self._stalled:
-                    self._stalled = False
-                    log.info("objects.recovered", store=self._store.url)
-                return
+        await persist(request, StoreUnavailable, self._note_stalled, retry_s=self._options.retry_s, rng=self._rng)
+        if self._stalled:
+            self._stalled = False
+            log.info("objects.recovered", store=self._store.url)
+
+    def _note_stalled(self, error: Exception) -> None:
+        if not self._stalled:
+            self._stalled = True
+            log.warning("objects.stalled", store=self._store.url, reason=str(error))
 
 
 class _Upload:

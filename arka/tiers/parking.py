@@ -19,7 +19,6 @@ from typing import Final
 from uuid import UUID
 
 import structlog
-import trio
 
 from arka._core.framing import KIND_BATCH, FrameError, crc_seed, verify_frame
 from arka.errors import DataCorruption
@@ -27,6 +26,7 @@ from arka.options import MIB
 from arka.records import TableInfo
 from arka.storage.ports import Disk, ObjectExists, ObjectStore, SegmentSlice, StoreUnavailable
 from arka.tiers.backlog import Backlog
+from arka.tiers.retry import persist
 from arka.tiers.space import DiskSpace
 from arka.tiers.table import Table
 from arka.tiers.watermarks import Watermark
@@ -38,8 +38,6 @@ log = structlog.get_logger(__name__)
 
 #: About how many frame bytes go into one parked object; bounds the memory used.
 _OBJECT_BYTES: Final = 16 * MIB
-#: Longest pause between two attempts of a request, in seconds.
-_MAX_RETRY_S: Final = 5.0
 
 
 @dataclass(slots=True)
@@ -300,16 +298,11 @@ class Parking:
 
     async def _persist(self, request: Callable[[], Awaitable[None]]) -> None:
         """Repeat a request until the store answers it."""
-        pause_s = self._retry_s
-        while True:
-            try:
-                await request()
-            except StoreUnavailable as error:
-                log.debug("parking.stalled", reason=str(error))
-                await trio.sleep(pause_s * self._rng.uniform(0.5, 1.0))
-                pause_s = min(pause_s * 2, _MAX_RETRY_S)
-            else:
-                return
+        await persist(request, StoreUnavailable, _note_stalled, retry_s=self._retry_s, rng=self._rng)
+
+
+def _note_stalled(error: Exception) -> None:
+    log.debug("parking.stalled", reason=str(error))
 
 
 def _at_schema(table: Table, schema_id: int) -> TableInfo:

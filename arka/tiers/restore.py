@@ -16,7 +16,7 @@ import structlog
 import trio
 
 from arka._core.framing import KIND_BATCH, KIND_FOOTER, KIND_GROUP, KIND_TABLE, FrameHeader
-from arka.storage.ports import Disk, StoreUnavailable
+from arka.storage.ports import Disk
 from arka.tiers.chain import Chain
 from arka.wal.logstate import STATE_NAME
 from arka.wal.objectfile import ObjectRef, WalObject
@@ -73,8 +73,6 @@ async def restore_log(
                 said = now
                 log.info("log.restoring", percent=restore.percent(head.last_lsn), last_lsn=restore.last_lsn)
         await disk.run(restore.finish)
-    except KeyError as error:
-        raise StoreUnavailable(f"{error} was deleted while it was to be read: another process released it") from error
     finally:
         restore.close()
     if head is None and not released_lsn:

@@ -32,14 +32,13 @@ from arka.storage.ports import (
     EncodeJob,
 )
 from arka.tiers.backlog import Backlog, Cut
+from arka.tiers.retry import MAX_RETRY_S, persist
 from arka.tiers.watermarks import Watermark
 
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
-#: Longest pause between two attempts of a commit, in seconds.
-_MAX_RETRY_S = 5.0
 #: A commit may cost at most this share of the interval before commits are spread out.
 _COST_SHARE = 0.5
 #: Consecutive definite failures (not outages) after which a table is stopped.
@@ -311,23 +310,21 @@ class TableCommitter:
 
     async def _persist(self, request: Callable[[], Awaitable[T]]) -> T:
         """Repeat a request until the catalog answers it or the table ends."""
-        pause_s = self._options.retry_s
+        table = self._table
         stalled = False
-        while True:
-            try:
-                result = await request()
-            except CatalogUnavailable as error:
-                if not stalled:
-                    stalled = True
-                    log.warning("iceberg.stalled", table=str(self._table.info.name), reason=str(error))
-                if self._table.state is not TableState.ACTIVE:
-                    raise ArkaError(f"{self._table.info.name} ended while the catalog was away") from error
-                await trio.sleep(pause_s * self._rng.uniform(0.5, 1.0))
-                pause_s = min(pause_s * 2, _MAX_RETRY_S)
-            else:
-                if stalled:
-                    log.info("iceberg.recovered", table=str(self._table.info.name))
-                return result
+
+        def note_stalled(error: Exception) -> None:
+            nonlocal stalled
+            if not stalled:
+                stalled = True
+                log.warning("iceberg.stalled", table=str(table.info.name), reason=str(error))
+            if table.state is not TableState.ACTIVE:
+                raise ArkaError(f"{table.info.name} ended while the catalog was away") from error
+
+        result = await persist(request, CatalogUnavailable, note_stalled, retry_s=self._options.retry_s, rng=self._rng)
+        if stalled:
+            log.info("iceberg.recovered", table=str(table.info.name))
+        return result
 
     def _apply(self, cut: Cut, result: CommitResult) -> None:
         """Act on a definite outcome."""
@@ -364,7 +361,7 @@ class TableCommitter:
         log.error("iceberg.failed", table=str(self._table.info.name), failures=self._failures, reason=error.detail)
         if self._failures >= _MAX_FAILURES:
             self._table.stop(f"Table {self._table.info.name} cannot be committed: {error.detail}")
-        return min(self._options.retry_s * float(2**self._failures), _MAX_RETRY_S)
+        return min(self._options.retry_s * float(2**self._failures), MAX_RETRY_S)
 
 
 def _fell(table: Table, found_lsn: int) -> str:

@@ -161,8 +161,7 @@ class LogState:
         slots = self._read_slots(directory, disk)
         if slots is None:
             raise InternalError(f"{directory} holds no log state: create it first")
-        generations = [slot.generation if slot is not None else 0 for slot in slots]
-        newest = slots[generations.index(max(generations))]
+        newest = newest_slot(slots)
         assert newest is not None
         if newest.log_uuid != self.log_uuid:
             raise InternalError(f"{directory} is log {newest.log_uuid}, not {self.log_uuid}")
@@ -174,6 +173,7 @@ class LogState:
                 f"{asked}"
             )
         state = replace(self, generation=newest.generation + 1)
+        generations = [slot.generation if slot is not None else 0 for slot in slots]
         first = generations.index(min(generations))
         file = disk.open(directory / STATE_NAME)
         try:

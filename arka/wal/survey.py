@@ -183,7 +183,8 @@ class _Surveyor:
         survey = self._survey
         found: dict[tuple[int, int], tuple[Path, IntactSegment | None]] = {}
         unreadable: list[tuple[int, Path]] = []
-        for number, path in list_segments(survey.directory, self._disk):
+        listed = list_segments(survey.directory, self._disk)
+        for number, path in listed:
             data = self._disk.map(path)
             try:
                 header = SegmentHeader.from_bytes(str(path), data)
@@ -203,8 +204,7 @@ class _Surveyor:
             found[header.number, number] = path, IntactSegment(path, header, len(data))
         for number, path in unreadable:
             # Its name says which it is, unless another one has that number and lies under another name.
-            names = {known for known, _ in list_segments(survey.directory, self._disk)} | {number}
-            free = sorted(names - {known for known, _ in found})
+            free = sorted({known for known, _ in listed} - {known for known, _ in found})
             numbers = [number, *free] if number in free else free or [number]
             segment = self._guess(path, numbers, found)
             found[segment.header.number if segment is not None else numbers[0], number] = path, segment
