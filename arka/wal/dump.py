@@ -278,7 +278,8 @@ def verify_log(directory: Path, disk: Disk) -> LogReport:
         log_uuid = log_uuid or seal.log_uuid
         if seal.log_uuid != log_uuid:
             problems.append(_seal_problem(directory, 16, f"log {log_uuid}", f"log {seal.log_uuid}"))
-    for number, path in list_segments(directory, disk):
+    paths = dict(list_segments(directory, disk))
+    for number, path in paths.items():
         try:
             header = SegmentHeader.from_bytes(str(path), disk.map(path))
             log_uuid = log_uuid or header.log_uuid
@@ -287,7 +288,7 @@ def verify_log(directory: Path, disk: Disk) -> LogReport:
             unreadable[number] = SegmentReport(path.name, number, 0, "sealed", 0, 0, 0, None, error.detail)
             continue
         headers[number] = header
-    reports = _judge_segments(directory, disk, headers, unreadable, seal)
+    reports = _judge_segments(paths, disk, headers, unreadable, seal)
     problems.extend(report.problem for report in reports if report.problem is not None)
     if seal is not None and not unreadable and seal.segment >= max(headers, default=0):
         last_lsn = max((report.last_lsn for report in reports), default=0)
@@ -301,13 +302,12 @@ def _seal_problem(directory: Path, offset: int, expected: str, found: str) -> st
 
 
 def _judge_segments(
-    directory: Path,
+    paths: dict[int, Path],
     disk: Disk,
     headers: dict[int, SegmentHeader],
     unreadable: dict[int, SegmentReport],
     seal: SealMark | None,
 ) -> list[SegmentReport]:
-    paths = dict(list_segments(directory, disk))
     replaced = {header.replaces for header in headers.values()}
     last = max(headers, default=0)
     tail = may_have_tail(headers.get(last), seal.segment if seal is not None else 0)
