@@ -183,15 +183,19 @@ class _Life:
 
     async def _make_tables(self) -> None:
         for name in self.world.tables:
-            try:
+            await self.make_table(name)
+
+    async def make_table(self, name: TableName) -> None:
+        """Create a table, however long that takes; does nothing if there is one of that name."""
+        try:
+            await self._persist(partial(self.pipeline.tables.create, TableDefinition(name, SCHEMA)))
+        except ArkaError as error:
+            if error.code is not ErrorCode.TABLE_STOPPED:
+                raise
+            if self.quiet:
+                # Dropped by a process whose disk is gone, and the drop's record with it.
+                await self._persist(partial(self.pipeline.tables.drop, name, purge=False))
                 await self._persist(partial(self.pipeline.tables.create, TableDefinition(name, SCHEMA)))
-            except ArkaError as error:
-                if error.code is not ErrorCode.TABLE_STOPPED:
-                    raise
-                if self.quiet:
-                    # Dropped by a process whose disk is gone, and the drop's record with it.
-                    await self._persist(partial(self.pipeline.tables.drop, name, purge=False))
-                    await self._persist(partial(self.pipeline.tables.create, TableDefinition(name, SCHEMA)))
 
     async def _persist(self, request: Callable[[], Any]) -> None:
         while True:

@@ -16,7 +16,7 @@ import trio
 
 from arka._core.buffers import FrameBuffer
 from arka._core.wire import FlightMessage, read_fields
-from arka.errors import ArkaError
+from arka.errors import ArkaError, ErrorCode
 from arka.flight.acks import AckForm
 from arka.flight.exchange import Exchange
 from arka.options import Limits
@@ -45,6 +45,10 @@ class Server(Node, Protocol):
         """The running pipeline."""
         ...
 
+    async def make_table(self, name: TableName) -> None:
+        """Create a table; does nothing if there is one of that name."""
+        ...
+
 
 def flight_messages(schema: pa.Schema) -> bytes:
     """The data_header of a schema message."""
@@ -71,6 +75,10 @@ def parse_acks(data: bytes) -> list[AckMessage]:
         acks.append(msgspec.json.decode(metadata, type=AckMessage))
         data = data[5 + size :]
     return acks
+
+
+def _is_not_found(error: BaseException) -> bool:
+    return isinstance(error, ArkaError) and error.code is ErrorCode.TABLE_NOT_FOUND
 
 
 class Writer:
@@ -106,6 +114,9 @@ class Writer:
             except* ArkaError as group:
                 # A stream ends with one error: what else is in the group is the same one.
                 self._promises.note(f"stream: writer {self.number} ended with {group.exceptions[0]}")
+                if server.draining and group.subgroup(_is_not_found):
+                    # Renamed while the catalog was away, and heard of only after the server had made its tables.
+                    await server.make_table(self.table)
             await trio.sleep(self._rng.uniform(0.05, 0.5))
 
     def make_write(self, table: Any) -> Write:

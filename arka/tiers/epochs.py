@@ -34,6 +34,9 @@ log = structlog.get_logger(__name__)
 _RACES: Final = 16
 #: A heartbeat that stands still for so many of its intervals has stopped.
 _STILL_INTERVALS: Final = 2.5
+#: A heartbeat that changes in so many such waits, one after another, belongs to a living process. One change is not
+#: enough: the last beat of a process that died or lost its network may still be on its way to the store.
+_LIVING_WAITS: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,15 +236,18 @@ async def _check_still(store: ObjectStore, claim: Claim, newest: EpochRecord) ->
     if not before:
         # It stopped in an orderly way, or died before its first beat.
         return
-    log.info("epoch.waiting", epoch=newest.epoch, host=newest.host, seconds=newest.heartbeat_s * _STILL_INTERVALS)
-    await trio.sleep(newest.heartbeat_s * _STILL_INTERVALS)
-    after = await store.list_keys(prefix)
-    if after and after[-1].key != before[-1].key:
-        raise ConfigurationError(
-            f"Node {claim.node_id} in {store.url} is running on {newest.host} (pid {newest.pid}, epoch {newest.epoch}) "
-            "with another data directory. Stop it first, or take the log from it with --take-over: what it "
-            "acknowledged on its own disk only stays there"
-        )
+    for _ in range(_LIVING_WAITS):
+        log.info("epoch.waiting", epoch=newest.epoch, host=newest.host, seconds=newest.heartbeat_s * _STILL_INTERVALS)
+        await trio.sleep(newest.heartbeat_s * _STILL_INTERVALS)
+        after = await store.list_keys(prefix)
+        if not after or after[-1].key == before[-1].key:
+            return
+        before = after
+    raise ConfigurationError(
+        f"Node {claim.node_id} in {store.url} is running on {newest.host} (pid {newest.pid}, epoch {newest.epoch}) "
+        "with another data directory. Stop it first, or take the log from it with --take-over: what it "
+        "acknowledged on its own disk only stays there"
+    )
 
 
 async def _newest_epoch(store: ObjectStore, node_id: str) -> EpochRecord | None:

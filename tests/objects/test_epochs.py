@@ -221,6 +221,23 @@ async def test_dead_owner(leaves, store, autojump_clock):
     assert not [key for key in store.objects if "/heartbeat/" in key]
 
 
+async def test_last_beat_of_a_dead_owner(store, autojump_clock):
+    """A beat that was on its way when its process died, and lands while a start looks, is no sign of life."""
+    first = await start(store)
+    with trio.move_on_after(5.5):
+        await first.beat(BEAT_S)
+    last = max(key for key in store.objects if "/heartbeat/" in key)
+    prefix, _, number = last.rpartition("/")
+
+    async def land():
+        await trio.sleep(1)
+        await store.put_new(f"{prefix}/{int(number) + 1:010d}", [b""])
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(land)
+        assert (await take(store, disk=OTHER_DISK)).epoch == 2
+
+
 async def test_beats_leave_nothing_behind(store, autojump_clock):
     """However often a process shows that it lives, and whatever fails, one heartbeat is in the store."""
     lease = await start(store)
