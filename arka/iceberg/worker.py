@@ -3,18 +3,19 @@
 Owns: the process's ties to the server and the functions that cross the process boundary. Does not own what
 the jobs do.
 
-The server imports this module too, and only to name the functions: what they need is imported when they
-first run, in the worker. The server never loads pyiceberg.
+The server imports this module too, and only to name the functions: what they need is imported by the process that
+workers are forked from (``arka.iceberg.template``). The server never loads pyiceberg.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import importlib
 import logging
+import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from typing import Final, ParamSpec, TypeVar
 
@@ -35,8 +36,6 @@ from arka.storage.ports import (
     TableMissing,
 )
 
-_PR_SET_PDEATHSIG: Final = 1
-
 #: What jobs raise on purpose: crosses to the server as it is.
 _DEFINITE: Final = (ArkaError, CatalogConflict, CatalogUnavailable, TableExists, TableMissing)
 
@@ -47,27 +46,33 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def initialise(parent: int) -> None:
+def initialise(server_pid: int) -> None:
     """Tie this process to the server; runs once, before any job.
 
-    The worker is killed when the server's thread that started it ends, however it ends (R15). It ignores
-    the signals by which a terminal or a service manager stops the whole group: the server drains first
-    and then closes its workers.
+    The worker ends when the server does, however that ends, in the middle of a job too (R15). It ignores the
+    signals by which a terminal or a service manager stops the whole group: the server drains first and then closes
+    its workers.
 
     Args:
-        parent: process id of the server.
+        server_pid: process id of the server.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent:
-        # It died before the line above; no signal will come for that.
-        os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    failpoints.arm(os.environ.get(failpoints.VARIABLE, ""), server_pid=parent)
+    threading.Thread(target=_end_with_server, daemon=True).start()
+    failpoints.arm(os.environ.get(failpoints.VARIABLE, ""), server_pid=server_pid)
     logging.getLogger("pyiceberg").setLevel(logging.ERROR)
+
+
+def _end_with_server() -> None:
+    # Not PR_SET_PDEATHSIG: this process's parent is the one that it was forked from, not the server.
+    server = multiprocessing.parent_process()
+    assert server is not None
+    server.join()
+    os._exit(1)
+
+
+def do_nothing() -> None:
+    """Show that a process could be forked."""
 
 
 def _job(function: Callable[P, T]) -> Callable[P, T | Exception]:
@@ -168,6 +173,7 @@ def scan(config: CatalogConfig, info: TableInfo, columns: Sequence[str] | None, 
 __all__ = [
     "commit",
     "create_table",
+    "do_nothing",
     "drop_table",
     "encode",
     "initialise",

@@ -45,21 +45,21 @@ def wait_gone(pids: set[int], timeout_s: float = 10.0) -> set[int]:
 def memory_of(pids: set[int]) -> tuple[int, int]:
     """Add up what these processes hold: anonymous memory, and all resident memory, in bytes (R9).
 
-    Mapped files count in the second alone, once for each process that maps them.
+    Mapped files count in the second alone. What several processes share, as those do that were forked from one
+    another, counts once.
     """
     anonymous = resident = 0
     for pid in pids:
+        # One that has ended and waits to be reaped cannot be read.
         with contextlib.suppress(OSError):
-            status = Path(f"/proc/{pid}/status").read_text()
-            anonymous += _field(status, "RssAnon")
-            resident += _field(status, "VmRSS")
+            rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+            anonymous += _field(rollup, "Pss_Anon")
+            resident += _field(rollup, "Pss")
     return anonymous, resident
 
 
-def _field(status: str, name: str) -> int:
-    # A process that has ended and waits to be reaped has none.
-    found = status.partition(f"\n{name}:")[2].split(maxsplit=1)
-    return int(found[0]) * _KIB if found else 0
+def _field(rollup: str, name: str) -> int:
+    return int(rollup.partition(f"\n{name}:")[2].split(maxsplit=1)[0]) * _KIB
 
 
 def _processes() -> Iterator[tuple[int, int, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import signal
@@ -24,8 +25,9 @@ from arka.errors import ConfigurationError, DataCorruption, Fenced, InternalErro
 from arka.iceberg import worker
 from arka.options import IcebergOptions
 from arka.records import TableInfo, TableName, TableType
-from arka.storage.catalog import IcebergCatalog, WorkerPool, open_catalog
+from arka.storage.catalog import IcebergCatalog, open_catalog
 from arka.storage.ports import CatalogListing, CatalogUnavailable, EncodeJob, SegmentSlice
+from arka.storage.workers import WorkerPool
 
 INFO = TableInfo(
     uuid=UUID(int=4),
@@ -57,7 +59,7 @@ def _alive(pid: int) -> bool:
 async def test_worker_outlives_the_thread_that_could_have_started_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """PR_SET_PDEATHSIG acts on threads: the end of a pooled thread must not take a worker with it."""
+    """The end of the pooled thread that asked for a worker does not take the worker with it."""
     monkeypatch.setattr(thread_cache, "IDLE_TIMEOUT", 0.05)
     async with _pool(tmp_path) as pool:
         first = await pool.run(os.getpid)
@@ -92,6 +94,22 @@ async def test_dead_worker_costs_its_job_alone(tmp_path: Path, number: signal.Si
         with pytest.raises(CatalogUnavailable, match=rf"exit code -{number}"):
             await pool.run(signal.raise_signal, number)
         assert await pool.run(os.getpid) > 0
+
+
+async def test_dead_template_costs_nothing_but_time(tmp_path: Path) -> None:
+    """The process that workers are forked from may be killed: those that run go on, and it is started again."""
+    async with _pool(tmp_path) as pool:
+        first = await pool.run(os.getpid)
+        os.kill(await pool.run(os.getppid), signal.SIGKILL)
+        with contextlib.suppress(CatalogUnavailable):
+            # A worker is told from a dead one by the template: it may be given up, and is replaced.
+            await pool.run(os.getpid)
+        second = await pool.run(os.getpid)
+        with pytest.raises(CatalogUnavailable):
+            await pool.run(signal.raise_signal, signal.SIGKILL)
+        assert await pool.run(os.getpid) not in (first, second)
+    assert not _alive(first)
+    assert not _alive(second)
 
 
 async def test_dead_worker_does_not_hide_what_ended_the_server(tmp_path: Path) -> None:

@@ -24,14 +24,12 @@ from pyiceberg.table.locations import LocationProvider, SimpleLocationProvider
 from pyiceberg.table.metadata import TableMetadataV2, new_table_metadata
 from pyiceberg.table.snapshots import Snapshot, SnapshotSummaryCollector, update_snapshot_summaries
 from pyiceberg.table.sorting import UNSORTED_SORT_ORDER
-from trio_parallel import WorkerContext
 from trio_parallel._proc import SpawnProcWorker
 
 from arka.iceberg import sqlcatalog
 from arka.iceberg.fileio import WarehouseFileIO
 from arka.iceberg.partition import new_partition_spec
 from arka.iceberg.schema import new_iceberg_schema
-from arka.storage import catalog as storage_catalog
 
 
 def _parameters(function: Any) -> list[str]:
@@ -207,15 +205,3 @@ def test_small_s3_objects_take_one_request() -> None:
     assert arguments["allow_delayed_open"] is True
     assert arguments["access_key"] == "me"
     assert arguments["endpoint_override"] == "http://127.0.0.1:1"
-
-
-def test_worker_context_makes_processes_of_its_class() -> None:
-    """trio-parallel starts each process through the class that Arka replaces, and through ``start``."""
-    source = inspect.getsource(WorkerContext.run_sync)
-    assert "self._worker_class(" in source
-    assert "await worker.start()" in source
-    body = inspect.getsource(SpawnProcWorker.start)
-    assert "trio.to_thread.run_sync(self.proc.start)" in body
-    assert "self._child_send_pipe.close()" in body
-    assert "self._child_recv_pipe.close()" in body
-    assert issubclass(storage_catalog._SteadyWorker, SpawnProcWorker)

@@ -505,6 +505,34 @@ async def test_error_of_a_drop_that_a_node_loss_undid(autojump_clock: MockClock)
         assert not (told and node.ids() == [0])
 
 
+async def test_node_loss_before_a_drop_is_in_the_store(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log keeps a table's frames until its drop is done or in the store: the loss of the disk undoes it (R12)."""
+    node = SimNode(with_options(iceberg__commit_interval_s=3600.0))
+
+    async def go_away(*_: object, **__: object) -> None:
+        node.weather.away = True
+        raise Unavailable("the catalog is away")
+
+    async with node.run() as pipeline:
+        table = await create_table(pipeline)
+        await write_all(pipeline, table, range(60), Tier.OBJECT_STORAGE)
+        with monkeypatch.context() as patched:
+            patched.setattr("arka.tiers.ddl.drop_table", go_away)
+            node.store.plan("put_new", *[Fault(Outcome.REFUSED)] * 10_000, key="/wal/")
+            with pytest.raises(Unavailable):
+                await pipeline.tables.drop(NAME, purge=False)
+        # Time for a checkpoint, and for what it lets go of.
+        await trio.sleep(120)
+    node.weather.calm()
+    node.store.calm()
+    node.lose_disk()
+    async with node.run() as pipeline:
+        await pipeline.flush(await pipeline.tables.find(NAME), Tier.ICEBERG_COMMITTED)
+    assert node.ids() == list(range(60))
+
+
 async def test_drop_of_a_name_that_a_table_no_longer_has(autojump_clock: MockClock) -> None:
     """DropTable gives up no writes of a table that others renamed meanwhile: it is still there (R5)."""
     node = SimNode()

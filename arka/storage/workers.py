@@ -1,0 +1,170 @@
+"""Worker processes: where they come from, deadlines, and what a dead one means.
+
+Owns: the template that workers are forked from, and the pools of them. Does not own what the jobs do
+(``arka.iceberg``) nor which pool a job goes to (``arka.storage.catalog``).
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from multiprocessing import forkserver
+from typing import Final, TypeVar, TypeVarTuple
+
+import structlog
+import trio
+import trio_parallel
+
+from arka.iceberg import worker
+from arka.storage.ports import CatalogUnavailable
+
+#: An idle worker keeps its caches for as long as trio-parallel can wait: 24 h.
+_IDLE_S: Final = 86_400.0
+#: How long closing waits for an idle worker to leave (some milliseconds as a rule) before it kills it.
+_GRACE_S: Final = 2.0
+#: What the fork server imports: the program, as it would without us, and what jobs need.
+_PRELOAD: Final = ["__main__", "arka.iceberg.template"]
+
+_log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+
+class DeadlineMissed(CatalogUnavailable):
+    """A job's worker was killed because the job took too long."""
+
+
+class Template:
+    """``multiprocessing``'s fork server, which imports what jobs need once for all workers.
+
+    There is one in a process, for all catalogs and for whatever else forks from it. One that was running before it
+    was asked to import anything does as well: its workers import for themselves.
+    """
+
+    def __init__(self) -> None:
+        self._turn = trio.Lock()
+        self._ready = False
+
+    async def wait_ready(self) -> None:
+        """Start it if it does not run, and wait until it forks.
+
+        Raises:
+            CatalogUnavailable: it does not start.
+
+        Cancellation: it goes on starting.
+        """
+        async with self._turn:
+            if self._ready:
+                return
+            multiprocessing.set_forkserver_preload(_PRELOAD)
+            # The mask is inherited: an interrupt from the terminal must not hit it before it ignores interrupts. Here,
+            # one that comes meanwhile is delivered at the second call.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+            try:
+                forkserver.ensure_running()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            await trio.to_thread.run_sync(_fork_once, abandon_on_cancel=True)
+            self._ready = True
+
+
+def _fork_once() -> None:
+    process = multiprocessing.get_context("forkserver").Process(target=worker.do_nothing, daemon=True)
+    try:
+        process.start()
+        process.join()
+    except (OSError, EOFError) as error:
+        raise CatalogUnavailable(f"the process that workers are forked from does not start: {error!r}") from None
+    if process.exitcode != 0:
+        raise CatalogUnavailable(f"a process forked for a worker ended with exit code {process.exitcode}")
+
+
+class WorkerPool:
+    """Up to ``size`` worker processes that run one kind of job.
+
+    Args:
+        template: what they are forked from.
+        context: where the processes are kept.
+        size: jobs at a time.
+        deadline_s: a job that takes longer is killed with its worker.
+    """
+
+    def __init__(self, template: Template, context: trio_parallel.WorkerContext, size: int, deadline_s: float) -> None:
+        self._template = template
+        self._context = context
+        self._turns = trio.CapacityLimiter(size)
+        self._processes = trio.CapacityLimiter(size)
+        self._deadline_s = deadline_s
+
+    async def run(self, job: Callable[[*Ts], T | Exception], *args: *Ts) -> T:
+        """Run one job; waits for a free worker first.
+
+        Returns:
+            What the job returned.
+
+        Raises:
+            CatalogUnavailable: the worker died, did not start or missed the deadline; whether the job happened is
+                unknown.
+            Exception: what the job returned as an error.
+
+        Cancellation: a running job's worker is killed; what the job had done stays done.
+        """
+        async with self._turns:
+            await self._template.wait_ready()
+            with trio.move_on_after(self._deadline_s) as deadline:
+                try:
+                    result: T | Exception = await self._context.run_sync(
+                        job, *args, kill_on_cancel=True, limiter=self._processes
+                    )
+                except trio_parallel.BrokenWorkerError as error:
+                    process = error.args[-1]
+                    raise CatalogUnavailable(
+                        f"the worker running {job.__name__} died with exit code {process.exitcode}"
+                    ) from None
+                except EOFError:
+                    raise CatalogUnavailable("the process that workers are forked from died") from None
+        if deadline.cancelled_caught:
+            raise DeadlineMissed(f"{job.__name__} took longer than {self._deadline_s:g} s")
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+
+@asynccontextmanager
+async def open_pool(template: Template, size: int, deadline_s: float) -> AsyncIterator[WorkerPool]:
+    """Open a pool; no process starts before its first job.
+
+    Args:
+        template: what its workers are forked from.
+        size: jobs at a time.
+        deadline_s: see ``WorkerPool``.
+
+    Cancellation: closing waits for running jobs, so whoever runs them must be cancelled first.
+    """
+    reason: BaseException | None = None
+    try:
+        async with trio_parallel.open_worker_context(
+            idle_timeout=_IDLE_S,
+            init=functools.partial(worker.initialise, os.getpid()),
+            grace_period=_GRACE_S,
+            worker_type=trio_parallel.WorkerType.FORKSERVER,
+        ) as context:
+            try:
+                yield WorkerPool(template, context, size, deadline_s)
+            except BaseException as error:
+                reason = error
+                raise
+    except trio_parallel.BrokenWorkerError as error:
+        # Raised by closing alone: a worker that was dead already is worth a line, no more. It must not stand in for
+        # what ended the server.
+        _log.warning("catalog.worker_died", detail=str(error))
+        if reason is not None:
+            raise reason from None
+
+
+__all__ = ["DeadlineMissed", "Template", "WorkerPool", "open_pool"]
