@@ -64,9 +64,10 @@ class Figures:
         acks = " ".join(f"{tier}={count}" for tier, count in self.acks.items())
         return (
             f"outage {self.outage_s:g} s at {self.rate_mb_per_s:.0f} MB/s: wrote {self.written_bytes // MIB} MiB, "
-            f"max RssAnon {self.peak_anonymous_bytes // MIB} MiB (warm {self.warm_anonymous_bytes // MIB}, "
-            f"server alone {self.peak_server_anonymous_bytes // MIB}), max RSS {self.peak_resident_bytes // MIB} MiB, "
-            f"acks {acks}, disk acks during the outage {self.disk_acks_during_outage}, "
+            f"max anonymous {self.peak_anonymous_bytes // MIB} MiB (warm {self.warm_anonymous_bytes // MIB}, "
+            f"server alone {self.peak_server_anonymous_bytes // MIB}), "
+            f"max resident {self.peak_resident_bytes // MIB} MiB, acks {acks}, "
+            f"disk acks during the outage {self.disk_acks_during_outage}, "
             f"caught up in {self.catch_up_s:.1f} s"
         )
 
