@@ -25,6 +25,8 @@ from arka.tiers.watermarks import now_us
 CATCH_SEEDS = 150
 
 
+# A thousand histories take four minutes of two cores, which other tests use as well.
+@pytest.mark.timeout(1200)
 def test_promises_hold(seeds: range) -> None:
     """Nothing acked is lost, doubled or reordered, whatever befalls disk, store, catalog and process."""
     counts: Counter[str] = Counter()
