@@ -21,6 +21,7 @@ from arka import failpoints
 from arka.iceberg.catalogs import catalog
 from arka.iceberg.config import CatalogConfig
 from arka.iceberg.garbage import Garbage
+from arka.iceberg.keyindex import IndexUnusable
 from arka.iceberg.manifests import ManifestMemory
 from arka.iceberg.marks import committed_lsn_property, epoch_property, mark_of
 from arka.iceberg.producer import (
@@ -28,8 +29,10 @@ from arka.iceberg.producer import (
     discard,
     expired_ids,
     snapshot_updates,
-    stage_append,
+    stage_snapshot,
 )
+from arka.iceberg.rowdelta import Delta, KeyedTable, KeyedTables
+from arka.records import TableType
 from arka.storage.ports import CatalogUnavailable, CommitJob, CommitOutcome, CommitResult
 
 #: Attempts against other writers before the table's committer pauses and asks again.
@@ -37,6 +40,7 @@ _ATTEMPTS: Final = 5
 
 _memory = ManifestMemory()
 _garbage = Garbage()
+_keyed = KeyedTables()
 
 
 class MarkUnmoved:
@@ -126,16 +130,25 @@ def _load(opened: Catalog, identifier: tuple[str, ...]) -> Table | None:
 
 def _attempt(config: CatalogConfig, opened: Catalog, table: Table, job: CommitJob) -> CommitResult:
     specs = {file.spec_id for file in job.staged.files}
-    if config.stock_commit and specs <= {table.metadata.default_spec_id}:
+    appends = job.table.table_type is TableType.APPEND_ONLY
+    if config.stock_commit and appends and specs <= {table.metadata.default_spec_id}:
         snapshot_id = _stock_append(config, table, job)
     else:
-        snapshot_id = _append(config, opened, table, job)
+        snapshot_id = _commit_own(config, opened, table, job)
     return CommitResult(CommitOutcome.COMMITTED, job.staged.through_lsn, snapshot_id)
 
 
-def _append(config: CatalogConfig, opened: Catalog, table: Table, job: CommitJob) -> int:
+def _commit_own(config: CatalogConfig, opened: Catalog, table: Table, job: CommitJob) -> int:
     base = table.metadata
-    staged = stage_append(table, [data_file(file) for file in job.staged.files], _memory, _notes(job))
+    keyed: KeyedTable | None = None
+    delta: Delta | None = None
+    if job.table.table_type is TableType.PRIMARY_KEY:
+        keyed = _keyed.get(config, job.table)
+        delta = keyed.resolve(table, job, _memory)
+        staged = stage_snapshot(table, delta.added, _memory, _notes(job), delta.removed)
+        keyed.stage(job, delta)
+    else:
+        staged = stage_snapshot(table, [data_file(file) for file in job.staged.files], _memory, _notes(job))
     failpoints.hit("commit.manifests")
     updates = snapshot_updates(base, staged, _mark_properties(job), config.keep_snapshots)
     requirements: tuple[TableRequirement, ...] = (
@@ -157,6 +170,12 @@ def _append(config: CatalogConfig, opened: Catalog, table: Table, job: CommitJob
     _memory.remember(base.table_uuid, staged.snapshot.manifest_list, staged.manifests)
     for manifest in staged.merged_away:
         _memory.forget_entries(manifest.manifest_path)
+    if keyed is not None and delta is not None:
+        try:
+            keyed.landed(staged, delta)
+        except (OSError, IndexUnusable):
+            # The commit has happened whatever this disk says; the next one begins with what it finds there.
+            _keyed.forget(config, job.table)
     _garbage.landed(base, response.metadata, staged.merged_away, consecutive=consecutive)
     _garbage.collect(base.table_uuid, table.io)
     _delete_old_metadata(table, response.metadata)

@@ -28,7 +28,8 @@ class CatalogConfig:
         properties: further pyiceberg properties (credentials, ``s3.*``), as sorted pairs.
         keep_snapshots: snapshots that the expiry inside each commit leaves.
         target_file_bytes: Arrow bytes after which an encoder starts a new file.
-        stock_commit: commit through pyiceberg's public path.
+        stock_commit: commit through pyiceberg's public path; primary-key tables never do.
+        index_dir: directory of the key indexes of primary-key tables, on the local disk.
     """
 
     uri: str
@@ -37,6 +38,7 @@ class CatalogConfig:
     keep_snapshots: int = 100
     target_file_bytes: int = 64 * 2**20
     stock_commit: bool = False
+    index_dir: str = ""
 
     @property
     def is_rest(self) -> bool:
@@ -70,6 +72,7 @@ class CatalogConfig:
             keep_snapshots=options.keep_snapshots,
             target_file_bytes=options.target_file_bytes,
             stock_commit=options.stock_commit,
+            index_dir=str(root / "keyindex"),
         )
 
 

@@ -20,7 +20,8 @@ from arka.iceberg.align import align_batch
 from arka.iceberg.config import CatalogConfig
 from arka.iceberg.parquet import FileWriter, file_writer
 from arka.iceberg.partition import split_fields
-from arka.records import Operation, TableInfo
+from arka.iceberg.stagedkeys import StagedKeys, key_schema
+from arka.records import Operation, TableInfo, TableType
 from arka.storage.ports import EncodeJob, StagedFile, StagedFiles
 from arka.wal.segment import read_slice
 
@@ -43,7 +44,8 @@ def encode(config: CatalogConfig, job: EncodeJob) -> StagedFiles:
 
     Returns:
         The files: one per partition, more where a partition has more than ``target_file_bytes`` of Arrow
-        bytes; the rows of a partition stand in LSN order, from file to file and in each.
+        bytes; the rows of a partition stand in LSN order, from file to file and in each. Of a primary-key table, the
+        row that stands for each key, and the run of keys.
 
     Raises:
         DataCorruption: a frame's CRC does not hold, or its bytes are no batch (R9).
@@ -53,21 +55,29 @@ def encode(config: CatalogConfig, job: EncodeJob) -> StagedFiles:
     """
     table = job.table
     writer = file_writer(table, config.properties)
-    sorter = _Sorter(table, writer, f"{job.after_lsn + 1}-{job.through_lsn}", config.target_file_bytes)
+    stem = f"{job.after_lsn + 1}-{job.through_lsn}"
+    keyed = table.table_type is TableType.PRIMARY_KEY
+    keys = StagedKeys(config, job) if keyed else None
+    sorter = _Sorter(table, writer, stem, config.target_file_bytes, keys)
     rows = 0
     with writer.io.batch():
-        for batch, size in _batches(job):
-            rows += batch.num_rows
+        frames = _frames(job)
+        for batch, size in ((b, size) for b, size, _ in frames) if keys is None else keys.settle(frames):
             if batch.num_rows:
+                rows += batch.num_rows
                 sorter.add(batch, size)
         files = sorter.finish()
         failpoints.hit("encode.written")
     failpoints.hit("encode.synced")
-    return StagedFiles(job.after_lsn, job.through_lsn, tuple(files), rows)
+    path = keys.write(stem) if keys is not None else ""
+    return StagedFiles(job.after_lsn, job.through_lsn, tuple(files), rows, path)
 
 
-def _batches(job: EncodeJob) -> Iterator[tuple[pa.RecordBatch, int]]:
-    """Yield each frame's batch, in the table's schema, with its size in the log."""
+def _frames(job: EncodeJob) -> Iterator[tuple[pa.RecordBatch, int, Operation]]:
+    """Yield each frame's batch, in the table's schema, its size in the log, and what it does with its rows.
+
+    The batch of a delete has the key's columns alone, in the key's order.
+    """
     schemas = {number: pa.ipc.read_schema(pa.py_buffer(data)) for number, data in job.schemas.items()}
     last = job.after_lsn
     for piece in job.slices:
@@ -78,13 +88,17 @@ def _batches(job: EncodeJob) -> Iterator[tuple[pa.RecordBatch, int]]:
                     f"{piece.path}: LSN {header.lsn} of table {job.table.name} is not in ({last}, {job.through_lsn}]"
                 )
             last = header.lsn
-            if header.operation != Operation.UPSERT:
-                raise InternalError(f"{piece.path}: LSN {header.lsn} deletes rows, which no file can hold")
             schema = schemas.get(header.schema_id)
             if schema is None:
                 raise InternalError(f"{piece.path}: LSN {header.lsn} uses unknown schema {header.schema_id}")
+            target = job.table.schema
+            operation = Operation(header.operation)
+            if operation is Operation.DELETE:
+                if job.table.table_type is not TableType.PRIMARY_KEY:
+                    raise InternalError(f"{piece.path}: LSN {header.lsn} deletes rows of a table without a key")
+                schema, target = key_schema(schema, job.table), key_schema(target, job.table)
             batch = pa.ipc.read_record_batch(message, schema)
-            yield align_batch(batch, job.table.schema), header.payload_bytes
+            yield align_batch(batch, target), header.payload_bytes, operation
 
 
 class _Sorter:
@@ -93,17 +107,20 @@ class _Sorter:
     One file is open at a time, however many partitions there are.
     """
 
-    def __init__(self, table: TableInfo, writer: FileWriter, stem: str, target_bytes: int) -> None:
+    def __init__(
+        self, table: TableInfo, writer: FileWriter, stem: str, target_bytes: int, keys: StagedKeys | None
+    ) -> None:
         self._fields = split_fields(table)
         self._writer = writer
         self._stem = stem
         self._target_bytes = target_bytes
+        self._keys = keys
         # By key, not by value: -0.0 equals 0.0, and NaN not even itself.
         self._pending: dict[tuple[object, ...], _Pending] = {}
         self._files: list[StagedFile] = []
 
-    def add(self, batch: pa.RecordBatch, size: int) -> None:
-        """Take one batch of ``size`` Arrow bytes."""
+    def add(self, batch: pa.RecordBatch, size: float) -> None:
+        """Take one batch of about ``size`` Arrow bytes."""
         for values, rows in split_batch(batch, self._fields):
             self._append(values, rows, size * rows.num_rows / batch.num_rows)
 
@@ -125,7 +142,10 @@ class _Sorter:
 
     def _write(self, pending: _Pending) -> None:
         stem = f"{self._stem}-{len(self._files):05d}"
-        self._files.append(self._writer.write(pending.batches, pending.values, stem))
+        batches = pending.batches
+        if self._keys is not None:
+            batches = self._keys.take(batches, len(self._files))
+        self._files.append(self._writer.write(batches, pending.values, stem))
 
 
 __all__ = ["encode"]

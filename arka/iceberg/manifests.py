@@ -13,7 +13,7 @@ Source: Iceberg table spec, "Manifests", "Manifest Lists" and "Sequence Number I
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Final, cast
 from uuid import UUID, uuid4
 
@@ -21,11 +21,12 @@ from pyiceberg.avro.codecs import AvroCompressionCodec
 from pyiceberg.io import FileIO
 from pyiceberg.manifest import (
     DataFile,
+    DataFileContent,
     ManifestContent,
     ManifestEntry,
     ManifestEntryStatus,
     ManifestFile,
-    write_manifest,
+    ManifestWriterV2,
 )
 from pyiceberg.table import Table, TableProperties
 from pyiceberg.table.locations import load_location_provider
@@ -36,6 +37,8 @@ MERGE_AT: Final = 32
 #: Entries from which a manifest is left as it is: rewriting more would take too long for one commit
 #: (some 0.1 ms per entry).
 COLD_ENTRIES: Final = MERGE_AT * MERGE_AT
+#: Entries of one manifest of delete files: more are rewritten each time one of them is replaced.
+DELETE_ENTRIES: Final = 128
 #: Sequence number of a manifest until its manifest list is written.
 _UNASSIGNED: Final = -1
 #: Tables whose manifest list one worker remembers.
@@ -77,8 +80,11 @@ class ManifestMemory:
         return manifest.fetch_manifest_entry(io) if known is None else known
 
     def remember(self, table_uuid: UUID, manifest_list: str, manifests: list[ManifestFile]) -> None:
-        """Keep the manifests of a snapshot that has landed."""
-        self._lists[table_uuid] = (manifest_list, manifests)
+        """Keep the manifests of a snapshot that has landed; those of which nothing lives are its own alone."""
+        self._lists[table_uuid] = (
+            manifest_list,
+            [m for m in manifests if m.has_added_files() or m.has_existing_files()],
+        )
         self._lists.move_to_end(table_uuid)
         while len(self._lists) > _REMEMBERED_TABLES:
             self._lists.popitem(last=False)
@@ -108,6 +114,8 @@ class ManifestBuilder:
     Attributes:
         written: locations of the files made so far.
         merged_away: manifests of the parent that the new snapshot does without.
+        entries: the live entries of each manifest that was written, by its location.
+        removed: the files that the new snapshot does without.
     """
 
     def __init__(self, table: Table, snapshot_id: int, sequence_number: int, memory: ManifestMemory) -> None:
@@ -120,28 +128,70 @@ class ManifestBuilder:
         self._attempt = uuid4()
         self.written: list[str] = []
         self.merged_away: list[ManifestFile] = []
+        self.entries: dict[str, list[ManifestEntry]] = {}
+        self.removed: list[DataFile] = []
 
-    def build(self, files: Iterable[DataFile], parents: Sequence[ManifestFile]) -> list[ManifestFile]:
-        """Return the manifests of the new snapshot: of ``files``, and of the parent with some merged."""
-        by_spec: dict[int, list[ManifestEntry]] = defaultdict(list)
+    def build(
+        self, files: Iterable[DataFile], parents: Sequence[ManifestFile], removed: Mapping[str, Container[str]]
+    ) -> list[ManifestFile]:
+        """Return the manifests of the new snapshot: of ``files``, and of the parent with some merged.
+
+        Args:
+            files: data and delete files that are added.
+            parents: the manifests of the snapshot before.
+            removed: the paths of files that go, by the path of the manifest that names them.
+        """
+        data: dict[int, list[ManifestEntry]] = defaultdict(list)
+        deletes: dict[int, list[ManifestEntry]] = defaultdict(list)
         for file in files:
-            by_spec[file.spec_id].append(
-                ManifestEntry.from_args(
-                    status=ManifestEntryStatus.ADDED,
-                    snapshot_id=self._snapshot_id,
-                    sequence_number=None,
-                    file_sequence_number=None,
-                    data_file=file,
-                )
+            (data if file.content == DataFileContent.DATA else deletes)[file.spec_id].append(
+                self._entry(ManifestEntryStatus.ADDED, file)
             )
-        added = [self._write(spec_id, entries) for spec_id, entries in sorted(by_spec.items())]
-        return added + self._merge(parents)
+        rewritten: list[ManifestFile] = []
+        kept: list[ManifestFile] = []
+        for manifest in parents:
+            if manifest.manifest_path not in removed:
+                kept.append(manifest)
+                continue
+            self.merged_away.append(manifest)
+            entries = self._without(manifest, removed[manifest.manifest_path])
+            if manifest.content == ManifestContent.DATA:
+                rewritten.append(self._write(manifest.partition_spec_id, entries))
+            else:
+                # Together with the new ones, so that delete manifests stay few.
+                deletes[manifest.partition_spec_id] += entries
+        added = [self._write(spec_id, entries) for spec_id, entries in sorted(data.items())]
+        for spec_id, entries in sorted(deletes.items()):
+            for start in range(0, len(entries), DELETE_ENTRIES):
+                added.append(self._write(spec_id, entries[start : start + DELETE_ENTRIES], deletes=True))
+        return added + rewritten + self._merge(kept)
+
+    def _without(self, manifest: ManifestFile, gone: Container[str]) -> list[ManifestEntry]:
+        """Return a manifest's entries for the new snapshot, those that go as deleted."""
+        entries = []
+        for entry in self._memory.entries(manifest, self._table.io):
+            if entry.data_file.file_path in gone:
+                self.removed.append(entry.data_file)
+                entries.append(self._entry(ManifestEntryStatus.DELETED, entry.data_file, entry))
+            else:
+                entries.append(self._existing(entry))
+        return entries
+
+    def _entry(self, status: ManifestEntryStatus, file: DataFile, before: ManifestEntry | None = None) -> ManifestEntry:
+        """Make an entry of the new snapshot; a file keeps the sequence numbers that it has."""
+        return ManifestEntry.from_args(
+            status=status,
+            snapshot_id=self._snapshot_id,
+            sequence_number=None if before is None else before.sequence_number,
+            file_sequence_number=None if before is None else before.file_sequence_number,
+            data_file=file,
+        )
 
     def _merge(self, parents: Sequence[ManifestFile]) -> list[ManifestFile]:
         """Merge each tier of the parent's data manifests that is full."""
         tiers: dict[tuple[int, int], list[ManifestFile]] = defaultdict(list)
         for manifest in parents:
-            # Without counts nobody knows what a manifest would cost; delete manifests are not ours to write.
+            # Without counts nobody knows what a manifest would cost; delete manifests are kept few by ``build``.
             if manifest.content == ManifestContent.DATA and _entry_count(manifest) < COLD_ENTRIES:
                 tier = 0 if _entry_count(manifest) < MERGE_AT else 1
                 tiers[manifest.partition_spec_id, tier].append(manifest)
@@ -167,11 +217,10 @@ class ManifestBuilder:
             data_file=entry.data_file,
         )
 
-    def _write(self, spec_id: int, entries: list[ManifestEntry]) -> ManifestFile:
+    def _write(self, spec_id: int, entries: list[ManifestEntry], *, deletes: bool = False) -> ManifestFile:
         location = self._provider.new_metadata_location(f"{self._attempt}-m{len(self.written)}.avro")
         self.written.append(location)
-        with write_manifest(
-            format_version=self._metadata.format_version,
+        with (DeleteManifestWriter if deletes else ManifestWriterV2)(
             spec=self._metadata.specs()[spec_id],
             schema=self._metadata.schema(),
             output_file=self._table.io.new_output(location),
@@ -189,9 +238,23 @@ class ManifestBuilder:
             if entry.sequence_number is None:
                 entry.sequence_number = self._sequence_number
                 entry.file_sequence_number = self._sequence_number
-        if len(entries) < MERGE_AT:
-            self._memory.remember_entries(location, entries)
+        live = [entry for entry in entries if entry.status != ManifestEntryStatus.DELETED]
+        self.entries[location] = live
+        if len(live) < MERGE_AT:
+            self._memory.remember_entries(location, live)
         return manifest
+
+
+class DeleteManifestWriter(ManifestWriterV2):
+    """Writes a manifest of delete files, which pyiceberg can only read."""
+
+    def content(self) -> ManifestContent:
+        """Say what the manifest list shall say."""
+        return ManifestContent.DELETES
+
+    @property
+    def _meta(self) -> dict[str, str]:
+        return {**super()._meta, "content": "deletes"}
 
 
 def avro_codec(metadata: TableMetadata) -> AvroCompressionCodec:
@@ -208,4 +271,12 @@ def _entry_count(manifest: ManifestFile) -> int:
     return COLD_ENTRIES if None in counts else sum(cast(tuple[int, int, int], counts))
 
 
-__all__ = ["COLD_ENTRIES", "MERGE_AT", "ManifestBuilder", "ManifestMemory", "avro_codec"]
+__all__ = [
+    "COLD_ENTRIES",
+    "DELETE_ENTRIES",
+    "MERGE_AT",
+    "DeleteManifestWriter",
+    "ManifestBuilder",
+    "ManifestMemory",
+    "avro_codec",
+]

@@ -1,6 +1,6 @@
 """The next snapshot of a table: manifests, manifest list, summary, and the oldest snapshots that go for it.
 
-Owns: what an append writes into the warehouse before the catalog is asked, and the updates that the
+Owns: what a commit writes into the warehouse before the catalog is asked, and the updates that the
 catalog is asked for. Does not own whether the commit may happen (``commit``).
 
 pyiceberg's producers re-apply and deep-copy all metadata some eighteen times per commit and write every
@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 from uuid import uuid4
 
@@ -24,6 +25,7 @@ from pyiceberg.manifest import (
     DataFile,
     DataFileContent,
     FileFormat,
+    ManifestEntry,
     ManifestFile,
     write_manifest_list,
 )
@@ -61,12 +63,14 @@ class StagedSnapshot:
         snapshot: as the table will know it.
         manifests: what its manifest list names, sequence numbers assigned.
         merged_away: manifests of its parent that it does without.
+        entries: the live entries of its own manifests, by their locations.
         written: locations of the files that exist only for it.
     """
 
     snapshot: Snapshot
     manifests: list[ManifestFile]
     merged_away: list[ManifestFile]
+    entries: dict[str, list[ManifestEntry]]
     written: list[str]
 
 
@@ -118,16 +122,22 @@ def expired_ids(metadata: TableMetadata, keep: int) -> list[int]:
     return free[:surplus]
 
 
-def stage_append(
-    table: Table, files: Sequence[DataFile], memory: ManifestMemory, notes: Mapping[str, str]
+def stage_snapshot(
+    table: Table,
+    files: Sequence[DataFile],
+    memory: ManifestMemory,
+    notes: Mapping[str, str],
+    removed: Mapping[str, Container[str]] = MappingProxyType({}),
 ) -> StagedSnapshot:
-    """Write the manifests and the manifest list of a snapshot that adds ``files`` to the current one.
+    """Write the manifests and the manifest list of a snapshot that follows the current one.
 
     Args:
         table: the table, at the metadata that the commit will be based on.
-        files: may be empty: the snapshot then differs from its parent in its summary alone.
+        files: data and delete files that are added. May be empty: with nothing removed, the snapshot then differs from
+            its parent in its summary alone.
         memory: what this worker remembers of the table's manifests.
         notes: further entries of the snapshot summary.
+        removed: the paths of files that are taken out, by the path of the manifest that names them.
 
     Raises:
         OSError: the warehouse refused.
@@ -142,7 +152,7 @@ def stage_append(
     batch = table.io.batch() if isinstance(table.io, WarehouseFileIO) else contextlib.nullcontext()
     try:
         with batch:
-            manifests = builder.build(files, memory.manifests(metadata, table.io))
+            manifests = builder.build(files, memory.manifests(metadata, table.io), removed)
             provider = load_location_provider(metadata.location, metadata.properties)
             location = provider.new_metadata_location(f"snap-{snapshot_id}-0-{uuid4()}.avro")
             written.append(location)
@@ -165,10 +175,10 @@ def stage_append(
         sequence_number=sequence_number,
         # A clock that went back must not put a snapshot before its parent.
         timestamp_ms=max(int(time.time() * 1000), metadata.last_updated_ms),
-        summary=_summary(metadata, files, notes),
+        summary=_summary(metadata, files, builder.removed, notes),
         schema_id=metadata.current_schema_id,
     )
-    return StagedSnapshot(snapshot, manifests, builder.merged_away, written)
+    return StagedSnapshot(snapshot, manifests, builder.merged_away, builder.entries, written)
 
 
 def snapshot_updates(
@@ -201,15 +211,20 @@ def discard(io: FileIO, locations: Sequence[str]) -> None:
             io.delete(location)
 
 
-def _summary(metadata: TableMetadata, files: Sequence[DataFile], notes: Mapping[str, str]) -> Summary:
+def _summary(
+    metadata: TableMetadata, files: Sequence[DataFile], removed: Sequence[DataFile], notes: Mapping[str, str]
+) -> Summary:
     collector = SnapshotSummaryCollector()
     specs = metadata.specs()
     schema = metadata.schema()
     for file in files:
         collector.add_file(file, schema=schema, partition_spec=specs[file.spec_id])
+    for file in removed:
+        collector.remove_file(file, schema=schema, partition_spec=specs[file.spec_id])
+    appends = not removed and all(file.content == DataFileContent.DATA for file in files)
     parent = metadata.current_snapshot()
     return update_snapshot_summaries(
-        Summary(operation=Operation.APPEND, **collector.build(), **notes),
+        Summary(operation=Operation.APPEND if appends else Operation.OVERWRITE, **collector.build(), **notes),
         parent.summary if parent is not None else None,
     )
 
@@ -220,5 +235,5 @@ __all__ = [
     "discard",
     "expired_ids",
     "snapshot_updates",
-    "stage_append",
+    "stage_snapshot",
 ]

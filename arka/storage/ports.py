@@ -192,12 +192,19 @@ class StagedFile:
 
 @dataclass(frozen=True, slots=True)
 class StagedFiles:
-    """What an encode job made; its commit covers ``(after_lsn, through_lsn]``."""
+    """What an encode job made; its commit covers ``(after_lsn, through_lsn]``.
+
+    Attributes:
+        rows: in the files together.
+        keys: for a primary-key table the path of the run that says where each key's row now is (``arka._core.runs``),
+            files by their number in ``files``; on the local disk.
+    """
 
     after_lsn: int
     through_lsn: int
     files: tuple[StagedFile, ...]
     rows: int
+    keys: str = ""
 
 
 @dataclass(frozen=True, slots=True)

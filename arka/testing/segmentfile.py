@@ -6,7 +6,7 @@ Owns: a whole segment, written at once, unsealed. Does not own the log: there is
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from uuid import UUID
 
@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from arka._core.buffers import FrameBuffer
 from arka._core.framing import KIND_BATCH, Frame, Group
-from arka.records import TableInfo
+from arka.records import Operation, TableInfo
 from arka.storage.ports import SegmentSlice
 from arka.wal.segment import HEADER_BYTES, SegmentHeader, segment_name
 
@@ -38,6 +38,7 @@ def write_segment_file(
     *,
     log_uuid: UUID,
     epoch: int = 1,
+    deletes: Container[int] = (),
 ) -> SegmentSlice:
     """Write a segment that holds batches of one table.
 
@@ -48,6 +49,7 @@ def write_segment_file(
         frames: LSN and batch of each, in LSN order, at least one.
         log_uuid: the log.
         epoch: goes into the header.
+        deletes: the LSNs that delete; their batches have the key's columns.
 
     Returns:
         The slice that names all of them.
@@ -72,6 +74,7 @@ def write_segment_file(
             rows=batch.num_rows,
             payload=frame_buffer(batch),
             accepted_us=ACCEPTED_US,
+            operation=Operation.DELETE if lsn in deletes else Operation.UPSERT,
         )
         for lsn, batch in frames
     ]

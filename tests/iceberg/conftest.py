@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from arka.iceberg import catalogs, commit, control, encode
 from arka.iceberg.config import CATALOG_NAME, CatalogConfig
 from arka.iceberg.garbage import Garbage
 from arka.iceberg.manifests import ManifestMemory
+from arka.iceberg.rowdelta import KeyedTables
 from arka.options import IcebergOptions
-from arka.records import PartitionRequest, TableDefinition, TableInfo, TableName
+from arka.records import PartitionRequest, TableDefinition, TableInfo, TableName, TableType
 from arka.storage.ports import CommitJob, CommitResult, EncodeJob, SegmentSlice, StagedFiles
 from arka.testing.segmentfile import write_segment_file
 
@@ -42,24 +43,40 @@ class Lake:
         *transforms: tuple[int, str],
         name: str = "t",
         properties: dict[str, str] | None = None,
+        key: Sequence[str] = (),
     ) -> TableInfo:
         fields = tuple(
             PartitionRequest(index, None, f"p{position}", transform)
             for position, (index, transform) in enumerate(transforms)
         )
-        definition = TableDefinition(TableName("default", name), schema, partition=fields, properties=properties or {})
+        definition = TableDefinition(
+            TableName("default", name),
+            schema,
+            table_type=TableType.PRIMARY_KEY if key else TableType.APPEND_ONLY,
+            key_columns=tuple(key),
+            partition=fields,
+            properties=properties or {},
+        )
         return control.create_table(self.config, definition, uuid4().hex[:8]).info
 
-    def write(self, info: TableInfo, frames: Sequence[tuple[int, pa.RecordBatch]]) -> SegmentSlice:
-        return write_segment_file(self.directory, next(self._segments), info, frames, log_uuid=LOG)
+    def write(
+        self, info: TableInfo, frames: Sequence[tuple[int, pa.RecordBatch]], deletes: Container[int] = ()
+    ) -> SegmentSlice:
+        number = next(self._segments)
+        return write_segment_file(self.directory, number, info, frames, log_uuid=LOG, deletes=deletes)
 
     def encode(
-        self, info: TableInfo, batches: Sequence[pa.RecordBatch], after: int, through: int | None = None
+        self,
+        info: TableInfo,
+        batches: Sequence[pa.RecordBatch],
+        after: int,
+        through: int | None = None,
+        deletes: Container[int] = (),
     ) -> StagedFiles:
-        """Encode batches as the LSNs from ``after + 1``."""
+        """Encode batches as the LSNs from ``after + 1``; those of ``deletes`` delete."""
         frames = [(after + 1 + index, batch) for index, batch in enumerate(batches)]
         schemas = {info.schema_id: info.schema.serialize().to_pybytes()}
-        slices = (self.write(info, frames),) if frames else ()
+        slices = (self.write(info, frames, deletes),) if frames else ()
         end = after + len(frames) if through is None else through
         return encode.encode(self.config, EncodeJob(info, schemas, LOG, after, end, slices))
 
@@ -97,6 +114,7 @@ def _fresh_worker(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(catalogs, "_opened", opened)
     monkeypatch.setattr(commit, "_memory", ManifestMemory())
     monkeypatch.setattr(commit, "_garbage", Garbage())
+    monkeypatch.setattr(commit, "_keyed", KeyedTables())
     yield
     for catalog in opened.values():
         catalog.close()

@@ -1,0 +1,505 @@
+"""The index of a primary-key table: in which row of which data file each key lies.
+
+Owns: the runs that make up the index, the journal that says which, and that the index stands where the table's current
+snapshot stands. Does not own the runs' format (``arka._core.runs``) nor what becomes of dead rows
+(``arka.iceberg.rowdelta``).
+
+An index lies on the local disk and nowhere in memory but for 0.05 bytes a key: runs are mapped, and the kernel keeps
+of them what is used. It can be made from the table, so nothing that is promised rests on it; but a wrong row would be
+deleted if it were wrong, so every byte has a checksum and it is valid for one snapshot only. A commit is written
+down twice: with what it will add before the catalog is asked, and as landed when it has answered. A process that died
+in between left the first, and the table's snapshot says with the commit's id whether it came true.
+
+The journal is a row of records, each behind its length and checksum; the first is a whole state. A torn last record is
+as if it had not been written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import mmap
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+from uuid import UUID, uuid4
+
+import msgspec
+import pyarrow as pa
+from typing_extensions import Buffer
+
+from arka._core.framing import crc32c
+from arka._core.runs import Run, RunDamaged, copy_run, find_rows, merge_runs
+from arka.iceberg.fileio import make_directory, sync_directory
+
+#: A run is merged with those newer than it once they are together more than this share of it.
+_MERGE_SHARE: Final = 1 / 3
+#: The journal is written anew when it is longer than this and than so many of its first record.
+_JOURNAL_BYTES: Final = 1 << 20
+_JOURNAL_STATES: Final = 4
+_LENGTH_BYTES: Final = 4
+_CRC_BYTES: Final = 4
+_SECRET_BYTES: Final = 16
+#: A check of the secret that hashes were made with, in the journal.
+_CHECK_BYTES: Final = 8
+
+
+class IndexUnusable(Exception):
+    """What is on the disk is no index of the table as it is: it has to be made from the table."""
+
+
+class _State(msgspec.Struct, tag="state", frozen=True):
+    table: str
+    check: bytes
+    snapshot_id: int | None
+    #: The data files that entries may name, by their number.
+    files: dict[int, str]
+    next_file: int
+    #: The newest first: name, and the base of its file numbers.
+    runs: list[tuple[str, int]]
+
+
+class _Staged(msgspec.Struct, tag="staged", frozen=True):
+    commit_id: str
+    parent_id: int | None
+    run: str
+    paths: list[str]
+    #: Files that the commit takes out of the table.
+    gone: list[str]
+
+
+class _Landed(msgspec.Struct, tag="landed", frozen=True):
+    commit_id: str
+    snapshot_id: int
+
+
+class _Merged(msgspec.Struct, tag="merged", frozen=True):
+    #: How many of the newest runs became one.
+    count: int
+    run: str
+
+
+_Record: TypeAlias = _State | _Staged | _Landed | _Merged
+_decoder: Final = msgspec.msgpack.Decoder(_Record)
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where the keys of a run lie, in the run's order; file numbers are the index's.
+
+    Attributes:
+        files: the file of each key's row, ``runs.REMOVED`` where it has none; uint32.
+        rows: the row in it; uint32.
+    """
+
+    files: pa.Array
+    rows: pa.Array
+
+
+class KeyIndex:
+    """The index of one table, open in one process.
+
+    Args:
+        directory: its own; made if it is missing.
+        table_uuid: the table.
+        secret: what the keys' hashes are made with (``table_secret``).
+
+    Raises:
+        OSError: the disk failed.
+        IndexUnusable: there is none, or another table's, or a damaged one. ``begin`` makes a new one.
+    """
+
+    def __init__(self, directory: str, table_uuid: UUID, secret: bytes) -> None:
+        self._directory = directory
+        self._table = str(table_uuid)
+        self._check = hashlib.blake2b(secret, digest_size=_CHECK_BYTES).digest()
+        self._snapshot_id: int | None = None
+        self._files: dict[int, str] = {}
+        self._numbers: dict[str, int] = {}
+        self._next_file = 0
+        self._runs: list[tuple[str, Run]] = []
+        self._staged: _Staged | None = None
+        self._journal: int | None = None
+        self._journal_bytes = self._state_bytes = 0
+
+    # -- opening ----------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Read the journal and map the runs.
+
+        Raises:
+            IndexUnusable: there is no usable index.
+            OSError: the disk failed.
+        """
+        try:
+            with open(self._path("journal"), "rb") as file:
+                data = file.read()
+        except FileNotFoundError:
+            raise IndexUnusable("there is no index") from None
+        records, self._journal_bytes = _parse(data)
+        if not records or not isinstance(state := records[0][0], _State):
+            raise IndexUnusable("the index's journal does not begin with a state")
+        if state.table != self._table or state.check != self._check:
+            raise IndexUnusable(f"the index is of table {state.table}, or was made with another secret")
+        self._state_bytes = records[0][1]
+        names = self._replay(state, [record for record, _ in records[1:]])
+        try:
+            self._runs = [(name, self._map(name, base)) for name, base in names]
+        except (OSError, RunDamaged) as error:
+            raise IndexUnusable(f"a run of the index cannot be read: {error}") from error
+        self._journal = os.open(self._path("journal"), os.O_WRONLY)
+        os.ftruncate(self._journal, self._journal_bytes)
+        self._sweep()
+
+    def begin(self, snapshot_id: int | None, files: Sequence[str], runs: Sequence[str]) -> None:
+        """Make it a new index, whatever it was.
+
+        Args:
+            snapshot_id: the snapshot it stands at; None for a table without one.
+            files: the data files that entries name: number 0, 1 and so on.
+            runs: names of finished runs in the directory, the newest first.
+
+        Raises:
+            OSError: the disk failed.
+            RunDamaged: a run is none.
+
+        Durability: durable on return.
+        """
+        self.close()
+        self._snapshot_id = snapshot_id
+        self._files = dict(enumerate(files))
+        self._numbers = {path: number for number, path in self._files.items()}
+        self._next_file = len(files)
+        self._staged = None
+        self._runs = [(name, self._map(name, 0)) for name in runs]
+        self._rewrite()
+        self._sweep()
+
+    def close(self) -> None:
+        """Give files and maps back; the object is of no use until ``open`` or ``begin``."""
+        if self._journal is not None:
+            os.close(self._journal)
+            self._journal = None
+        self._runs = []
+
+    def _replay(self, state: _State, records: Iterable[_Record]) -> list[tuple[str, int]]:
+        """Go through the journal; returns the runs."""
+        runs = list(state.runs)
+        self._snapshot_id, self._files, self._next_file = state.snapshot_id, dict(state.files), state.next_file
+        self._numbers = {path: number for number, path in self._files.items()}
+        self._staged = None
+        for record in records:
+            match record:
+                case _Staged():
+                    self._staged = record
+                case _Landed() if self._staged is not None and self._staged.commit_id == record.commit_id:
+                    runs.insert(0, (self._staged.run, self._take_files(self._staged)))
+                    self._snapshot_id, self._staged = record.snapshot_id, None
+                case _Merged():
+                    runs[: record.count] = [(record.run, 0)]
+                case _:
+                    raise IndexUnusable(f"the index's journal has a record where it cannot be: {record}")
+        return runs
+
+    def _take_files(self, staged: _Staged) -> int:
+        """Number a commit's files; returns the first number."""
+        base = self._next_file
+        for number, path in enumerate(staged.paths, base):
+            self._files[number] = path
+            self._numbers[path] = number
+        self._next_file += len(staged.paths)
+        for path in staged.gone:
+            if path in self._numbers:
+                del self._files[self._numbers.pop(path)]
+        return base
+
+    # -- what it says -----------------------------------------------------------------------------
+
+    @property
+    def snapshot_id(self) -> int | None:
+        """The snapshot that the index is of; None for a table without one."""
+        return self._snapshot_id
+
+    def path_of(self, number: int) -> str:
+        """The data file with a number.
+
+        Raises:
+            IndexUnusable: there is none: the index is wrong.
+        """
+        path = self._files.get(number)
+        if path is None:
+            raise IndexUnusable(f"the index names data file {number}, which it does not know")
+        return path
+
+    def find(self, run: Run) -> Places:
+        """Find the rows of a run's keys.
+
+        Raises:
+            IndexUnusable: a block of it is damaged.
+        """
+        try:
+            files, rows = find_rows(run, [mapped for _, mapped in self._runs])
+        except RunDamaged as error:
+            raise IndexUnusable(str(error)) from error
+        return Places(_numbers_of(files, len(run)), _numbers_of(rows, len(run)))
+
+    def settles(self, snapshot_id: int | None, parent_id: int | None, commit_id: str | None) -> bool:
+        """Make it stand at a table's current snapshot if that is where it stands or the staged commit led.
+
+        Args:
+            snapshot_id: the table's current snapshot; None for none.
+            parent_id: that snapshot's parent.
+            commit_id: the commit that made it, as its summary says.
+
+        Returns:
+            Whether it stands there now.
+        """
+        if snapshot_id == self._snapshot_id:
+            return True
+        staged = self._staged
+        if staged is None or snapshot_id is None or staged.commit_id != commit_id:
+            return False
+        if not staged.parent_id == parent_id == self._snapshot_id:
+            return False
+        self.land(snapshot_id)
+        return True
+
+    # -- commits ----------------------------------------------------------------------------------
+
+    def adopt(self, path: str, keep: Buffer | None = None) -> str:
+        """Take a finished run into the directory; returns its name there.
+
+        Args:
+            path: of the run, durable, on the same file system. It stays: the commit may be tried again.
+            keep: a byte an entry, 0 for those that are left out; None for all of them.
+
+        Raises:
+            OSError: the disk failed.
+
+        Durability: the run is durable on return; its name is with the next record.
+        """
+        if keep is not None:
+            return new_run(self._directory, lambda descriptor: copy_run(descriptor, map_run(path), keep))
+        name = _new_name()
+        os.link(path, self._path(name))
+        return name
+
+    def stage(self, commit_id: UUID, run: str, paths: Sequence[str], gone: Sequence[str]) -> None:
+        """Write down what a commit will add, before the catalog is asked.
+
+        Args:
+            commit_id: as the snapshot's summary will say.
+            run: what ``adopt`` returned; its file numbers count from ``paths``.
+            paths: the data files that the commit adds.
+            gone: the data files that it takes out.
+
+        Raises:
+            OSError: the disk failed.
+
+        Durability: durable on return.
+        """
+        before, self._staged = self._staged, _Staged(str(commit_id), self._snapshot_id, run, list(paths), list(gone))
+        sync_directory(self._directory)
+        self._append(self._staged)
+        if before is not None:
+            # An attempt that did not come to anything, or one of this very commit, with the same entries.
+            self._unlink([before.run])
+
+    def land(self, snapshot_id: int) -> None:
+        """Take what was staged for true: its commit is the table's current snapshot. Merges runs where that is due.
+
+        Raises:
+            OSError: the disk failed; the next ``open`` finds out what is true.
+            IndexUnusable: a block of it is damaged.
+        """
+        staged = self._staged
+        assert staged is not None
+        self._append(_Landed(staged.commit_id, snapshot_id))
+        base = self._take_files(staged)
+        self._runs.insert(0, (staged.run, self._map(staged.run, base)))
+        self._snapshot_id, self._staged = snapshot_id, None
+        self._merge()
+        if self._journal_bytes > max(_JOURNAL_BYTES, _JOURNAL_STATES * self._state_bytes):
+            self._rewrite()
+
+    def _merge(self) -> None:
+        """Make one run of the newest ones as long as they are together more than a share of the next."""
+        count, size = 1, len(self._runs[0][1])
+        while count < len(self._runs) and size > _MERGE_SHARE * len(self._runs[count][1]):
+            size += len(self._runs[count][1])
+            count += 1
+        if count == 1:
+            return
+        merged = [run for _, run in self._runs[:count]]
+        keep_removed = count < len(self._runs)
+        try:
+            name = new_run(self._directory, lambda fd: merge_runs(fd, merged, keep_removed=keep_removed))
+        except RunDamaged as error:
+            raise IndexUnusable(str(error)) from error
+        sync_directory(self._directory)
+        self._append(_Merged(count, name))
+        replaced = [old for old, _ in self._runs[:count]]
+        self._runs[:count] = [(name, self._map(name, 0))]
+        self._unlink(replaced)
+
+    # -- files ------------------------------------------------------------------------------------
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self._directory, name)
+
+    def _map(self, name: str, base: int) -> Run:
+        return map_run(self._path(name), base)
+
+    def _append(self, record: _Record) -> None:
+        assert self._journal is not None
+        data = _frame(record)
+        os.pwrite(self._journal, data, self._journal_bytes)
+        os.fdatasync(self._journal)
+        self._journal_bytes += len(data)
+
+    def _rewrite(self) -> None:
+        """Begin the journal anew with the state as it is."""
+        make_directory(self._directory)
+        names = [(name, run.base) for name, run in self._runs]
+        data = _frame(_State(self._table, self._check, self._snapshot_id, self._files, self._next_file, names))
+        made = self._path("journal.new")
+        descriptor = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        try:
+            os.write(descriptor, data)
+            if self._staged is not None:
+                os.write(descriptor, staged := _frame(self._staged))
+                data += staged
+            os.fsync(descriptor)
+            os.rename(made, self._path("journal"))
+            sync_directory(self._directory)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if self._journal is not None:
+            os.close(self._journal)
+        self._journal = descriptor
+        self._journal_bytes = self._state_bytes = len(data)
+
+    def _sweep(self) -> None:
+        """Remove runs that nothing names: of commits and merges that did not come to an end."""
+        kept = {name for name, _ in self._runs} | ({self._staged.run} if self._staged is not None else set())
+        self._unlink(name for name in os.listdir(self._directory) if name.endswith(".run") and name not in kept)
+
+    def _unlink(self, names: Iterable[str]) -> None:
+        for name in names:
+            with contextlib.suppress(OSError):
+                os.unlink(self._path(name))
+
+
+def table_secret(root: str, table_uuid: UUID) -> bytes:
+    """Return the secret of a table's hashes, from the one of the node, which is made if there is none.
+
+    Args:
+        root: the directory of all indexes.
+        table_uuid: the table.
+
+    Raises:
+        OSError: the disk failed.
+
+    Durability: the node's secret is durable on return; with another one, indexes are made anew.
+    """
+    path = os.path.join(root, "secret")
+    try:
+        secret = _read(path)
+    except FileNotFoundError:
+        make_directory(root)
+        made = f"{path}.{uuid4()}"
+        with open(made, "xb") as file:
+            file.write(os.urandom(32))
+            file.flush()
+            os.fsync(file.fileno())
+        # Two workers may do this at once: the first to give the name wins.
+        with contextlib.suppress(FileExistsError):
+            os.link(made, path)
+        os.unlink(made)
+        sync_directory(root)
+        secret = _read(path)
+    return hashlib.blake2b(table_uuid.bytes, key=secret, digest_size=_SECRET_BYTES).digest()
+
+
+def new_run(directory: str, write: Callable[[int], object]) -> str:
+    """Make a run.
+
+    Args:
+        directory: where; made if it is missing.
+        write: writes it to a descriptor.
+
+    Returns:
+        Its name.
+
+    Raises:
+        OSError: the disk failed; what is left of it is swept at the next ``open`` or ``begin``.
+
+    Durability: its bytes are durable on return, its name is with the directory.
+    """
+    make_directory(directory)
+    name = _new_name()
+    descriptor = os.open(os.path.join(directory, name), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        write(descriptor)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return name
+
+
+def map_run(path: str, base: int = 0) -> Run:
+    """Map a run's file.
+
+    Raises:
+        OSError: it is not there, or is empty.
+        RunDamaged: it is none.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        size = os.fstat(descriptor).st_size
+        if not size:
+            raise RunDamaged(f"{path} is empty")
+        return Run(mmap.mmap(descriptor, size, prot=mmap.PROT_READ), base)
+    finally:
+        os.close(descriptor)
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def _new_name() -> str:
+    return f"{uuid4().hex}.run"
+
+
+def _numbers_of(buffer: pa.Buffer, count: int) -> pa.Array:
+    return pa.Array.from_buffers(pa.uint32(), count, [None, buffer])
+
+
+def _frame(record: _Record) -> bytes:
+    body = msgspec.msgpack.encode(record)
+    return len(body).to_bytes(_LENGTH_BYTES, "little") + crc32c(body).to_bytes(_CRC_BYTES, "little") + body
+
+
+def _parse(data: bytes) -> tuple[list[tuple[_Record, int]], int]:
+    """Read records, each with its size, up to the first that is none; returns them and where they end."""
+    records: list[tuple[_Record, int]] = []
+    at = 0
+    while len(data) - at >= _LENGTH_BYTES + _CRC_BYTES:
+        size = int.from_bytes(data[at : at + _LENGTH_BYTES], "little")
+        start = at + _LENGTH_BYTES + _CRC_BYTES
+        body = data[start : start + size]
+        if len(body) < size or crc32c(body) != int.from_bytes(data[at + _LENGTH_BYTES : start], "little"):
+            break
+        try:
+            records.append((_decoder.decode(body), start + size - at))
+        except msgspec.MsgspecError:
+            break
+        at = start + size
+    return records, at
+
+
+__all__ = ["IndexUnusable", "KeyIndex", "Places", "map_run", "new_run", "table_secret"]

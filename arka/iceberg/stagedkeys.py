@@ -1,0 +1,137 @@
+"""The keys of an encode job: which rows stand, and in which row of which new file each key ends up.
+
+Owns: the two columns that go with the rows while they are sorted into files, and the staged run that comes of them.
+Does not own what was there before (``arka.iceberg.rowdelta``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from arka._core.rowkeys import HASH_BYTES, IF_ABSENT, REMOVES, hash_keys, settle
+from arka._core.runs import REMOVED, UNLESS_THERE, write_run
+from arka.errors import InternalError
+from arka.iceberg.config import CatalogConfig
+from arka.iceberg.fileio import make_directory
+from arka.iceberg.keyindex import new_run, table_secret
+from arka.records import Operation, TableInfo
+from arka.storage.ports import EncodeJob
+
+#: The table property that says which upsert of a key stands.
+MERGE: Final = "arka.merge"
+MERGE_FIRST: Final = "first"
+
+_HASH: Final = pa.field("arka.hash", pa.binary(HASH_BYTES), nullable=False)
+_CONDITION: Final = pa.field("arka.unless-there", pa.bool_(), nullable=False)
+
+
+def key_schema(schema: pa.Schema, table: TableInfo) -> pa.Schema:
+    """The columns of a table's key, in the key's order.
+
+    Raises:
+        InternalError: the schema lacks one of them.
+    """
+    try:
+        return pa.schema([schema.field(name) for name in table.key_columns])
+    except KeyError as error:
+        raise InternalError(f"table {table.name}: a schema of it lacks the key column {error}") from None
+
+
+class StagedKeys:
+    """Follows the keys of one job from its frames into files.
+
+    Args:
+        config: where indexes lie.
+        job: of a primary-key table.
+
+    Raises:
+        OSError: the local disk failed.
+    """
+
+    def __init__(self, config: CatalogConfig, job: EncodeJob) -> None:
+        self._table = job.table
+        self._secret = table_secret(config.index_dir, job.table.uuid)
+        self._directory = os.path.join(config.index_dir, "staged")
+        self._first = job.table.properties.get(MERGE) == MERGE_FIRST
+        self._parts: list[tuple[pa.Buffer | bytes, int, pa.Buffer | None]] = []
+        self._remove_old(job.after_lsn)
+
+    def settle(self, frames: Iterable[tuple[pa.RecordBatch, int, Operation]]) -> Iterator[tuple[pa.RecordBatch, float]]:
+        """Yield the rows that stand, each batch with two columns more and its share of the size.
+
+        Args:
+            frames: in LSN order: rows, or keys alone; sizes; and what is done.
+        """
+        batches = []
+        hashes = bytearray()
+        deletes = bytearray()
+        for batch, size, operation in frames:
+            hashes += hash_keys([batch.column(name) for name in self._table.key_columns], self._secret)
+            deletes += (b"\1" if operation is Operation.DELETE else b"\0") * batch.num_rows
+            batches.append((batch, size, operation))
+        verdicts = settle(hashes, deletes, first=self._first)
+        all_hashes = pa.Array.from_buffers(pa.binary(HASH_BYTES), len(verdicts), [None, pa.py_buffer(hashes)])
+        all_verdicts = pa.Array.from_buffers(pa.uint8(), len(verdicts), [None, pa.py_buffer(verdicts)])
+        removed = all_hashes.filter(pc.equal(all_verdicts, REMOVES))
+        if len(removed):
+            self._parts.append((removed.buffers()[1], REMOVED, None))
+        start = 0
+        for batch, size, operation in batches:
+            rows = batch.num_rows
+            mine = all_verdicts.slice(start, rows)
+            if operation is not Operation.DELETE and rows:
+                widened = pa.RecordBatch.from_arrays(
+                    [*batch.columns, all_hashes.slice(start, rows), pc.equal(mine, IF_ABSENT)],
+                    schema=pa.schema([*batch.schema, _HASH, _CONDITION]),
+                )
+                standing = widened.filter(pc.not_equal(mine, 0))
+                yield standing, size * standing.num_rows / rows
+            start += rows
+
+    def take(self, batches: list[pa.RecordBatch], number: int) -> list[pa.RecordBatch]:
+        """Note the rows of a file before it is written; returns them as the file has them."""
+        table = pa.Table.from_batches(batches)
+        hashes, conditions = table.column(_HASH.name).combine_chunks(), table.column(_CONDITION.name).combine_chunks()
+        rows = None
+        if pc.any(conditions).as_py():
+            numbers = pa.array(range(len(hashes)), pa.uint32())
+            flags = pc.if_else(conditions, pa.scalar(UNLESS_THERE, pa.uint32()), pa.scalar(0, pa.uint32()))
+            rows = pc.bit_wise_or(numbers, flags).buffers()[1]
+        self._parts.append((_packed(hashes), number, rows))
+        return [batch.select(range(batch.num_columns - 2)) for batch in batches]
+
+    def write(self, stem: str) -> str:
+        """Write the staged run; returns its path.
+
+        Raises:
+            OSError: the local disk failed.
+
+        Durability: its bytes are durable on return.
+        """
+        made = new_run(self._directory, lambda descriptor: write_run(descriptor, self._parts))
+        path = os.path.join(self._directory, f"{self._table.uuid}-{stem}-{made}")
+        os.rename(os.path.join(self._directory, made), path)
+        return path
+
+    def _remove_old(self, committed_lsn: int) -> None:
+        """Remove staged runs of commits that have landed, or were given up."""
+        make_directory(self._directory)
+        prefix = f"{self._table.uuid}-"
+        for name in os.listdir(self._directory):
+            if name.startswith(prefix) and int(name.removeprefix(prefix).split("-")[1]) <= committed_lsn:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(self._directory, name))
+
+
+def _packed(array: pa.FixedSizeBinaryArray) -> pa.Buffer:
+    buffer: pa.Buffer = array.buffers()[1]
+    return buffer.slice(array.offset * HASH_BYTES, len(array) * HASH_BYTES)
+
+
+__all__ = ["MERGE", "MERGE_FIRST", "StagedKeys", "key_schema"]

@@ -1,0 +1,313 @@
+"""Primary-key tables: each snapshot holds one row of each key, the last; and every reader sees it."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from arka.iceberg import commit, rowdelta
+from arka.iceberg.deletes import PATH_ID
+from arka.iceberg.garbage import Garbage
+from arka.iceberg.manifests import ManifestMemory
+from arka.iceberg.rowdelta import KeyedTable, KeyedTables
+from arka.iceberg.sqlcatalog import LeanSqlCatalog
+from arka.records import TableInfo
+from arka.storage.ports import CommitOutcome
+
+from .conftest import Lake
+
+SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.int64(), nullable=False),
+        pa.field("name", pa.utf8()),
+        pa.field("city", pa.utf8(), nullable=False),
+    ]
+)
+KEY_SCHEMA = pa.schema([SCHEMA.field("id")])
+
+Rows = dict[int, tuple[str, str]]
+
+
+def upserts(rows: list[tuple[int, str, str]]) -> pa.RecordBatch:
+    return pa.RecordBatch.from_arrays(
+        [pa.array(c, f.type) for c, f in zip(zip(*rows, strict=True), SCHEMA, strict=True)], schema=SCHEMA
+    )
+
+
+def keys(numbers: list[int]) -> pa.RecordBatch:
+    return pa.RecordBatch.from_arrays([pa.array(numbers, pa.int64())], schema=KEY_SCHEMA)
+
+
+def rows_of(table: Any, snapshot_id: int | None = None) -> Rows:
+    found = table.scan(snapshot_id=snapshot_id).to_arrow()
+    rows = {row["id"]: (row["name"], row["city"]) for row in found.to_pylist()}
+    assert len(rows) == found.num_rows
+    return rows
+
+
+class Source:
+    """A table's writes and what they should come to."""
+
+    def __init__(self, lake: Lake, info: TableInfo, seed: int, *, first: bool = False) -> None:
+        self.lake = lake
+        self.info = info
+        self.rows: Rows = {}
+        self.lsn = 0
+        self.snapshots: dict[int, Rows] = {}
+        self._pick = random.Random(seed)
+        self._first = first
+        self._writes = 0
+
+    def make(self, frames: int, keys_of_frame: int, distinct: int) -> tuple[list[pa.RecordBatch], set[int]]:
+        pick = self._pick
+        batches, deletes = [], set()
+        for number in range(frames):
+            chosen = [pick.randrange(distinct) for _ in range(pick.randint(1, keys_of_frame))]
+            if pick.random() < 0.3:
+                deletes.add(self.lsn + 1 + number)
+                batches.append(keys(chosen))
+                for key in chosen:
+                    self.rows.pop(key, None)
+                continue
+            made = []
+            for key in chosen:
+                self._writes += 1
+                made.append((key, f"n{self._writes}", f"c{pick.randrange(4)}"))
+                if not (self._first and key in self.rows):
+                    self.rows[key] = made[-1][1:]
+            batches.append(upserts(made))
+        return batches, deletes
+
+    def commit(self, frames: int = 3, keys_of_frame: int = 20, distinct: int = 60) -> None:
+        batches, deletes = self.make(frames, keys_of_frame, distinct)
+        staged = self.lake.encode(self.info, batches, self.lsn, deletes=deletes)
+        result = self.lake.commit(self.info, staged)
+        self.lsn += len(batches)
+        assert result.snapshot_id is not None
+        self.snapshots[result.snapshot_id] = dict(self.rows)
+
+    def check(self) -> None:
+        table = self.lake.table(self.info)
+        assert rows_of(table) == self.rows
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("transforms", [(), ((2, "identity"),), ((0, "bucket[3]"), (2, "truncate[1]"))])
+@pytest.mark.parametrize("seed", range(3))
+def test_equal_to_a_dictionary(lake: Lake, first: bool, transforms: Any, seed: int) -> None:
+    """Upserts, deletes and moves between partitions: each snapshot holds what a dictionary would."""
+    properties = {"arka.merge": "first"} if first else {}
+    info = lake.create(SCHEMA, *transforms, key=["id"], properties=properties)
+    source = Source(lake, info, seed, first=first)
+    for number in range(12):
+        source.commit()
+        if number % 5 == 4:
+            new_worker()
+        source.check()
+    table = lake.table(info)
+    for snapshot_id, rows in source.snapshots.items():
+        assert rows_of(table, snapshot_id) == rows
+
+
+@pytest.fixture
+def source(lake: Lake) -> Source:
+    info = lake.create(SCHEMA, (2, "identity"), key=["id"])
+    return Source(lake, info, 7)
+
+
+def index_files(lake: Lake, info: TableInfo) -> list[Path]:
+    folder = Path(lake.config.index_dir) / str(info.uuid)
+    return sorted(path for path in folder.iterdir() if path.is_file())
+
+
+def new_worker() -> None:
+    """Forget what a worker knows, as its end would."""
+    commit._keyed = KeyedTables()
+    commit._memory = ManifestMemory()
+
+
+def test_index_is_made_from_the_table(lake: Lake, source: Source) -> None:
+    """Without its index, and without the secret of its hashes, a table goes on as if nothing had happened."""
+    for number in range(9):
+        source.commit()
+        if number % 3 == 1:
+            new_worker()
+            shutil.rmtree(lake.config.index_dir)
+        elif number % 3 == 2:
+            new_worker()
+            (Path(lake.config.index_dir) / "secret").unlink()
+        source.check()
+
+
+def test_damaged_index_deletes_no_wrong_row(lake: Lake, source: Source) -> None:
+    """A flipped byte anywhere in the index is noticed, and the index made anew."""
+    pick = random.Random(5)
+    for _ in range(40):
+        source.commit(frames=2)
+        new_worker()
+        path = pick.choice(index_files(lake, source.info))
+        data = bytearray(path.read_bytes())
+        data[pick.randrange(len(data))] ^= 1 << pick.randrange(8)
+        path.write_bytes(data)
+    source.commit()
+    source.check()
+
+
+def test_torn_journal(lake: Lake, source: Source) -> None:
+    """A journal that was cut anywhere says less, and never anything wrong."""
+    pick = random.Random(3)
+    for _ in range(30):
+        source.commit(frames=2)
+        new_worker()
+        path = Path(lake.config.index_dir) / str(source.info.uuid) / "journal"
+        path.write_bytes(path.read_bytes()[: pick.randrange(path.stat().st_size)])
+    source.commit()
+    source.check()
+
+
+class Died(BaseException):
+    """The process is gone."""
+
+
+def die(*_: object, **__: object) -> None:
+    raise Died
+
+
+STEPS = {
+    "staged": (KeyedTable, "stage"),
+    "asked": (LeanSqlCatalog, "commit_table"),
+    "swapped": (KeyedTable, "landed"),
+    "landed": (Garbage, "landed"),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("index_lost", [False, True])
+def test_death_around_a_commit(
+    lake: Lake, source: Source, step: str, index_lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker may die before and after the catalog has done it: rows are there once, the index as the table is.
+
+    The index is read from the table only where it is lost.
+    """
+    made: list[object] = []
+    scan = rowdelta._scan_keys
+    monkeypatch.setattr(rowdelta, "_scan_keys", lambda *args: made.append(args) or scan(*args))
+    source.commit()
+    for _ in range(4):
+        batches, deletes = source.make(3, 20, 60)
+        job = lake.job(source.info, lake.encode(source.info, batches, source.lsn, deletes=deletes))
+        with monkeypatch.context() as patched:
+            patched.setattr(*STEPS[step], die)
+            with pytest.raises(Died):
+                commit.commit(lake.config, job)
+        new_worker()
+        if index_lost:
+            shutil.rmtree(Path(lake.config.index_dir) / str(source.info.uuid))
+        assert commit.commit(lake.config, job).outcome is CommitOutcome.COMMITTED
+        source.lsn += len(batches)
+        source.check()
+        source.commit()
+        source.check()
+    assert len(made) == (4 if index_lost else 0)
+
+
+def test_answer_lost(lake: Lake, source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A commit that the catalog did and did not answer is in the index of the worker that goes on."""
+    source.commit()
+    swap = LeanSqlCatalog.commit_table
+    for _ in range(3):
+        batches, deletes = source.make(3, 20, 60)
+        job = lake.job(source.info, lake.encode(source.info, batches, source.lsn, deletes=deletes))
+
+        def lose(*args: Any) -> None:
+            swap(*args)
+            raise ConnectionError("no answer")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(LeanSqlCatalog, "commit_table", lose)
+            assert commit.commit(lake.config, job).outcome is CommitOutcome.COMMITTED
+        source.lsn += len(batches)
+        source.commit()
+        source.check()
+
+
+def test_foreign_commits(lake: Lake, source: Source) -> None:
+    """After another writer's commit, keys are looked for where the table has them now (R20)."""
+    for number in range(6):
+        source.commit()
+        table = lake.table(source.info)
+        if number % 2:
+            # Copy on write: all rows move to other files.
+            table.overwrite(table.scan().to_arrow())
+        else:
+            key = 1_000 + number
+            table.append(pa.table([[key], ["theirs"], ["c0"]], schema=SCHEMA))
+            source.rows[key] = ("theirs", "c0")
+        source.check()
+    batches = [upserts([(1_000, "ours", "c3")]), keys([1_002, 1_004])]
+    lake.commit(source.info, lake.encode(source.info, batches, source.lsn, deletes={source.lsn + 2}))
+    source.rows[1_000] = ("ours", "c3")
+    del source.rows[1_002], source.rows[1_004]
+    source.check()
+
+
+def test_one_delete_file_for_each_data_file(lake: Lake, source: Source) -> None:
+    """A data file has one delete file at most, of its own; one whose rows are all dead is gone."""
+    for _ in range(15):
+        source.commit()
+    table = lake.table(source.info)
+    tasks = list(table.scan().plan_files())
+    assert any(task.delete_files for task in tasks)
+    for task in tasks:
+        assert len(task.delete_files) <= 1
+        for delete in task.delete_files:
+            assert 0 < delete.record_count < task.file.record_count
+            assert bytes(delete.lower_bounds[PATH_ID]) == bytes(delete.upper_bounds[PATH_ID])
+            assert bytes(delete.lower_bounds[PATH_ID]).decode() == task.file.file_path
+    live = sum(task.file.record_count - sum(d.record_count for d in task.delete_files) for task in tasks)
+    assert live == len(source.rows)
+    summary = table.current_snapshot().summary
+    assert int(summary["total-records"]) - int(summary["total-position-deletes"]) == live
+    assert int(summary["total-data-files"]) == len(tasks)
+    lake.commit(source.info, lake.encode(source.info, [keys(list(source.rows))], source.lsn, deletes={source.lsn + 1}))
+    assert list(lake.table(source.info).scan().plan_files()) == []
+
+
+def test_duckdb_sees_the_same(lake: Lake, source: Source, duck: Any) -> None:
+    """Another engine applies the deletes as pyiceberg does."""
+    for _ in range(8):
+        source.commit()
+        location = lake.table(source.info).metadata_location
+        found = duck.execute(f"SELECT id, name, city FROM iceberg_scan('{location}')").fetchall()
+        assert sorted(found) == sorted((key, *row) for key, row in source.rows.items())
+
+
+def test_retry_after_others_won(lake: Lake, source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A commit that loses to another writer finds its rows again in what that writer left."""
+    source.commit()
+    swap = LeanSqlCatalog.commit_table
+    tries = []
+
+    def race(*args: Any) -> Any:
+        tries.append(1)
+        if len(tries) == 1:
+            table = lake.table(source.info)
+            table.overwrite(table.scan().to_arrow())
+        return swap(*args)
+
+    batches, deletes = source.make(3, 20, 60)
+    staged = lake.encode(source.info, batches, source.lsn, deletes=deletes)
+    with monkeypatch.context() as patched:
+        patched.setattr(LeanSqlCatalog, "commit_table", race)
+        assert lake.commit(source.info, staged).outcome is CommitOutcome.COMMITTED
+    assert len(tries) == 2
+    source.lsn += len(batches)
+    source.check()
+    source.commit()
+    source.check()
