@@ -2,7 +2,7 @@
 """The primary keys of rows: their hashes, and which of several rows with one key stands.
 
 Owns: a key's hash, and what a sequence of upserts and deletes comes to. Does not own where a key's row lies
-(``arka._core.runs``) nor what a table's key is (``arka.iceberg.keyindex``).
+(``arka._core.runs``) nor what a table's key is (``arka.iceberg.stagedkeys``).
 
 A key is known by 128 bits of SipHash-2-4 under a secret of the table's index: clients choose keys, and two keys of a
 table with 10**9 of them share a hash with a probability of 10**-21. What is hashed is the value as Iceberg has it:

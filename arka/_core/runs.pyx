@@ -15,13 +15,17 @@ A run is immutable: 4096-byte blocks of 170 entries, sorted by hash, each with a
 
 All numbers are little-endian, as everywhere in Arka. A file number of ``REMOVED`` says that the key has no row; the
 others count from the base that the run is opened with. A row with the bit ``UNLESS_THERE`` is in a run that is not in
-an index yet: the entry holds if the key has no row. Hashes
-are as good as random, so a block is found by its fence from where its hash would lie if they were spread evenly, and
-sorting is dealing entries out by their first bits. A block's CRC is checked when it is first read.
+an index yet: the entry holds if the key has no row.
+
+Hashes are as good as random, so sorting is dealing entries out by their first bits. Keys are looked up in their order,
+so the search for a block begins at the fence where the last one was found. A block's CRC is checked when it is first
+read.
+
+Longer than the habit: what writes, finds and merges entries shares their layout, which is nobody else's business.
 """
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
-from libc.errno cimport EINTR, errno
+from libc.errno cimport EINTR, ENOMEM, errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memset
@@ -150,7 +154,7 @@ cdef void finish(Output *out) noexcept nogil:
 
 
 cdef int open_output(Output *out, int fd, uint64_t most) except -1:
-    """Begin a run of at most so many entries; ``close_output`` frees what it holds."""
+    """Begin a run of at most so many entries, with room for its header; ``close_output`` frees what it holds."""
     memset(out, 0, sizeof(Output))
     out.fd = fd
     out.blocks = <uint8_t *> malloc(GATHERED * BLOCK)
@@ -158,7 +162,20 @@ cdef int open_output(Output *out, int fd, uint64_t most) except -1:
     if out.blocks == NULL or out.fences == NULL:
         close_output(out)
         raise MemoryError(f"no room for the fences of {most} entries")
+    memset(out.blocks, 0, BLOCK)
+    out.filled = 1
     return 0
+
+
+cdef object seal_output(Output *out):
+    """Write the header of a finished run; returns the run's size, or raises what its writing failed with."""
+    cdef uint32_t crc
+    if out.error:
+        raise OSError(out.error, os.strerror(out.error))
+    header = MAGIC + out.total.to_bytes(8, "little")
+    crc = crc32c_update(0, header, len(header))
+    os.pwrite(out.fd, header + crc.to_bytes(4, "little"), 0)
+    return BLOCK + out.fence_count * (BLOCK + 8) + 4
 
 
 cdef void close_output(Output *out) noexcept:
@@ -166,16 +183,6 @@ cdef void close_output(Output *out) noexcept:
     free(out.fences)
     out.blocks = NULL
     out.fences = NULL
-
-
-cdef object header_of(uint64_t total):
-    cdef uint32_t crc
-    header = bytearray(BLOCK)
-    header[:8] = MAGIC
-    header[8:16] = total.to_bytes(8, "little")
-    crc = crc32c_update(0, header, 16)
-    header[16:20] = crc.to_bytes(4, "little")
-    return header
 
 
 cdef void deal(const Entry *entries, Entry *dealt, int64_t count, int bits, int64_t *ends) noexcept nogil:
@@ -244,7 +251,6 @@ def write_run(int fd, parts):
             raise MemoryError(f"no room to sort {count} entries")
         for hashes, file, rows in parts:
             first += fill(entries + first, hashes, file, rows)
-        os.write(fd, header_of(count))
         with nogil:
             deal(entries, dealt, count, bits, ends)
             for i in range(count):
@@ -254,7 +260,7 @@ def write_run(int fd, parts):
             finish(&out)
         if doubled:
             raise ValueError("two entries of a run have the same hash")
-        return size_of(&out)
+        return seal_output(&out)
     finally:
         free(entries)
         free(dealt)
@@ -289,13 +295,6 @@ cdef int64_t fill(Entry *entries, object hashes, uint32_t file, object rows) exc
             else:
                 memcpy(&entries[i].row, row_at + 4 * i, 4)
     return count
-
-
-cdef object size_of(const Output *out):
-    """The size of a finished run; raises what its writing failed with."""
-    if out.error:
-        raise OSError(out.error, os.strerror(out.error))
-    return BLOCK + out.fence_count * (BLOCK + 8) + 4
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -534,7 +533,7 @@ def find_rows(Run wanted, runs):
         if bad >= 0:
             raise damaged(run, bad)
         if bad == -2:
-            raise damaged(wanted, -1)
+            raise RunDamaged("the run whose keys are looked up has a block with a wrong checksum")
     return files, places
 
 
@@ -587,7 +586,6 @@ def copy_run(int fd, Run run, keep):
         raise ValueError(f"{kept.shape[0]} bytes for {run._count} entries")
     open_output(&out, fd, run._count)
     try:
-        os.write(fd, bytes(BLOCK))
         with nogil:
             for i in range(run._count):
                 if not kept[i]:
@@ -602,9 +600,7 @@ def copy_run(int fd, Run run, keep):
             finish(&out)
         if bad < run._count:
             raise damaged(run, bad // ENTRIES)
-        size = size_of(&out)
-        os.pwrite(fd, header_of(out.total), 0)
-        return size
+        return seal_output(&out)
     finally:
         close_output(&out)
 
@@ -644,8 +640,6 @@ def merge_runs(int fd, runs, *, bint keep_removed):
             raise MemoryError(f"no room to merge {count} runs")
         open_output(&out, fd, most)
         try:
-            # How many there are is known in the end only.
-            os.write(fd, bytes(BLOCK))
             held = tuple(runs)
             for i in range(count):
                 opened[i] = <void *> held[i]
@@ -657,9 +651,7 @@ def merge_runs(int fd, runs, *, bint keep_removed):
             if status >= 0:
                 run = held[status]
                 raise damaged(run, places[status] // ENTRIES)
-            size = size_of(&out)
-            os.pwrite(fd, header_of(out.total), 0)
-            return size, out.total
+            return seal_output(&out), out.total
         finally:
             close_output(&out)
     finally:
@@ -675,7 +667,7 @@ cdef Py_ssize_t merge(void **runs, uint64_t *places, Py_ssize_t count, bint keep
     cdef Entry entry_out
     cdef const Entry **heads = <const Entry **> calloc(count + 1, sizeof(void *))
     if heads == NULL:
-        out.error = 12
+        out.error = ENOMEM
         return -1
     for i in range(count):
         if (<Run> runs[i])._count:

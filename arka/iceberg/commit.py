@@ -31,7 +31,7 @@ from arka.iceberg.producer import (
     snapshot_updates,
     stage_snapshot,
 )
-from arka.iceberg.rowdelta import Delta, KeyedTable, KeyedTables
+from arka.iceberg.rowdelta import Delta, KeyedTables
 from arka.records import TableType
 from arka.storage.ports import CatalogUnavailable, CommitJob, CommitOutcome, CommitResult
 
@@ -140,7 +140,6 @@ def _attempt(config: CatalogConfig, opened: Catalog, table: Table, job: CommitJo
 
 def _commit_own(config: CatalogConfig, opened: Catalog, table: Table, job: CommitJob) -> int:
     base = table.metadata
-    keyed: KeyedTable | None = None
     delta: Delta | None = None
     if job.table.table_type is TableType.PRIMARY_KEY:
         keyed = _keyed.get(config, job.table)
@@ -170,7 +169,7 @@ def _commit_own(config: CatalogConfig, opened: Catalog, table: Table, job: Commi
     _memory.remember(base.table_uuid, staged.snapshot.manifest_list, staged.manifests)
     for manifest in staged.merged_away:
         _memory.forget_entries(manifest.manifest_path)
-    if keyed is not None and delta is not None:
+    if delta is not None:
         try:
             keyed.landed(staged, delta)
         except (OSError, IndexUnusable):

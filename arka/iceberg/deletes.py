@@ -17,6 +17,7 @@ from typing import Final
 from uuid import uuid4
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyiceberg.io import FileIO
 from pyiceberg.manifest import DataFile, DataFileContent, FileFormat
@@ -93,6 +94,11 @@ class LiveFile:
     sequence_number: int
 
 
+def live_rows(first: int, count: int, dead: pa.Array) -> pa.BooleanArray:
+    """Say of each of ``count`` rows from ``first`` on whether it is not among the dead positions (int64)."""
+    return pc.invert(pc.is_in(pa.array(range(first, first + count), pa.int64()), value_set=dead))
+
+
 def write_deletes(io: FileIO, locations: LocationProvider, data: LiveFile, positions: pa.Array) -> DataFile:
     """Write a delete file.
 
@@ -138,4 +144,4 @@ def write_deletes(io: FileIO, locations: LocationProvider, data: LiveFile, posit
     return made
 
 
-__all__ = ["PATH_ID", "POSITION_ID", "DeadRows", "LiveFile", "write_deletes"]
+__all__ = ["PATH_ID", "POSITION_ID", "DeadRows", "LiveFile", "live_rows", "write_deletes"]

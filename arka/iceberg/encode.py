@@ -56,13 +56,12 @@ def encode(config: CatalogConfig, job: EncodeJob) -> StagedFiles:
     table = job.table
     writer = file_writer(table, config.properties)
     stem = f"{job.after_lsn + 1}-{job.through_lsn}"
-    keyed = table.table_type is TableType.PRIMARY_KEY
-    keys = StagedKeys(config, job) if keyed else None
+    keys = StagedKeys(config, job) if table.table_type is TableType.PRIMARY_KEY else None
     sorter = _Sorter(table, writer, stem, config.target_file_bytes, keys)
     rows = 0
     with writer.io.batch():
         frames = _frames(job)
-        for batch, size in ((b, size) for b, size, _ in frames) if keys is None else keys.settle(frames):
+        for batch, size, *_ in frames if keys is None else keys.settle(frames):
             if batch.num_rows:
                 rows += batch.num_rows
                 sorter.add(batch, size)

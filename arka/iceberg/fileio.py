@@ -324,6 +324,11 @@ class WarehouseFileIO(FileIO):
             os.unlink(path)
 
 
+def batch_of(io_: FileIO) -> contextlib.AbstractContextManager[None]:
+    """Return a batch of a warehouse whose files can be made durable together (``WarehouseFileIO.batch``)."""
+    return io_.batch() if isinstance(io_, WarehouseFileIO) else contextlib.nullcontext()
+
+
 def write_file(io_: FileIO, location: str, data: pa.Buffer) -> int:
     """Write a whole new file of a warehouse; durable on return, or with the batch that is open.
 
@@ -342,6 +347,7 @@ __all__ = [
     "FILE_IO_CLASS",
     "LocalFile",
     "WarehouseFileIO",
+    "batch_of",
     "local_path",
     "make_directory",
     "sync_directory",

@@ -2,7 +2,7 @@
 
 Owns: the runs that make up the index, the journal that says which, and that the index stands where the table's current
 snapshot stands. Does not own the runs' format (``arka._core.runs``) nor what becomes of dead rows
-(``arka.iceberg.rowdelta``).
+(``arka.iceberg.rowdelta``), nor the making of run files (``runfiles``).
 
 An index lies on the local disk and nowhere in memory but for 0.05 bytes a key: runs are mapped, and the kernel keeps
 of them what is used. It can be made from the table, so nothing that is promised rests on it; but a wrong row would be
@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import mmap
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, TypeAlias
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import msgspec
 import pyarrow as pa
@@ -31,7 +31,8 @@ from typing_extensions import Buffer
 
 from arka._core.framing import crc32c
 from arka._core.runs import Run, RunDamaged, copy_run, find_rows, merge_runs
-from arka.iceberg.fileio import make_directory, sync_directory
+from arka.iceberg.fileio import sync_directory, write_durable
+from arka.iceberg.runfiles import map_run, new_name, new_run, numbers_of
 
 #: A run is merged with those newer than it once they are together more than this share of it.
 _MERGE_SHARE: Final = 1 / 3
@@ -40,7 +41,6 @@ _JOURNAL_BYTES: Final = 1 << 20
 _JOURNAL_STATES: Final = 4
 _LENGTH_BYTES: Final = 4
 _CRC_BYTES: Final = 4
-_SECRET_BYTES: Final = 16
 #: A check of the secret that hashes were made with, in the journal.
 _CHECK_BYTES: Final = 8
 
@@ -103,11 +103,10 @@ class KeyIndex:
     Args:
         directory: its own; made if it is missing.
         table_uuid: the table.
-        secret: what the keys' hashes are made with (``table_secret``).
+        secret: what the keys' hashes are made with (``runfiles.table_secret``).
 
-    Raises:
-        OSError: the disk failed.
-        IndexUnusable: there is none, or another table's, or a damaged one. ``begin`` makes a new one.
+    Attributes:
+        is_open: whether it says where it stands and may be asked.
     """
 
     def __init__(self, directory: str, table_uuid: UUID, secret: bytes) -> None:
@@ -116,7 +115,6 @@ class KeyIndex:
         self._check = hashlib.blake2b(secret, digest_size=_CHECK_BYTES).digest()
         self._snapshot_id: int | None = None
         self._files: dict[int, str] = {}
-        self._numbers: dict[str, int] = {}
         self._next_file = 0
         self._runs: list[tuple[str, Run]] = []
         self._staged: _Staged | None = None
@@ -133,8 +131,7 @@ class KeyIndex:
             OSError: the disk failed.
         """
         try:
-            with open(self._path("journal"), "rb") as file:
-                data = file.read()
+            data = Path(self._path("journal")).read_bytes()
         except FileNotFoundError:
             raise IndexUnusable("there is no index") from None
         records, self._journal_bytes = _parse(data)
@@ -169,7 +166,6 @@ class KeyIndex:
         self.close()
         self._snapshot_id = snapshot_id
         self._files = dict(enumerate(files))
-        self._numbers = {path: number for number, path in self._files.items()}
         self._next_file = len(files)
         self._staged = None
         self._runs = [(name, self._map(name, 0)) for name in runs]
@@ -187,7 +183,6 @@ class KeyIndex:
         """Go through the journal; returns the runs."""
         runs = list(state.runs)
         self._snapshot_id, self._files, self._next_file = state.snapshot_id, dict(state.files), state.next_file
-        self._numbers = {path: number for number, path in self._files.items()}
         self._staged = None
         for record in records:
             match record:
@@ -205,21 +200,19 @@ class KeyIndex:
     def _take_files(self, staged: _Staged) -> int:
         """Number a commit's files; returns the first number."""
         base = self._next_file
-        for number, path in enumerate(staged.paths, base):
-            self._files[number] = path
-            self._numbers[path] = number
+        self._files.update(enumerate(staged.paths, base))
         self._next_file += len(staged.paths)
-        for path in staged.gone:
-            if path in self._numbers:
-                del self._files[self._numbers.pop(path)]
+        if staged.gone:
+            gone = set(staged.gone)
+            self._files = {number: path for number, path in self._files.items() if path not in gone}
         return base
 
     # -- what it says -----------------------------------------------------------------------------
 
     @property
-    def snapshot_id(self) -> int | None:
-        """The snapshot that the index is of; None for a table without one."""
-        return self._snapshot_id
+    def is_open(self) -> bool:
+        """See above."""
+        return self._journal is not None
 
     def path_of(self, number: int) -> str:
         """The data file with a number.
@@ -242,7 +235,7 @@ class KeyIndex:
             files, rows = find_rows(run, [mapped for _, mapped in self._runs])
         except RunDamaged as error:
             raise IndexUnusable(str(error)) from error
-        return Places(_numbers_of(files, len(run)), _numbers_of(rows, len(run)))
+        return Places(numbers_of(files), numbers_of(rows))
 
     def settles(self, snapshot_id: int | None, parent_id: int | None, commit_id: str | None) -> bool:
         """Make it stand at a table's current snapshot if that is where it stands or the staged commit led.
@@ -281,7 +274,7 @@ class KeyIndex:
         """
         if keep is not None:
             return new_run(self._directory, lambda descriptor: copy_run(descriptor, map_run(path), keep))
-        name = _new_name()
+        name = new_name()
         os.link(path, self._path(name))
         return name
 
@@ -359,26 +352,16 @@ class KeyIndex:
         self._journal_bytes += len(data)
 
     def _rewrite(self) -> None:
-        """Begin the journal anew with the state as it is."""
-        make_directory(self._directory)
+        """Begin the journal anew with the state as it is; nothing is staged."""
         names = [(name, run.base) for name, run in self._runs]
         data = _frame(_State(self._table, self._check, self._snapshot_id, self._files, self._next_file, names))
         made = self._path("journal.new")
-        descriptor = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        try:
-            os.write(descriptor, data)
-            if self._staged is not None:
-                os.write(descriptor, staged := _frame(self._staged))
-                data += staged
-            os.fsync(descriptor)
-            os.rename(made, self._path("journal"))
-            sync_directory(self._directory)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        if self._journal is not None:
-            os.close(self._journal)
-        self._journal = descriptor
+        write_durable(made, data, overwrite=True)
+        os.rename(made, self._path("journal"))
+        sync_directory(self._directory)
+        before, self._journal = self._journal, os.open(self._path("journal"), os.O_WRONLY)
+        if before is not None:
+            os.close(before)
         self._journal_bytes = self._state_bytes = len(data)
 
     def _sweep(self) -> None:
@@ -390,93 +373,6 @@ class KeyIndex:
         for name in names:
             with contextlib.suppress(OSError):
                 os.unlink(self._path(name))
-
-
-def table_secret(root: str, table_uuid: UUID) -> bytes:
-    """Return the secret of a table's hashes, from the one of the node, which is made if there is none.
-
-    Args:
-        root: the directory of all indexes.
-        table_uuid: the table.
-
-    Raises:
-        OSError: the disk failed.
-
-    Durability: the node's secret is durable on return; with another one, indexes are made anew.
-    """
-    path = os.path.join(root, "secret")
-    try:
-        secret = _read(path)
-    except FileNotFoundError:
-        make_directory(root)
-        made = f"{path}.{uuid4()}"
-        with open(made, "xb") as file:
-            file.write(os.urandom(32))
-            file.flush()
-            os.fsync(file.fileno())
-        # Two workers may do this at once: the first to give the name wins.
-        with contextlib.suppress(FileExistsError):
-            os.link(made, path)
-        os.unlink(made)
-        sync_directory(root)
-        secret = _read(path)
-    return hashlib.blake2b(table_uuid.bytes, key=secret, digest_size=_SECRET_BYTES).digest()
-
-
-def new_run(directory: str, write: Callable[[int], object]) -> str:
-    """Make a run.
-
-    Args:
-        directory: where; made if it is missing.
-        write: writes it to a descriptor.
-
-    Returns:
-        Its name.
-
-    Raises:
-        OSError: the disk failed; what is left of it is swept at the next ``open`` or ``begin``.
-
-    Durability: its bytes are durable on return, its name is with the directory.
-    """
-    make_directory(directory)
-    name = _new_name()
-    descriptor = os.open(os.path.join(directory, name), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-    try:
-        write(descriptor)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    return name
-
-
-def map_run(path: str, base: int = 0) -> Run:
-    """Map a run's file.
-
-    Raises:
-        OSError: it is not there, or is empty.
-        RunDamaged: it is none.
-    """
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        size = os.fstat(descriptor).st_size
-        if not size:
-            raise RunDamaged(f"{path} is empty")
-        return Run(mmap.mmap(descriptor, size, prot=mmap.PROT_READ), base)
-    finally:
-        os.close(descriptor)
-
-
-def _read(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return file.read()
-
-
-def _new_name() -> str:
-    return f"{uuid4().hex}.run"
-
-
-def _numbers_of(buffer: pa.Buffer, count: int) -> pa.Array:
-    return pa.Array.from_buffers(pa.uint32(), count, [None, buffer])
 
 
 def _frame(record: _Record) -> bytes:
@@ -502,4 +398,4 @@ def _parse(data: bytes) -> tuple[list[tuple[_Record, int]], int]:
     return records, at
 
 
-__all__ = ["IndexUnusable", "KeyIndex", "Places", "map_run", "new_run", "table_secret"]
+__all__ = ["IndexUnusable", "KeyIndex", "Places"]

@@ -145,7 +145,13 @@ class ManifestBuilder:
         deletes: dict[int, list[ManifestEntry]] = defaultdict(list)
         for file in files:
             (data if file.content == DataFileContent.DATA else deletes)[file.spec_id].append(
-                self._entry(ManifestEntryStatus.ADDED, file)
+                ManifestEntry.from_args(
+                    status=ManifestEntryStatus.ADDED,
+                    snapshot_id=self._snapshot_id,
+                    sequence_number=None,
+                    file_sequence_number=None,
+                    data_file=file,
+                )
             )
         rewritten: list[ManifestFile] = []
         kept: list[ManifestFile] = []
@@ -172,20 +178,10 @@ class ManifestBuilder:
         for entry in self._memory.entries(manifest, self._table.io):
             if entry.data_file.file_path in gone:
                 self.removed.append(entry.data_file)
-                entries.append(self._entry(ManifestEntryStatus.DELETED, entry.data_file, entry))
+                entries.append(self._carried(entry, ManifestEntryStatus.DELETED, self._snapshot_id))
             else:
                 entries.append(self._existing(entry))
         return entries
-
-    def _entry(self, status: ManifestEntryStatus, file: DataFile, before: ManifestEntry | None = None) -> ManifestEntry:
-        """Make an entry of the new snapshot; a file keeps the sequence numbers that it has."""
-        return ManifestEntry.from_args(
-            status=status,
-            snapshot_id=self._snapshot_id,
-            sequence_number=None if before is None else before.sequence_number,
-            file_sequence_number=None if before is None else before.file_sequence_number,
-            data_file=file,
-        )
 
     def _merge(self, parents: Sequence[ManifestFile]) -> list[ManifestFile]:
         """Merge each tier of the parent's data manifests that is full."""
@@ -206,12 +202,17 @@ class ManifestBuilder:
         kept = (made.get(manifest.manifest_path, manifest) for manifest in parents)
         return [manifest for manifest in kept if manifest is not None]
 
+    @classmethod
+    def _existing(cls, entry: ManifestEntry) -> ManifestEntry:
+        """Carry an entry over: who added it stays as it was."""
+        return cls._carried(entry, ManifestEntryStatus.EXISTING, entry.snapshot_id)
+
     @staticmethod
-    def _existing(entry: ManifestEntry) -> ManifestEntry:
-        """Carry an entry over: who added it, and when, stays as it was."""
+    def _carried(entry: ManifestEntry, status: ManifestEntryStatus, snapshot_id: int | None) -> ManifestEntry:
+        """Make an entry of an earlier one; when its file was added stays as it was."""
         return ManifestEntry.from_args(
-            status=ManifestEntryStatus.EXISTING,
-            snapshot_id=entry.snapshot_id,
+            status=status,
+            snapshot_id=snapshot_id,
             sequence_number=entry.sequence_number,
             file_sequence_number=entry.file_sequence_number,
             data_file=entry.data_file,

@@ -50,7 +50,7 @@ from pyiceberg.table.update import (
 from pyiceberg.typedef import Record
 
 from arka.errors import InternalError
-from arka.iceberg.fileio import WarehouseFileIO
+from arka.iceberg.fileio import batch_of
 from arka.iceberg.manifests import ManifestBuilder, ManifestMemory, avro_codec
 from arka.storage.ports import StagedFile
 
@@ -149,9 +149,8 @@ def stage_snapshot(
     sequence_number = metadata.next_sequence_number()
     builder = ManifestBuilder(table, snapshot_id, sequence_number, memory)
     written = builder.written
-    batch = table.io.batch() if isinstance(table.io, WarehouseFileIO) else contextlib.nullcontext()
     try:
-        with batch:
+        with batch_of(table.io):
             manifests = builder.build(files, memory.manifests(metadata, table.io), removed)
             provider = load_location_provider(metadata.location, metadata.properties)
             location = provider.new_metadata_location(f"snap-{snapshot_id}-0-{uuid4()}.avro")

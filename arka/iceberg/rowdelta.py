@@ -1,8 +1,8 @@
 """What a commit to a primary-key table changes: which rows die, and what that does to files.
 
 Owns: this worker's view of a table's live files, the index of its keys, and turning a staged run of keys into the
-delete files and removals of one snapshot. Does not own the index's files (``keyindex``), the snapshot (``producer``)
-nor whether the commit may happen (``commit``).
+delete files and removals of one snapshot. Does not own the index's files (``keyindex``), reading keys from the table
+(``keyscan``), the snapshot (``producer``) nor whether the commit may happen (``commit``).
 
 Invariant: a data file has at most one live delete file, which names rows of it alone and is replaced by a larger one;
 a file whose rows are all dead goes with its delete file.
@@ -10,39 +10,37 @@ a file whose rows are all dead goes with its delete file.
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
+from pyiceberg.io import FileIO
 from pyiceberg.manifest import DataFile, DataFileContent, ManifestContent, ManifestEntry, ManifestFile
 from pyiceberg.table import Table
 from pyiceberg.table.locations import load_location_provider
 from pyiceberg.table.metadata import TableMetadata
 from pyiceberg.typedef import Record
 
-from arka._core.rowkeys import HASH_BYTES, hash_keys, settle
-from arka._core.runs import REMOVED, UNLESS_THERE, write_run
-from arka.errors import ArkaError, ErrorCode, InternalError
+from arka._core.runs import REMOVED, UNLESS_THERE
+from arka.errors import ArkaError, ErrorCode
 from arka.iceberg.config import CatalogConfig
 from arka.iceberg.deletes import PATH_ID, DeadRows, LiveFile, write_deletes
-from arka.iceberg.fileio import WarehouseFileIO
-from arka.iceberg.keyindex import IndexUnusable, KeyIndex, map_run, new_run, table_secret
+from arka.iceberg.fileio import batch_of
+from arka.iceberg.keyindex import IndexUnusable, KeyIndex
+from arka.iceberg.keyscan import KeyScan
 from arka.iceberg.manifests import ManifestMemory
 from arka.iceberg.producer import StagedSnapshot, data_file
-from arka.records import FIELD_ID_KEY, TableInfo
+from arka.iceberg.runfiles import map_run, numbers_of, table_secret
+from arka.records import TableInfo
 from arka.storage.ports import CommitJob, StagedFile
 
 #: Tables whose index one worker keeps open.
 _OPEN_TABLES: Final = 64
-#: Entries of a run that is made while an index is made from its table; 48 bytes each while they are sorted.
-_REBUILD_ENTRIES: Final = 4_000_000
+_PLACES: Final = pa.schema([pa.field("file", pa.uint32()), pa.field("row", pa.uint32())])
 
 
 @dataclass(slots=True)
@@ -121,7 +119,6 @@ class KeyedTable:
         self._secret = table_secret(config.index_dir, info.uuid)
         self._directory = os.path.join(config.index_dir, str(info.uuid))
         self._index = KeyIndex(self._directory, info.uuid, self._secret)
-        self._opened = False
         self._files = _Files()
         self._dead = DeadRows()
 
@@ -179,12 +176,11 @@ class KeyedTable:
         metadata = table.metadata
         current = metadata.current_snapshot()
         manifest_list = None if current is None else current.manifest_list
-        if self._files.manifest_list != manifest_list or not self._opened:
+        if self._files.manifest_list != manifest_list or not self._index.is_open:
             self._files = _read_files(memory.manifests(metadata, table.io), memory, table, manifest_list)
         try:
-            if not self._opened:
+            if not self._index.is_open:
                 self._index.open()
-                self._opened = True
             if self._index.settles(*_lineage(metadata)):
                 return
         except IndexUnusable:
@@ -193,20 +189,23 @@ class KeyedTable:
 
     def _rebuild(self, table: Table) -> None:
         """Make the index from the table."""
-        if self._files.data:
-            paths, runs = _scan_keys(table, self._info, self._files, self._dead, self._secret, self._directory)
-        else:
-            paths, runs = [], []
-        self._index.begin(table.metadata.current_snapshot_id, paths, runs)
-        self._opened = True
+        files = sorted(self._files.data.values(), key=lambda file: file.sequence_number)
+        runs = KeyScan(table, self._info, self._secret, self._dead_of).write_runs(files, self._directory)
+        self._index.begin(table.metadata.current_snapshot_id, [file.path for file in files], runs)
+
+    def _dead_of(self, path: str, io: FileIO) -> pa.Array | None:
+        """The positions of a live file's dead rows; None for none."""
+        old = self._files.deletes.get(path)
+        return None if old is None else self._dead.read(old[0], io)
 
     # -- what a commit does -----------------------------------------------------------------------
 
     def _resolve(self, table: Table, job: CommitJob) -> Delta:
         staged = job.staged
         run = map_run(staged.keys)
+        # First: whatever is damaged afterwards is the index.
+        files, rows = map(numbers_of, run.places())
         before = self._index.find(run)
-        files, rows = (pa.Array.from_buffers(pa.uint32(), len(run), [None, part]) for part in run.places())
         had_row = pc.not_equal(before.files, pa.scalar(REMOVED, pa.uint32()))
         conditional = pc.and_(
             pc.greater_equal(rows, pa.scalar(UNLESS_THERE, pa.uint32())),
@@ -223,7 +222,7 @@ class KeyedTable:
             dead_new = pa.table([files, rows], schema=_PLACES).filter(stillborn)
         killed = pa.table([before.files, before.rows], schema=_PLACES).filter(pc.and_not(had_row, stillborn))
         new = _Outcome(table, self._files, self._dead)
-        with table.io.batch() if isinstance(table.io, WarehouseFileIO) else contextlib.nullcontext():
+        with batch_of(table.io):
             for number, positions in _by_file(killed):
                 new.kill(self._index.path_of(number), positions)
             dead = dict(_by_file(dead_new))
@@ -231,9 +230,6 @@ class KeyedTable:
                 new.add(file, dead.get(number))
         name = self._index.adopt(staged.keys, keep)
         return Delta(new.added, new.removed, name, [file.path for file in staged.files], new.gone, new.deleted)
-
-
-_PLACES: Final = pa.schema([pa.field("file", pa.uint32()), pa.field("row", pa.uint32())])
 
 
 class _Outcome:
@@ -319,100 +315,6 @@ def _read_files(
     return files
 
 
-def _scan_keys(
-    table: Table, info: TableInfo, files: _Files, dead: DeadRows, secret: bytes, directory: str
-) -> tuple[list[str], list[str]]:
-    """Make runs from a table's live rows; returns the files that are numbered, and the runs, the newest first."""
-    ids = [field_of(info, name).metadata[FIELD_ID_KEY] for name in info.key_columns]
-    paths: list[str] = []
-    runs: list[str] = []
-    parts: list[tuple[bytes, int, bytes]] = []
-    waiting = 0
-    for number, file in enumerate(sorted(files.data.values(), key=lambda file: file.sequence_number)):
-        paths.append(file.path)
-        hashes, rows = _keys_of(table, file, files, dead, ids, secret)
-        parts.append((hashes, number, rows))
-        waiting += len(hashes) // HASH_BYTES
-        if waiting >= _REBUILD_ENTRIES:
-            runs.insert(0, new_run(directory, partial(_write_unique, parts)))
-            parts, waiting = [], 0
-    if parts:
-        runs.insert(0, new_run(directory, partial(_write_unique, parts)))
-    return paths, runs
-
-
-def _keys_of(
-    table: Table, file: LiveFile, files: _Files, dead: DeadRows, ids: list[bytes], secret: bytes
-) -> tuple[bytes, bytes]:
-    """Hash the keys of a file's live rows; returns the hashes and the rows' numbers."""
-    with table.io.new_input(file.path).open() as source:
-        reader = pq.ParquetFile(source)
-        names = {(f.metadata or {}).get(FIELD_ID_KEY): f.name for f in reader.schema_arrow}
-        missing = [number for number in ids if number not in names]
-        if missing:
-            raise ArkaError(
-                f"{file.path}: a file that others wrote, without the key's columns by field id: rewrite it first",
-                code=ErrorCode.TABLE_STOPPED,
-            )
-        keys = reader.read(columns=[names[number] for number in ids]).combine_chunks()
-    columns = [_flat(keys.column(names[number])) for number in ids]
-    hashes = hash_keys(columns, secret)
-    rows = pa.array(range(len(columns[0])), pa.uint32())
-    old = files.deletes.get(file.path)
-    if old is not None:
-        live = pc.invert(pc.is_in(rows.cast(pa.int64()), value_set=dead.read(old[0], table.io)))
-        packed = pa.Array.from_buffers(pa.binary(HASH_BYTES), len(rows), [None, pa.py_buffer(hashes)]).filter(live)
-        rows = rows.filter(live)
-        return _bytes_of(packed, HASH_BYTES), _bytes_of(rows, 4)
-    return bytes(hashes), _bytes_of(rows, 4)
-
-
-def _write_unique(parts: list[tuple[bytes, int, bytes]], descriptor: int) -> None:
-    write_run(descriptor, _unique(parts))
-
-
-def _unique(parts: list[tuple[bytes, int, bytes]]) -> list[tuple[bytes, int, bytes]]:
-    """Leave one entry of each key: others may have added rows with a key that was there."""
-    joined = b"".join(hashes for hashes, _, _ in parts)
-    count = len(joined) // HASH_BYTES
-    verdicts = settle(joined, bytes(count), first=False)
-    if verdicts.count(0) == 0:
-        return parts
-    kept = []
-    start = 0
-    for hashes, number, rows in parts:
-        size = len(hashes) // HASH_BYTES
-        chosen = pc.cast(
-            pa.Array.from_buffers(pa.uint8(), size, [None, pa.py_buffer(verdicts[start : start + size])]), pa.bool_()
-        )
-        packed = pa.Array.from_buffers(pa.binary(HASH_BYTES), size, [None, pa.py_buffer(hashes)]).filter(chosen)
-        numbers = pa.Array.from_buffers(pa.uint32(), size, [None, pa.py_buffer(rows)]).filter(chosen)
-        kept.append((_bytes_of(packed, HASH_BYTES), number, _bytes_of(numbers, 4)))
-        start += size
-    return kept
-
-
-def field_of(info: TableInfo, name: str) -> pa.Field:
-    """The field of a key's column.
-
-    Raises:
-        InternalError: the table has none of that name.
-    """
-    if info.schema.get_field_index(name) < 0:
-        raise InternalError(f"table {info.name}: key column {name} is not in its schema")
-    return info.schema.field(name)
-
-
-def _flat(column: pa.ChunkedArray) -> pa.Array:
-    return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
-
-
-def _bytes_of(array: pa.Array, width: int) -> bytes:
-    buffer = array.buffers()[1]
-    start = array.offset * width
-    return b"" if buffer is None else buffer.slice(start, len(array) * width).to_pybytes()
-
-
 class KeyedTables:
     """The primary-key tables that this worker commits to."""
 
@@ -436,4 +338,4 @@ class KeyedTables:
             found.close()
 
 
-__all__ = ["Delta", "KeyedTable", "KeyedTables", "field_of"]
+__all__ = ["Delta", "KeyedTable", "KeyedTables"]

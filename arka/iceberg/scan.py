@@ -21,6 +21,7 @@ from arka.errors import InternalError, InvalidRequest
 from arka.iceberg.align import align_batch
 from arka.iceberg.catalogs import catalog
 from arka.iceberg.config import CatalogConfig
+from arka.iceberg.deletes import live_rows
 from arka.iceberg.marks import committed_lsn_property, marks_of
 from arka.iceberg.schema import arrow_schema, field_id
 from arka.records import FIELD_ID_KEY, TableInfo, TableName
@@ -93,7 +94,7 @@ def _batches(table: Table, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
             names = [ids[number] for number in wanted if number in ids]
             first = 0
             for batch in file.iter_batches(columns=names or [file.schema_arrow.names[0]]):
-                live = batch if dead is None else batch.filter(_live(first, batch.num_rows, dead))
+                live = batch if dead is None else batch.filter(live_rows(first, batch.num_rows, dead))
                 first += batch.num_rows
                 yield align_batch(live, schema)
 
@@ -115,10 +116,6 @@ def _deleted_rows(table: Table, task: FileScanTask) -> pa.Array | None:
             rows = pq.read_table(source, columns=["file_path", "pos"])
         found.append(rows.filter(pc.field("file_path") == task.file.file_path).column("pos").combine_chunks())
     return pa.concat_arrays([positions.cast(pa.int64()) for positions in found]) if found else None
-
-
-def _live(first: int, rows: int, dead: pa.Array) -> pa.Array:
-    return pc.invert(pc.is_in(pa.array(range(first, first + rows), pa.int64()), value_set=dead))
 
 
 def check_columns(name: TableName, schema: pa.Schema, columns: Sequence[str] | None) -> pa.Schema:

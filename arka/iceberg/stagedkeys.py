@@ -14,12 +14,12 @@ from typing import Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from arka._core.rowkeys import HASH_BYTES, IF_ABSENT, REMOVES, hash_keys, settle
+from arka._core.rowkeys import DROPPED, HASH_BYTES, IF_ABSENT, REMOVES, hash_keys, settle
 from arka._core.runs import REMOVED, UNLESS_THERE, write_run
 from arka.errors import InternalError
 from arka.iceberg.config import CatalogConfig
 from arka.iceberg.fileio import make_directory
-from arka.iceberg.keyindex import new_run, table_secret
+from arka.iceberg.runfiles import hashes_of, new_run, packed, table_secret
 from arka.records import Operation, TableInfo
 from arka.storage.ports import EncodeJob
 
@@ -59,7 +59,7 @@ class StagedKeys:
         self._secret = table_secret(config.index_dir, job.table.uuid)
         self._directory = os.path.join(config.index_dir, "staged")
         self._first = job.table.properties.get(MERGE) == MERGE_FIRST
-        self._parts: list[tuple[pa.Buffer | bytes, int, pa.Buffer | None]] = []
+        self._parts: list[tuple[pa.Buffer, int, pa.Buffer | None]] = []
         self._remove_old(job.after_lsn)
 
     def settle(self, frames: Iterable[tuple[pa.RecordBatch, int, Operation]]) -> Iterator[tuple[pa.RecordBatch, float]]:
@@ -76,11 +76,11 @@ class StagedKeys:
             deletes += (b"\1" if operation is Operation.DELETE else b"\0") * batch.num_rows
             batches.append((batch, size, operation))
         verdicts = settle(hashes, deletes, first=self._first)
-        all_hashes = pa.Array.from_buffers(pa.binary(HASH_BYTES), len(verdicts), [None, pa.py_buffer(hashes)])
+        all_hashes = hashes_of(hashes)
         all_verdicts = pa.Array.from_buffers(pa.uint8(), len(verdicts), [None, pa.py_buffer(verdicts)])
         removed = all_hashes.filter(pc.equal(all_verdicts, REMOVES))
         if len(removed):
-            self._parts.append((removed.buffers()[1], REMOVED, None))
+            self._parts.append((packed(removed), REMOVED, None))
         start = 0
         for batch, size, operation in batches:
             rows = batch.num_rows
@@ -90,7 +90,7 @@ class StagedKeys:
                     [*batch.columns, all_hashes.slice(start, rows), pc.equal(mine, IF_ABSENT)],
                     schema=pa.schema([*batch.schema, _HASH, _CONDITION]),
                 )
-                standing = widened.filter(pc.not_equal(mine, 0))
+                standing = widened.filter(pc.not_equal(mine, DROPPED))
                 yield standing, size * standing.num_rows / rows
             start += rows
 
@@ -102,8 +102,8 @@ class StagedKeys:
         if pc.any(conditions).as_py():
             numbers = pa.array(range(len(hashes)), pa.uint32())
             flags = pc.if_else(conditions, pa.scalar(UNLESS_THERE, pa.uint32()), pa.scalar(0, pa.uint32()))
-            rows = pc.bit_wise_or(numbers, flags).buffers()[1]
-        self._parts.append((_packed(hashes), number, rows))
+            rows = packed(pc.bit_wise_or(numbers, flags))
+        self._parts.append((packed(hashes), number, rows))
         return [batch.select(range(batch.num_columns - 2)) for batch in batches]
 
     def write(self, stem: str) -> str:
@@ -127,11 +127,6 @@ class StagedKeys:
             if name.startswith(prefix) and int(name.removeprefix(prefix).split("-")[1]) <= committed_lsn:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(os.path.join(self._directory, name))
-
-
-def _packed(array: pa.FixedSizeBinaryArray) -> pa.Buffer:
-    buffer: pa.Buffer = array.buffers()[1]
-    return buffer.slice(array.offset * HASH_BYTES, len(array) * HASH_BYTES)
 
 
 __all__ = ["MERGE", "MERGE_FIRST", "StagedKeys", "key_schema"]

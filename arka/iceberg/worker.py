@@ -10,7 +10,6 @@ workers are forked from (``arka.iceberg.template``). The server never loads pyic
 from __future__ import annotations
 
 import functools
-import importlib
 import logging
 import multiprocessing
 import os
@@ -72,7 +71,7 @@ def _end_with_server() -> None:
 
 
 def do_nothing() -> None:
-    """Show that a process could be forked."""
+    """Show that a process could be forked, or be the first job that starts a worker."""
 
 
 def _job(function: Callable[P, T]) -> Callable[P, T | Exception]:
@@ -100,18 +99,15 @@ def _describe(error: BaseException) -> str:
 
 
 @_job
-def warm(config: CatalogConfig, modules: Sequence[str], connect: bool) -> None:
-    """Import what jobs will need and, with ``connect``, open the catalog.
+def connect(config: CatalogConfig) -> None:
+    """Open the catalog.
 
     Raises:
         CatalogUnavailable: the catalog does not answer.
     """
-    for module in modules:
-        importlib.import_module(module)
-    if connect:
-        from arka.iceberg.catalogs import catalog
+    from arka.iceberg.catalogs import catalog
 
-        catalog(config)
+    catalog(config)
 
 
 @_job
@@ -172,6 +168,7 @@ def scan(config: CatalogConfig, info: TableInfo, columns: Sequence[str] | None, 
 
 __all__ = [
     "commit",
+    "connect",
     "create_table",
     "do_nothing",
     "drop_table",
@@ -180,5 +177,4 @@ __all__ = [
     "list_tables",
     "load_table",
     "scan",
-    "warm",
 ]

@@ -37,10 +37,6 @@ from arka.storage.workers import DeadlineMissed, Template, WorkerPool, open_pool
 #: Control calls at a time; scans may take all of them but one, so that a long one does not stop CreateTable.
 _CONTROL_WORKERS: Final = 2
 
-_ENCODE_MODULES: Final = ("arka.iceberg.encode",)
-_COMMIT_MODULES: Final = ("arka.iceberg.commit",)
-_CONTROL_MODULES: Final = ("arka.iceberg.control",)
-
 _log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
@@ -101,20 +97,20 @@ class IcebergCatalog:
         """
         config = self._config
         # First alone: two processes that make the catalog's tables at once would collide.
-        await self._control.run(worker.warm, config, _CONTROL_MODULES, True)
+        await self._control.run(worker.connect, config)
         failures: list[CatalogUnavailable] = []
 
-        async def warm(pool: WorkerPool, modules: Sequence[str], connect: bool) -> None:
+        async def warm(pool: WorkerPool, job: Callable[[*Ts], Exception | None], *args: *Ts) -> None:
             try:
-                await pool.run(worker.warm, config, modules, connect)
+                await pool.run(job, *args)
             except CatalogUnavailable as error:
                 failures.append(error)
 
         async with trio.open_nursery() as nursery:
             for pool in self._encode.pools:
-                nursery.start_soon(warm, pool, _ENCODE_MODULES, False)
+                nursery.start_soon(warm, pool, worker.do_nothing)
             for pool in self._commit.pools:
-                nursery.start_soon(warm, pool, _COMMIT_MODULES, True)
+                nursery.start_soon(warm, pool, worker.connect, config)
         if failures:
             raise failures[0]
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
-from arka.iceberg import commit, rowdelta
+from arka.iceberg import commit
 from arka.iceberg.deletes import PATH_ID
 from arka.iceberg.garbage import Garbage
+from arka.iceberg.keyindex import KeyIndex
+from arka.iceberg.keyscan import KeyScan
 from arka.iceberg.manifests import ManifestMemory
 from arka.iceberg.rowdelta import KeyedTable, KeyedTables
 from arka.iceberg.sqlcatalog import LeanSqlCatalog
@@ -144,30 +147,55 @@ def test_index_is_made_from_the_table(lake: Lake, source: Source) -> None:
         source.check()
 
 
+def commit_over(source: Source, rounds: int, harm: Callable[[], None]) -> None:
+    """Commit by one worker after another, and do harm to the index in between."""
+    for _ in range(rounds):
+        source.commit(frames=2)
+        new_worker()
+        harm()
+    source.commit()
+    source.check()
+
+
 def test_damaged_index_deletes_no_wrong_row(lake: Lake, source: Source) -> None:
     """A flipped byte anywhere in the index is noticed, and the index made anew."""
     pick = random.Random(5)
-    for _ in range(20):
-        source.commit(frames=2)
-        new_worker()
+
+    def flip() -> None:
         path = pick.choice(index_files(lake, source.info))
         data = bytearray(path.read_bytes())
         data[pick.randrange(len(data))] ^= 1 << pick.randrange(8)
         path.write_bytes(data)
-    source.commit()
-    source.check()
+
+    commit_over(source, 20, flip)
 
 
 def test_torn_journal(lake: Lake, source: Source) -> None:
     """A journal that was cut anywhere says less, and never anything wrong."""
     pick = random.Random(3)
-    for _ in range(15):
-        source.commit(frames=2)
-        new_worker()
-        path = Path(lake.config.index_dir) / str(source.info.uuid) / "journal"
-        path.write_bytes(path.read_bytes()[: pick.randrange(path.stat().st_size)])
+    path = Path(lake.config.index_dir) / str(source.info.uuid) / "journal"
+    commit_over(source, 15, lambda: path.write_bytes(path.read_bytes()[: pick.randrange(path.stat().st_size)]))
+
+
+def test_index_that_could_not_be_made(lake: Lake, source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An index whose making failed in the middle is not taken for one without keys."""
     source.commit()
+    # Another writer moves all rows: the open index has to be made anew.
+    table = lake.table(source.info)
+    table.overwrite(table.scan().to_arrow())
+    batches, deletes = source.make(3, 20, 60)
+    job = lake.job(source.info, lake.encode(source.info, batches, source.lsn, deletes=deletes))
+    for method in ("_map", "_rewrite"):
+        with monkeypatch.context() as patched:
+            patched.setattr(KeyIndex, method, fail)
+            with pytest.raises(OSError, match="No space"):
+                commit.commit(lake.config, job)
+    assert commit.commit(lake.config, job).outcome is CommitOutcome.COMMITTED
     source.check()
+
+
+def fail(*_: object, **__: object) -> None:
+    raise OSError(28, "No space left on device")
 
 
 class Died(BaseException):
@@ -195,10 +223,10 @@ def test_death_around_a_commit(
 
     The index is read from the table only where it is lost.
     """
-    made: list[object] = []
-    scan = rowdelta._scan_keys
-    monkeypatch.setattr(rowdelta, "_scan_keys", lambda *args: made.append(args) or scan(*args))
     source.commit()
+    made: list[object] = []
+    scan = KeyScan.write_runs
+    monkeypatch.setattr(KeyScan, "write_runs", lambda *args: made.append(args) or scan(*args))
     for _ in range(4):
         batches, deletes = source.make(3, 20, 60)
         job = lake.job(source.info, lake.encode(source.info, batches, source.lsn, deletes=deletes))

@@ -213,6 +213,8 @@ def test_server_json_means_ready(make_server: Callable[..., ServerProcess]) -> N
         assert json.loads(next(iter(client.do_action(flight.Action("ListTables", b"")))).body.to_pybytes()) == [
             "default.events"
         ]
+    # Said right after the file appeared, before any request was answered.
+    assert "server.ready" in server.log.read_text()
     server.stop()
     assert server.announced() is None
 

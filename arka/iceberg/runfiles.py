@@ -1,0 +1,123 @@
+"""Files of runs on the local disk, and what goes into them and comes out.
+
+Owns: making and mapping such files, the secret of a table's hashes, and the way between Arrow arrays and the packed
+numbers and hashes of runs. Does not own a run's format (``arka._core.runs``) nor which runs are an index
+(``keyindex``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import mmap
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+from uuid import UUID, uuid4
+
+import pyarrow as pa
+from typing_extensions import Buffer
+
+from arka._core.rowkeys import HASH_BYTES
+from arka._core.runs import Run, RunDamaged
+from arka.iceberg.fileio import make_directory, sync_directory, write_durable
+
+_SECRET_BYTES: Final = 16
+
+
+def table_secret(root: str, table_uuid: UUID) -> bytes:
+    """Return the secret of a table's hashes, from the one of the node, which is made if there is none.
+
+    Args:
+        root: the directory of all indexes.
+        table_uuid: the table.
+
+    Raises:
+        OSError: the disk failed.
+
+    Durability: the node's secret is durable on return; with another one, indexes are made anew.
+    """
+    path = Path(root, "secret")
+    try:
+        secret = path.read_bytes()
+    except FileNotFoundError:
+        made = f"{path}.{uuid4()}"
+        write_durable(made, os.urandom(32))
+        # Two workers may do this at once: the first to give the name wins.
+        with contextlib.suppress(FileExistsError):
+            os.link(made, path)
+        os.unlink(made)
+        sync_directory(root)
+        secret = path.read_bytes()
+    return hashlib.blake2b(table_uuid.bytes, key=secret, digest_size=_SECRET_BYTES).digest()
+
+
+def new_name() -> str:
+    """Return a name that no other run has."""
+    return f"{uuid4().hex}.run"
+
+
+def new_run(directory: str, write: Callable[[int], object]) -> str:
+    """Make a run.
+
+    Args:
+        directory: where; made if it is missing.
+        write: writes it to a descriptor.
+
+    Returns:
+        Its name.
+
+    Raises:
+        OSError: the disk failed; what is left of it is swept when the directory's index is next opened or begun.
+
+    Durability: its bytes are durable on return, its name is with the directory.
+    """
+    make_directory(directory)
+    name = new_name()
+    descriptor = os.open(os.path.join(directory, name), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        write(descriptor)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return name
+
+
+def map_run(path: str, base: int = 0) -> Run:
+    """Map a run's file.
+
+    Raises:
+        OSError: it is not there.
+        RunDamaged: it is none.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        size = os.fstat(descriptor).st_size
+        if not size:
+            raise RunDamaged(f"{path} is empty")
+        return Run(mmap.mmap(descriptor, size, prot=mmap.PROT_READ), base)
+    finally:
+        os.close(descriptor)
+
+
+def hashes_of(buffer: Buffer) -> pa.FixedSizeBinaryArray:
+    """Return packed hashes as an array; it shares their memory."""
+    made = pa.py_buffer(buffer)
+    return pa.Array.from_buffers(pa.binary(HASH_BYTES), made.size // HASH_BYTES, [None, made])
+
+
+def numbers_of(buffer: Buffer) -> pa.UInt32Array:
+    """Return packed native 32-bit numbers as an array; it shares their memory."""
+    made = pa.py_buffer(buffer)
+    return pa.Array.from_buffers(pa.uint32(), made.size // 4, [None, made])
+
+
+def packed(array: pa.Array) -> pa.Buffer:
+    """Return the values of an array of hashes or numbers without nulls, packed; they share its memory."""
+    width = array.type.byte_width
+    buffer = array.buffers()[1]
+    return pa.py_buffer(b"") if buffer is None else buffer.slice(array.offset * width, len(array) * width)
+
+
+__all__ = ["hashes_of", "map_run", "new_name", "new_run", "numbers_of", "packed", "table_secret"]
