@@ -15,7 +15,7 @@ from uuid import UUID
 import msgspec
 import pyarrow as pa
 
-from arka.errors import InvalidRequest
+from arka.errors import ArkaError, ErrorCode, InvalidRequest
 
 #: LSNs are JSON integers for JavaScript clients too: below 2**53 (protocol 3.1).
 MAX_LSN: Final = 2**53 - 1
@@ -72,6 +72,18 @@ class LsnRange(NamedTuple):
 
     after: int
     through: int
+
+
+#: The table property that names the one log whose node writes to a primary-key table (R26).
+OWNER: Final = "arka.owner"
+#: The table property that says which upsert of a key stands: the last, or the first.
+MERGE: Final = "arka.merge"
+MERGE_FIRST: Final = "first"
+
+
+def owner_property(node_id: str, log_uuid: UUID) -> str:
+    """Say who owns a primary-key table: the node for people, the log for Arka."""
+    return f"{node_id} {log_uuid}"
 
 
 _NAME_PART: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}\Z")
@@ -209,6 +221,40 @@ class TableInfo:
     partition: tuple[PartitionField, ...]
     location: str
     properties: Mapping[str, str]
+
+    def check_owner(self, log_uuid: UUID) -> None:
+        """Check that a log may write to the table (R26): to a primary-key table, its owner alone.
+
+        Raises:
+            ArkaError: ``table_stopped``, naming the owner.
+        """
+        if self.table_type is TableType.PRIMARY_KEY:
+            owner = self.properties.get(OWNER, "")
+            if owner.rpartition(" ")[2] != str(log_uuid):
+                raise ArkaError(
+                    f"{self.name} is a primary-key table of {f'node {owner}' if owner else 'no node'}, which alone "
+                    f"writes to it (table property {OWNER}); this is log {log_uuid}",
+                    code=ErrorCode.TABLE_STOPPED,
+                )
+
+    def key_schema(self, schema: pa.Schema | None = None) -> pa.Schema:
+        """Return the key's columns in the key's order, of a schema that the table has or had (default: ``schema``).
+
+        Raises:
+            KeyError: it lacks one of them.
+        """
+        whole = self.schema if schema is None else schema
+        return pa.schema([whole.field(name) for name in self.key_columns])
+
+    def frame_schema(self, operation: Operation, schema: pa.Schema | None = None) -> pa.Schema:
+        """Return the schema of a frame in the log: a delete holds the key alone.
+
+        Raises:
+            KeyError: see ``key_schema``.
+        """
+        if operation is Operation.DELETE:
+            return self.key_schema(schema)
+        return self.schema if schema is None else schema
 
     def to_bytes(self) -> bytes:
         """Encode for a WAL table record: MessagePack with the schema as an IPC message."""

@@ -177,12 +177,14 @@ class _Stream:
         self._waiting_bytes = 0
         self._sent = 0
         self._failure: str | None = None
+        # What a delete does not hold goes as nulls.
+        self._schema = pa.schema([field.with_nullable(True) for field in schema])
         self._writer, self._reader = client.do_exchange(flight.FlightDescriptor.for_path(*table.split(".")))
-        self._try(self._begin, schema)
+        self._try(self._begin)
 
-    def _begin(self, schema: pa.Schema) -> None:
+    def _begin(self) -> None:
         self._writer.write_metadata(json.dumps({"requested_durability": self._wanted}).encode())
-        self._writer.begin(schema)
+        self._writer.begin(self._schema)
 
     def send(self, write: SalvagedWrite) -> str | None:
         """Send a write; acks are read once too many are due."""
@@ -195,10 +197,19 @@ class _Stream:
         self._waiting_bytes += write.batch.nbytes
         self._sent += 1
         if self._failure is None:
-            self._try(self._writer.write_with_metadata, write.batch, json.dumps(request).encode())
+            self._try(self._writer.write_with_metadata, self._widen(write), json.dumps(request).encode())
         while self._failure is None and (len(self._waiting) >= _WINDOW_WRITES or self._waiting_bytes >= _WINDOW_BYTES):
             self._try(self._read_ack)
         return self._give_up() if self._failure is not None else None
+
+    def _widen(self, write: SalvagedWrite) -> pa.RecordBatch:
+        """A write's batch in the stream's schema: the server takes no more of a delete than its keys."""
+        batch = write.batch
+        columns = [
+            batch.column(field.name) if field.name in batch.schema.names else pa.nulls(batch.num_rows, field.type)
+            for field in self._schema
+        ]
+        return pa.RecordBatch.from_arrays(columns, schema=self._schema)
 
     def finish(self) -> str | None:
         """Half-close and read the acks that are due."""

@@ -6,7 +6,7 @@ conversion of arrays (``convert``) nor the bytes (``decode``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -22,35 +22,18 @@ from arka.records import Operation, TableInfo, TableName, TableType
 
 @dataclass(frozen=True, slots=True)
 class Conformance:
-    """The way from a stream's batches to the table's.
+    """The way from a stream's batches to what a table's log holds of them.
 
     Attributes:
-        name: the table's name, for messages.
-        schema: what ``apply`` returns: the table's schema.
-        identical: the stream's bytes are what the table's batches would be made of: same columns, order
+        schema: what ``apply`` returns: the table's schema, or its key's for deletes.
+        identical: the stream's bytes are what such batches would be made of: same columns, order
             and physical types. Values may still have to be checked.
-        columns: per column of the table, its index in the stream (None: filled with nulls) and its step.
-        fillable_nulls: indices of required columns that a stream of keys alone fills with nulls.
-        missing: what a stream of keys alone lacks for anything but deletes; empty for other streams.
-        dictionary_types: the value type of each dictionary-encoded field of the stream, depth first.
+        columns: per column of ``schema``, its index in the stream (None: filled with nulls) and its step.
     """
 
-    name: TableName
     schema: pa.Schema
     identical: bool
     columns: tuple[tuple[int | None, Step], ...]
-    fillable_nulls: frozenset[int]
-    missing: tuple[str, ...]
-    dictionary_types: tuple[pa.DataType, ...]
-
-    def check_operation(self, operation: Operation) -> None:
-        """Check that the stream's columns suffice for an operation.
-
-        Raises:
-            InvalidRequest: ``schema_mismatch``: it has the key columns alone, which only deletes may.
-        """
-        if self.missing and operation is not Operation.DELETE:
-            raise _mismatch(self.name, self.missing)
 
     def apply(
         self,
@@ -84,26 +67,59 @@ class Conformance:
         return pa.RecordBatch.from_arrays(columns, schema=self.schema)
 
 
+@dataclass(frozen=True, slots=True)
+class StreamPlan:
+    """What a stream may do with a table, and how.
+
+    Attributes:
+        name: the table's name, for messages.
+        upserts: whole rows; None where the stream has the key columns alone.
+        deletes: keys; None for append-only tables.
+        missing: what the stream lacks for upserts.
+        dictionary_types: the value type of each dictionary-encoded field of the stream, depth first.
+    """
+
+    name: TableName
+    upserts: Conformance | None
+    deletes: Conformance | None
+    missing: tuple[str, ...]
+    dictionary_types: tuple[pa.DataType, ...]
+
+    def conformance(self, operation: Operation) -> Conformance:
+        """Return the way of one operation's batches.
+
+        Raises:
+            InvalidRequest: the table has no keys to delete by; or ``schema_mismatch``: the stream has the key columns
+                alone, which only deletes may.
+        """
+        if operation is Operation.DELETE:
+            if self.deletes is None:
+                raise InvalidRequest(f"operation delete needs a primary-key table; {self.name} is append-only")
+            return self.deletes
+        if self.upserts is None:
+            raise _mismatch(self.name, self.missing)
+        return self.upserts
+
+
 def _mismatch(name: TableName, differences: Sequence[str]) -> InvalidRequest:
     return InvalidRequest(f"Schema mismatch for {name}: {'; '.join(differences)}", code=ErrorCode.SCHEMA_MISMATCH)
 
 
-def plan_conformance(stream: pa.Schema, table: TableInfo, *, allow_missing: bool = True) -> Conformance:
+def plan_conformance(stream: pa.Schema, table: TableInfo) -> StreamPlan:
     """Hold a stream's schema against a table's.
 
     A stream may have fewer nullable columns (of a primary-key table only if its property ``arka.partial``
     is ``null``), another order, and types whose values all fit the table's. One that has exactly the key
-    columns of a primary-key table is taken as well; ``Conformance.check_operation`` then lets deletes pass.
+    columns of a primary-key table is taken as well, for deletes.
 
     Args:
         stream: as the client sent it.
         table: canonical types.
-        allow_missing: whether nullable columns may be missing at all.
 
     Raises:
         InvalidRequest: ``schema_mismatch``, with every difference.
     """
-    return _Planner(stream, table).plan(allow_missing)
+    return _Planner(stream, table).plan()
 
 
 class _Planner:
@@ -115,7 +131,7 @@ class _Planner:
         self._differences: list[str] = []
         self._dictionary_types: list[pa.DataType] = []
 
-    def plan(self, allow_missing: bool) -> Conformance:
+    def plan(self) -> StreamPlan:
         schema = self._table.schema
         names = self._stream.names
         places = {field.name: position for position, field in enumerate(schema)}
@@ -131,32 +147,38 @@ class _Planner:
                 self._differences.append(f"column {field.name!r} appears twice")
             else:
                 steps[place] = index, self._step(field.type, schema.field(place), field.name)
-        absent = [place for place in range(len(schema)) if place not in steps]
-        lacking = self._lacking(absent, allow_missing)
+        missing = self._lacking([place for place in range(len(schema)) if place not in steps])
         keys = self._table.key_columns
         keys_alone = bool(keys) and sorted(names) == sorted(keys)
         if not keys_alone:
-            self._differences += lacking
+            self._differences += missing
         if self._differences:
             raise _mismatch(self._table.name, self._differences)
-        columns: list[tuple[int | None, Step]] = []
-        for place, field in enumerate(schema):
-            columns.append(steps.get(place, (None, Step(How.NULLS, field.type, field.name))))
-        return Conformance(
+        return StreamPlan(
             name=self._table.name,
-            schema=schema,
-            identical=not absent
-            and all(
-                steps[place][0] == place and same_bytes(self._stream.field(place).type, field.type)
-                for place, field in enumerate(schema)
-            ),
-            columns=tuple(columns),
-            fillable_nulls=frozenset(absent) if keys_alone else frozenset(),
-            missing=tuple(lacking) if keys_alone else (),
+            upserts=None if missing else self._conformance(range(len(schema)), steps),
+            deletes=self._conformance([places[key] for key in keys], steps) if keys else None,
+            missing=tuple(missing),
             dictionary_types=tuple(self._dictionary_types),
         )
 
-    def _lacking(self, absent: Sequence[int], allow_missing: bool) -> list[str]:
+    def _conformance(self, places: Sequence[int], steps: Mapping[int, tuple[int, Step]]) -> Conformance:
+        """The way to these columns of the table."""
+        fields = [self._table.schema.field(place) for place in places]
+        columns: list[tuple[int | None, Step]] = []
+        for place, field in zip(places, fields, strict=True):
+            columns.append(steps.get(place, (None, Step(How.NULLS, field.type, field.name))))
+        return Conformance(
+            schema=pa.schema(fields),
+            identical=[index for index, _ in columns] == list(range(len(self._stream)))
+            and all(
+                same_bytes(theirs.type, ours.type)
+                for theirs, ours in zip((self._stream.field(index) for index, _ in columns), fields, strict=True)
+            ),
+            columns=tuple(columns),
+        )
+
+    def _lacking(self, absent: Sequence[int]) -> list[str]:
         """Say which absent columns cannot be filled with nulls, and why."""
         partial = self._table.table_type is not TableType.PRIMARY_KEY or (
             self._table.properties.get(PARTIAL) == PARTIAL_NULL
@@ -166,8 +188,6 @@ class _Planner:
             field = self._table.schema.field(place)
             if not field.nullable:
                 found.append(f"required column {field.name!r} ({type_name(field.type)}) is missing")
-            elif not allow_missing:
-                found.append(f"column {field.name!r} ({type_name(field.type)}) is missing")
             elif not partial:
                 found.append(
                     f"column {field.name!r} ({type_name(field.type)}) is missing: an upsert replaces the "
@@ -299,4 +319,4 @@ def same_bytes(source: pa.DataType, target: pa.DataType) -> bool:
     return False
 
 
-__all__ = ["Conformance", "plan_conformance", "same_bytes"]
+__all__ = ["Conformance", "StreamPlan", "plan_conformance", "same_bytes"]

@@ -19,7 +19,7 @@ import pyarrow as pa
 from arka._core import ipc
 from arka._core.buffers import FRAME_HEADER_BYTES, FrameBuffer
 from arka.errors import ErrorCode, InternalError, InvalidRequest
-from arka.flight.conform import Conformance, plan_conformance
+from arka.flight.conform import Conformance, StreamPlan, plan_conformance
 from arka.flight.convert import invalid_batch
 from arka.flight.dictionaries import REFUSALS, StreamDictionaries
 from arka.flight.layout import Layout, describe_finding, plan_layout, wire_schema
@@ -54,7 +54,7 @@ class DecodedBatch:
     """A batch that the table can hold.
 
     Attributes:
-        batch: in the table's schema; a view of ``buffer``, which it keeps alive.
+        batch: in the table's schema, or its key's for a delete; a view of ``buffer``, which it keeps alive.
         buffer: the frame that goes to the log.
         rows: row count.
         fast: whether ``buffer`` is the frame that the message came in.
@@ -64,6 +64,21 @@ class DecodedBatch:
     buffer: FrameBuffer
     rows: int
     fast: bool
+
+
+class _Target:
+    """What one operation's frames hold, and how a stream's batches become that.
+
+    Attributes:
+        conformance: the way there.
+        layout: what the frames look like on the wire.
+        storable: what their values must be like.
+    """
+
+    def __init__(self, conformance: Conformance, table: TableInfo) -> None:
+        self.conformance = conformance
+        self.storable = Storable(conformance.schema, table)
+        self.layout = plan_layout(conformance.schema, required=True, ranges=self.storable.ranges)
 
 
 class BatchDecoder:
@@ -79,11 +94,10 @@ class BatchDecoder:
     def __init__(self, table: TableInfo, limits: Limits) -> None:
         self._table = table
         self._limits = limits
-        self._storable = Storable(table)
         self._header: bytes | None = None
         self._stream: pa.Schema | None = None
-        self._conformance: Conformance | None = None
-        self._table_layout: Layout | None = None
+        self._plan: StreamPlan | None = None
+        self._targets: dict[Operation, _Target] = {}
         self._wire: pa.Schema | None = None
         self._wire_layout: Layout | None = None
         self._dictionary_ids: tuple[int, ...] = ()
@@ -95,17 +109,6 @@ class BatchDecoder:
     def dictionary_bytes(self) -> int:
         """Bytes of dictionaries held now; never over ``limits.dictionary_bytes``."""
         return 0 if self._dictionaries is None else self._dictionaries.held_bytes
-
-    @property
-    def conformance(self) -> Conformance:
-        """The plan from stream to table.
-
-        Raises:
-            InvalidRequest: no schema has come.
-        """
-        if self._conformance is None:
-            raise InvalidRequest("A record batch came before the stream's schema: send the schema first")
-        return self._conformance
 
     def close(self) -> None:
         """Forget the dictionaries. May be called more than once."""
@@ -133,17 +136,16 @@ class BatchDecoder:
                 raise InvalidRequest("A second, different schema came on this stream: open another stream for it")
             return
         try:
-            conformance = plan_conformance(stream, self._table)
+            plan = plan_conformance(stream, self._table)
         except UnicodeDecodeError as error:
             # Arrow keeps names and time zones as bytes; they are decoded when they are asked for.
             raise InvalidRequest(f"Malformed schema message: a name is not UTF-8: {error}") from error
-        dictionaries = StreamDictionaries(ids, conformance.dictionary_types, self._limits)
+        dictionaries = StreamDictionaries(ids, plan.dictionary_types, self._limits)
         wire = wire_schema(stream)
-        self._table_layout = plan_layout(self._relaxed(conformance), required=True, ranges=self._storable.ranges)
         self._wire_layout = plan_layout(wire)
         self._stream, self._wire, self._header = stream, wire, header
         self._dictionary_ids, self._dictionaries = ids, dictionaries
-        self._conformance = conformance
+        self._plan = plan
 
     def _read_schema(self, header: bytes) -> tuple[pa.Schema, tuple[int, ...]]:
         """Read a schema message; an unknown header type would skip Arrow's verifier (T13)."""
@@ -159,23 +161,21 @@ class BatchDecoder:
         except REFUSALS as error:
             raise InvalidRequest(f"Malformed schema message: {error}") from error
 
-    def _relaxed(self, conformance: Conformance) -> pa.Schema:
-        """The table's schema, with room for nulls where a stream of keys alone leaves them."""
-        return pa.schema(
-            [
-                field.with_nullable(field.nullable or index in conformance.fillable_nulls)
-                for index, field in enumerate(self._table.schema)
-            ]
-        )
-
     def check_operation(self, operation: Operation) -> None:
         """Check that the stream's columns suffice for an operation.
 
         Raises:
-            InvalidRequest: ``schema_mismatch``: the stream has the key columns alone, which only deletes
-                may; or no schema has come.
+            InvalidRequest: no schema has come; see ``StreamPlan.conformance``.
         """
-        self.conformance.check_operation(operation)
+        self._target(operation)
+
+    def _target(self, operation: Operation) -> _Target:
+        target = self._targets.get(operation)
+        if target is None:
+            if self._plan is None:
+                raise InvalidRequest("A record batch came before the stream's schema: send the schema first")
+            target = self._targets[operation] = _Target(self._plan.conformance(operation), self._table)
+        return target
 
     def add_dictionary(self, message: IpcMessage) -> None:
         """Take a dictionary, or what a delta adds to one.
@@ -195,42 +195,44 @@ class BatchDecoder:
 
     # -- batches ----------------------------------------------------------------------------------
 
-    def needs_thread(self, message: IpcMessage) -> bool:
+    def needs_thread(self, message: IpcMessage, operation: Operation = Operation.UPSERT) -> bool:
         """Tell whether decoding this batch takes long enough to be done in a thread (T16).
 
         Args:
             message: a RecordBatch; one that is malformed needs none.
+            operation: what is done with its rows, checked.
         """
         frame = message.buffer
-        conformance = self._conformance
-        if frame is None or message.header is None or conformance is None or self._wire_layout is None:
+        if frame is None or message.header is None or self._plan is None or self._wire_layout is None:
             return False
+        conformance = self._target(operation).conformance
         try:
             layout = self._layout(message.header)
             if conformance.identical and layout.codec == ipc.CODEC_NONE:
                 if frame.body_bytes <= THREAD_BYTES:
                     return False
                 return layout.variable_bytes(self._wire_layout.plan) > THREAD_BYTES
-            if conformance.dictionary_types and layout.rows * 16 > THREAD_REWRITE_BYTES:
+            if self._plan.dictionary_types and layout.rows * 16 > THREAD_REWRITE_BYTES:
                 return True
             return layout.uncompressed_bytes(frame) > THREAD_REWRITE_BYTES
         except ValueError:
             return False
 
-    def decode(self, message: IpcMessage) -> DecodedBatch:
+    def decode(self, message: IpcMessage, operation: Operation = Operation.UPSERT) -> DecodedBatch:
         """Decode, check and, where need be, rewrite one batch.
 
         Args:
             message: a RecordBatch. On the fast path its frame becomes the result's and must not be written
                 to any more.
+            operation: what is done with its rows: of a delete, the key's columns alone are kept.
 
         Returns:
             The batch and its frame. Nothing in its values can be refused later (see ``storable``).
 
         Raises:
-            InvalidRequest: ``invalid_batch``, naming the column; or no schema has come.
+            InvalidRequest: ``invalid_batch``, naming the column; or see ``check_operation``.
         """
-        conformance = self.conformance
+        target = self._target(operation)
         header, frame = message.header, message.buffer
         if header is None or frame is None:
             raise InvalidRequest("Invalid batch: it has no data header", code=ErrorCode.INVALID_BATCH)
@@ -250,11 +252,11 @@ class BatchDecoder:
                 "(limits.batch_rows); send smaller batches",
                 code=ErrorCode.INVALID_BATCH,
             )
-        if conformance.identical and layout.codec == ipc.CODEC_NONE:
-            batch = self._accept(layout, frame)
+        if target.conformance.identical and layout.codec == ipc.CODEC_NONE:
+            batch = self._accept(target, layout, frame)
             if batch is not None:
                 return DecodedBatch(batch, frame, layout.rows, fast=True)
-        return self._rewrite(layout, frame)
+        return self._rewrite(target, layout, frame)
 
     def _layout(self, header: bytes) -> ipc.BatchLayout:
         if self._parsed is not None and self._parsed[0] is header:
@@ -263,19 +265,18 @@ class BatchDecoder:
         self._parsed = header, layout
         return layout
 
-    def _accept(self, layout: ipc.BatchLayout, frame: FrameBuffer) -> pa.RecordBatch | None:
-        """Check a frame in the table's own layout; None: a required field's nulls must be hidden first."""
-        assert self._table_layout is not None
-        finding = layout.check(self._table_layout.plan, frame, self._longest())
+    def _accept(self, target: _Target, layout: ipc.BatchLayout, frame: FrameBuffer) -> pa.RecordBatch | None:
+        """Check a frame in the log's own layout; None: a required field's nulls must be hidden first."""
+        finding = layout.check(target.layout.plan, frame, self._longest())
         if finding is not None and finding[0] == ipc.FOUND_REQUIRED_NULLS:
-            if self._table_layout.is_column(finding[1]):
-                self._refuse(finding, self._table_layout)
+            if target.layout.is_column(finding[1]):
+                self._refuse(finding, target.layout)
             return None
         if finding is not None and finding[0] != ipc.FOUND_OUT_OF_RANGE:
-            self._refuse(finding, self._table_layout)
-        batch = _read(frame, self._table.schema)
-        if finding is not None or self._storable.always:
-            self._storable.check(batch)
+            self._refuse(finding, target.layout)
+        batch = _read(frame, target.conformance.schema)
+        if finding is not None or target.storable.always:
+            target.storable.check(batch)
         return batch
 
     def _longest(self) -> int:
@@ -291,8 +292,8 @@ class BatchDecoder:
             )
         raise invalid_batch(layout.paths[finding[1]], describe_finding(finding))
 
-    def _rewrite(self, layout: ipc.BatchLayout, frame: FrameBuffer) -> DecodedBatch:
-        """Decode a batch as the stream has it and write it again as the table has it."""
+    def _rewrite(self, target: _Target, layout: ipc.BatchLayout, frame: FrameBuffer) -> DecodedBatch:
+        """Decode a batch as the stream has it and write it again as the log has it."""
         assert self._wire_layout is not None
         assert self._wire is not None
         limit = self._limits.batch_bytes
@@ -311,9 +312,9 @@ class BatchDecoder:
             )
         batch = _read(frame, self._wire)
         dictionaries = self._dictionaries.values if self._dictionaries is not None else None
-        made = self.conformance.apply(batch, limit_bytes=limit, dictionaries=dictionaries)
+        made = target.conformance.apply(batch, limit_bytes=limit, dictionaries=dictionaries)
         rewritten = write_frame(made)
-        accepted = self._accept(ipc.BatchLayout(rewritten.header), rewritten.frame)
+        accepted = self._accept(target, ipc.BatchLayout(rewritten.header), rewritten.frame)
         if accepted is None:
             raise InternalError("A rewritten batch still has nulls in a required field")
         return DecodedBatch(accepted, rewritten.frame, layout.rows, fast=False)

@@ -300,6 +300,9 @@ class Exchange:
         except (Unavailable, trio.Cancelled):
             raise
         except ArkaError as error:
+            if error.code is ErrorCode.SCHEMA_MISMATCH and not self.acks.writes:
+                # Keys alone, and not for deletes: no batch of this stream can be taken (protocol 3).
+                raise
             self.acks.reject(error.code, error.detail)
             self._outbound.wake()
             return False
@@ -314,9 +317,9 @@ class Exchange:
                 code=ErrorCode.TOO_LARGE,
             )
         decoder.check_operation(operation)
-        if decoder.needs_thread(message):
-            return await run_compute(decoder.decode, message)
-        return decoder.decode(message)
+        if decoder.needs_thread(message, operation):
+            return await run_compute(decoder.decode, message, operation)
+        return decoder.decode(message, operation)
 
     def _accept(self, decoded: DecodedBatch, options: _WriteOptions, message: FlightMessage) -> None:
         appended = self._pipeline.append(

@@ -13,10 +13,15 @@ from collections.abc import Mapping
 from typing import Final
 
 from arka.errors import InvalidRequest
+from arka.records import MERGE
 
 #: A primary-key table with this property set to ``null`` takes streams that lack nullable columns.
 PARTIAL: Final = "arka.partial"
 PARTIAL_NULL: Final = "null"
+#: How rows are deleted: by files of positions, the one form that every Iceberg reader knows.
+DELETE_MODE: Final = "arka.delete-mode"
+#: Properties of primary-key tables alone.
+KEYED_ONLY: Final = frozenset({PARTIAL, MERGE, DELETE_MODE})
 
 _COUNT: Final = re.compile(r"[1-9][0-9]{0,17}\Z")
 _FLAG: Final = re.compile(r"(?:true|false)\Z", re.IGNORECASE)
@@ -29,6 +34,8 @@ _METRICS_MODE: Final = (_METRICS, "none, counts, truncate(N) or full")
 #: What a value must look like, where a wrong one would be noticed too late.
 _RULES: Final[dict[str, tuple[re.Pattern[str], str]]] = {
     PARTIAL: (re.compile(r"null\Z"), "null"),
+    MERGE: (re.compile(r"(?:last|first)\Z"), "last or first"),
+    DELETE_MODE: (re.compile(r"position\Z"), "position"),
     "format-version": (re.compile(r"2\Z"), "2"),
     "write.format.default": (re.compile(r"parquet\Z", re.IGNORECASE), "parquet"),
     "write.parquet.compression-codec": (
@@ -104,4 +111,4 @@ def check_properties(properties: Mapping[str, str]) -> dict[str, str]:
     return dict(properties)
 
 
-__all__ = ["PARTIAL", "PARTIAL_NULL", "check_properties"]
+__all__ = ["KEYED_ONLY", "PARTIAL", "PARTIAL_NULL", "check_properties"]

@@ -14,11 +14,12 @@ from typing import Any, Final
 import msgspec
 import pyarrow as pa
 
+from arka._core.rowkeys import is_key_type
 from arka._core.transforms import parse_transform
 from arka.errors import InvalidRequest
 from arka.flight.canonical import UnsupportedType, canonical_type, check_field_name
 from arka.flight.datatypes import TypeSpelling, parse_type, type_name
-from arka.flight.properties import PARTIAL, check_properties
+from arka.flight.properties import KEYED_ONLY, check_properties
 from arka.records import (
     FIELD_ID_KEY,
     PartitionRequest,
@@ -112,8 +113,9 @@ def parse_create_table(body: bytes) -> TableDefinition:
         index = schema.get_field_index(key)
         schema = schema.set(index, schema.field(index).with_nullable(False))
     properties = check_properties(request.properties or {})
-    if PARTIAL in properties and table_type is not TableType.PRIMARY_KEY:
-        raise InvalidRequest(f"properties: {PARTIAL!r} has a meaning for primary_key tables only; leave it out")
+    if table_type is not TableType.PRIMARY_KEY:
+        for word in sorted(KEYED_ONLY & properties.keys()):
+            raise InvalidRequest(f"properties: {word!r} has a meaning for primary_key tables only; leave it out")
     return TableDefinition(
         name=name,
         schema=schema,
@@ -213,7 +215,7 @@ def _parse_keys(value: str | list[str] | None, table_type: TableType, schema: pa
         if key in keys[:position]:
             raise InvalidRequest(f"primary_key: column {key!r} appears twice")
         type_ = schema.field(key).type
-        if pa.types.is_floating(type_) or pa.types.is_nested(type_):
+        if not is_key_type(type_):
             raise InvalidRequest(
                 f"primary_key: column {key!r} is {type_name(type_)}, which cannot be a key; "
                 "expected an integer, decimal, string, binary, boolean, date or time column"

@@ -41,23 +41,24 @@ _MICROS: Final = (_FIRST_DAY * _DAY_US, (_LAST_DAY + 1) * _DAY_US - 1)
 
 
 class Storable:
-    """What the values of one table must be like, beyond their types.
+    """What the values of one kind of frame must be like, beyond their types.
 
     Args:
+        schema: the frame's; fields carry their ids.
         table: its partition fields name columns by their ids.
 
     Attributes:
         ranges: by path, the least and greatest value of a field, in its integer representation.
     """
 
-    def __init__(self, table: TableInfo) -> None:
+    def __init__(self, schema: pa.Schema, table: TableInfo) -> None:
         self.ranges: dict[str, Range] = {}
         self._truncations: list[tuple[int, Transform]] = []
         #: whether a batch must go through ``check`` even if its integers are all within ``ranges``.
         self.always = False
-        for field in table.schema:
+        for field in schema:
             self._collect(field.name, field.type)
-        self._collect_truncations(table)
+        self._collect_truncations(schema, table)
 
     def _collect(self, path: str, type_: pa.DataType) -> None:
         types = pa.types
@@ -74,15 +75,15 @@ class Storable:
             self._collect(f"{path}.key", type_.key_type)
             self._collect(f"{path}.value", type_.item_type)
 
-    def _collect_truncations(self, table: TableInfo) -> None:
-        ids = [(field.metadata or {}).get(FIELD_ID_KEY) for field in table.schema]
+    def _collect_truncations(self, schema: pa.Schema, table: TableInfo) -> None:
+        ids = [(field.metadata or {}).get(FIELD_ID_KEY) for field in schema]
         for partition in table.partition:
             transform = parse_transform(partition.transform)
             source = str(partition.source_id).encode()
             if transform.name != "truncate" or transform.parameter is None or source not in ids:
                 continue
             column = ids.index(source)
-            field = table.schema.field(column)
+            field = schema.field(column)
             self._truncations.append((column, transform))
             if pa.types.is_integer(field.type):
                 # floor(v / W) * W must not fall below the type's least value.
@@ -97,7 +98,7 @@ class Storable:
         """Check a batch's values, each one that can be seen.
 
         Args:
-            batch: in the table's schema, valid in Arrow's sense.
+            batch: in ``schema``, valid in Arrow's sense.
 
         Raises:
             InvalidRequest: ``invalid_batch``, naming the field, the value and what is legal.

@@ -20,6 +20,7 @@ from pyiceberg.utils.properties import property_as_bool
 from arka import failpoints
 from arka.iceberg.catalogs import catalog
 from arka.iceberg.config import CatalogConfig
+from arka.iceberg.control import describe
 from arka.iceberg.garbage import Garbage
 from arka.iceberg.keyindex import IndexUnusable
 from arka.iceberg.manifests import ManifestMemory
@@ -142,6 +143,8 @@ def _commit_own(config: CatalogConfig, opened: Catalog, table: Table, job: Commi
     base = table.metadata
     delta: Delta | None = None
     if job.table.table_type is TableType.PRIMARY_KEY:
+        # On what the commit is based on: the table may have been handed over meanwhile.
+        describe(table).info.check_owner(job.log_uuid)
         keyed = _keyed.get(config, job.table)
         delta = keyed.resolve(table, job, _memory)
         staged = stage_snapshot(table, delta.added, _memory, _notes(job), delta.removed)

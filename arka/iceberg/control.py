@@ -19,6 +19,7 @@ from pyiceberg.exceptions import NoSuchNamespaceError, NoSuchTableError, TableAl
 from pyiceberg.table import Table, TableProperties
 
 from arka import failpoints
+from arka._core.rowkeys import is_key_type
 from arka.errors import InvalidRequest
 from arka.iceberg.catalogs import catalog
 from arka.iceberg.config import CatalogConfig
@@ -183,6 +184,9 @@ def describe(table: Table) -> CatalogTable:
         location=metadata.location,
         properties={key: value for key, value in properties.items() if not is_mark(key)},
     )
+    for column in info.key_columns:
+        if column not in schema.names or schema.field(column).nullable or not is_key_type(schema.field(column).type):
+            raise CatalogConflict(f"table {name}: column {column!r} of its key is not there, optional or of a bad type")
     try:
         split_fields(info)
     except ValueError as error:

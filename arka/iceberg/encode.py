@@ -20,7 +20,7 @@ from arka.iceberg.align import align_batch
 from arka.iceberg.config import CatalogConfig
 from arka.iceberg.parquet import FileWriter, file_writer
 from arka.iceberg.partition import split_fields
-from arka.iceberg.stagedkeys import StagedKeys, key_schema
+from arka.iceberg.stagedkeys import StagedKeys
 from arka.records import Operation, TableInfo, TableType
 from arka.storage.ports import EncodeJob, StagedFile, StagedFiles
 from arka.wal.segment import read_slice
@@ -95,7 +95,7 @@ def _frames(job: EncodeJob) -> Iterator[tuple[pa.RecordBatch, int, Operation]]:
             if operation is Operation.DELETE:
                 if job.table.table_type is not TableType.PRIMARY_KEY:
                     raise InternalError(f"{piece.path}: LSN {header.lsn} deletes rows of a table without a key")
-                schema, target = key_schema(schema, job.table), key_schema(target, job.table)
+                schema, target = job.table.key_schema(schema), job.table.key_schema()
             batch = pa.ipc.read_record_batch(message, schema)
             yield align_batch(batch, target), header.payload_bytes, operation
 

@@ -21,7 +21,6 @@ from arka._core.runs import write_run
 from arka.errors import ArkaError, ErrorCode
 from arka.iceberg.deletes import LiveFile, live_rows
 from arka.iceberg.runfiles import hashes_of, new_run, packed
-from arka.iceberg.stagedkeys import key_schema
 from arka.records import FIELD_ID_KEY, TableInfo
 
 #: Entries of one run; 48 bytes each while they are sorted.
@@ -45,7 +44,7 @@ class KeyScan:
         self, table: Table, info: TableInfo, secret: bytes, dead_of: Callable[[str, FileIO], pa.Array | None]
     ) -> None:
         self._io = table.io
-        self._ids = [field.metadata[FIELD_ID_KEY] for field in key_schema(info.schema, info)]
+        self._ids = [field.metadata[FIELD_ID_KEY] for field in info.key_schema()]
         self._secret = secret
         self._dead_of = dead_of
 

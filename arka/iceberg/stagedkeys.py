@@ -16,31 +16,14 @@ import pyarrow.compute as pc
 
 from arka._core.rowkeys import DROPPED, HASH_BYTES, IF_ABSENT, REMOVES, hash_keys, settle
 from arka._core.runs import REMOVED, UNLESS_THERE, write_run
-from arka.errors import InternalError
 from arka.iceberg.config import CatalogConfig
 from arka.iceberg.fileio import make_directory
 from arka.iceberg.runfiles import hashes_of, new_run, packed, table_secret
-from arka.records import Operation, TableInfo
+from arka.records import MERGE, MERGE_FIRST, Operation
 from arka.storage.ports import EncodeJob
-
-#: The table property that says which upsert of a key stands.
-MERGE: Final = "arka.merge"
-MERGE_FIRST: Final = "first"
 
 _HASH: Final = pa.field("arka.hash", pa.binary(HASH_BYTES), nullable=False)
 _CONDITION: Final = pa.field("arka.unless-there", pa.bool_(), nullable=False)
-
-
-def key_schema(schema: pa.Schema, table: TableInfo) -> pa.Schema:
-    """The columns of a table's key, in the key's order.
-
-    Raises:
-        InternalError: the schema lacks one of them.
-    """
-    try:
-        return pa.schema([schema.field(name) for name in table.key_columns])
-    except KeyError as error:
-        raise InternalError(f"table {table.name}: a schema of it lacks the key column {error}") from None
 
 
 class StagedKeys:
@@ -129,4 +112,4 @@ class StagedKeys:
                     os.unlink(os.path.join(self._directory, name))
 
 
-__all__ = ["MERGE", "MERGE_FIRST", "StagedKeys", "key_schema"]
+__all__ = ["StagedKeys"]

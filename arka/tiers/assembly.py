@@ -183,7 +183,15 @@ async def assemble(
         )
 
     tables = Tables(
-        world.catalog, memory, marks.disk, keys, clock, parking, log_uuid=log_uuid, make_committer=make_committer
+        world.catalog,
+        memory,
+        marks.disk,
+        keys,
+        clock,
+        parking,
+        log_uuid=log_uuid,
+        node_id=node_id,
+        make_committer=make_committer,
     )
     release = LogRelease(
         checkpoint_store,

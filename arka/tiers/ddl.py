@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from uuid import UUID
 
 import msgspec
@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from arka._core.framing import KIND_CREATE, KIND_DROP
 from arka.errors import ArkaError, ErrorCode, InvalidRequest, Unavailable
-from arka.records import TableDefinition, TableInfo, TableName, TableType
+from arka.records import OWNER, TableDefinition, TableInfo, TableName, TableType
 from arka.storage.ports import (
     Catalog,
     CatalogConflict,
@@ -118,19 +118,6 @@ def new_location_suffix() -> str:
     return secrets.token_hex(4)
 
 
-def check_supported(definition: TableDefinition) -> None:
-    """Refuse what this version cannot keep.
-
-    Raises:
-        ArkaError: ``unimplemented``.
-    """
-    if definition.table_type is TableType.PRIMARY_KEY:
-        raise ArkaError(
-            f"Cannot create {definition.name}: primary-key tables are not supported yet; use append_only",
-            code=ErrorCode.UNIMPLEMENTED,
-        )
-
-
 def check_identical(definition: TableDefinition, info: TableInfo) -> None:
     """Check that a table which exists is the one that is asked for (field ids and metadata aside).
 
@@ -223,8 +210,16 @@ async def reload_table(catalog: Catalog, name: TableName) -> CatalogTable | None
         raise CatalogUnavailable(error.detail) from error
 
 
-async def create_table(catalog: Catalog, definition: TableDefinition, suffix: str) -> tuple[CatalogTable, bool]:
+async def create_table(
+    catalog: Catalog, definition: TableDefinition, suffix: str, *, owner: str
+) -> tuple[CatalogTable, bool]:
     """Create a table in the catalog; one that appeared meanwhile and is the same will do.
+
+    Args:
+        catalog: where.
+        definition: what was asked for.
+        suffix: see ``new_location_suffix``.
+        owner: the log that is to own a primary-key table (R26).
 
     Returns:
         The table, and whether it is the one that this call made (also when its response was lost).
@@ -233,8 +228,11 @@ async def create_table(catalog: Catalog, definition: TableDefinition, suffix: st
         ArkaError: ``table_exists`` or ``invalid_request``.
         Unavailable: the catalog does not answer; whether the table exists is unknown, ask again.
     """
+    made = definition
+    if definition.table_type is TableType.PRIMARY_KEY:
+        made = replace(definition, properties={**definition.properties, OWNER: owner})
     try:
-        return await catalog.create_table(definition, suffix), True
+        return await catalog.create_table(made, suffix), True
     except TableExists:
         found = await load_table(catalog, definition.name)
         if found is None:
@@ -281,7 +279,6 @@ __all__ = [
     "DropRecord",
     "PendingDrop",
     "check_identical",
-    "check_supported",
     "create_table",
     "drop_table",
     "dropped",

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from arka.records import PartitionRequest, TableDefinition, TableName
+from arka.records import PartitionRequest, TableDefinition, TableName, TableType
 
 
 def demo_definitions() -> list[TableDefinition]:
-    """Return ``events``: append-only, partitioned by the day of its timestamp.
-
-    ``users``, a primary-key table, is registered from the version on that has such tables.
-    """
+    """Return ``events``, append-only, and ``users``, with a primary key; each partitioned by a day."""
     events = pa.schema(
         [
             pa.field("event_id", pa.int64(), nullable=False),
@@ -21,12 +18,27 @@ def demo_definitions() -> list[TableDefinition]:
             pa.field("value", pa.float64()),
         ]
     )
+    users = pa.schema(
+        [
+            pa.field("id", pa.int64(), nullable=False),
+            pa.field("name", pa.string()),
+            pa.field("email", pa.string()),
+            pa.field("signup", pa.timestamp("us")),
+        ]
+    )
     return [
         TableDefinition(
             TableName.parse("events"),
             events,
             partition=(PartitionRequest(2, 1000, "event_day", "day"),),
-        )
+        ),
+        TableDefinition(
+            TableName.parse("users"),
+            users,
+            TableType.PRIMARY_KEY,
+            ("id",),
+            (PartitionRequest(3, 1000, "signup_day", "day"),),
+        ),
     ]
 
 

@@ -269,6 +269,7 @@ class Pipeline:
         if self._draining:
             raise Unavailable("The server is draining: reconnect to the same node and resume")
         table.check_active()
+        table.info.check_owner(self.log_uuid)
         self._space.check()
 
     def _check_known(self, table: Table, lsn: int) -> None:

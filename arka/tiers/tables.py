@@ -23,7 +23,7 @@ import trio
 
 from arka import failpoints
 from arka.errors import ArkaError, ErrorCode, Unavailable
-from arka.records import KnownTable, TableDefinition, TableName
+from arka.records import KnownTable, TableDefinition, TableName, owner_property
 from arka.storage.ports import Catalog, CatalogTable, CatalogUnavailable
 from arka.tiers import ddl
 from arka.tiers.keys import KeyIndex
@@ -88,6 +88,7 @@ class Tables:
         parking: Parking,
         *,
         log_uuid: UUID,
+        node_id: str,
         make_committer: Callable[[Table], TableCommitter],
     ) -> None:
         """Join the list to what it is about.
@@ -100,6 +101,7 @@ class Tables:
             clock: the time by which keys are kept.
             parking: keeps the frames of tables that cannot be committed.
             log_uuid: the log.
+            node_id: whose log it is, for people.
             make_committer: makes the task that commits a table.
         """
         self.catalog = catalog
@@ -109,6 +111,7 @@ class Tables:
         self._clock = clock
         self._parking = parking
         self._log_uuid = log_uuid
+        self._owner = owner_property(node_id, log_uuid)
         self._make_committer = make_committer
         self._by_uuid: dict[UUID, Table] = {}
         self._by_name: dict[TableName, Table] = {}
@@ -419,12 +422,11 @@ class Tables:
             The table, and whether it was created.
 
         Raises:
-            ArkaError: ``table_exists``, ``unimplemented`` or ``invalid_request``.
+            ArkaError: ``table_exists`` or ``invalid_request``.
             Unavailable: the catalog does not answer.
 
         Durability: the request is in the log before the catalog is called (R5).
         """
-        ddl.check_supported(definition)
         async with self._ddl_lock:
             try:
                 existing = await self.find(definition.name)
@@ -450,7 +452,7 @@ class Tables:
             lsn = ddl.log_create(self._memory, definition, suffix)
             await self._disk.wait_reached(lsn)
             await failpoints.reach("create.recorded")
-            found, created = await ddl.create_table(self.catalog, definition, suffix)
+            found, created = await ddl.create_table(self.catalog, definition, suffix, owner=self._owner)
             await failpoints.reach("create.done")
             # A start that finds the catalog away knows the table from this record.
             ddl.log_created(self._memory, found.info, suffix)

@@ -4,7 +4,8 @@ Owns: what ``arka wal salvage`` copies, and its files. Does not own what is inta
 (``survey``), nor sending writes to a server (``arka.client``). Writes nothing into the log's directory.
 Blocking: for a command, not for the server. A write is held at a time, mapped, not read.
 
-Each table gets an Arrow IPC stream for each schema its writes were bound to. Each batch carries ``arka.lsn``,
+Each table gets an Arrow IPC stream for each schema its writes were bound to, and one for its deletes, which hold
+the key's columns alone: ``arka.lsn`` says how they go together. Each batch carries ``arka.lsn``,
 ``arka.operation``, ``arka.accepted_us`` and, if there is one, ``arka.key`` as custom metadata:
 ``pyarrow.ipc.open_stream(path).read_next_batch_with_custom_metadata()``. ``salvage.json`` is written last.
 """
@@ -63,7 +64,7 @@ class SalvagedWrite:
 
 @dataclass(slots=True)
 class SalvagedTable:
-    """What was copied of one table at one schema.
+    """What was copied of one table at one schema: its rows, or its deletes.
 
     Attributes:
         table: which.
@@ -154,9 +155,9 @@ class LogReader:
             message = place.data[start : start + header.payload_bytes]
             key = place.data[start + header.payload_bytes :][: header.key_bytes]
             try:
-                batch = pa.ipc.read_record_batch(pa.py_buffer(message), table.schema)
                 operation = Operation(header.operation)
-            except (pa.ArrowException, OSError, ValueError) as error:
+                batch = pa.ipc.read_record_batch(pa.py_buffer(message), table.frame_schema(operation))
+            except (pa.ArrowException, OSError, ValueError, KeyError) as error:
                 found = DataCorruption(str(place.path), place.offset, f"a batch of {table.name}", str(error))
                 self.unreadable.append((header.lsn, found))
                 continue
@@ -234,15 +235,15 @@ def copy_log(survey: LogSurvey, disk: Disk, out: Path) -> Salvage:
         raise ConfigurationError(f"{out} is not empty: choose a new folder")
     salvage = Salvage(survey)
     reader = LogReader(survey, disk)
-    streams: dict[TableKey, tuple[SalvagedTable, Any]] = {}
+    streams: dict[tuple[TableKey, Operation], tuple[SalvagedTable, Any]] = {}
     with ExitStack() as files:
         for write in reader.writes():
-            key = (write.table.uuid.bytes, write.table.schema_id)
+            key = ((write.table.uuid.bytes, write.table.schema_id), write.operation)
             if key not in streams:
-                entry = SalvagedTable(write.table, _file_name(write.table, {table.file for table in salvage.tables}))
+                entry = SalvagedTable(write.table, _file_name(write, {table.file for table in salvage.tables}))
                 salvage.tables.append(entry)
                 sink = files.enter_context(pa.OSFile(str(out / entry.file), "wb"))
-                streams[key] = entry, files.enter_context(pa.ipc.new_stream(sink, write.table.schema))
+                streams[key] = entry, files.enter_context(pa.ipc.new_stream(sink, write.batch.schema))
             entry, stream = streams[key]
             stream.write_batch(write.batch, custom_metadata=_metadata(write))
             entry.add(write)
@@ -258,9 +259,15 @@ def copy_log(survey: LogSurvey, disk: Disk, out: Path) -> Salvage:
     return salvage
 
 
-def _file_name(table: TableInfo, taken: set[str]) -> str:
-    """``namespace.name-<first 8 hex digits of the UUID>.arrows``, with the schema's id for a second schema."""
+def _file_name(write: SalvagedWrite, taken: set[str]) -> str:
+    """``namespace.name-<first 8 hex digits of the UUID>.arrows``, or ``…-deletes.arrows``.
+
+    The schema's id comes in for a second schema.
+    """
+    table = write.table
     stem = f"{table.name}-{table.uuid.hex[:8]}"
+    if write.operation is Operation.DELETE:
+        stem += "-deletes"
     if f"{stem}.arrows" in taken:
         stem += f"-schema{table.schema_id}"
     name, number = f"{stem}.arrows", 2

@@ -237,18 +237,26 @@ def test_a_batch_of_another_schema_is_invalid() -> None:
     assert "field nodes" in refused(ready(), one_batch(other))
 
 
-def test_keys_alone_are_decoded_for_deletes(feed: Feed) -> None:
-    """The batch then has the table's schema, with nulls beside the keys even where they are required."""
+def test_keys_alone_are_decoded_for_deletes() -> None:
+    """The frame then has the key's columns, as they came where that can be."""
     schema = pa.schema([pa.field("id", pa.int64(), nullable=False), pa.field("x", pa.string(), nullable=False)])
-    decoder = BatchDecoder(make_table(schema, key_columns=["id"]), Limits())
+    table = make_table(schema, key_columns=["id"])
     keys = pa.record_batch({"id": pa.array([7, 8])})
-    (decoded,) = feed(decoder, write_stream(keys.schema, [keys]))
-    decoder.check_operation(Operation.DELETE)
-    with pytest.raises(InvalidRequest, match="required column 'x'"):
-        decoder.check_operation(Operation.UPSERT)
-    assert decoded.batch.to_pylist() == [{"id": 7, "x": None}, {"id": 8, "x": None}]
-    nulls = pa.record_batch({"id": pa.array([7, None])})
-    refused(decoder, one_batch(nulls))
+    wide = pa.record_batch({"x": ["a", None], "id": pa.array([7, 8], pa.int8())})
+    for batch, fast in ((keys, True), (wide, False)):
+        decoder = BatchDecoder(table, Limits())
+        header, message = write_stream(batch.schema, [batch])[:2]
+        decoder.set_schema(header.header)
+        decoded = decoder.decode(message, Operation.DELETE)
+        assert decoded.fast is fast
+        assert decoded.batch.schema == table.key_schema()
+        assert decoded.batch.to_pylist() == [{"id": 7}, {"id": 8}]
+        with pytest.raises(InvalidRequest, match="required column 'x'" if fast else "'x': is required but 1"):
+            decoder.decode(one_batch(batch))
+        nulls = batch.set_column(batch.schema.get_field_index("id"), "id", pa.array([7, None], batch["id"].type))
+        with pytest.raises(InvalidRequest, match="'id': is required but 1") as caught:
+            decoder.decode(one_batch(nulls), Operation.DELETE)
+        assert caught.value.code is ErrorCode.INVALID_BATCH
 
 
 def test_custom_metadata_and_extensions_are_no_obstacle(decode: Decode) -> None:

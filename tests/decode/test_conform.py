@@ -9,8 +9,8 @@ import pyarrow as pa
 import pytest
 
 from arka.errors import ErrorCode, InvalidRequest
-from arka.flight.conform import plan_conformance, same_bytes
-from arka.records import Operation
+from arka.flight.conform import Conformance, plan_conformance, same_bytes
+from arka.records import Operation, TableInfo
 from arka.testing.ipcstreams import make_table
 
 SCHEMA = pa.schema(
@@ -26,9 +26,14 @@ KEYED = make_table(SCHEMA, name="users", key_columns=["id"])
 PARTIAL = make_table(SCHEMA, name="users", key_columns=["id"], properties={"arka.partial": "null"})
 
 
-def mismatch(stream: pa.Schema, table: object = USERS, **options: bool) -> str:
+def rows_of(stream: pa.Schema, table: TableInfo = USERS) -> Conformance:
+    """The way of whole rows."""
+    return plan_conformance(stream, table).conformance(Operation.UPSERT)
+
+
+def mismatch(stream: pa.Schema, table: TableInfo = USERS) -> str:
     with pytest.raises(InvalidRequest) as caught:
-        plan_conformance(stream, table, **options)  # type: ignore[arg-type]
+        plan_conformance(stream, table)
     assert caught.value.code is ErrorCode.SCHEMA_MISMATCH
     return caught.value.detail
 
@@ -61,8 +66,8 @@ def test_a_stream_without_columns_is_refused() -> None:
 
 def test_the_tables_own_schema_is_identical() -> None:
     """Same columns, order and physical types: the wire's bytes can be the log's."""
-    assert plan_conformance(SCHEMA, USERS).identical
-    assert plan_conformance(USERS.schema, USERS).identical
+    assert rows_of(SCHEMA).identical
+    assert rows_of(USERS.schema).identical
 
 
 @pytest.mark.parametrize(
@@ -78,13 +83,13 @@ def test_the_tables_own_schema_is_identical() -> None:
 )
 def test_what_needs_a_conversion_is_taken_but_not_identical(stream: pa.Schema) -> None:
     """Order, fewer nullable columns and lossless widening are accepted on the slow path."""
-    assert not plan_conformance(stream, USERS).identical
+    assert not rows_of(stream).identical
 
 
 def test_nullability_of_the_stream_does_not_matter() -> None:
     """Values decide: a nullable column without nulls may go into a required one, and the other way round."""
     stream = pa.schema([field.with_nullable(not field.nullable) for field in SCHEMA])
-    assert plan_conformance(stream, USERS).identical
+    assert rows_of(stream).identical
 
 
 @pytest.mark.parametrize(
@@ -117,7 +122,7 @@ def test_nullability_of_the_stream_does_not_matter() -> None:
 def test_what_widens_is_taken(source: pa.DataType, target: pa.DataType) -> None:
     """Each type whose canonical form fits the table's is accepted, nested or not."""
     table = make_table(pa.schema([("c", target)]))
-    assert not plan_conformance(pa.schema([("c", source)]), table).identical or same_bytes(source, target)
+    assert not rows_of(pa.schema([("c", source)]), table).identical or same_bytes(source, target)
 
 
 @pytest.mark.parametrize(
@@ -158,36 +163,41 @@ def test_a_null_column_goes_into_nullable_columns_only() -> None:
     assert "column 'id' is null, expected int64" in mismatch(stream)
 
 
-def test_missing_columns_may_be_forbidden() -> None:
-    """A caller can insist on all columns."""
-    assert "column 'age' (int64) is missing" in mismatch(SCHEMA.remove(1), allow_missing=False)
-
-
 def test_an_upsert_needs_every_column_unless_the_table_says_otherwise() -> None:
     """An upsert replaces the whole row: what is missing would silently become null (protocol 6)."""
     assert "'arka.partial': 'null'" in mismatch(SCHEMA.remove(1), KEYED)
-    assert not plan_conformance(SCHEMA.remove(1), PARTIAL).identical
+    assert not rows_of(SCHEMA.remove(1), PARTIAL).identical
 
 
 def test_a_stream_of_keys_alone_is_for_deletes() -> None:
     """Exactly the key columns are a legal schema; only deletes may then be sent (protocol 3)."""
-    conformance = plan_conformance(pa.schema([SCHEMA.field(0)]), KEYED)
-    conformance.check_operation(Operation.DELETE)
+    keys = pa.schema([SCHEMA.field(0)])
+    plan = plan_conformance(keys, KEYED)
+    assert plan.conformance(Operation.DELETE).identical
     with pytest.raises(InvalidRequest) as caught:
-        conformance.check_operation(Operation.UPSERT)
+        plan.conformance(Operation.UPSERT)
     assert caught.value.code is ErrorCode.SCHEMA_MISMATCH
     assert "'age' (int64) is missing" in caught.value.detail
-    plan_conformance(pa.schema([SCHEMA.field(0)]), PARTIAL).check_operation(Operation.UPSERT)
+    assert not rows_of(keys, PARTIAL).identical
     assert "'name'" in mismatch(pa.schema([SCHEMA.field(0), SCHEMA.field(1)]), KEYED)
 
 
-def test_keys_alone_fill_required_columns_with_nulls() -> None:
-    """A delete's row needs its key and nothing else, so nothing else is made up."""
-    schema = pa.schema([pa.field("id", pa.int64(), nullable=False), pa.field("x", pa.string(), nullable=False)])
-    table = make_table(schema, key_columns=["id"])
-    conformance = plan_conformance(pa.schema([("id", pa.int32())]), table)
-    batch = pa.record_batch({"id": pa.array([1, 2], pa.int32())})
-    assert conformance.apply(batch).to_pydict() == {"id": [1, 2], "x": [None, None]}
+def test_a_delete_keeps_the_keys_in_their_order() -> None:
+    """Whatever a stream has beside them: the log holds nothing of a delete that is not its key."""
+    schema = pa.schema([pa.field("a", pa.int64(), nullable=False), ("x", pa.string()), ("b", pa.string())])
+    table = make_table(schema, key_columns=["b", "a"])
+    batch = pa.record_batch({"a": pa.array([1], pa.int32()), "x": ["gone"], "b": ["k"]})
+    for columns in (["a", "x", "b"], ["a", "b"], ["b", "a"]):
+        sent = batch.select(columns)
+        made = plan_conformance(sent.schema, table).conformance(Operation.DELETE).apply(sent)
+        assert made.schema == table.key_schema()
+        assert made.to_pylist() == [{"b": "k", "a": 1}]
+
+
+def test_a_table_without_keys_takes_no_deletes() -> None:
+    """Nothing could be found again."""
+    with pytest.raises(InvalidRequest, match="append-only"):
+        plan_conformance(SCHEMA, USERS).conformance(Operation.DELETE)
 
 
 DAY = datetime.date(2024, 2, 29)
@@ -221,7 +231,7 @@ def test_conversion_keeps_every_value(array: pa.Array, target: pa.DataType) -> N
     """What was sent is what is stored, in whole and in slices."""
     table = make_table(pa.schema([("c", target)]))
     stream = pa.schema([("c", array.type)])
-    conformance = plan_conformance(stream, table)
+    conformance = rows_of(stream, table)
     for part in (array, array.slice(1), array.slice(0, 1), array.slice(0, 0)):
         made = conformance.apply(pa.record_batch([part], schema=stream))
         made.validate(full=True)
@@ -238,7 +248,7 @@ def test_struct_fields_are_matched_by_name() -> None:
     """Order and absent nullable fields inside a struct do not matter either."""
     target = pa.struct([("a", pa.string()), ("b", pa.int64()), ("c", pa.date32())])
     array = pa.array([{"c": DAY, "a": "x"}, None], pa.struct([("c", pa.date64()), ("a", pa.large_string())]))
-    conformance = plan_conformance(pa.schema([("s", array.type)]), make_table(pa.schema([("s", target)])))
+    conformance = rows_of(pa.schema([("s", array.type)]), make_table(pa.schema([("s", target)])))
     made = conformance.apply(pa.record_batch([array], names=["s"]))
     assert made.column(0).to_pylist() == [{"a": "x", "b": None, "c": DAY}, None]
 
@@ -255,7 +265,7 @@ def test_struct_fields_are_matched_by_name() -> None:
 def test_a_value_that_does_not_fit_is_named(array: pa.Array, target: pa.DataType, message: str) -> None:
     """Casts are safe: a value that would change makes the batch invalid, and says in which column."""
     table = make_table(pa.schema([("c", target)]))
-    conformance = plan_conformance(pa.schema([("c", array.type)]), table)
+    conformance = rows_of(pa.schema([("c", array.type)]), table)
     with pytest.raises(InvalidRequest, match="column 'c'") as caught:
         conformance.apply(pa.record_batch([array], names=["c"]))
     assert caught.value.code is ErrorCode.INVALID_BATCH
@@ -267,7 +277,7 @@ def test_garbage_under_a_null_parent_is_no_value() -> None:
     wild = pa.array([5000, 2**62 + 1]).view(pa.timestamp("ns"))
     array = pa.StructArray.from_arrays([wild], names=["t"], mask=pa.array([False, True]))
     target = pa.struct([("t", pa.timestamp("us"))])
-    conformance = plan_conformance(pa.schema([("s", array.type)]), make_table(pa.schema([("s", target)])))
+    conformance = rows_of(pa.schema([("s", array.type)]), make_table(pa.schema([("s", target)])))
     made = conformance.apply(pa.record_batch([array], names=["s"]))
     assert made.column(0).to_pylist()[1] is None
 

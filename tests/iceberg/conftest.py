@@ -21,7 +21,7 @@ from arka.iceberg.garbage import Garbage
 from arka.iceberg.manifests import ManifestMemory
 from arka.iceberg.rowdelta import KeyedTables
 from arka.options import IcebergOptions
-from arka.records import PartitionRequest, TableDefinition, TableInfo, TableName, TableType
+from arka.records import OWNER, PartitionRequest, TableDefinition, TableInfo, TableName, TableType, owner_property
 from arka.storage.ports import CommitJob, CommitResult, EncodeJob, SegmentSlice, StagedFiles
 from arka.testing.segmentfile import write_segment_file
 
@@ -55,7 +55,7 @@ class Lake:
             table_type=TableType.PRIMARY_KEY if key else TableType.APPEND_ONLY,
             key_columns=tuple(key),
             partition=fields,
-            properties=properties or {},
+            properties=({OWNER: owner_property("node", LOG)} if key else {}) | (properties or {}),
         )
         return control.create_table(self.config, definition, uuid4().hex[:8]).info
 

@@ -7,10 +7,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pyarrow as pa
 import pytest
 
+from arka.errors import ArkaError, ErrorCode
 from arka.iceberg import commit
 from arka.iceberg.deletes import PATH_ID
 from arka.iceberg.garbage import Garbage
@@ -19,7 +21,7 @@ from arka.iceberg.keyscan import KeyScan
 from arka.iceberg.manifests import ManifestMemory
 from arka.iceberg.rowdelta import KeyedTable, KeyedTables
 from arka.iceberg.sqlcatalog import LeanSqlCatalog
-from arka.records import TableInfo
+from arka.records import OWNER, TableInfo, owner_property
 from arka.storage.ports import CommitOutcome
 
 from .conftest import Lake
@@ -282,6 +284,18 @@ def test_foreign_commits(lake: Lake, source: Source) -> None:
     lake.commit(source.info, lake.encode(source.info, batches, source.lsn, deletes={source.lsn + 2}))
     source.rows[1_000] = ("ours", "c3")
     del source.rows[1_002], source.rows[1_004]
+    source.check()
+
+
+def test_table_that_was_handed_over(lake: Lake, source: Source) -> None:
+    """Its owner is read from what the commit is based on: nothing of another log goes in (R26)."""
+    source.commit()
+    with lake.table(source.info).transaction() as transaction:
+        transaction.set_properties({OWNER: owner_property("other", uuid4())})
+    staged = lake.encode(source.info, [upserts([(1, "late", "c0")])], source.lsn)
+    with pytest.raises(ArkaError, match="of node other") as caught:
+        lake.commit(source.info, staged)
+    assert caught.value.code is ErrorCode.TABLE_STOPPED
     source.check()
 
 

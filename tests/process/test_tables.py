@@ -88,15 +88,6 @@ def test_create_a_different_one(
     assert difference in message
 
 
-def test_create_with_a_primary_key(client: flight.FlightClient, table: str) -> None:
-    """A primary-key table is refused as UNIMPLEMENTED: nothing pretends."""
-    request = SEED | {"table_type": "primary_key", "primary_key": "id"}
-    message = failure_of(action, client, "CreateTable", name=table, **request)
-    assert message.startswith("ArrowNotImplementedError"), message
-    assert "[unimplemented]" in message
-    assert f"default.{table}" not in action(client, "ListTables")
-
-
 @pytest.mark.parametrize(
     ("request_", "words"),
     [

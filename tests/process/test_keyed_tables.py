@@ -1,0 +1,221 @@
+"""Primary-key tables through stock pyarrow: upserts, deletes, and what readers then find."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.flight as flight
+import pytest
+
+from arka.testing.serverprocess import ServerProcess
+
+from . import lake
+from .clients import Ack, Stream, action, connect, create, failure_of, write_all
+
+pytestmark = pytest.mark.process
+
+FIELDS = [("part", "int32"), ("id", "int64!"), ("name", "utf8"), ("region", "utf8!")]
+KEY = ["region", "id"]
+SCHEMA = pa.schema(
+    [
+        ("part", pa.int32()),
+        pa.field("id", pa.int64(), nullable=False),
+        ("name", pa.string()),
+        pa.field("region", pa.string(), nullable=False),
+    ]
+)
+KEYS = pa.schema([SCHEMA.field("id"), SCHEMA.field("region")])
+PARTITIONED = {"fields": [{"source_id": 0, "transform": "Identity"}, {"source_id": 1, "transform": "Bucket(2)"}]}
+
+Row = tuple[int | None, int, str | None, str]
+
+
+def make(client: flight.FlightClient, name: str, **more: Any) -> Any:
+    """Create a table with the key (region, id)."""
+    return create(client, name, FIELDS, table_type="primary_key", primary_key=KEY, **more)
+
+
+def rows(*values: Row) -> pa.RecordBatch:
+    columns = list(zip(*values, strict=True))
+    return pa.record_batch([pa.array(columns[i], SCHEMA.field(i).type) for i in range(4)], schema=SCHEMA)
+
+
+def keys(*values: tuple[int, str]) -> pa.RecordBatch:
+    return pa.record_batch([pa.array([v[0] for v in values], pa.int64()), [v[1] for v in values]], schema=KEYS)
+
+
+def found_by_all(server: ServerProcess, client: flight.FlightClient, duck: Any, name: str) -> list[Row]:
+    """What pyiceberg, DuckDB and DoGet find; all the same."""
+    table = lake.load(server.data, name)
+    by_pyiceberg = sorted(tuple(row.values()) for row in table.scan().to_arrow().to_pylist())
+    by_duckdb = sorted(duck.execute(f"SELECT * FROM iceberg_scan('{table.metadata_location}')").fetchall())
+    by_doget = sorted(tuple(row.values()) for row in client.do_get(flight.Ticket(name)).read_all().to_pylist())
+    assert by_pyiceberg == by_duckdb == by_doget
+    return by_pyiceberg  # type: ignore[return-value]
+
+
+def test_upserts_and_deletes(server: ServerProcess, client: flight.FlightClient, table: str, duck: Any) -> None:
+    """The last write of a key stands, across batches and within one, and moves between partitions."""
+    made = make(client, table, partition_spec=PARTITIONED)
+    assert make(client, table, partition_spec=PARTITIONED) == made | {"created": False}
+    write_all(client, table, [rows((1, 1, "a", "x"), (1, 2, "b", "x"), (1, 1, "c", "y"), (1, 1, "d", "x"))])
+    assert found_by_all(server, client, duck, table) == [(1, 1, "c", "y"), (1, 1, "d", "x"), (1, 2, "b", "x")]
+    # Another partition, a second time, and one that was not there.
+    write_all(client, table, [rows((2, 1, "e", "x")), rows((3, 1, None, "x"), (3, 9, "f", "z"))])
+    # A stream that deletes by rows, one by keys alone, and one that does both.
+    stream = Stream(client, table, SCHEMA, requested_durability="disk", operation="delete")
+    stream.write(rows((7, 2, "whatever", "x")))
+    stream.finish()
+    stream = Stream(client, table, KEYS, requested_durability="disk", operation="delete")
+    stream.write(keys((9, "z"), (100, "was never there")))
+    stream.finish()
+    stream = Stream(client, table, SCHEMA, requested_durability="iceberg_committed")
+    stream.write(rows((4, 4, "g", "x"), (4, 5, "h", "x")))
+    stream.write(rows((4, 4, "-", "x")), operation="delete")
+    stream.write(rows((4, 6, "i", "x")), operation="upsert")
+    assert [ack for ack in stream.finish() if ack["error"]] == []
+    assert found_by_all(server, client, duck, table) == [
+        (1, 1, "c", "y"), (3, 1, None, "x"), (4, 5, "h", "x"), (4, 6, "i", "x"),
+    ]  # fmt: skip
+    described = action(client, "DescribeTable", name=table)
+    assert (described["table_type"], described["primary_key"]) == ("primary_key", KEY)
+
+
+def test_a_resent_upsert_does_not_come_again(
+    server: ServerProcess, client: flight.FlightClient, table: str, duck: Any
+) -> None:
+    """A duplicate by key changes nothing, although rows have changed since."""
+    make(client, table)
+    stream = Stream(client, table, SCHEMA, requested_durability="memory")
+    stream.write(rows((1, 1, "old", "x")), idempotency_key="first")
+    stream.write(rows((1, 1, "new", "x")))
+    stream.write(rows((1, 1, "old", "x")), idempotency_key="first")
+    stream.write(rows((1, 2, "old", "x")), idempotency_key="first", operation="delete")
+    acks = [ack for ack in stream.finish() if ack["durability_level"] == "memory"]
+    assert [ack.get("duplicate", False) for ack in acks] == [False, False, True, True]
+    action(client, "Flush", name=table)
+    assert found_by_all(server, client, duck, table) == [(1, 1, "new", "x")]
+
+
+def test_the_first_row_of_a_key_may_stand(
+    server: ServerProcess, client: flight.FlightClient, table: str, duck: Any
+) -> None:
+    """``arka.merge: first`` keeps what was there; a delete makes room for another first one."""
+    make(client, table, properties={"arka.merge": "first"})
+    write_all(client, table, [rows((1, 1, "first", "x"), (1, 1, "second", "x"))])
+    write_all(client, table, [rows((1, 1, "third", "x"), (1, 2, "first", "x"))])
+    assert found_by_all(server, client, duck, table) == [(1, 1, "first", "x"), (1, 2, "first", "x")]
+    write_all(client, table, [rows((1, 2, "second", "x"))])
+    stream = Stream(client, table, KEYS, requested_durability="iceberg_committed", operation="delete")
+    stream.write(keys((1, "x")))
+    stream.finish()
+    write_all(client, table, [rows((1, 1, "fourth", "x"), (1, 1, "fifth", "x"))])
+    assert found_by_all(server, client, duck, table) == [(1, 1, "fourth", "x"), (1, 2, "first", "x")]
+
+
+def failing(acks: list[Ack]) -> list[tuple[int, str]]:
+    return [(ack["sequence"], ack["code"]) for ack in acks if ack["error"] is not None]
+
+
+def test_null_keys_cost_their_batch(client: flight.FlightClient, table: str) -> None:
+    """A null in a key column is ``invalid_batch`` naming it, for upserts and deletes; the stream goes on."""
+    make(client, table)
+    nullable = pa.schema([field.with_nullable(True) for field in SCHEMA])
+    bad = pa.record_batch([pa.array([1]), [None], ["a"], ["x"]], schema=nullable.set(0, pa.field("part", pa.int64())))
+    bad = bad.set_column(0, "part", pa.array([1], pa.int32())).cast(nullable)
+    stream = Stream(client, table, nullable, requested_durability="memory")
+    stream.write(rows((1, 1, "a", "x")).cast(nullable))
+    stream.write(bad)
+    stream.write(bad, operation="delete")
+    stream.write(rows((1, 2, "b", "x")).cast(nullable))
+    acks = stream.finish()
+    assert failing(acks) == [(1, "invalid_batch"), (2, "invalid_batch")]
+    assert all("'id'" in ack["error"] for ack in acks if ack["error"] is not None)
+
+
+def test_keys_alone_are_for_deletes(client: flight.FlightClient, table: str) -> None:
+    """A stream of keys whose operation is not delete ends before any data is accepted, naming what it lacks."""
+    make(client, table)
+    stream = Stream(client, table, KEYS, requested_durability="memory")
+    stream.write(keys((1, "x")))
+    failure = stream.failure()
+    assert "[schema_mismatch]" in failure
+    assert "'name'" in failure
+    # Once writes are on their way, one that is wrong costs itself alone.
+    stream = Stream(client, table, KEYS, requested_durability="memory", operation="delete")
+    stream.write(keys((1, "x")))
+    stream.write(keys((1, "x")), operation="upsert")
+    stream.write(keys((1, "x")))
+    assert failing(stream.finish()) == [(1, "schema_mismatch")]
+
+
+def test_operations_that_are_not(client: flight.FlightClient, table: str) -> None:
+    """Unknown operations, and deletes from an append-only table, are refused by name."""
+    make(client, table)
+    stream = Stream(client, table, SCHEMA, requested_durability="memory")
+    stream.write(rows((1, 1, "a", "x")), operation="merge")
+    (ack,) = stream.finish()
+    assert (ack["code"], "'merge'" in ack["error"]) == ("invalid_request", True)
+    create(client, f"{table}_log", FIELDS)
+    stream = Stream(client, f"{table}_log", SCHEMA, requested_durability="memory")
+    stream.write(rows((1, 1, "a", "x")), operation="delete")
+    (ack,) = stream.finish()
+    assert (ack["code"], "append-only" in ack["error"]) == ("invalid_request", True)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"primary_key": "score"}, ["'score'", "float64"]),
+        ({"primary_key": "nobody"}, ["'nobody'"]),
+        ({"primary_key": []}, ["primary_key is missing"]),
+        ({"properties": {"arka.merge": "newest"}}, ["'arka.merge'", "last or first"]),
+        ({"properties": {"arka.delete-mode": "equality"}}, ["'arka.delete-mode'", "position"]),
+        ({"properties": {"arka.owner": "me"}}, ["'arka.owner'"]),
+        ({"table_type": "append_only", "primary_key": None, "properties": {"arka.merge": "last"}}, ["primary_key"]),
+    ],
+)
+def test_definitions_that_cannot_be(
+    client: flight.FlightClient, table: str, change: dict[str, Any], words: list[str]
+) -> None:
+    """CreateTable says what is wrong with a key, and makes nothing."""
+    fields = [{"name": "id", "type": "int64"}, {"name": "score", "type": "float64"}]
+    request = {"schema_json": {"fields": fields}, "table_type": "primary_key", "primary_key": "id"} | change
+    message = failure_of(action, client, "CreateTable", name=table, **request)
+    assert "[invalid_request]" in message
+    assert [word for word in words if word not in message] == []
+    assert f"default.{table}" not in action(client, "ListTables")
+
+
+def test_another_nodes_table_is_refused(make_server: Callable[..., ServerProcess], tmp_path: Any) -> None:
+    """One log writes to a primary-key table: any other node refuses, naming the owner (R26)."""
+    shared = {
+        "iceberg__catalog_uri": f"sqlite:///{tmp_path}/catalog.db",
+        "iceberg__warehouse": f"file://{tmp_path}/warehouse",
+    }
+    with make_server(data="one", server__node_id="first", **shared) as one, connect(one.location) as client:
+        make(client, "t")
+        write_all(client, "t", [rows((1, 1, "a", "x"))])
+    with make_server(data="two", server__node_id="second", **shared) as two, connect(two.location) as client:
+        stream = Stream(client, "t", SCHEMA, requested_durability="memory")
+        stream.write(rows((1, 1, "b", "x")))
+        (ack,) = stream.finish()
+        assert ack["code"] == "table_stopped"
+        assert "node first " in ack["error"]
+        # It may be read anywhere.
+        assert client.do_get(flight.Ticket("t")).read_all().num_rows == 1
+
+
+def test_the_demo_tables(make_server: Callable[..., ServerProcess], duck: Any) -> None:
+    """``--demo-tables`` registers the seed's two: ``users`` with a key, ``events`` without."""
+    with make_server("--demo-tables") as server, connect(server.location) as client:
+        assert action(client, "ListTables") == ["default.events", "default.users"]
+        described = action(client, "DescribeTable", name="users")
+        assert (described["table_type"], described["primary_key"]) == ("primary_key", ["id"])
+        schema = client.get_schema(flight.FlightDescriptor.for_path("users")).schema
+        batch = pa.RecordBatch.from_pylist([{"id": 1, "name": name} for name in ("a", "b")], schema=schema)
+        write_all(client, "users", [batch])
+        found = duck.execute(f"SELECT name FROM iceberg_scan('{lake.load(server.data, 'users').metadata_location}')")
+        assert found.fetchall() == [("b",)]
