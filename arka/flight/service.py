@@ -28,6 +28,7 @@ from arka.options import Limits
 from arka.records import FIELD_ID_KEY, TableName, Tier
 from arka.storage.threads import run_compute
 from arka.tiers.pipeline import Pipeline
+from arka.tiers.reads import ReadRequest, read_table
 from arka.tiers.table import Table
 
 #: Longest action body in bytes: a CreateTable of a few thousand columns fits.
@@ -157,7 +158,7 @@ class FlightService:
     # -- reading ----------------------------------------------------------------------------------
 
     async def do_get(self, call: Call) -> None:
-        """Send the table's current Iceberg snapshot as record batches."""
+        """Send a table's rows as record batches: its Iceberg snapshot, and what was accepted since."""
         ticket = _parse_ticket(bytes(messages.parse("Ticket", await _request(call)).ticket))
         table = await self._pipeline.tables.find(TableName.parse(ticket.table_name))
         if ticket.columns is not None:
@@ -167,16 +168,10 @@ class FlightService:
                 raise InvalidRequest(f"Unknown columns in {table.info.name}: {', '.join(unknown)}")
         if ticket.limit is not None and ticket.limit < 0:
             raise InvalidRequest(f"limit must not be negative: {ticket.limit}")
-        if ticket.wait_for_lsn is not None:
-            table.hurry()
-            await table.committed.wait_reached(ticket.wait_for_lsn)
-        if ticket.at_lsn is not None and ticket.at_lsn != table.committed.lsn:
-            raise ArkaError(
-                f"{table.info.name} holds LSN {table.committed.lsn} in Iceberg; at_lsn {ticket.at_lsn} is not retained",
-                code=ErrorCode.OUT_OF_RANGE,
-            )
+        columns = None if ticket.columns is None else tuple(ticket.columns)
+        request = ReadRequest(columns, ticket.limit, ticket.at_lsn, ticket.wait_for_lsn)
         with self._spill() as path:
-            await self._pipeline.tables.catalog.scan(table.info, ticket.columns, ticket.limit, str(path))
+            await read_table(self._pipeline, table, request, str(path))
             source = await run_compute(pa.memory_map, str(path), "r")
         # The file is unlinked here: the map keeps its bytes until the last of them is sent.
         with source, self._held(source.size()):

@@ -8,22 +8,19 @@ A batch of an unpartitioned table is a view of the mapped segment file until Par
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pyarrow as pa
 
 from arka import failpoints
 from arka._core.transforms import split_batch
-from arka.errors import InternalError
-from arka.iceberg.align import align_batch
 from arka.iceberg.config import CatalogConfig
+from arka.iceberg.frames import read_frames
 from arka.iceberg.parquet import FileWriter, file_writer
 from arka.iceberg.partition import split_fields
 from arka.iceberg.stagedkeys import StagedKeys
-from arka.records import Operation, TableInfo, TableType
-from arka.storage.ports import EncodeJob, StagedFile, StagedFiles
-from arka.wal.segment import read_slice
+from arka.records import TableInfo, TableType
+from arka.storage.ports import StagedFile, StagedFiles, TableFrames
 
 
 @dataclass(slots=True)
@@ -35,7 +32,7 @@ class _Pending:
     size: float = 0.0
 
 
-def encode(config: CatalogConfig, job: EncodeJob) -> StagedFiles:
+def encode(config: CatalogConfig, job: TableFrames) -> StagedFiles:
     """Write a job's rows into the warehouse.
 
     Args:
@@ -60,7 +57,7 @@ def encode(config: CatalogConfig, job: EncodeJob) -> StagedFiles:
     sorter = _Sorter(table, writer, stem, config.target_file_bytes, keys)
     rows = 0
     with writer.io.batch():
-        frames = _frames(job)
+        frames = read_frames(job)
         for batch, size, *_ in frames if keys is None else keys.settle(frames):
             if batch.num_rows:
                 rows += batch.num_rows
@@ -70,34 +67,6 @@ def encode(config: CatalogConfig, job: EncodeJob) -> StagedFiles:
     failpoints.hit("encode.synced")
     path = keys.write(stem) if keys is not None else ""
     return StagedFiles(job.after_lsn, job.through_lsn, tuple(files), rows, path)
-
-
-def _frames(job: EncodeJob) -> Iterator[tuple[pa.RecordBatch, int, Operation]]:
-    """Yield each frame's batch, in the table's schema, its size in the log, and what it does with its rows.
-
-    The batch of a delete has the key's columns alone, in the key's order.
-    """
-    schemas = {number: pa.ipc.read_schema(pa.py_buffer(data)) for number, data in job.schemas.items()}
-    last = job.after_lsn
-    for piece in job.slices:
-        for header, message in read_slice(piece, job.log_uuid):
-            # Invariant: LSNs rise through the slices of a job and stay inside its range.
-            if not last < header.lsn <= job.through_lsn:
-                raise InternalError(
-                    f"{piece.path}: LSN {header.lsn} of table {job.table.name} is not in ({last}, {job.through_lsn}]"
-                )
-            last = header.lsn
-            schema = schemas.get(header.schema_id)
-            if schema is None:
-                raise InternalError(f"{piece.path}: LSN {header.lsn} uses unknown schema {header.schema_id}")
-            target = job.table.schema
-            operation = Operation(header.operation)
-            if operation is Operation.DELETE:
-                if job.table.table_type is not TableType.PRIMARY_KEY:
-                    raise InternalError(f"{piece.path}: LSN {header.lsn} deletes rows of a table without a key")
-                schema, target = job.table.key_schema(schema), job.table.key_schema()
-            batch = pa.ipc.read_record_batch(message, schema)
-            yield align_batch(batch, target), header.payload_bytes, operation
 
 
 class _Sorter:

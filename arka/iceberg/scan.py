@@ -1,11 +1,14 @@
-"""Read a table's current snapshot into an Arrow IPC stream file.
+"""Read a table into an Arrow IPC stream file: a snapshot, and what lies above it in the log.
 
-Owns: the file that DoGet streams from. Does not own the rows above the snapshot (R25).
+Owns: the file that DoGet streams from, and which snapshot it begins with. Does not own what frames above it come to
+(``tail``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,62 +20,116 @@ from pyiceberg.manifest import FileFormat
 from pyiceberg.table import FileScanTask, Table
 from pyiceberg.transforms import IdentityTransform
 
-from arka.errors import InternalError, InvalidRequest
+from arka.errors import ArkaError, ErrorCode, InternalError, InvalidRequest
 from arka.iceberg.align import align_batch
 from arka.iceberg.catalogs import catalog
 from arka.iceberg.config import CatalogConfig
 from arka.iceberg.deletes import live_rows
-from arka.iceberg.marks import committed_lsn_property, marks_of
+from arka.iceberg.marks import committed_lsn_property, mark_of, marks_of
 from arka.iceberg.schema import arrow_schema, field_id
-from arka.records import FIELD_ID_KEY, TableInfo, TableName
-from arka.storage.ports import CommitMark, TableMissing
+from arka.iceberg.tail import open_tail
+from arka.records import FIELD_ID_KEY, TableName
+from arka.storage.ports import CommitMark, ReadJob, TableMissing
 
 #: Schema metadata of the file: the snapshot it holds, absent for a table without one.
 SNAPSHOT_KEY = "arka.snapshot-id"
 
 
-def scan(config: CatalogConfig, info: TableInfo, columns: Sequence[str] | None, limit: int | None, path: str) -> int:
-    """Write rows of the current snapshot to a local file.
+def scan(config: CatalogConfig, job: ReadJob, path: str) -> int:
+    """Write a table's rows to a local file.
 
     Args:
         config: the catalog.
-        info: the table; its schema at the catalog, not this one, decides the columns' types.
-        columns: names of top-level columns, in the order wanted; None for all.
-        limit: most rows; None for all.
+        job: what is wanted of which table; its frames must stay in the log until this returns.
         path: the file; replaced.
 
     Returns:
-        The number of rows. The stream's schema is the table's canonical one, with field ids; its metadata
-        holds ``arka.snapshot-id`` and each log's ``arka.<log-uuid>.committed-lsn``, taken from the same
-        metadata file as the rows (R25).
+        The number of rows: those of the snapshot first, then those that frames add. The stream's schema is the table's
+        canonical one, with field ids; its metadata holds ``arka.snapshot-id`` and each log's
+        ``arka.<log-uuid>.committed-lsn``, taken from the same metadata file as the rows (R25).
 
     Raises:
         TableMissing: no table with that UUID under that name.
         InvalidRequest: a column that the table does not have.
+        ArkaError: ``out_of_range``: no retained snapshot ends at ``job.at_lsn``.
+        DataCorruption: a frame's CRC does not hold (R9).
         OSError: the warehouse or the local disk failed.
     """
+    info = job.table
     try:
         table = catalog(config).load_table(tuple(info.name))
     except (NoSuchTableError, NoSuchNamespaceError) as error:
         raise TableMissing(f"Table not found: {info.name}") from error
     if table.metadata.table_uuid != info.uuid:
         raise TableMissing(f"Table not found: {info.name} with UUID {info.uuid}")
-    notes = scan_notes(marks_of(table.metadata.properties), table.metadata.current_snapshot_id)
-    schema = check_columns(info.name, arrow_schema(table.schema()), columns).with_metadata(notes)
+    base = _base_of(table, job)
+    whole = arrow_schema(table.schema())
+    schema = check_columns(info.name, whole, job.columns)
+    frames = job.tail if base.takes_frames else None
+    if frames is not None:
+        frames = replace(frames, table=replace(frames.table, schema=whole))
+    tail = open_tail(frames, base.lsn)
+    wide = pa.schema([*schema, *(whole.field(name) for name in tail.needs if name not in schema.names)])
     rows = 0
-    with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
-        for batch in _batches(table, schema):
-            wanted = batch if limit is None else batch.slice(0, limit - rows)
+    stream_schema = schema.with_metadata(scan_notes(base.marks, base.snapshot_id))
+    with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, stream_schema) as stream:
+        found = (tail.hide(batch) for batch in _batches(table, base.snapshot_id, wide))
+        for batch in chain(found, tail.rows()):
+            # Views of the log and of the snapshot's files alike: the metadata is this answer's.
+            chosen = pa.RecordBatch.from_arrays([batch.column(name) for name in schema.names], schema=stream_schema)
+            wanted = chosen if job.limit is None else chosen.slice(0, job.limit - rows)
             if wanted.num_rows:
                 stream.write_batch(wanted)
                 rows += wanted.num_rows
-            if limit is not None and rows >= limit:
+            if job.limit is not None and rows >= job.limit:
                 break
     return rows
 
 
-def _batches(table: Table, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """Yield the live rows of the current snapshot."""
+@dataclass(frozen=True, slots=True)
+class _Base:
+    """The snapshot that an answer begins with.
+
+    Attributes:
+        snapshot_id: None for a table without one.
+        lsn: it holds the log up to here.
+        marks: of all logs, as it holds them.
+        takes_frames: whether frames above ``lsn`` belong on top.
+    """
+
+    snapshot_id: int | None
+    lsn: int
+    marks: Sequence[CommitMark]
+    takes_frames: bool
+
+
+def _base_of(table: Table, job: ReadJob) -> _Base:
+    """Choose the snapshot that a read begins with."""
+    metadata = table.metadata
+    marks = marks_of(metadata.properties)
+    lsn = mark_of(metadata.properties, job.log_uuid).committed_lsn
+    if job.at_lsn is None or job.at_lsn >= lsn:
+        # A table below what was known to be committed was rolled back: its owner's will, nothing is replayed (R20).
+        rolled_back = job.tail is not None and lsn < job.tail.after_lsn
+        return _Base(metadata.current_snapshot_id, lsn, marks, not rolled_back)
+    snapshot = metadata.current_snapshot()
+    while snapshot is not None:
+        notes = {} if snapshot.summary is None else snapshot.summary.additional_properties
+        if (notes.get("arka.log"), notes.get("arka.lsn-last")) == (str(job.log_uuid), str(job.at_lsn)):
+            then = [replace(m, committed_lsn=job.at_lsn) for m in marks if m.log_uuid == job.log_uuid]
+            return _Base(snapshot.snapshot_id, job.at_lsn, then, takes_frames=False)
+        parent_id = snapshot.parent_snapshot_id
+        snapshot = None if parent_id is None else metadata.snapshot_by_id(parent_id)
+    raise ArkaError(
+        f"{job.table.name} holds LSN {lsn} in Iceberg and no retained snapshot ends at at_lsn {job.at_lsn}",
+        code=ErrorCode.OUT_OF_RANGE,
+    )
+
+
+def _batches(table: Table, snapshot_id: int | None, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Yield the live rows of a snapshot."""
+    if snapshot_id is None:
+        return
     wanted = {field_id(field) for field in schema}
     identities = {
         field.source_id
@@ -80,7 +137,7 @@ def _batches(table: Table, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         for field in spec.fields
         if isinstance(field.transform, IdentityTransform)
     }
-    for task in table.scan().plan_files():
+    for task in table.scan(snapshot_id=snapshot_id).plan_files():
         with table.io.new_input(task.file.file_path).open() as source:
             file = pq.ParquetFile(source)
             ids = {int((f.metadata or {}).get(FIELD_ID_KEY, -1)): f.name for f in file.schema_arrow}

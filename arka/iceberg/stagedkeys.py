@@ -14,13 +14,14 @@ from typing import Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from arka._core.rowkeys import DROPPED, HASH_BYTES, IF_ABSENT, REMOVES, hash_keys, settle
+from arka._core.rowkeys import HASH_BYTES
 from arka._core.runs import REMOVED, UNLESS_THERE, write_run
 from arka.iceberg.config import CatalogConfig
 from arka.iceberg.fileio import make_directory
-from arka.iceberg.runfiles import hashes_of, new_run, packed, table_secret
-from arka.records import MERGE, MERGE_FIRST, Operation
-from arka.storage.ports import EncodeJob
+from arka.iceberg.frames import FrameRows
+from arka.iceberg.runfiles import new_run, packed, table_secret
+from arka.iceberg.settled import SettledFrames
+from arka.storage.ports import TableFrames
 
 _HASH: Final = pa.field("arka.hash", pa.binary(HASH_BYTES), nullable=False)
 _CONDITION: Final = pa.field("arka.unless-there", pa.bool_(), nullable=False)
@@ -37,45 +38,27 @@ class StagedKeys:
         OSError: the local disk failed.
     """
 
-    def __init__(self, config: CatalogConfig, job: EncodeJob) -> None:
+    def __init__(self, config: CatalogConfig, job: TableFrames) -> None:
         self._table = job.table
         self._secret = table_secret(config.index_dir, job.table.uuid)
         self._directory = os.path.join(config.index_dir, "staged")
-        self._first = job.table.properties.get(MERGE) == MERGE_FIRST
         self._parts: list[tuple[pa.Buffer, int, pa.Buffer | None]] = []
         self._remove_old(job.after_lsn)
 
-    def settle(self, frames: Iterable[tuple[pa.RecordBatch, int, Operation]]) -> Iterator[tuple[pa.RecordBatch, float]]:
+    def settle(self, frames: Iterable[FrameRows]) -> Iterator[tuple[pa.RecordBatch, float]]:
         """Yield the rows that stand, each batch with two columns more and its share of the size.
 
         Args:
-            frames: in LSN order: rows, or keys alone; sizes; and what is done.
+            frames: in LSN order.
         """
-        batches = []
-        hashes = bytearray()
-        deletes = bytearray()
-        for batch, size, operation in frames:
-            hashes += hash_keys([batch.column(name) for name in self._table.key_columns], self._secret)
-            deletes += (b"\1" if operation is Operation.DELETE else b"\0") * batch.num_rows
-            batches.append((batch, size, operation))
-        verdicts = settle(hashes, deletes, first=self._first)
-        all_hashes = hashes_of(hashes)
-        all_verdicts = pa.Array.from_buffers(pa.uint8(), len(verdicts), [None, pa.py_buffer(verdicts)])
-        removed = all_hashes.filter(pc.equal(all_verdicts, REMOVES))
+        settled = SettledFrames(frames, self._table, self._secret)
+        removed = settled.removed()
         if len(removed):
             self._parts.append((packed(removed), REMOVED, None))
-        start = 0
-        for batch, size, operation in batches:
-            rows = batch.num_rows
-            mine = all_verdicts.slice(start, rows)
-            if operation is not Operation.DELETE and rows:
-                widened = pa.RecordBatch.from_arrays(
-                    [*batch.columns, all_hashes.slice(start, rows), pc.equal(mine, IF_ABSENT)],
-                    schema=pa.schema([*batch.schema, _HASH, _CONDITION]),
-                )
-                standing = widened.filter(pc.not_equal(mine, DROPPED))
-                yield standing, size * standing.num_rows / rows
-            start += rows
+        for rows in settled.standing():
+            schema = pa.schema([*rows.batch.schema, _HASH, _CONDITION])
+            columns = [*rows.batch.columns, rows.hashes, rows.if_absent]
+            yield pa.RecordBatch.from_arrays(columns, schema=schema), rows.share
 
     def take(self, batches: list[pa.RecordBatch], number: int) -> list[pa.RecordBatch]:
         """Note the rows of a file before it is written; returns them as the file has them."""

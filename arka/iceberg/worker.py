@@ -15,7 +15,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final, ParamSpec, TypeVar
 
 from arka import failpoints
@@ -29,9 +29,10 @@ from arka.storage.ports import (
     CatalogUnavailable,
     CommitJob,
     CommitResult,
-    EncodeJob,
+    ReadJob,
     StagedFiles,
     TableExists,
+    TableFrames,
     TableMissing,
 )
 
@@ -111,7 +112,7 @@ def connect(config: CatalogConfig) -> None:
 
 
 @_job
-def encode(config: CatalogConfig, job: EncodeJob) -> StagedFiles:
+def encode(config: CatalogConfig, job: TableFrames) -> StagedFiles:
     """See ``arka.iceberg.encode.encode``."""
     from arka.iceberg.encode import encode as run
 
@@ -159,11 +160,11 @@ def list_tables(config: CatalogConfig) -> CatalogListing:
 
 
 @_job
-def scan(config: CatalogConfig, info: TableInfo, columns: Sequence[str] | None, limit: int | None, path: str) -> int:
+def scan(config: CatalogConfig, job: ReadJob, path: str) -> int:
     """See ``arka.iceberg.scan.scan``."""
     from arka.iceberg.scan import scan as run
 
-    return run(config, info, columns, limit, path)
+    return run(config, job, path)
 
 
 __all__ = [

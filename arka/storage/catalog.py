@@ -29,8 +29,9 @@ from arka.storage.ports import (
     CatalogUnavailable,
     CommitJob,
     CommitResult,
-    EncodeJob,
+    ReadJob,
     StagedFiles,
+    TableFrames,
 )
 from arka.storage.workers import DeadlineMissed, Template, WorkerPool, open_pool
 
@@ -130,7 +131,7 @@ class IcebergCatalog:
         """See ``ports.Catalog.list_tables``."""
         return await self._control.run(worker.list_tables, self._config)
 
-    async def encode(self, job: EncodeJob) -> StagedFiles:
+    async def encode(self, job: TableFrames) -> StagedFiles:
         """See ``ports.Catalog.encode``."""
         return await self._encode.run(job.table, worker.encode, self._config, job)
 
@@ -138,10 +139,10 @@ class IcebergCatalog:
         """See ``ports.Catalog.commit``."""
         return await self._commit.run(job.table, worker.commit, self._config, job)
 
-    async def scan(self, info: TableInfo, columns: Sequence[str] | None, limit: int | None, path: str) -> int:
+    async def scan(self, job: ReadJob, path: str) -> int:
         """See ``ports.Catalog.scan``."""
         async with self._scans:
-            return await self._control.run(worker.scan, self._config, info, columns, limit, path)
+            return await self._control.run(worker.scan, self._config, job, path)
 
 
 @asynccontextmanager

@@ -154,12 +154,16 @@ class SegmentSlice:
 
 
 @dataclass(frozen=True, slots=True)
-class EncodeJob:
-    """Turn the frames in ``(after_lsn, through_lsn]`` of one table into Parquet files.
+class TableFrames:
+    """The frames in ``(after_lsn, through_lsn]`` of one table, in the log: what an encode job is about.
 
     Attributes:
         table: the table at its current schema.
         schemas: IPC schema bytes by schema id, for each schema that the frames use (R24).
+        log_uuid: the log.
+        after_lsn: no frame has it or a lower one.
+        through_lsn: none has a higher one.
+        slices: where they are, in LSN order.
     """
 
     table: TableInfo
@@ -240,6 +244,27 @@ class CommitResult:
     snapshot_id: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class ReadJob:
+    """Read a table as it was after some LSN (R25).
+
+    Attributes:
+        table: which; its schema at the catalog, not this one, decides the columns' types.
+        log_uuid: the log whose LSNs are meant.
+        columns: names of top-level columns, in the order wanted; None for all.
+        limit: most rows; None for all.
+        at_lsn: the last LSN that the answer may hold; None for the newest there is.
+        tail: the frames that the newest snapshot may lack, up to ``at_lsn``; None for none.
+    """
+
+    table: TableInfo
+    log_uuid: UUID
+    columns: tuple[str, ...] | None = None
+    limit: int | None = None
+    at_lsn: int | None = None
+    tail: TableFrames | None = None
+
+
 class CatalogUnavailable(Exception):
     """The catalog or the warehouse did not answer; whether a commit happened is unknown (R16)."""
 
@@ -292,7 +317,7 @@ class Catalog(Protocol):
         """Load every table of every namespace; one that cannot be read keeps no other out."""
         ...
 
-    async def encode(self, job: EncodeJob) -> StagedFiles:
+    async def encode(self, job: TableFrames) -> StagedFiles:
         """Write the job's rows as Parquet into the warehouse; durable on return.
 
         Raises:
@@ -304,14 +329,20 @@ class Catalog(Protocol):
         """Commit staged files; see CommitOutcome. Durable on return of COMMITTED."""
         ...
 
-    async def scan(self, info: TableInfo, columns: Sequence[str] | None, limit: int | None, path: str) -> int:
-        """Write the current snapshot's rows as an Arrow IPC stream to the local file ``path``.
+    async def scan(self, job: ReadJob, path: str) -> int:
+        """Write a table's rows as an Arrow IPC stream to the local file ``path``: a snapshot's, and frames above it.
+
+        The schema's metadata says which snapshot it was (``arka.snapshot-id``) and how far each log is in it; both come
+        from one metadata file (R25). Frames that it holds already are left out.
 
         Returns:
             The number of rows.
 
         Raises:
             TableMissing: no such table.
+            InvalidRequest: a column that the table does not have.
+            ArkaError: ``out_of_range``: ``at_lsn`` lies below the newest snapshot and no retained one ends there.
+            DataCorruption: a frame's CRC does not hold (R9).
         """
         ...
 
@@ -432,7 +463,6 @@ __all__ = [
     "CommitResult",
     "Disk",
     "DiskFile",
-    "EncodeJob",
     "ObjectExists",
     "ObjectMeta",
     "ObjectStore",
@@ -442,5 +472,6 @@ __all__ = [
     "StoreRefused",
     "StoreUnavailable",
     "TableExists",
+    "TableFrames",
     "TableMissing",
 ]

@@ -8,21 +8,23 @@ Each check stands alone, on tables of its own; a failed one raises AssertionErro
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Container, Sequence
 from pathlib import Path
-from typing import Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 from uuid import UUID, uuid4
 
 import pyarrow as pa
 
-from arka.errors import DataCorruption, InvalidRequest
+from arka.errors import ArkaError, DataCorruption, ErrorCode, InvalidRequest
 from arka.records import (
     FIELD_ID_KEY,
+    OWNER,
     PartitionRequest,
     TableDefinition,
     TableInfo,
     TableName,
     TableType,
+    owner_property,
 )
 from arka.storage.ports import (
     Catalog,
@@ -31,10 +33,11 @@ from arka.storage.ports import (
     CommitMark,
     CommitOutcome,
     CommitResult,
-    EncodeJob,
+    ReadJob,
     SegmentSlice,
     StagedFiles,
     TableExists,
+    TableFrames,
     TableMissing,
 )
 
@@ -67,8 +70,10 @@ class Subject(Protocol):
         """A folder for scratch files."""
         ...
 
-    def write(self, info: TableInfo, frames: Sequence[tuple[int, pa.RecordBatch]]) -> SegmentSlice:
-        """Write batches with their LSNs as frames of one segment."""
+    def write(
+        self, info: TableInfo, frames: Sequence[tuple[int, pa.RecordBatch]], deletes: Container[int] = ()
+    ) -> SegmentSlice:
+        """Write batches with their LSNs as frames of one segment; those in ``deletes`` delete and have keys alone."""
         ...
 
     def damage(self, piece: SegmentSlice) -> None:
@@ -101,12 +106,29 @@ async def _create(subject: Subject, **changes: object) -> TableInfo:
     return (await subject.catalog.create_table(definition, SUFFIX)).info
 
 
+def _frames(
+    subject: Subject,
+    info: TableInfo,
+    frames: Sequence[tuple[int, pa.RecordBatch]],
+    after: int,
+    through: int,
+    deletes: Container[int] = (),
+) -> TableFrames:
+    pieces = (subject.write(info, frames, deletes),) if frames else ()
+    schemas = {info.schema_id: info.schema.serialize().to_pybytes()}
+    return TableFrames(info, schemas, subject.log_uuid, after, through, pieces)
+
+
 async def _encode(
     subject: Subject, info: TableInfo, frames: Sequence[tuple[int, pa.RecordBatch]], after: int, through: int
 ) -> StagedFiles:
-    pieces = (subject.write(info, frames),) if frames else ()
-    schemas = {info.schema_id: info.schema.serialize().to_pybytes()}
-    return await subject.catalog.encode(EncodeJob(info, schemas, subject.log_uuid, after, through, pieces))
+    return await subject.catalog.encode(_frames(subject, info, frames, after, through))
+
+
+def _read(
+    subject: Subject, info: TableInfo, columns: Sequence[str] | None = None, limit: int | None = None, **more: Any
+) -> ReadJob:
+    return ReadJob(info, subject.log_uuid, None if columns is None else tuple(columns), limit, **more)
 
 
 def _job(subject: Subject, info: TableInfo, staged: StagedFiles, *, epoch: int = 1) -> CommitJob:
@@ -123,7 +145,7 @@ async def _append(
 
 async def _ids(subject: Subject, info: TableInfo) -> list[int]:
     path = str(subject.directory / f"{uuid4()}.arrow")
-    count = await subject.catalog.scan(info, ["id"], None, path)
+    count = await subject.catalog.scan(_read(subject, info, ["id"], None), path)
     table = pa.ipc.open_stream(pa.OSFile(path, "rb")).read_all()
     assert table.num_rows == count
     found: list[int] = table.column("id").to_pylist()
@@ -341,7 +363,7 @@ async def scan_honours_columns_and_limit(subject: Subject) -> None:
     info = await _create(subject)
     result = await _append(subject, info, [1, 2, 3], 0, 3)
     path = str(subject.directory / f"{uuid4()}.arrow")
-    assert await subject.catalog.scan(info, ["tags", "id"], 2, path) == 2
+    assert await subject.catalog.scan(_read(subject, info, ["tags", "id"], 2), path) == 2
     table = pa.ipc.open_stream(pa.OSFile(path, "rb")).read_all()
     wanted = pa.schema([info.schema.field("tags"), info.schema.field("id")])
     assert table.schema.equals(wanted)
@@ -351,12 +373,108 @@ async def scan_honours_columns_and_limit(subject: Subject) -> None:
         f"arka.{subject.log_uuid}.committed-lsn".encode(): b"3",
     }
     assert table.num_rows == 2
-    assert await subject.catalog.scan(info, None, None, path) == 3
+    assert await subject.catalog.scan(_read(subject, info, None, None), path) == 3
     whole = pa.ipc.open_stream(pa.OSFile(path, "rb")).read_all()
     assert whole.cast(SCHEMA).to_pylist() == rows_of(1, 2, 3).to_pylist()
-    assert await subject.catalog.scan(info, None, 0, path) == 0
-    error = await _error_of(InvalidRequest, subject.catalog.scan(info, ["id", "nothing"], None, path))
+    assert await subject.catalog.scan(_read(subject, info, None, 0), path) == 0
+    error = await _error_of(InvalidRequest, subject.catalog.scan(_read(subject, info, ["id", "nothing"], None), path))
     assert "nothing" in error.detail
+
+
+async def _found(subject: Subject, job: ReadJob) -> list[Any]:
+    """What a read finds: the rows' ``id`` and ``name``, in order."""
+    path = str(subject.directory / f"{uuid4()}.arrow")
+    count = await subject.catalog.scan(job, path)
+    rows = pa.ipc.open_stream(pa.OSFile(path, "rb")).read_all().to_pylist()
+    assert len(rows) == count
+    return [(row["id"], row["name"]) for row in rows]
+
+
+async def read_adds_the_frames_above_the_snapshot(subject: Subject) -> None:
+    """Frames that the snapshot does not hold are read behind its rows; those that it holds are not read again (R25)."""
+    info = await _create(subject)
+    frames = [(lsn, rows_of(lsn)) for lsn in range(1, 5)]
+    tail = _frames(subject, info, frames, 0, 4)
+    for committed in (0, 2, 4):
+        if committed:
+            await _append(subject, info, [committed - 1, committed], committed - 2, committed)
+        expected = [(number, f"n{number}") for number in range(1, 5)]
+        assert sorted(await _found(subject, _read(subject, info, tail=tail))) == expected
+        assert sorted(await _found(subject, _read(subject, info))) == expected[:committed]
+        limited = await _found(subject, _read(subject, info, limit=3, tail=tail))
+        assert sorted(limited) == expected[:3] or committed == 4
+        assert len(set(limited)) == 3
+
+
+async def read_of_the_past(subject: Subject) -> None:
+    """``at_lsn`` below the newest snapshot needs one that ends there; frames have no place on top of it."""
+    info = await _create(subject)
+    await _append(subject, info, [1], 0, 3)
+    await subject.foreign_append(info, rows_of(7))
+    await _append(subject, info, [2], 3, 9)
+    tail = _frames(subject, info, [(10, rows_of(3))], 9, 10)
+    first = [(1, "n1")]
+    assert await _found(subject, _read(subject, info, at_lsn=3)) == first
+    assert await _found(subject, _read(subject, info, at_lsn=3, tail=tail)) == first
+    assert sorted(found for found, _ in await _found(subject, _read(subject, info, at_lsn=9))) == [1, 2, 7]
+    newest = [found for found, _ in await _found(subject, _read(subject, info, at_lsn=10, tail=tail))]
+    assert (sorted(newest), newest[-1]) == ([1, 2, 3, 7], 3)
+    for between in (0, 2, 4, 8):
+        error = await _error_of(ArkaError, subject.catalog.scan(_read(subject, info, at_lsn=between), "unused"))
+        assert error.code is ErrorCode.OUT_OF_RANGE
+
+
+async def rolled_back_table_is_read_alone(subject: Subject) -> None:
+    """Above a table that stands below what was committed nothing is read: the hole would not show (R20)."""
+    info = await _create(subject)
+    await _append(subject, info, [1, 2], 0, 4)
+    tail = _frames(subject, info, [(9, rows_of(9))], 8, 9)
+    assert sorted(await _found(subject, _read(subject, info, tail=tail))) == [(1, "n1"), (2, "n2")]
+
+
+def _named(*rows: tuple[int, str]) -> pa.RecordBatch:
+    return pa.RecordBatch.from_pylist([{"id": number, "name": name} for number, name in rows], schema=SCHEMA)
+
+
+async def primary_key_keeps_one_row_of_each_key(subject: Subject) -> None:
+    """The last write of a key stands, in what is committed and in what is read above it; or the first, if so asked."""
+    keys = pa.schema([SCHEMA.field("id")])
+    frames = [
+        (1, _named((1, "a"), (2, "b"), (1, "c"))),
+        (2, pa.record_batch([pa.array([2, 5])], schema=keys)),
+        (3, _named((3, "d"), (2, "e"))),
+        (4, pa.record_batch([pa.array([3])], schema=keys)),
+        (5, _named((1, "f"), (4, "g"))),
+    ]
+    last = [{}, {1: "c", 2: "b"}, {1: "c"}, {1: "c", 3: "d", 2: "e"}, {1: "c", 2: "e"}, {1: "f", 2: "e", 4: "g"}]
+    first = [{}, {1: "a", 2: "b"}, {1: "a"}, {1: "a", 3: "d", 2: "e"}, {1: "a", 2: "e"}, {1: "a", 2: "e", 4: "g"}]
+    for merge, expected in (("last", last), ("first", first)):
+        info = await _create(
+            subject,
+            schema=SCHEMA,
+            table_type=TableType.PRIMARY_KEY,
+            key_columns=("id",),
+            properties={"arka.merge": merge, OWNER: owner_property("node", subject.log_uuid)},
+        )
+        committed = 0
+        for through in (0, 1, 3, 4, 5):
+            cut = [frame for frame in frames if committed < frame[0] <= through]
+            if cut:
+                staged = await subject.catalog.encode(_frames(subject, info, cut, committed, through, {2, 4}))
+                result = await subject.catalog.commit(_job(subject, info, staged))
+                assert result.outcome is CommitOutcome.COMMITTED
+                committed = through
+            for end in range(committed, 6):
+                rest = [frame for frame in frames if committed < frame[0] <= end]
+                tail = _frames(subject, info, rest, committed, end, {2, 4}) if rest else None
+                found = await _found(subject, _read(subject, info, tail=tail))
+                assert len(found) == len(dict(found))
+                assert dict(found) == expected[end], (merge, committed, end)
+                # Columns that are not asked for are looked at all the same.
+                path = str(subject.directory / f"{uuid4()}.arrow")
+                names = sorted(name for _, name in found)
+                await subject.catalog.scan(_read(subject, info, ["name"], tail=tail), path)
+                assert sorted(pa.ipc.open_stream(pa.OSFile(path, "rb")).read_all()["name"].to_pylist()) == names
 
 
 async def damaged_frame_is_never_encoded(subject: Subject) -> None:
@@ -365,7 +483,7 @@ async def damaged_frame_is_never_encoded(subject: Subject) -> None:
     piece = subject.write(info, [(1, rows_of(1)), (2, rows_of(2))])
     subject.damage(piece)
     schemas = {info.schema_id: info.schema.serialize().to_pybytes()}
-    job = EncodeJob(info, schemas, subject.log_uuid, 0, 2, (piece,))
+    job = TableFrames(info, schemas, subject.log_uuid, 0, 2, (piece,))
     error = await _error_of(DataCorruption, subject.catalog.encode(job))
     assert error.path == piece.path
     assert error.offset > 0
@@ -386,6 +504,10 @@ CHECKS: Final[tuple[Check, ...]] = (
     foreign_commits_are_kept,
     logs_have_marks_of_their_own,
     scan_honours_columns_and_limit,
+    read_adds_the_frames_above_the_snapshot,
+    read_of_the_past,
+    rolled_back_table_is_read_alone,
+    primary_key_keeps_one_row_of_each_key,
     damaged_frame_is_never_encoded,
 )
 

@@ -9,7 +9,7 @@ Everything runs in the caller's task, so that ``trio.testing.MockClock`` sees ev
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from itertools import count
@@ -19,13 +19,14 @@ from uuid import UUID, uuid4
 import pyarrow as pa
 import trio
 
-from arka.errors import InternalError
+from arka.errors import ArkaError, ErrorCode, InternalError
 from arka.iceberg.align import align_batch
 from arka.iceberg.control import new_properties
+from arka.iceberg.frames import FrameRows
 from arka.iceberg.partition import new_partition_spec, partition_fields
 from arka.iceberg.scan import check_columns, scan_notes
 from arka.iceberg.schema import arrow_schema, new_iceberg_schema
-from arka.records import TableDefinition, TableInfo, TableName
+from arka.records import MERGE, MERGE_FIRST, Operation, TableDefinition, TableInfo, TableName, TableType
 from arka.storage.ports import (
     CatalogListing,
     CatalogTable,
@@ -34,11 +35,12 @@ from arka.storage.ports import (
     CommitMark,
     CommitOutcome,
     CommitResult,
-    EncodeJob,
+    ReadJob,
     SegmentSlice,
     StagedFile,
     StagedFiles,
     TableExists,
+    TableFrames,
     TableMissing,
 )
 
@@ -54,6 +56,11 @@ class BatchFrame(Protocol):
     @property
     def schema_id(self) -> int:
         """The schema that the frame was accepted under."""
+        ...
+
+    @property
+    def operation(self) -> int:
+        """What it does with its rows."""
         ...
 
 
@@ -95,7 +102,10 @@ class _SimTable:
     marks: dict[UUID, CommitMark] = field(default_factory=dict)
     snapshots: list[int] = field(default_factory=list)
     commits: dict[UUID, int] = field(default_factory=dict)
-    rows: list[pa.RecordBatch] = field(default_factory=list)
+    #: Everything that was ever committed, in order, foreign rows included.
+    changes: list[FrameRows] = field(default_factory=list)
+    #: By log and LSN of a commit, how many of the changes it ends.
+    ends: dict[tuple[UUID, int], int] = field(default_factory=dict)
 
     def describe(self) -> CatalogTable:
         marks = tuple(self.marks[log] for log in sorted(self.marks))
@@ -120,7 +130,7 @@ class SimCatalog:
         self._read_frames = read_frames
         self._latency_s = latency_s
         self._tables: dict[TableName, _SimTable] = {}
-        self._staged: dict[str, list[pa.RecordBatch]] = {}
+        self._staged: dict[str, list[FrameRows]] = {}
         self._faults: deque[Fault] = deque()
         self._snapshot_ids = count(1_000)
         self.calls: list[str] = []
@@ -139,7 +149,7 @@ class SimCatalog:
     def foreign_append(self, name: TableName, batch: pa.RecordBatch) -> None:
         """Add a snapshot of another writer."""
         table = self._tables[name]
-        table.rows.append(align_batch(batch, table.info.schema))
+        table.changes.append(FrameRows(align_batch(batch, table.info.schema), batch.nbytes, Operation.UPSERT, 0))
         table.snapshots.append(next(self._snapshot_ids))
 
     def remove(self, name: TableName) -> None:
@@ -149,7 +159,7 @@ class SimCatalog:
     def rows(self, name: TableName) -> pa.Table:
         """Return the rows that any reader would find, in the order in which they were committed."""
         table = self._tables[name]
-        return pa.Table.from_batches(table.rows, schema=table.info.schema)
+        return _fold(table.info, table.changes)
 
     # ports.Catalog.
 
@@ -170,7 +180,7 @@ class SimCatalog:
         """See ``ports.Catalog.list_tables``."""
         return await self._call("list_tables", self._list)
 
-    async def encode(self, job: EncodeJob) -> StagedFiles:
+    async def encode(self, job: TableFrames) -> StagedFiles:
         """See ``ports.Catalog.encode``."""
         return await self._call("encode", lambda: self._encode(job))
 
@@ -178,9 +188,9 @@ class SimCatalog:
         """See ``ports.Catalog.commit``."""
         return await self._call("commit", lambda: self._commit(job))
 
-    async def scan(self, info: TableInfo, columns: Sequence[str] | None, limit: int | None, path: str) -> int:
+    async def scan(self, job: ReadJob, path: str) -> int:
         """See ``ports.Catalog.scan``."""
-        return await self._call("scan", lambda: self._scan(info, columns, limit, path))
+        return await self._call("scan", lambda: self._scan(job, path))
 
     async def _call(self, name: str, effect: Callable[[], T]) -> T:
         self.calls.append(name)
@@ -245,24 +255,28 @@ class SimCatalog:
         self._find_same(info)
         del self._tables[info.name]
 
-    def _encode(self, job: EncodeJob) -> StagedFiles:
+    def _encode(self, job: TableFrames) -> StagedFiles:
+        frames = list(self._frames(job))
+        rows = sum(frame.batch.num_rows for frame in frames)
+        if rows == 0:
+            return StagedFiles(job.after_lsn, job.through_lsn, (), 0)
+        path = f"{job.table.location}/data/{uuid4()}.parquet"
+        self._staged[path] = frames
+        file = StagedFile(path, (), job.table.spec_id, rows, sum(frame.size for frame in frames), {})
+        return StagedFiles(job.after_lsn, job.through_lsn, (file,), rows)
+
+    def _frames(self, job: TableFrames) -> Iterator[FrameRows]:
         schemas = {number: pa.ipc.read_schema(pa.py_buffer(data)) for number, data in job.schemas.items()}
-        batches = []
         last = job.after_lsn
         for piece in job.slices:
             for header, message in self._read_frames(piece, job.log_uuid):
                 if not last < header.lsn <= job.through_lsn:
                     raise InternalError(f"LSN {header.lsn} is not in ({last}, {job.through_lsn}]")
                 last = header.lsn
-                batch = pa.ipc.read_record_batch(message, schemas[header.schema_id])
-                batches.append(align_batch(batch, job.table.schema))
-        rows = sum(batch.num_rows for batch in batches)
-        if rows == 0:
-            return StagedFiles(job.after_lsn, job.through_lsn, (), 0)
-        path = f"{job.table.location}/data/{uuid4()}.parquet"
-        self._staged[path] = batches
-        file = StagedFile(path, (), job.table.spec_id, rows, sum(b.nbytes for b in batches), {})
-        return StagedFiles(job.after_lsn, job.through_lsn, (file,), rows)
+                operation = Operation(header.operation)
+                schema = job.table.frame_schema(operation, schemas[header.schema_id])
+                batch = align_batch(pa.ipc.read_record_batch(message, schema), job.table.frame_schema(operation))
+                yield FrameRows(batch, batch.nbytes, operation, header.lsn)
 
     def _commit(self, job: CommitJob) -> CommitResult:
         table = self._tables.get(job.table.name)
@@ -279,21 +293,47 @@ class SimCatalog:
         if mark.committed_lsn != job.staged.after_lsn:
             return CommitResult(CommitOutcome.RECUT, mark.committed_lsn, current)
         for file in job.staged.files:
-            table.rows += self._staged[file.path]
+            table.changes += self._staged[file.path]
+        table.ends[job.log_uuid, job.staged.through_lsn] = len(table.changes)
         table.marks[job.log_uuid] = replace(mark, committed_lsn=job.staged.through_lsn, epoch=job.epoch)
         table.snapshots.append(next(self._snapshot_ids))
         table.commits[job.commit_id] = table.snapshots[-1]
         return CommitResult(CommitOutcome.COMMITTED, job.staged.through_lsn, table.snapshots[-1])
 
-    def _scan(self, info: TableInfo, columns: Sequence[str] | None, limit: int | None, path: str) -> int:
-        table = self._find_same(info)
-        schema = check_columns(info.name, table.info.schema, columns)
+    def _scan(self, job: ReadJob, path: str) -> int:
+        table = self._find_same(job.table)
+        schema = check_columns(job.table.name, table.info.schema, job.columns)
         described = table.describe()
+        lsn = described.committed_lsn(job.log_uuid)
+        changes = table.changes
+        if job.at_lsn is not None and job.at_lsn < lsn:
+            end = table.ends.get((job.log_uuid, job.at_lsn))
+            if end is None:
+                raise ArkaError(f"no retained snapshot ends at {job.at_lsn}", code=ErrorCode.OUT_OF_RANGE)
+            changes = changes[:end]
+        elif job.tail is not None and lsn >= job.tail.after_lsn:
+            changes = changes + [frame for frame in self._frames(job.tail) if frame.lsn > lsn]
         schema = schema.with_metadata(scan_notes(described.marks, described.snapshot_id))
-        found = self.rows(info.name).select(schema.names).slice(0, limit)
+        found = _fold(table.info, changes).select(schema.names).slice(0, job.limit)
         with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
             stream.write_table(found.cast(schema))
         return int(found.num_rows)
+
+
+def _fold(info: TableInfo, changes: Sequence[FrameRows]) -> pa.Table:
+    """What a table holds after some changes, as a dictionary has it."""
+    if info.table_type is TableType.APPEND_ONLY:
+        return pa.Table.from_batches([change.batch for change in changes], schema=info.schema)
+    first = info.properties.get(MERGE) == MERGE_FIRST
+    rows: dict[tuple[object, ...], dict[str, object]] = {}
+    for change in changes:
+        for row in change.batch.to_pylist():
+            key = tuple(row[name] for name in info.key_columns)
+            if change.operation is Operation.DELETE:
+                rows.pop(key, None)
+            elif not (first and key in rows):
+                rows[key] = row
+    return pa.Table.from_pylist(list(rows.values()), schema=info.schema)
 
 
 __all__ = ["BatchFrame", "Fault", "FaultKind", "ReadFrames", "SimCatalog"]

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 from uuid import UUID
 
-import pyarrow as pa
-
-from arka.records import AckMessage, Tier
+from arka.iceberg.frames import FrameRows
+from arka.records import AckMessage, Operation, Tier
 from arka.storage.ports import CommitJob
 from arka.testing.simworld import MachineDisk, Trace
 from arka.wal.objectfile import parse_object
@@ -30,6 +29,7 @@ class Write:
     Attributes:
         number: in its rows' ``id`` column; no other write has it.
         rows: how many.
+        victims: of a delete, the keys that it removes; its first row names itself, a key that is never there.
         table: the UUID of the table that it was sent to.
         key: its idempotency key; empty for none.
         requested: the tier it asks for.
@@ -45,6 +45,7 @@ class Write:
     table: UUID
     key: str
     requested: Tier
+    victims: tuple[tuple[int, int], ...] = ()
     sends: int = 0
     lsn: int = 0
     reached: int = -1
@@ -108,6 +109,8 @@ class Promises:
         self.drop_asked: set[UUID] = set()
         self.drop_confirmed: set[UUID] = set()
         self.acks: Counter[str] = Counter()
+        # By process: the LSNs that its acks have named, by write.
+        self._told: dict[str, dict[int, int]] = {}
 
     def note(self, what: str) -> None:
         """Add a line to the trace."""
@@ -183,6 +186,8 @@ class Promises:
 
     def _bind(self, node: Node, write: Write, tier: Tier, lsn: int, ack: AckMessage) -> None:
         """Check that a tier's promise is true of one write, and remember that it was made."""
+        if lsn:
+            self._told.setdefault(node.name, {})[write.number] = lsn
         if lsn and not node.superseded:
             self._check_lsn(node, write, lsn, duplicate=ack.duplicate)
         elif not lsn and write.reached < Tier.DISK:
@@ -282,7 +287,7 @@ class Promises:
         """Note a snapshot, ours or another writer's."""
         self._snapshots.setdefault(table, set()).add(str(snapshot_id))
 
-    def take_commit(self, job: CommitJob, batches: list[pa.RecordBatch], snapshot_id: int) -> None:
+    def take_commit(self, job: CommitJob, changes: list[FrameRows], snapshot_id: int) -> None:
         """Check what has just appeared in Iceberg."""
         table = job.table.uuid
         self._trace.note(f"commit: {job.table.name} epoch {job.epoch} through {job.staged.through_lsn}")
@@ -291,8 +296,12 @@ class Promises:
         self.take_snapshot(table, snapshot_id)
         counts = self.committed.setdefault(table, Counter())
         order = self._commit_order.setdefault(table, {})
-        for batch in batches:
-            for number in batch.column(batch.schema.get_field_index("id")).to_pylist():
+        for change in changes:
+            numbers = change.batch.column("id").to_pylist()
+            if change.operation is Operation.DELETE:
+                # The others are those of its victims.
+                numbers = numbers[:1] * len(numbers)
+            for number in numbers:
                 counts[number] += 1
                 order[number] = None
                 write = self.writes.get(number)
@@ -302,6 +311,51 @@ class Promises:
                     self.fail(f"write {number} (LSN {write.lsn}) is in {job.table.name} twice")
                 elif write.refused:
                     self.fail(f"write {number} was refused for good and is in {job.table.name}")
+
+    def take_read(self, node: Node, table: UUID, through_lsn: int, keys: list[tuple[int, int]]) -> None:
+        """Check what a read found (R25).
+
+        Args:
+            node: who answered; it was not superseded.
+            table: what was read.
+            through_lsn: the last LSN that its table's writes had been given when the read began.
+            keys: each row's ``id`` and ``part``.
+        """
+        self._trace.note(f"read: {node.name} {table} through {through_lsn}: {len(keys)} rows")
+        found = Counter(number for number, _ in keys)
+        if len(set(keys)) < len(keys):
+            self.fail(f"a read of table {table} found a row twice")
+        doomed = {key for write in self.writes.values() for key in write.victims}
+        for number, rows in found.items():
+            write = self.writes.get(number)
+            if write is None or write.table != table:
+                self.fail(f"a read of table {table} found rows of write {number}, which is not its own")
+            elif rows > write.rows or (rows < write.rows and not any((number, n) in doomed for n in range(write.rows))):
+                self.fail(f"a read of table {table} found {rows} of {write.rows} rows of write {number}")
+            elif write.refused:
+                self.fail(f"a read of table {table} found write {number}, which was refused")
+        told = {n: lsn for n, lsn in self._told.get(node.name, {}).items() if lsn <= through_lsn}
+        for number, lsn in told.items():
+            write = self.writes[number]
+            if write.table != table:
+                continue
+            if not write.victims and not found[number] and not any((number, n) in doomed for n in range(write.rows)):
+                self.fail(f"a read of table {table} through {through_lsn} lacks write {number} (LSN {lsn})")
+            for victim in write.victims:
+                if told.get(victim[0], lsn) < lsn and victim in set(keys):
+                    self.fail(f"a read of table {table} found {victim}, which write {number} (LSN {lsn}) had deleted")
+
+    def check_keyed(self, table: UUID, keys: list[tuple[int, int]]) -> None:
+        """Check that a primary-key table holds what its writes come to in the order in which they were committed."""
+        expected: set[tuple[int, int]] = set()
+        for number in self._commit_order.get(table, {}):
+            write = self.writes[number]
+            if write.victims:
+                expected -= set(write.victims)
+            else:
+                expected |= {(number, part) for part in range(write.rows)}
+        if sorted(keys) != sorted(expected):
+            self.fail(f"table {table} has the keys {sorted(keys)}, expected {sorted(expected)}")
 
     def check_end(self, present: set[UUID]) -> None:
         """Check everything that was promised, after a drain; ``present`` are the catalog's tables."""

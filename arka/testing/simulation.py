@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import random
 import sys
+import tempfile
 import time
 import traceback
 from collections import Counter
@@ -30,6 +31,7 @@ import trio
 from trio.testing import MockClock
 
 from arka.errors import ArkaError, ErrorCode, Fenced, Unavailable
+from arka.iceberg.frames import FrameRows
 from arka.options import (
     KIB,
     IcebergOptions,
@@ -40,8 +42,8 @@ from arka.options import (
     Settings,
     WalOptions,
 )
-from arka.records import TableDefinition, TableName
-from arka.storage.ports import CommitJob, StoreUnavailable
+from arka.records import TableDefinition, TableName, TableType
+from arka.storage.ports import CatalogUnavailable, CommitJob, StoreUnavailable, TableMissing
 from arka.testing.simpromises import PromiseBroken, Promises
 from arka.testing.simstore import SimStore
 from arka.testing.simworld import (
@@ -55,11 +57,13 @@ from arka.testing.simworld import (
     compute_inline,
     deterministic,
 )
-from arka.testing.simwriters import SCHEMA, Writer
+from arka.testing.simwriters import Writer, definition_of
 from arka.tiers.admission import Ledger
 from arka.tiers.assembly import OpenLog, Surroundings
 from arka.tiers.pipeline import Pipeline
+from arka.tiers.reads import ReadRequest, read_table
 from arka.tiers.startup import open_pipeline
+from arka.tiers.table import Table, TableState
 
 _DATA: Final = Path("/data")
 #: Longest virtual time that a quiet engine may take to bring everything down, in seconds.
@@ -161,6 +165,7 @@ class _Life:
                     streams.cancel_scope.cancel()
                 else:
                     streams.start_soon(self._change_tables)
+                    streams.start_soon(self._read_tables)
                     await trio.sleep(rng.choice((0.3, 3.0, 12.0)) * (0.2 + rng.random()))
                     streams.cancel_scope.cancel()
             await self._stop()
@@ -188,14 +193,14 @@ class _Life:
     async def make_table(self, name: TableName) -> None:
         """Create a table, however long that takes; does nothing if there is one of that name."""
         try:
-            await self._persist(partial(self.pipeline.tables.create, TableDefinition(name, SCHEMA)))
+            await self._persist(partial(self.pipeline.tables.create, self.world.definition(name)))
         except ArkaError as error:
             if error.code is not ErrorCode.TABLE_STOPPED:
                 raise
             if self.quiet:
                 # Dropped by a process whose disk is gone, and the drop's record with it.
                 await self._persist(partial(self.pipeline.tables.drop, name, purge=False))
-                await self._persist(partial(self.pipeline.tables.create, TableDefinition(name, SCHEMA)))
+                await self._persist(partial(self.pipeline.tables.create, self.world.definition(name)))
 
     async def _persist(self, request: Callable[[], Any]) -> None:
         while True:
@@ -223,11 +228,35 @@ class _Life:
                 world.promises.drop_asked.add(table.info.uuid)
                 await self._persist(partial(self.pipeline.tables.drop, name, purge=False))
                 world.promises.drop_confirmed.add(table.info.uuid)
-                await self._persist(partial(self.pipeline.tables.create, TableDefinition(name, SCHEMA)))
+                await self._persist(partial(self.pipeline.tables.create, self.world.definition(name)))
             except ArkaError as error:
                 expected = (ErrorCode.TABLE_NOT_FOUND, ErrorCode.TABLE_STOPPED, ErrorCode.TABLE_DROPPED)
                 if error.code not in expected and not isinstance(error, Unavailable):
                     raise
+
+    async def _read_tables(self) -> None:
+        """Read a table now and then."""
+        rng, world = self._rng, self.world
+        while True:
+            await trio.sleep(rng.uniform(0.01, 0.5))
+            try:
+                await self._read(await self.pipeline.tables.find(rng.choice(world.tables)))
+            except (CatalogUnavailable, TableMissing) as error:
+                world.trace.note(f"read: {self.name}: {error}")
+            except ArkaError as error:
+                if error.code not in (ErrorCode.TABLE_NOT_FOUND, ErrorCode.UNAVAILABLE):
+                    raise
+
+    async def _read(self, table: Table) -> None:
+        through_lsn = table.last_lsn
+        with tempfile.NamedTemporaryFile(suffix=".arrows") as file:
+            await read_table(self.pipeline, table, ReadRequest(("id", "part")), file.name)
+            await self.process.gate()
+            found = pa.ipc.open_stream(pa.memory_map(file.name)).read_all()
+        if table.state is TableState.ACTIVE and not self.superseded:
+            self.world.trace.counts["reads"] += 1
+            keys = [(row["id"], row["part"]) for row in found.to_pylist()]
+            self.world.promises.take_read(self, table.info.uuid, through_lsn, keys)
 
     # -- faults -----------------------------------------------------------------------------------
 
@@ -384,6 +413,7 @@ class _World:
         self.weather.on_commit = self._take_commit
         self.promises = Promises(trace, self.store.objects)
         self.tables = [TableName("default", f"t{number}") for number in range(rng.randint(1, 3))]
+        self._keyed = {name for name in self.tables if rng.random() < 0.4}
         self.writers = [
             Writer(number, rng.choice(self.tables), self.promises, random.Random(rng.random()))
             for number in range(rng.randint(1, 4))
@@ -442,9 +472,19 @@ class _World:
                     old.crash()
                 frozen = []
                 await trio.sleep(after_s)
-                tables = {table.info.uuid for table in self.weather.tables._tables.values()}
-                self.promises.check_end(tables)
+                self.promises.check_end({table.info.uuid for table in self.weather.tables._tables.values()})
+                self._check_keyed()
             nursery.cancel_scope.cancel()
+
+    def definition(self, name: TableName) -> TableDefinition:
+        """What the table of this name is made as."""
+        return definition_of(name, keyed=name in self._keyed)
+
+    def _check_keyed(self) -> None:
+        for name, table in self.weather.tables._tables.items():
+            if table.info.table_type is TableType.PRIMARY_KEY:
+                rows = self.weather.tables.rows(name).to_pylist()
+                self.promises.check_keyed(table.info.uuid, [(row["id"], row["part"]) for row in rows])
 
     async def _begin(self, number: int, *, quiet: bool) -> _Life:
         assert self._nursery is not None
@@ -506,9 +546,9 @@ class _World:
             self.weather.tables.foreign_append(name, pa.RecordBatch.from_pylist([], schema=table.info.schema))
             self.promises.take_snapshot(table.info.uuid, table.snapshots[-1])
 
-    def _take_commit(self, job: CommitJob, batches: list[pa.RecordBatch]) -> None:
+    def _take_commit(self, job: CommitJob, changes: list[FrameRows]) -> None:
         table = self.weather.tables._tables[job.table.name]
-        self.promises.take_commit(job, batches, table.snapshots[-1])
+        self.promises.take_commit(job, changes, table.snapshots[-1])
 
     def _take_event(self, event: str, fields: Any) -> None:
         if event == "table.stopped":

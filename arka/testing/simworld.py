@@ -28,6 +28,7 @@ import trio
 
 from arka._core.framing import KIND_BATCH, FrameError, FrameHeader, verify_frame
 from arka.errors import DataCorruption
+from arka.iceberg.frames import FrameRows
 from arka.records import TableName
 from arka.storage.ports import (
     Buffer,
@@ -408,8 +409,8 @@ class CatalogWeather:
         self._vanished: list[tuple[TableName, Any]] = []
         #: The UUIDs of all tables that were ever taken out.
         self.vanished: set[UUID] = set()
-        #: Told the table's UUID and the rows of each commit, in the step that applies it.
-        self.on_commit: Callable[[CommitJob, list[pa.RecordBatch]], None] = lambda job, rows: None
+        #: Told what each commit changes, in the step that applies it.
+        self.on_commit: Callable[[CommitJob, list[FrameRows]], None] = lambda job, changes: None
         self._late: list[tuple[float, Callable[[], object]]] = []
 
     def calm(self) -> None:
@@ -502,10 +503,10 @@ class ProcessCatalog(SimCatalog):
 
     def _commit(self, job: CommitJob) -> CommitResult:
         table = self._tables.get(job.table.name)
-        before = len(table.rows) if table is not None else 0
+        before = len(table.changes) if table is not None else 0
         result = super()._commit(job)
-        if table is not None and result.outcome is CommitOutcome.COMMITTED and len(table.rows) > before:
-            self._weather.on_commit(job, table.rows[before:])
+        if table is not None and result.outcome is CommitOutcome.COMMITTED and len(table.changes) > before:
+            self._weather.on_commit(job, table.changes[before:])
         return result
 
 

@@ -20,13 +20,22 @@ from arka.errors import ArkaError, ErrorCode
 from arka.flight.acks import AckForm
 from arka.flight.exchange import Exchange
 from arka.options import Limits
-from arka.records import AckMessage, TableName, Tier
+from arka.records import AckMessage, TableDefinition, TableInfo, TableName, TableType, Tier
 from arka.testing.simpromises import Node, Promises, StreamAcks, Write
 from arka.testing.simworld import Process
 from arka.tiers.admission import Ledger
 from arka.tiers.pipeline import Pipeline
 
 SCHEMA: Final = pa.schema([pa.field("id", pa.int64()), pa.field("part", pa.int32()), pa.field("filler", pa.utf8())])
+
+
+def definition_of(name: TableName, *, keyed: bool) -> TableDefinition:
+    """A table that clients write to."""
+    if keyed:
+        required = pa.schema([field.with_nullable(field.name == "filler") for field in SCHEMA])
+        return TableDefinition(name, required, TableType.PRIMARY_KEY, ("part", "id"))
+    return TableDefinition(name, SCHEMA)
+
 
 #: What a message is charged beside its buffer: its frame's key and padding, and its header fields.
 _OVERHEAD_BYTES: Final = 1024
@@ -119,11 +128,17 @@ class Writer:
                     await server.make_table(self.table)
             await trio.sleep(self._rng.uniform(0.05, 0.5))
 
-    def make_write(self, table: Any) -> Write:
-        """A write that was never sent."""
+    def make_write(self, table: TableInfo) -> Write:
+        """A write that was never sent; to a primary-key table, some delete rows of others."""
         number = len(self._promises.writes)
         requested = self._requested if self._coalesced else self._rng.choice((self._requested, Tier.ICEBERG_COMMITTED))
-        write = Write(number, self._rng.randint(1, 4), table, f"w{number}" if self.keyed else "", requested)
+        victims: tuple[tuple[int, int], ...] = ()
+        rows = self._rng.randint(1, 4)
+        if table.table_type is TableType.PRIMARY_KEY and self._rng.random() < 0.4:
+            victims = tuple((self._rng.randrange(number + 1), self._rng.randrange(4)) for _ in range(rows))
+            rows += 1
+        key = f"w{number}" if self.keyed else ""
+        write = Write(number, rows, table.uuid, key, requested, victims)
         self._promises.writes[number] = write
         self._mine.append(write)
         return write
@@ -170,15 +185,15 @@ class _Session:
             await self._handle(FlightMessage(header=writer._header), 0)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._read_acks)
-                await self._write(table.info.uuid)
+                await self._write(table.info)
                 if self._server.draining or self._rng.random() < 0.7:
                     await exchange.wait_settled()
                 nursery.cancel_scope.cancel()
         finally:
             exchange.close()
 
-    async def _write(self, table: Any) -> None:
-        for write in self._writer.to_send_again(table):
+    async def _write(self, table: TableInfo) -> None:
+        for write in self._writer.to_send_again(table.uuid):
             await self._send(write)
         for _ in range(0 if self._server.draining else self._rng.randint(1, 12)):
             if self._server.draining:
@@ -189,13 +204,18 @@ class _Session:
     async def _send(self, write: Write) -> None:
         # The same payload each time: what differs would be key_reused.
         filler = "x" * (write.number * 97 % 700)
-        columns = [[write.number] * write.rows, list(range(write.rows)), [filler] * write.rows]
+        keys = [(write.number, part) for part in range(write.rows)]
+        if write.victims:
+            keys = [(write.number, -1), *write.victims]
+        columns = [[number for number, _ in keys], [part for _, part in keys], [filler] * write.rows]
         header, buffer = frame_buffer(
             pa.record_batch([pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)], schema=SCHEMA)
         )
         request = {"requested_durability": write.requested.word}
         if write.key:
             request["idempotency_key"] = write.key
+        if write.victims:
+            request["operation"] = "delete"
         message = FlightMessage(
             header=header, app_metadata=msgspec.json.encode(request), buffer=buffer, body_bytes=buffer.body_bytes
         )
@@ -235,4 +255,4 @@ class _Session:
                         self._writer._highest_lsn = max(self._writer._highest_lsn, ack.lsn)
 
 
-__all__ = ["SCHEMA", "Server", "Writer"]
+__all__ = ["SCHEMA", "Server", "Writer", "definition_of"]

@@ -30,7 +30,7 @@ class _Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Frames chosen for one commit: everything of the table up to ``through_lsn``."""
+    """Frames chosen for one commit or read: everything of the table up to ``through_lsn``."""
 
     through_lsn: int
     slices: tuple[SegmentSlice, ...]
@@ -89,8 +89,8 @@ class Backlog:
         self._chunks.extendleft(reversed(earlier._chunks))
         earlier._chunks.clear()
 
-    def cut(self, through_lsn: int, limit_bytes: int) -> Cut | None:
-        """Choose the frames of the next commit, oldest first.
+    def cut(self, through_lsn: int, limit_bytes: int = 2**62) -> Cut | None:
+        """Choose the frames of the next commit, or of a read, oldest first.
 
         Args:
             through_lsn: nothing above it may be taken (R4).

@@ -29,7 +29,7 @@ from arka.storage.ports import (
     CommitJob,
     CommitOutcome,
     CommitResult,
-    EncodeJob,
+    TableFrames,
 )
 from arka.tiers.backlog import Backlog, Cut
 from arka.tiers.retry import MAX_RETRY_S, persist
@@ -150,6 +150,17 @@ class Table:
         self.backlog.discard_through(committed_lsn)
         self.last_lsn = max(self.last_lsn, committed_lsn)
         self.committed.advance(committed_lsn, snapshot_id=found.snapshot_id)
+
+    def frames(self, log_uuid: UUID, cut: Cut) -> TableFrames:
+        """Say what a worker needs to read the frames of a cut of the backlog."""
+        return TableFrames(
+            table=self.info,
+            schemas={number: schema.serialize().to_pybytes() for number, schema in self.schemas.items()},
+            log_uuid=log_uuid,
+            after_lsn=self.committed.lsn,
+            through_lsn=cut.through_lsn,
+            slices=cut.slices,
+        )
 
     def note_durable(self, path: str, segment: int, epoch: int, lsn: int, offset: int, frame_bytes: int) -> None:
         """Take a frame that is on disk into the backlog."""
@@ -287,14 +298,7 @@ class TableCommitter:
     async def _encode(self, cut: Cut) -> CommitJob:
         """Have a cut's rows written as Parquet, for as long as it takes."""
         table = self._table
-        job = EncodeJob(
-            table=table.info,
-            schemas={number: schema.serialize().to_pybytes() for number, schema in table.schemas.items()},
-            log_uuid=self._log_uuid,
-            after_lsn=table.committed.lsn,
-            through_lsn=cut.through_lsn,
-            slices=cut.slices,
-        )
+        job = table.frames(self._log_uuid, cut)
         staged = await self._persist(partial(self._catalog.encode, job))
         return CommitJob(
             table=table.info, log_uuid=self._log_uuid, epoch=self._epoch(), commit_id=uuid4(), staged=staged

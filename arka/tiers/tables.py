@@ -13,7 +13,8 @@ Longer than most modules: all of it changes the same list.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Final
 from uuid import UUID
@@ -125,6 +126,8 @@ class Tables:
         self._tenders: dict[UUID, _Tender] = {}
         # Tables that were in the catalog at the start and could not be read.
         self._unread: set[UUID] = set()
+        # The first LSN that each read under way needs.
+        self._pinned: list[int] = []
         self._ddl_lock = trio.Lock()
         self._draining = False
         self._nursery: trio.Nursery | None = None
@@ -141,17 +144,31 @@ class Tables:
         return tuple(self._by_uuid.values())
 
     def needed_from(self, uploaded_lsn: int) -> int | None:
-        """The least LSN whose frame some table or some drop still needs from the log; None for none.
+        """The least LSN whose frame some table or some drop or some read still needs from the log; None for none.
 
         Args:
             uploaded_lsn: the object store has the log up to here.
         """
         # A drop that the store does not have is undone by the loss of this disk: its table's frames must be there then.
         needed = [drop.lsn if drop.lsn <= uploaded_lsn else 0 for drop in self._pending_drops.values()]
+        needed += self._pinned
         for table in self._by_uuid.values():
             # Also those of a table that is to be dropped: until the catalog has done it, a crash may undo that.
             needed += [lsn for lsn in (table.backlog.first_lsn, table.drop_lsn) if lsn is not None]
         return min(needed, default=None)
+
+    @contextmanager
+    def pin(self, table: Table) -> Iterator[None]:
+        """Keep the frames that a table has in the log now, although they may be committed meanwhile (R25)."""
+        first_lsn = table.backlog.first_lsn
+        if first_lsn is None:
+            yield
+            return
+        self._pinned.append(first_lsn)
+        try:
+            yield
+        finally:
+            self._pinned.remove(first_lsn)
 
     def parked_bytes(self, table: Table) -> int:
         """Bytes of a stopped table that wait in the object store."""
@@ -358,6 +375,7 @@ class Tables:
         if parked_lsn and self._nursery is not None:
             self._nursery.start_soon(self._forget_parked, table, parked_lsn)
         table.taken_up = table.state is TableState.ACTIVE
+        table.wake()
         while table.state is TableState.ACTIVE:
             if await self._make_committer(table).run():
                 await self.wait_catalog(partial(self._look_for, table))

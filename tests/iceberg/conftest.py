@@ -22,7 +22,7 @@ from arka.iceberg.manifests import ManifestMemory
 from arka.iceberg.rowdelta import KeyedTables
 from arka.options import IcebergOptions
 from arka.records import OWNER, PartitionRequest, TableDefinition, TableInfo, TableName, TableType, owner_property
-from arka.storage.ports import CommitJob, CommitResult, EncodeJob, SegmentSlice, StagedFiles
+from arka.storage.ports import CommitJob, CommitResult, SegmentSlice, StagedFiles, TableFrames
 from arka.testing.segmentfile import write_segment_file
 
 LOG = UUID("11111111-2222-3333-4444-555555555555")
@@ -78,7 +78,7 @@ class Lake:
         schemas = {info.schema_id: info.schema.serialize().to_pybytes()}
         slices = (self.write(info, frames, deletes),) if frames else ()
         end = after + len(frames) if through is None else through
-        return encode.encode(self.config, EncodeJob(info, schemas, LOG, after, end, slices))
+        return encode.encode(self.config, TableFrames(info, schemas, LOG, after, end, slices))
 
     def job(self, info: TableInfo, staged: StagedFiles, *, epoch: int = 1) -> CommitJob:
         return CommitJob(info, LOG, epoch, uuid4(), staged)

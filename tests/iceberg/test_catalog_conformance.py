@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Container, Sequence
 from contextlib import asynccontextmanager
 from itertools import count
 from pathlib import Path
@@ -25,8 +25,8 @@ from arka.storage.ports import (
     CommitJob,
     CommitMark,
     CommitOutcome,
-    EncodeJob,
     SegmentSlice,
+    TableFrames,
 )
 from arka.testing.conformance_catalog import CHECKS, SCHEMA, Check, rows_of
 from arka.testing.segmentfile import write_segment_file
@@ -44,8 +44,10 @@ class _Files:
         self.log_uuid = LOG
         self._numbers = count(1)
 
-    def write(self, info: TableInfo, frames: Sequence[tuple[int, pa.RecordBatch]]) -> SegmentSlice:
-        return write_segment_file(self.directory, next(self._numbers), info, frames, log_uuid=LOG)
+    def write(
+        self, info: TableInfo, frames: Sequence[tuple[int, pa.RecordBatch]], deletes: Container[int] = ()
+    ) -> SegmentSlice:
+        return write_segment_file(self.directory, next(self._numbers), info, frames, log_uuid=LOG, deletes=deletes)
 
     def damage(self, piece: SegmentSlice) -> None:
         last = memoryview(piece.offsets).cast("Q")[-1]
@@ -127,7 +129,7 @@ async def _staged_job(subject: _SimSubject) -> CommitJob:
     info = (await subject.catalog.create_table(TableDefinition(TableName("default", "t"), SCHEMA), "0123abcd")).info
     piece = subject.write(info, [(1, rows_of(1))])
     schemas = {0: info.schema.serialize().to_pybytes()}
-    staged = await subject.catalog.encode(EncodeJob(info, schemas, LOG, 0, 1, (piece,)))
+    staged = await subject.catalog.encode(TableFrames(info, schemas, LOG, 0, 1, (piece,)))
     return CommitJob(info, LOG, 1, UUID(int=5), staged)
 
 

@@ -26,7 +26,7 @@ from arka.iceberg import worker
 from arka.options import IcebergOptions
 from arka.records import TableInfo, TableName, TableType
 from arka.storage.catalog import IcebergCatalog, open_catalog
-from arka.storage.ports import CatalogListing, CatalogUnavailable, EncodeJob, SegmentSlice
+from arka.storage.ports import CatalogListing, CatalogUnavailable, SegmentSlice, TableFrames
 from arka.storage.workers import WorkerPool
 
 INFO = TableInfo(
@@ -261,18 +261,18 @@ async def catalog(tmp_path: Path) -> AsyncIterator[IcebergCatalog]:
 async def test_errors_cross_as_what_they_are(catalog: IcebergCatalog, tmp_path: Path) -> None:
     """A definite error keeps its type and fields, an unknown one becomes unavailable, a bug internal."""
     missing = SegmentSlice(str(tmp_path / "gone"), 1, 1, b"")
-    job = EncodeJob(INFO, {}, UUID(int=1), 0, 1, (missing,))
+    job = TableFrames(INFO, {}, UUID(int=1), 0, 1, (missing,))
     with pytest.raises(CatalogUnavailable, match="FileNotFoundError"):
         await catalog.encode(job)
     (tmp_path / "short").write_bytes(b"ARKS")
     short = SegmentSlice(str(tmp_path / "short"), 1, 1, b"")
     with pytest.raises(DataCorruption) as damaged:
-        await catalog.encode(EncodeJob(INFO, {}, UUID(int=1), 0, 1, (short,)))
+        await catalog.encode(TableFrames(INFO, {}, UUID(int=1), 0, 1, (short,)))
     assert damaged.value.path == short.path
     assert damaged.value.__cause__ is None
     nonsense: Any = 5
     with pytest.raises(InternalError, match="AttributeError"):
-        await catalog.encode(EncodeJob(INFO, {}, UUID(int=1), 0, 1, (nonsense,)))
+        await catalog.encode(TableFrames(INFO, {}, UUID(int=1), 0, 1, (nonsense,)))
 
 
 @pytest.mark.parametrize(

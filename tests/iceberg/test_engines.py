@@ -17,7 +17,7 @@ import pytest
 
 from arka.errors import InternalError
 from arka.iceberg import encode, scan
-from arka.storage.ports import CommitOutcome, EncodeJob
+from arka.storage.ports import CommitOutcome, ReadJob, TableFrames
 
 UTC = dt.UTC
 
@@ -159,7 +159,7 @@ def test_every_canonical_type_survives_both_engines(lake: Any, duck: Any) -> Non
     expected_of_pyiceberg = [{**row, "deep": row["deep"] or []} for row in expected]
     assert sorted(_read_with_pyiceberg(lake, info), key=_by_i32) == expected_of_pyiceberg
     path = str(lake.directory / "out.arrow")
-    assert scan.scan(lake.config, info, None, None, path) == len(ROWS)
+    assert scan.scan(lake.config, ReadJob(info, lake.log_uuid), path) == len(ROWS)
     by_us = pa.ipc.open_stream(pa.OSFile(path, "rb")).read_all()
     assert by_us.schema.equals(EVERYTHING)
     assert sorted((_plain(row) for row in by_us.to_pylist()), key=_by_i32) == expected
@@ -327,7 +327,7 @@ def test_odd_floats_share_a_partition_over_batches(lake: Any, value: float) -> N
     assert sorted(file.rows for file in staged.files) == [2, 2]
 
 
-def _edited(job: EncodeJob, **changes: Any) -> EncodeJob:
+def _edited(job: TableFrames, **changes: Any) -> TableFrames:
     return dataclasses.replace(job, **changes)
 
 
@@ -337,7 +337,7 @@ def test_frames_that_do_not_belong_to_a_job_are_refused(lake: Any) -> None:
     info = lake.create(schema)
     batch = pa.RecordBatch.from_pylist([{"n": 1}], schema=schema)
     piece = lake.write(info, [(5, batch), (6, batch)])
-    job = EncodeJob(info, {0: info.schema.serialize().to_pybytes()}, lake.log_uuid, 4, 6, (piece,))
+    job = TableFrames(info, {0: info.schema.serialize().to_pybytes()}, lake.log_uuid, 4, 6, (piece,))
     assert encode.encode(lake.config, job).rows == 2
     files = lake.files(info, ".parquet")
     for wrong in (

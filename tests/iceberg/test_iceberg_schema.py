@@ -24,7 +24,7 @@ from arka.iceberg import control, encode, scan
 from arka.iceberg.align import align_batch
 from arka.iceberg.schema import UnsupportedType, arrow_schema, field_id, iceberg_schema, new_iceberg_schema
 from arka.records import FIELD_ID_KEY
-from arka.storage.ports import CatalogConflict, CommitOutcome, EncodeJob
+from arka.storage.ports import CatalogConflict, CommitOutcome, ReadJob, TableFrames
 
 _LEAVES = st.sampled_from(
     [
@@ -205,7 +205,7 @@ def test_alignment_follows_ids(lake: Any) -> None:
     newer = control.load_table(lake.config, info.name).info
     assert newer.schema_id == 2
     schemas = {info.schema_id: info.schema.serialize().to_pybytes()}
-    staged = encode.encode(lake.config, EncodeJob(newer, schemas, lake.log_uuid, 0, 2, (piece,)))
+    staged = encode.encode(lake.config, TableFrames(newer, schemas, lake.log_uuid, 0, 2, (piece,)))
     assert lake.commit(newer, staged).outcome is CommitOutcome.COMMITTED
     found = align_batch(batch.slice(1), newer.schema).to_pylist() + align_batch(batch, newer.schema).to_pylist()
     whole = [
@@ -227,7 +227,7 @@ def test_alignment_follows_ids(lake: Any) -> None:
     ]
     assert found == whole[1:] + whole
     path = str(lake.directory / "out.arrow")
-    assert scan.scan(lake.config, newer, None, None, path) == 5
+    assert scan.scan(lake.config, ReadJob(newer, lake.log_uuid), path) == 5
     assert pa.ipc.open_stream(pa.OSFile(path, "rb")).read_all().to_pylist() == found
 
 

@@ -34,6 +34,7 @@ from arka.iceberg.fileio import (
     write_durable,
     write_file,
 )
+from arka.storage.ports import ReadJob
 
 SCHEMA = pa.schema([pa.field("n", pa.int64()), pa.field("name", pa.string())])
 
@@ -163,7 +164,7 @@ def _rows(*numbers: int) -> pa.RecordBatch:
 
 def _scan(lake: Any, info: Any, columns: list[str] | None = None) -> list[dict[str, Any]]:
     path = str(lake.directory / "out.arrow")
-    scan.scan(lake.config, info, columns, None, path)
+    scan.scan(lake.config, ReadJob(info, lake.log_uuid, None if columns is None else tuple(columns)), path)
     found: list[dict[str, Any]] = pa.ipc.open_stream(pa.OSFile(path, "rb")).read_all().to_pylist()
     return sorted(found, key=lambda row: row.get("n", 0))
 

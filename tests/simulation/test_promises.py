@@ -107,7 +107,7 @@ def test_catches_blind_commit(monkeypatch: pytest.MonkeyPatch) -> None:
         if table is None or table.info.uuid != job.table.uuid:
             return CommitResult(CommitOutcome.TABLE_GONE, 0, None)
         for file in job.staged.files:
-            table.rows += self._staged[file.path]
+            table.changes += self._staged[file.path]
         table.snapshots.append(next(snapshot_ids))
         table.marks[job.log_uuid] = CommitMark(job.log_uuid, job.staged.through_lsn, job.epoch)
         return CommitResult(CommitOutcome.COMMITTED, job.staged.through_lsn, table.snapshots[-1])

@@ -18,8 +18,8 @@ from arka.storage.ports import (
     CommitJob,
     CommitOutcome,
     CommitResult,
-    EncodeJob,
     StagedFiles,
+    TableFrames,
 )
 from arka.tiers.table import Table, TableCommitter, TableState
 from arka.tiers.watermarks import Watermark
@@ -37,7 +37,7 @@ class ScriptedCatalog:
         self.answers: list[CommitResult | Exception] = []
         self.encode_errors: list[Exception] = []
 
-    async def encode(self, job: EncodeJob) -> StagedFiles:
+    async def encode(self, job: TableFrames) -> StagedFiles:
         await trio.sleep(0.01)
         self.encoded.append((job.after_lsn, job.through_lsn))
         if self.encode_errors:

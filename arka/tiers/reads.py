@@ -1,0 +1,104 @@
+"""Reading a table: its newest snapshot, and above it every write that was accepted (R25).
+
+Owns: up to which LSN an answer goes, and that the frames it needs stay in the log until it is made. Does not own making
+it (``arka.iceberg.scan``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import trio
+
+from arka.errors import ArkaError, ErrorCode, Unavailable
+from arka.storage.ports import ReadJob, TableFrames
+from arka.tiers.pipeline import Pipeline
+from arka.tiers.table import Table, TableState
+
+#: How long a read waits for a table that the start has not compared with the catalog yet.
+_TAKE_UP_S: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class ReadRequest:
+    """What a client asks for.
+
+    Attributes:
+        columns: names of columns, in the order wanted; None for all.
+        limit: most rows; None for all.
+        at_lsn: the last LSN that the answer may hold; None for all that was accepted before the request.
+        wait_for_lsn: wait until the log has got so far; None for not at all.
+    """
+
+    columns: tuple[str, ...] | None = None
+    limit: int | None = None
+    at_lsn: int | None = None
+    wait_for_lsn: int | None = None
+
+
+async def read_table(pipeline: Pipeline, table: Table, request: ReadRequest, path: str) -> int:
+    """Write a table's rows as an Arrow IPC stream to a local file.
+
+    Every write that was accepted before the call is in it, each once; what was accepted later may be. Writes that are
+    in memory alone are waited for until they are on disk. Of a stopped table the snapshot alone is read: its writes
+    are parked, and nobody can say whether they will ever be in it (R18).
+
+    Args:
+        pipeline: the engine.
+        table: which.
+        request: what is wanted.
+        path: the file; replaced.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        ArkaError: ``out_of_range``: ``at_lsn`` was not given yet, or no retained snapshot ends there.
+        InvalidRequest: a column that the table does not have.
+        CatalogUnavailable: catalog or warehouse do not answer.
+        Unavailable: the start has not compared the table with the catalog yet.
+
+    Cancellation: the file may be there.
+    """
+    disk, _, _ = pipeline.marks_of(table)
+    if request.wait_for_lsn is not None:
+        await disk.wait_reached(request.wait_for_lsn)
+    if request.at_lsn is not None and request.at_lsn > pipeline.memory.last_lsn:
+        raise ArkaError(
+            f"at_lsn {request.at_lsn} was not given to any write yet, {pipeline.memory.last_lsn} is the last one",
+            code=ErrorCode.OUT_OF_RANGE,
+        )
+    await _wait_taken_up(table)
+    through_lsn = table.last_lsn if request.at_lsn is None else min(request.at_lsn, table.last_lsn)
+    await disk.wait_reached(through_lsn)
+    # No wait between looking and pinning: what the table still needs is in the log now.
+    with pipeline.tables.pin(table):
+        job = ReadJob(
+            table=table.info,
+            log_uuid=pipeline.log_uuid,
+            columns=request.columns,
+            limit=request.limit,
+            at_lsn=request.at_lsn,
+            tail=_frames_of(pipeline, table, through_lsn),
+        )
+        return await pipeline.tables.catalog.scan(job, path)
+
+
+async def _wait_taken_up(table: Table) -> None:
+    with trio.move_on_after(_TAKE_UP_S):
+        while table.state is TableState.ACTIVE and not table.taken_up:
+            await table.changed.wait()
+    if table.state is TableState.ACTIVE and not table.taken_up:
+        raise Unavailable(f"{table.info.name} was not compared with the catalog yet, which does not answer: try again")
+
+
+def _frames_of(pipeline: Pipeline, table: Table, through_lsn: int) -> TableFrames | None:
+    """The frames up to ``through_lsn`` that this process does not know to be committed."""
+    cut = table.backlog.cut(through_lsn) if table.state is TableState.ACTIVE else None
+    if cut is None:
+        return None
+    return table.frames(pipeline.log_uuid, cut)
+
+
+__all__ = ["ReadRequest", "read_table"]

@@ -1,0 +1,169 @@
+"""Reads see every accepted write once, whatever goes on in the tiers meanwhile (R25)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import trio
+from trio.testing import MockClock
+
+from arka.errors import ArkaError, ErrorCode, Unavailable
+from arka.records import Operation, Tier
+from arka.testing.simcatalog import SimCatalog
+from arka.testing.simnode import NAME, SimNode, create_table, with_options, write, write_all
+from arka.testing.simworld import WAL
+from arka.testing.simwriters import definition_of, frame_buffer
+from arka.tiers.pipeline import Pipeline
+from arka.tiers.reads import ReadRequest, read_table
+from arka.tiers.table import Table
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "read.arrows")
+
+
+async def ids(pipeline: Pipeline, table: Table, path: str, **request: int) -> list[int]:
+    count = await read_table(pipeline, table, ReadRequest(("id",), **request), path)  # type: ignore[arg-type]
+    found: list[int] = pa.ipc.open_stream(pa.OSFile(path)).read_all()["id"].to_pylist()
+    assert len(found) == count
+    return found
+
+
+async def test_writes_are_read_as_soon_as_they_are_accepted(path: str, autojump_clock: MockClock) -> None:
+    """From memory on, in LSN order, through restarts, with nothing of it committed or all."""
+    node = SimNode(with_options(iceberg__commit_interval_s=1000))
+    async with node.run() as pipeline:
+        table = await create_table(pipeline)
+        assert await ids(pipeline, table, path) == []
+        await write_all(pipeline, table, range(3), Tier.ICEBERG_COMMITTED)
+        for number in range(3, 6):
+            write(pipeline, table, number)
+        assert await ids(pipeline, table, path) == list(range(6))
+        assert node.ids() == [0, 1, 2]
+        assert await ids(pipeline, table, path, limit=4) == [0, 1, 2, 3]
+    async with node.run() as pipeline:
+        table = await pipeline.tables.find(NAME)
+        write(pipeline, table, 6)
+        assert await ids(pipeline, table, path) == list(range(7))
+        await pipeline.flush(table, Tier.ICEBERG_COMMITTED)
+        assert await ids(pipeline, table, path) == list(range(7)) == node.ids()
+
+
+async def test_read_up_to_an_lsn(path: str, autojump_clock: MockClock) -> None:
+    """``at_lsn`` cuts what lies above the snapshot; below it a snapshot must end there; beyond the log is nothing."""
+    node = SimNode(with_options(iceberg__commit_interval_s=1000))
+    async with node.run() as pipeline:
+        table = await create_table(pipeline)
+        lsns = []
+        for number in range(5):
+            lsns.append(write(pipeline, table, number).lsn)
+            if number in (0, 2):
+                await pipeline.flush(table, Tier.ICEBERG_COMMITTED)
+        for number in (0, 2, 3, 4):
+            assert await ids(pipeline, table, path, at_lsn=lsns[number]) == list(range(number + 1))
+        for wrong in (lsns[1], lsns[4] + 1):
+            with pytest.raises(ArkaError) as caught:
+                await ids(pipeline, table, path, at_lsn=wrong)
+            assert caught.value.code is ErrorCode.OUT_OF_RANGE
+        await pipeline.flush(table, Tier.ICEBERG_COMMITTED)
+        assert await ids(pipeline, table, path, at_lsn=lsns[2]) == [0, 1, 2]
+
+
+async def test_wait_for_an_lsn(path: str, autojump_clock: MockClock) -> None:
+    """``wait_for_lsn`` waits until the log has got so far, whoever writes."""
+    node = SimNode()
+    async with node.run() as pipeline:
+        table = await create_table(pipeline)
+        first = write(pipeline, table, 0).lsn
+        found: list[int] = []
+
+        async def read() -> None:
+            found.extend(await ids(pipeline, table, path, wait_for_lsn=first + 1))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read)
+            await trio.sleep(10)
+            assert found == []
+            write(pipeline, table, 1)
+        assert found == [0, 1]
+
+
+async def test_log_is_kept_for_a_read(path: str, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames that a read needs are not released while it goes on, although they are committed meanwhile."""
+    node = SimNode(with_options(wal__release_grace_s=0.0))
+    scan = SimCatalog.scan
+    seen: list[bool] = []
+
+    async def slow_scan(self: SimCatalog, job: object, path: str) -> int:
+        node.weather.away = False
+        for number in range(20, 60):
+            write(pipeline, table, number)
+        await pipeline.flush(table, Tier.ICEBERG_COMMITTED)
+        await trio.sleep(100)
+        seen.append(bool(node.keys_of("checkpoint")))
+        return await scan(self, job, path)  # type: ignore[arg-type]
+
+    async with node.run() as pipeline:
+        table = await create_table(pipeline)
+        node.weather.away = True
+        await write_all(pipeline, table, range(20))
+        files = set(node.disk.list_names(WAL))
+        monkeypatch.setattr(SimCatalog, "scan", slow_scan)
+        assert (await ids(pipeline, table, path))[:20] == list(range(20))
+        monkeypatch.undo()
+        assert seen
+        # The same without a read: they go.
+        await trio.sleep(100)
+        assert files - set(node.disk.list_names(WAL))
+
+
+async def test_read_before_the_catalog_answers(path: str, autojump_clock: MockClock) -> None:
+    """A start that finds the catalog away takes writes; a read says ``unavailable`` and may be asked again."""
+    node = SimNode()
+    async with node.run() as pipeline:
+        await write_all(pipeline, await create_table(pipeline), range(2))
+    node.weather.away = True
+    async with node.run() as pipeline:
+        table = await pipeline.tables.find(NAME)
+        write(pipeline, table, 2)
+        with pytest.raises(Unavailable):
+            await ids(pipeline, table, path)
+        node.weather.away = False
+        assert await ids(pipeline, table, path) == [0, 1, 2]
+
+
+async def test_read_of_a_parked_table(path: str, autojump_clock: MockClock) -> None:
+    """What is parked is not read: nobody can say whether it will ever be in the table (R18)."""
+    node = SimNode()
+    async with node.run() as pipeline:
+        table = await create_table(pipeline)
+        await write_all(pipeline, table, range(2), Tier.ICEBERG_COMMITTED)
+        node.weather.away = True
+        await write_all(pipeline, table, range(2, 4))
+        table.stop("for a test")
+        node.weather.away = False
+        assert await ids(pipeline, table, path) == [0, 1]
+
+
+async def test_deletes_hide_rows_at_once(path: str, autojump_clock: MockClock) -> None:
+    """Of a primary-key table a read shows what its writes come to, restarts and commits in between or not."""
+    node = SimNode(with_options(iceberg__commit_interval_s=1000))
+    async with node.run() as pipeline:
+        table, _ = await pipeline.tables.create(definition_of(NAME, keyed=True))
+        for number in range(4):
+            write(pipeline, table, number)
+        await pipeline.flush(table, Tier.ICEBERG_COMMITTED)
+        schema = table.info.key_schema()
+        _, buffer = frame_buffer(pa.record_batch([[0, 0], [1, 3]], schema=schema))
+        pipeline.append(table, buffer, rows=2, operation=Operation.DELETE, key=b"", charge=None)
+        write(pipeline, table, 3)
+        write(pipeline, table, 3)
+        assert sorted(await ids(pipeline, table, path)) == [0, 2, 3]
+    async with node.run() as pipeline:
+        table = await pipeline.tables.find(NAME)
+        assert sorted(await ids(pipeline, table, path)) == [0, 2, 3]
+        await pipeline.flush(table, Tier.ICEBERG_COMMITTED)
+        assert sorted(await ids(pipeline, table, path)) == [0, 2, 3] == sorted(node.ids())
