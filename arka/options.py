@@ -61,6 +61,10 @@ class LogOptions:
     level: str = option("info", "The least severe event that is logged.", one_of=("debug", "info", "warning", "error"))
 
 
+#: What ``limits.index_bytes`` is unless it is set.
+INDEX_BYTES = 128 * MIB
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What one client, and all of them together, may use."""
@@ -72,6 +76,11 @@ class Limits:
     batch_bytes: int = option(128 * MIB, "Largest batch body; a larger one gets an error ack.", at_least=64 * KIB)
     batch_rows: int = option(2**24, "Most rows of one batch.", at_least=1)
     dictionary_bytes: int = option(64 * MIB, "Most dictionary bytes held for one stream.", at_least=64 * KIB)
+    index_bytes: int = option(
+        INDEX_BYTES,
+        "Memory that a commit worker keeps of primary-key tables between commits; the indexes themselves are on disk.",
+        at_least=0,
+    )
     streams: int = option(10_000, "Open RPCs of all connections together.", at_least=1)
     streams_per_connection: int = option(1_000, "Open RPCs of one connection.", at_least=1)
     connections: int = option(10_000, "Open connections.", at_least=1)
@@ -162,6 +171,7 @@ class Settings:
 
 __all__ = [
     "GIB",
+    "INDEX_BYTES",
     "KIB",
     "MIB",
     "IcebergOptions",

@@ -220,7 +220,8 @@ async def _engine(settings: Settings, data_dir: Path) -> AsyncIterator[OpenLog]:
                 tier=tier,
                 hint="it lies in the data directory: its acks do not survive the loss of this disk",
             )
-    async with open_catalog(settings.iceberg, data_dir, settings.iceberg.catalog) as catalog:
+    index_bytes = settings.limits.index_bytes
+    async with open_catalog(settings.iceberg, data_dir, settings.iceberg.catalog, index_bytes=index_bytes) as catalog:
         surroundings = Surroundings(
             disk=PosixDisk(),
             disk_uuid=disk_uuid(data_dir),

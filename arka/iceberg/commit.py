@@ -142,15 +142,24 @@ def _attempt(config: CatalogConfig, opened: Catalog, table: Table, job: CommitJo
 def _commit_own(config: CatalogConfig, opened: Catalog, table: Table, job: CommitJob) -> int:
     base = table.metadata
     delta: Delta | None = None
-    if job.table.table_type is TableType.PRIMARY_KEY:
-        # On what the commit is based on: the table may have been handed over meanwhile.
-        describe(table).info.check_owner(job.log_uuid)
-        keyed = _keyed.get(config, job.table)
-        delta = keyed.resolve(table, job, _memory)
-        staged = stage_snapshot(table, delta.added, _memory, _notes(job), delta.removed)
-        keyed.stage(job, delta)
-    else:
-        staged = stage_snapshot(table, [data_file(file) for file in job.staged.files], _memory, _notes(job))
+    written: list[str] = []
+    try:
+        if job.table.table_type is TableType.PRIMARY_KEY:
+            # On what the commit is based on: the table may have been handed over meanwhile.
+            describe(table).info.check_owner(job.log_uuid)
+            keyed = _keyed.get(config, job.table)
+            delta = keyed.resolve(table, job, _memory)
+            written += delta.deleted
+            staged = stage_snapshot(table, delta.added, _memory, _notes(job), delta.removed)
+            written += staged.written
+            keyed.stage(job, delta)
+        else:
+            staged = stage_snapshot(table, [data_file(file) for file in job.staged.files], _memory, _notes(job))
+            written += staged.written
+    except BaseException:
+        # The catalog was not asked: nothing will ever name them.
+        discard(table.io, written)
+        raise
     failpoints.hit("commit.manifests")
     updates = snapshot_updates(base, staged, _mark_properties(job), config.keep_snapshots)
     requirements: tuple[TableRequirement, ...] = (
@@ -162,7 +171,7 @@ def _commit_own(config: CatalogConfig, opened: Catalog, table: Table, job: Commi
     try:
         response = opened.commit_table(table, requirements, updates)
     except (CommitFailedException, NoSuchTableError):
-        discard(table.io, staged.written)
+        discard(table.io, written)
         raise
     except Exception as error:
         # Nothing is deleted: the commit may have landed or may land yet.

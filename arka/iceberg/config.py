@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from arka.errors import ConfigurationError
-from arka.options import IcebergOptions
+from arka.options import INDEX_BYTES, IcebergOptions
 
 #: pyiceberg's name for the catalog; part of the key of each row of a SQL catalog, so it never changes.
 CATALOG_NAME: Final = "arka"
@@ -30,6 +30,7 @@ class CatalogConfig:
         target_file_bytes: Arrow bytes after which an encoder starts a new file.
         stock_commit: commit through pyiceberg's public path; primary-key tables never do.
         index_dir: directory of the key indexes of primary-key tables, on the local disk.
+        index_bytes: memory that a worker keeps of such tables between commits.
     """
 
     uri: str
@@ -39,6 +40,7 @@ class CatalogConfig:
     target_file_bytes: int = 64 * 2**20
     stock_commit: bool = False
     index_dir: str = ""
+    index_bytes: int = INDEX_BYTES
 
     @property
     def is_rest(self) -> bool:
@@ -46,13 +48,21 @@ class CatalogConfig:
         return self.uri.startswith(("http://", "https://"))
 
     @classmethod
-    def from_options(cls, options: IcebergOptions, data_dir: Path, properties: Mapping[str, str]) -> CatalogConfig:
+    def from_options(
+        cls,
+        options: IcebergOptions,
+        data_dir: Path,
+        properties: Mapping[str, str],
+        *,
+        index_bytes: int = INDEX_BYTES,
+    ) -> CatalogConfig:
         """Fill in what options leave empty.
 
         Args:
             options: the Iceberg options.
             data_dir: the server's data directory; the embedded catalog and warehouse live in it.
             properties: further pyiceberg properties, beside ``options.catalog``.
+            index_bytes: see the attribute.
 
         Raises:
             ConfigurationError: the catalog URI has no scheme.
@@ -73,6 +83,7 @@ class CatalogConfig:
             target_file_bytes=options.target_file_bytes,
             stock_commit=options.stock_commit,
             index_dir=str(root / "keyindex"),
+            index_bytes=index_bytes,
         )
 
 

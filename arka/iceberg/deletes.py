@@ -64,6 +64,11 @@ class DeadRows:
         with io.new_input(path).open() as source:
             return pq.read_table(source, columns=["pos"]).column("pos").combine_chunks().cast(pa.int64())
 
+    @property
+    def memory_bytes(self) -> int:
+        """About what it takes."""
+        return 8 * self._count
+
     def remember(self, path: str, positions: pa.Array) -> None:
         """Keep what was written under a name."""
         self._known[path] = positions

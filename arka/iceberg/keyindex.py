@@ -29,6 +29,7 @@ import msgspec
 import pyarrow as pa
 from typing_extensions import Buffer
 
+from arka import failpoints
 from arka._core.framing import crc32c
 from arka._core.runs import Run, RunDamaged, copy_run, find_rows, merge_runs
 from arka.iceberg.fileio import sync_directory, write_durable
@@ -39,6 +40,9 @@ _MERGE_SHARE: Final = 1 / 3
 #: The journal is written anew when it is longer than this and than so many of its first record.
 _JOURNAL_BYTES: Final = 1 << 20
 _JOURNAL_STATES: Final = 4
+#: What runs and file names take in memory.
+_KEYS_PER_BYTE: Final = 16
+_FILE_BYTES: Final = 250
 _LENGTH_BYTES: Final = 4
 _CRC_BYTES: Final = 4
 #: A check of the secret that hashes were made with, in the journal.
@@ -214,6 +218,11 @@ class KeyIndex:
         """See above."""
         return self._journal is not None
 
+    @property
+    def memory_bytes(self) -> int:
+        """About what it takes in memory, mapped runs aside."""
+        return sum(len(run) for _, run in self._runs) // _KEYS_PER_BYTE + _FILE_BYTES * len(self._files)
+
     def path_of(self, number: int) -> str:
         """The data file with a number.
 
@@ -295,6 +304,7 @@ class KeyIndex:
         before, self._staged = self._staged, _Staged(str(commit_id), self._snapshot_id, run, list(paths), list(gone))
         sync_directory(self._directory)
         self._append(self._staged)
+        failpoints.hit("index.staged")
         if before is not None:
             # An attempt that did not come to anything, or one of this very commit, with the same entries.
             self._unlink([before.run])
@@ -312,6 +322,7 @@ class KeyIndex:
         base = self._take_files(staged)
         self._runs.insert(0, (staged.run, self._map(staged.run, base)))
         self._snapshot_id, self._staged = snapshot_id, None
+        failpoints.hit("index.landed")
         self._merge()
         if self._journal_bytes > max(_JOURNAL_BYTES, _JOURNAL_STATES * self._state_bytes):
             self._rewrite()
@@ -331,7 +342,9 @@ class KeyIndex:
         except RunDamaged as error:
             raise IndexUnusable(str(error)) from error
         sync_directory(self._directory)
+        failpoints.hit("index.merging")
         self._append(_Merged(count, name))
+        failpoints.hit("index.merged")
         replaced = [old for old, _ in self._runs[:count]]
         self._runs[:count] = [(name, self._map(name, 0))]
         self._unlink(replaced)

@@ -25,6 +25,7 @@ from pyiceberg.table.locations import load_location_provider
 from pyiceberg.table.metadata import TableMetadata
 from pyiceberg.typedef import Record
 
+from arka import failpoints
 from arka._core.runs import REMOVED, UNLESS_THERE
 from arka.errors import ArkaError, ErrorCode
 from arka.iceberg.config import CatalogConfig
@@ -33,13 +34,13 @@ from arka.iceberg.fileio import batch_of
 from arka.iceberg.keyindex import IndexUnusable, KeyIndex
 from arka.iceberg.keyscan import KeyScan
 from arka.iceberg.manifests import ManifestMemory
-from arka.iceberg.producer import StagedSnapshot, data_file
+from arka.iceberg.producer import StagedSnapshot, data_file, discard
 from arka.iceberg.runfiles import map_run, numbers_of, table_secret
 from arka.records import TableInfo
 from arka.storage.ports import CommitJob, StagedFile
 
-#: Tables whose index one worker keeps open.
-_OPEN_TABLES: Final = 64
+#: What a live file's entries take in memory.
+_FILE_BYTES: Final = 1_000
 _PLACES: Final = pa.schema([pa.field("file", pa.uint32()), pa.field("row", pa.uint32())])
 
 
@@ -165,6 +166,12 @@ class KeyedTable:
             self._dead.remember(path, positions)
         self._index.land(staged.snapshot.snapshot_id)
 
+    @property
+    def memory_bytes(self) -> int:
+        """About what it takes, mapped runs aside."""
+        files = len(self._files.data) + len(self._files.deletes)
+        return self._index.memory_bytes + self._dead.memory_bytes + _FILE_BYTES * files
+
     def close(self) -> None:
         """Give files back."""
         self._index.close()
@@ -222,13 +229,18 @@ class KeyedTable:
             dead_new = pa.table([files, rows], schema=_PLACES).filter(stillborn)
         killed = pa.table([before.files, before.rows], schema=_PLACES).filter(pc.and_not(had_row, stillborn))
         new = _Outcome(table, self._files, self._dead)
-        with batch_of(table.io):
-            for number, positions in _by_file(killed):
-                new.kill(self._index.path_of(number), positions)
-            dead = dict(_by_file(dead_new))
-            for number, file in enumerate(staged.files):
-                new.add(file, dead.get(number))
-        name = self._index.adopt(staged.keys, keep)
+        try:
+            with batch_of(table.io):
+                for number, positions in _by_file(killed):
+                    new.kill(self._index.path_of(number), positions)
+                dead = dict(_by_file(dead_new))
+                for number, file in enumerate(staged.files):
+                    new.add(file, dead.get(number))
+            failpoints.hit("commit.deletes")
+            name = self._index.adopt(staged.keys, keep)
+        except BaseException:
+            discard(table.io, list(new.deleted))
+            raise
         return Delta(new.added, new.removed, name, [file.path for file in staged.files], new.gone, new.deleted)
 
 
@@ -316,7 +328,10 @@ def _read_files(
 
 
 class KeyedTables:
-    """The primary-key tables that this worker commits to."""
+    """The primary-key tables that this worker commits to: what it knows of them is kept within a limit.
+
+    A table that had to be closed is opened again from the disk, and its live files are read from its manifests.
+    """
 
     def __init__(self) -> None:
         self._open: OrderedDict[object, KeyedTable] = OrderedDict()
@@ -324,11 +339,15 @@ class KeyedTables:
     def get(self, config: CatalogConfig, info: TableInfo) -> KeyedTable:
         """Return a table as it was last known."""
         key = (config.index_dir, info.uuid)
-        found = self._open.pop(key, None) or KeyedTable(config, info)
-        self._open[key] = found
-        if len(self._open) > _OPEN_TABLES:
+        found = self._open.pop(key, None)
+        used = sum(table.memory_bytes for table in self._open.values())
+        used += 0 if found is None else found.memory_bytes
+        while self._open and used > config.index_bytes:
             _, old = self._open.popitem(last=False)
+            used -= old.memory_bytes
             old.close()
+        found = found or KeyedTable(config, info)
+        self._open[key] = found
         return found
 
     def forget(self, config: CatalogConfig, info: TableInfo) -> None:

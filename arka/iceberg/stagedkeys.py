@@ -14,6 +14,7 @@ from typing import Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from arka import failpoints
 from arka._core.rowkeys import HASH_BYTES
 from arka._core.runs import REMOVED, UNLESS_THERE, write_run
 from arka.iceberg.config import CatalogConfig
@@ -81,6 +82,7 @@ class StagedKeys:
         Durability: its bytes are durable on return.
         """
         made = new_run(self._directory, lambda descriptor: write_run(descriptor, self._parts))
+        failpoints.hit("encode.keys")
         path = os.path.join(self._directory, f"{self._table.uuid}-{stem}-{made}")
         os.rename(os.path.join(self._directory, made), path)
         return path

@@ -21,7 +21,7 @@ import trio
 
 from arka.iceberg import worker
 from arka.iceberg.config import CatalogConfig
-from arka.options import IcebergOptions
+from arka.options import INDEX_BYTES, IcebergOptions
 from arka.records import TableDefinition, TableInfo, TableName
 from arka.storage.ports import (
     CatalogListing,
@@ -147,7 +147,11 @@ class IcebergCatalog:
 
 @asynccontextmanager
 async def open_catalog(
-    options: IcebergOptions, data_dir: Path, properties: Mapping[str, str] | None = None
+    options: IcebergOptions,
+    data_dir: Path,
+    properties: Mapping[str, str] | None = None,
+    *,
+    index_bytes: int = INDEX_BYTES,
 ) -> AsyncIterator[IcebergCatalog]:
     """Open a catalog with its worker processes; no process starts before its first job or ``start``.
 
@@ -155,6 +159,7 @@ async def open_catalog(
         options: the Iceberg options.
         data_dir: the server's data directory, for the embedded catalog and warehouse.
         properties: further pyiceberg properties, beside ``options.catalog``: credentials, ``s3.*``.
+        index_bytes: memory that a commit worker keeps of primary-key tables between commits.
 
     Raises:
         ConfigurationError: an option cannot work.
@@ -162,7 +167,7 @@ async def open_catalog(
     Cancellation: closing waits for running jobs, so whoever runs them must be cancelled first; then it
         takes 0.2 s per worker process as a rule, 2 s at most.
     """
-    config = CatalogConfig.from_options(options, data_dir, properties or {})
+    config = CatalogConfig.from_options(options, data_dir, properties or {}, index_bytes=index_bytes)
     template = Template()
     async with AsyncExitStack() as stack:
 

@@ -57,7 +57,7 @@ async def read_table(pipeline: Pipeline, table: Table, request: ReadRequest, pat
         ArkaError: ``out_of_range``: ``at_lsn`` was not given yet, or no retained snapshot ends there.
         InvalidRequest: a column that the table does not have.
         CatalogUnavailable: catalog or warehouse do not answer.
-        Unavailable: the start has not compared the table with the catalog yet.
+        Unavailable: the start has not compared the table with the catalog yet, or the log is another process's.
 
     Cancellation: the file may be there.
     """
@@ -98,6 +98,12 @@ def _frames_of(pipeline: Pipeline, table: Table, through_lsn: int) -> TableFrame
     cut = table.backlog.cut(through_lsn) if table.state is TableState.ACTIVE else None
     if cut is None:
         return None
+    if cut.through_lsn <= table.committed.lsn:
+        # Committed by whoever owns the log now: what this process took in since is no part of it.
+        raise Unavailable(
+            f"{table.info.name} holds LSN {table.committed.lsn} in Iceberg, this server gave {cut.through_lsn} last: "
+            "another server has taken its log over"
+        )
     return table.frames(pipeline.log_uuid, cut)
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 from uuid import uuid4
 
 import pyarrow as pa
 import pytest
+from pyiceberg.exceptions import CommitFailedException
 
 from arka.errors import ArkaError, ErrorCode
 from arka.iceberg import commit
@@ -22,7 +25,7 @@ from arka.iceberg.manifests import ManifestMemory
 from arka.iceberg.rowdelta import KeyedTable, KeyedTables
 from arka.iceberg.sqlcatalog import LeanSqlCatalog
 from arka.records import OWNER, TableInfo, owner_property
-from arka.storage.ports import CommitOutcome
+from arka.storage.ports import CatalogUnavailable, CommitOutcome
 
 from .conftest import Lake
 
@@ -296,6 +299,50 @@ def test_table_that_was_handed_over(lake: Lake, source: Source) -> None:
     with pytest.raises(ArkaError, match="of node other") as caught:
         lake.commit(source.info, staged)
     assert caught.value.code is ErrorCode.TABLE_STOPPED
+    source.check()
+
+
+def test_tables_that_do_not_fit_into_memory(lake: Lake) -> None:
+    """A worker that may remember nothing opens each index again from the disk, and is right all the same."""
+    lake.config = replace(lake.config, index_bytes=0)
+    infos = [lake.create(SCHEMA, (2, "identity"), key=["id"], name=name) for name in ("one", "two")]
+    sources = [Source(lake, info, seed) for seed, info in enumerate(infos)]
+    for _ in range(4):
+        for source in sources:
+            source.commit()
+            source.check()
+            assert len(commit._keyed._open) == 1
+
+
+def test_nothing_is_left_of_a_commit_that_failed(lake: Lake, source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Delete files, manifests and runs of attempts that came to nothing are removed, whatever step failed."""
+    source.commit()
+    source.commit()
+
+    def files() -> set[Path]:
+        roots = (Path(lake.table(source.info).location().removeprefix("file://")), Path(lake.config.index_dir))
+        return {path for root in roots for path in root.rglob("*") if path.is_file()}
+
+    batches, deletes = source.make(3, 20, 60)
+    staged = lake.encode(source.info, batches, source.lsn, deletes=deletes)
+    before = files()
+    full, beaten = OSError("no room"), CommitFailedException("others won")
+    steps: list[tuple[Any, str, Exception]] = [
+        (KeyIndex, "adopt", full),
+        (commit, "stage_snapshot", full),
+        (KeyIndex, "stage", full),
+        (LeanSqlCatalog, "commit_table", beaten),
+    ]
+    for owner, name, error in steps:
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, mock.Mock(side_effect=error))
+            with pytest.raises((OSError, CatalogUnavailable)):
+                lake.commit(source.info, staged)
+        new_worker()
+        # Runs are swept when the index is opened again.
+        assert {path for path in files() - before if path.suffix != ".run"} == set(), name
+    assert lake.commit(source.info, staged).outcome is CommitOutcome.COMMITTED
+    source.lsn += len(batches)
     source.check()
 
 

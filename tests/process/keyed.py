@@ -116,6 +116,11 @@ class KeyedWriter:
         rows = range(self._row(number), self._row(number + 1))
         return pa.record_batch([pa.array(rows, pa.int64()), pa.array(map(self._pad, rows))], schema=SCHEMA)
 
+    def request(self, number: int) -> dict[str, str]:
+        """What goes with a batch."""
+        del number
+        return {}
+
     def on_disk(self) -> list[int]:
         """The rows of the writes that were acked on disk."""
         numbers = [number for number, told in self.told.items() if told.tier >= TIERS.index("disk")]
@@ -156,7 +161,7 @@ class KeyedWriter:
                 if not room.acquire(timeout=0.05):
                     continue
                 self.sent = max(self.sent, number + 1)
-                stream.write(self.batch(number))
+                stream.write(self.batch(number), **self.request(number))
                 number += 1
                 gone.wait(self._pace_s)
             if count is not None:
@@ -230,11 +235,51 @@ class KeyedWriter:
         told.tier = max(told.tier, tier)
 
 
-def create_tables(location: str, names: Iterable[str]) -> None:
-    """Make the tables that the writers write to; those that exist stay."""
+class OverwritingWriter(KeyedWriter):
+    """Writes the same few keys of a primary-key table again and again; each fourth batch deletes those before it.
+
+    It is the table's only writer, so the table must hold what its batches come to in their order.
+    """
+
+    #: Keys; more than a batch has, so that old rows lie in several files.
+    KEYS = 10 * BATCH_ROWS
+
+    def batch(self, number: int) -> pa.RecordBatch:
+        """Make a batch; the ``pad`` of a row says which batch it is of."""
+        keys = self._keys(number - 1 if self.deletes(number) else number)
+        pads = [f"{number} {self._pad(key)}" for key in keys]
+        return pa.record_batch([pa.array(keys, pa.int64()), pa.array(pads)], schema=SCHEMA)
+
+    def request(self, number: int) -> dict[str, str]:
+        """Say what a batch does."""
+        return {"operation": "delete"} if self.deletes(number) else {}
+
+    def deletes(self, number: int) -> bool:
+        """Whether a batch deletes."""
+        return number % 4 == 3
+
+    def _keys(self, number: int) -> list[int]:
+        return [(number * BATCH_ROWS * 3 + row) % self.KEYS for row in range(BATCH_ROWS)]
+
+    def expected(self) -> dict[int, str]:
+        """What the table must hold in the end, if everything sent was accepted."""
+        rows: dict[int, str] = {}
+        for number in range(self.sent):
+            for row in self.batch(number).to_pylist():
+                if self.deletes(number):
+                    rows.pop(row["n"], None)
+                else:
+                    rows[row["n"]] = row["pad"]
+        return rows
+
+
+def create_tables(location: str, names: Iterable[str], keyed: Iterable[str] = ()) -> None:
+    """Make the tables that the writers write to, those in ``keyed`` with a primary key; those that exist stay."""
     with connect(location) as client:
         for name in names:
             create(client, name, [("n", "int64!"), ("pad", "utf8")])
+        for name in keyed:
+            create(client, name, [("n", "int64!"), ("pad", "utf8")], table_type="primary_key", primary_key="n")
 
 
 def wait_dead_or_done(server: ServerProcess, threads: Sequence[threading.Thread], timeout_s: float) -> bool:
@@ -254,6 +299,17 @@ def check_broken(writers: Iterable[KeyedWriter]) -> None:
     writers = list(writers)
     assert [rule for writer in writers for rule in writer.broken] == []
     assert [ack for writer in writers for ack in writer.errors] == []
+
+
+def check_overwritten(server: ServerProcess, writer: OverwritingWriter) -> int:
+    """Check with plain pyiceberg that a primary-key table holds what its writer's batches come to."""
+    found = lake.rows(server.data, writer.table).to_pylist()
+    rows = {row["n"]: row["pad"] for row in found}
+    assert len(rows) == len(found), f"{writer.table}: a key has more than one row"
+    expected = writer.expected()
+    assert {key: rows.get(key, "")[:12] for key in expected} == {key: pad[:12] for key, pad in expected.items()}
+    assert rows == expected
+    return len(rows)
 
 
 def check_iceberg(server: ServerProcess, writers: Sequence[KeyedWriter]) -> int:

@@ -20,11 +20,22 @@ from arka.wal.scan import SegmentScan
 from arka.wal.segment import SegmentHeader, parse_segment_name
 
 from .clients import TIERS, Stream, action, connect, create, numbers
-from .keyed import KeyedWriter, Node, check_broken, check_iceberg, create_tables, wait_dead_or_done
+from .keyed import (
+    KeyedWriter,
+    Node,
+    OverwritingWriter,
+    check_broken,
+    check_iceberg,
+    check_overwritten,
+    create_tables,
+    wait_dead_or_done,
+)
 
 pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.timeout(400)]
 
 TABLES = ("left", "right")
+#: One with a primary key.
+KEYED = "users"
 #: Two of a batch's rows fill 32 KiB: a segment of 1 MiB holds some sixteen batches.
 PAD = "arka" * 4096
 #: Pause of a writer between two batches: four of them fill a segment in a few hundredths of a second.
@@ -77,9 +88,15 @@ UNDER_LOAD = (
     ("drop.noted", 1),
     ("encode.written", 3),
     ("encode.synced", 3),
+    ("encode.keys", 3),
+    ("commit.deletes", 3),
+    ("index.staged", 3),
     ("commit.manifests", 3),
     ("commit.metadata", 4),
     ("commit.swapped", 3),
+    ("index.landed", 3),
+    ("index.merging", 2),
+    ("index.merged", 2),
     ("commit.response", 3),
     ("commit.answered", 3),
     ("commit.advanced", 3),
@@ -161,6 +178,10 @@ class Lives:
             KeyedWriter(self.node, number, TABLES[number % 2], durability, pad=lambda _: PAD, pace_s=PACE_S)
             for number, durability in enumerate(TIERS)
         ]
+        self.overwriter = OverwritingWriter(
+            self.node, len(TIERS), KEYED, "iceberg_committed", pad=lambda _: "", pace_s=PACE_S
+        )
+        self.writers.append(self.overwriter)
 
     def start(self) -> bool:
         """Start the server; returns whether it got as far as to serve."""
@@ -233,7 +254,7 @@ class Lives:
         if not self.has_tables:
             # They are there before the writers ask for them, unless the server dies at it.
             with contextlib.suppress(flight.FlightError, pa.ArrowException):
-                create_tables(self.server.location, TABLES)
+                create_tables(self.server.location, TABLES, [KEYED])
                 self.has_tables = True
         for thread in threads:
             thread.start()
@@ -250,7 +271,7 @@ class Lives:
         """Let everything that was sent get its last ack, drain, and hold Iceberg against it; returns the rows."""
         self.server.failpoints = ""
         assert self.start(), self.server.log_tail()
-        create_tables(self.server.location, TABLES)
+        create_tables(self.server.location, TABLES, [KEYED])
         gone = threading.Event()
         threads = [
             threading.Thread(target=writer.run, args=(self.server.location, writer.sent, gone))
@@ -265,7 +286,8 @@ class Lives:
         self.server.stop()
         check_broken(self.writers)
         assert [writer.status for writer in self.writers] == [""] * len(self.writers), self.server.log_tail()
-        return check_iceberg(self.server, self.writers)
+        rows = check_overwritten(self.server, self.overwriter)
+        return rows + check_iceberg(self.server, [writer for writer in self.writers if writer is not self.overwriter])
 
     def _tend_tables(self, again: bool) -> None:
         """Create a table, write to it, drop it, until the server is gone."""
@@ -286,7 +308,12 @@ class Lives:
             action(client, "DropTable", name="extra", purge=True)
             assert create(client, "extra")["created"]
             assert client.do_get(flight.Ticket(b"extra")).read_all().num_rows == 0
-            assert action(client, "ListTables") == ["default.extra", "default.left", "default.right"]
+            assert action(client, "ListTables") == [
+                "default.extra",
+                "default.left",
+                "default.right",
+                f"default.{KEYED}",
+            ]
 
 
 def tear(data: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -113,6 +114,30 @@ def test_the_first_row_of_a_key_may_stand(
     stream.finish()
     write_all(client, table, [rows((1, 1, "fourth", "x"), (1, 1, "fifth", "x"))])
     assert found_by_all(server, client, duck, table) == [(1, 1, "fourth", "x"), (1, 2, "first", "x")]
+
+
+def test_reads_see_what_was_accepted(make_server: Callable[..., ServerProcess]) -> None:
+    """DoGet shows writes from their memory ack on: long before a commit, and as the table was at an LSN."""
+    with make_server(iceberg__commit_interval_s=3600) as server, connect(server.location) as client:
+        make(client, "t")
+        write_all(client, "t", [rows((1, 1, "a", "x"), (1, 2, "b", "x"))])
+        stream = Stream(client, "t", SCHEMA, requested_durability="memory")
+        stream.write(rows((2, 1, "c", "x"), (2, 3, "d", "x")))
+        stream.write(rows((0, 2, "", "x")), operation="delete")
+        first, second = stream.acks(2)
+
+        def read(**ticket: Any) -> list[tuple[int, str]]:
+            body = json.dumps({"table_name": "t", **ticket}).encode()
+            found = client.do_get(flight.Ticket(body)).read_all().to_pylist()
+            return sorted((row["id"], row["name"]) for row in found)
+
+        assert read(columns=["name", "id"]) == [(1, "c"), (3, "d")]
+        assert read(at_lsn=first["lsn"]) == [(1, "c"), (2, "b"), (3, "d")]
+        assert read(at_lsn=second["lsn"]) == read(wait_for_lsn=second["lsn"]) == [(1, "c"), (3, "d")]
+        assert read(at_lsn=first["lsn"] - 1) == [(1, "a"), (2, "b")]
+        assert "[out_of_range]" in failure_of(read, at_lsn=second["lsn"] + 1)
+        assert lake.load(server.data, "t").scan().to_arrow().num_rows == 2
+        stream.finish()
 
 
 def failing(acks: list[Ack]) -> list[tuple[int, str]]:

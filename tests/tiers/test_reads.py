@@ -135,6 +135,18 @@ async def test_read_before_the_catalog_answers(path: str, autojump_clock: MockCl
         assert await ids(pipeline, table, path) == [0, 1, 2]
 
 
+async def test_read_from_a_server_whose_log_was_taken_over(path: str, autojump_clock: MockClock) -> None:
+    """A process that has not noticed yet finds more committed than it gave: what it took is no part of the log."""
+    node = SimNode()
+    async with node.run() as pipeline:
+        table = await create_table(pipeline)
+        node.weather.away = True
+        await write_all(pipeline, table, range(2), Tier.DISK)
+        table.committed.advance(1 << 40, snapshot_id=None)
+        with pytest.raises(Unavailable, match="taken its log over"):
+            await ids(pipeline, table, path)
+
+
 async def test_read_of_a_parked_table(path: str, autojump_clock: MockClock) -> None:
     """What is parked is not read: nobody can say whether it will ever be in the table (R18)."""
     node = SimNode()
