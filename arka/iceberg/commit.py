@@ -147,7 +147,7 @@ def _commit_own(config: CatalogConfig, opened: Catalog, table: Table, job: Commi
         if job.table.table_type is TableType.PRIMARY_KEY:
             # On what the commit is based on: the table may have been handed over meanwhile.
             describe(table).info.check_owner(job.log_uuid)
-            keyed = _keyed.get(config, job.table)
+            keyed = _keyed.get(config, job.table, job.staged.key_check)
             delta = keyed.resolve(table, job, _memory)
             written += delta.deleted
             staged = stage_snapshot(table, delta.added, _memory, _notes(job), delta.removed)

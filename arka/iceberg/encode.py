@@ -8,7 +8,7 @@ A batch of an unpartitioned table is a view of the mapped segment file until Par
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 
@@ -65,8 +65,8 @@ def encode(config: CatalogConfig, job: TableFrames) -> StagedFiles:
         files = sorter.finish()
         failpoints.hit("encode.written")
     failpoints.hit("encode.synced")
-    path = keys.write(stem) if keys is not None else ""
-    return StagedFiles(job.after_lsn, job.through_lsn, tuple(files), rows, path)
+    made = StagedFiles(job.after_lsn, job.through_lsn, tuple(files), rows)
+    return made if keys is None else replace(made, keys=keys.write(stem), key_check=keys.check)
 
 
 class _Sorter:

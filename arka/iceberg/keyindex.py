@@ -17,7 +17,6 @@ as if it had not been written.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from arka import failpoints
 from arka._core.framing import crc32c
 from arka._core.runs import Run, RunDamaged, copy_run, find_rows, merge_runs
 from arka.iceberg.fileio import sync_directory, write_durable
-from arka.iceberg.runfiles import map_run, new_name, new_run, numbers_of
+from arka.iceberg.runfiles import check_of, map_run, new_name, new_run, numbers_of
 
 #: A run is merged with those newer than it once they are together more than this share of it.
 _MERGE_SHARE: Final = 1 / 3
@@ -45,8 +44,6 @@ _KEYS_PER_BYTE: Final = 16
 _FILE_BYTES: Final = 250
 _LENGTH_BYTES: Final = 4
 _CRC_BYTES: Final = 4
-#: A check of the secret that hashes were made with, in the journal.
-_CHECK_BYTES: Final = 8
 
 
 class IndexUnusable(Exception):
@@ -116,7 +113,7 @@ class KeyIndex:
     def __init__(self, directory: str, table_uuid: UUID, secret: bytes) -> None:
         self._directory = directory
         self._table = str(table_uuid)
-        self._check = hashlib.blake2b(secret, digest_size=_CHECK_BYTES).digest()
+        self._check = check_of(secret)
         self._snapshot_id: int | None = None
         self._files: dict[int, str] = {}
         self._next_file = 0

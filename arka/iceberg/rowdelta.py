@@ -26,8 +26,8 @@ from pyiceberg.table.metadata import TableMetadata
 from pyiceberg.typedef import Record
 
 from arka import failpoints
-from arka._core.runs import REMOVED, UNLESS_THERE
-from arka.errors import ArkaError, ErrorCode
+from arka._core.runs import REMOVED, UNLESS_THERE, Run, RunDamaged
+from arka.errors import ArkaError, ErrorCode, Unavailable
 from arka.iceberg.config import CatalogConfig
 from arka.iceberg.deletes import PATH_ID, DeadRows, LiveFile, write_deletes
 from arka.iceberg.fileio import batch_of
@@ -35,9 +35,9 @@ from arka.iceberg.keyindex import IndexUnusable, KeyIndex
 from arka.iceberg.keyscan import KeyScan
 from arka.iceberg.manifests import ManifestMemory
 from arka.iceberg.producer import StagedSnapshot, data_file, discard
-from arka.iceberg.runfiles import map_run, numbers_of, table_secret
+from arka.iceberg.runfiles import check_of, map_run, numbers_of, table_secret
 from arka.records import TableInfo
-from arka.storage.ports import CommitJob, StagedFile
+from arka.storage.ports import CommitJob, StagedFile, StagedFiles
 
 #: What a live file's entries take in memory.
 _FILE_BYTES: Final = 1_000
@@ -113,12 +113,17 @@ class Delta:
 
 
 class KeyedTable:
-    """A primary-key table as this worker knows it, at the snapshot that it last saw."""
+    """A primary-key table as this worker knows it, at the snapshot that it last saw.
+
+    Attributes:
+        key_check: tells the secret that its keys are hashed with from others.
+    """
 
     def __init__(self, config: CatalogConfig, info: TableInfo) -> None:
         self._info = info
         self._secret = table_secret(config.index_dir, info.uuid)
         self._directory = os.path.join(config.index_dir, str(info.uuid))
+        self.key_check = check_of(self._secret)
         self._index = KeyIndex(self._directory, info.uuid, self._secret)
         self._files = _Files()
         self._dead = DeadRows()
@@ -133,6 +138,7 @@ class KeyedTable:
 
         Raises:
             ArkaError: others wrote delete or data files that Arka cannot work with.
+            Unavailable: the job's staged keys are gone or damaged: encode its frames again.
             OSError: the warehouse or the local disk failed.
 
         Durability: what was written to the warehouse is durable; the run is with ``stage``.
@@ -209,9 +215,7 @@ class KeyedTable:
 
     def _resolve(self, table: Table, job: CommitJob) -> Delta:
         staged = job.staged
-        run = map_run(staged.keys)
-        # First: whatever is damaged afterwards is the index.
-        files, rows = map(numbers_of, run.places())
+        run, files, rows = _read_staged(staged)
         before = self._index.find(run)
         had_row = pc.not_equal(before.files, pa.scalar(REMOVED, pa.uint32()))
         conditional = pc.and_(
@@ -242,6 +246,22 @@ class KeyedTable:
             discard(table.io, list(new.deleted))
             raise
         return Delta(new.added, new.removed, name, [file.path for file in staged.files], new.gone, new.deleted)
+
+
+def _read_staged(staged: StagedFiles) -> tuple[Run, pa.UInt32Array, pa.UInt32Array]:
+    """Map the staged run; returns it, and the file and row of each of its entries.
+
+    All of it is read: whatever is damaged afterwards is the index.
+
+    Raises:
+        Unavailable: it is gone or damaged; the frames have to be encoded again.
+    """
+    try:
+        run = map_run(staged.keys)
+        files, rows = map(numbers_of, run.places())
+    except (FileNotFoundError, RunDamaged) as error:
+        raise Unavailable(f"{staged.keys} cannot be read, its keys have to be staged again: {error}") from error
+    return run, files, rows
 
 
 class _Outcome:
@@ -336,8 +356,18 @@ class KeyedTables:
     def __init__(self) -> None:
         self._open: OrderedDict[object, KeyedTable] = OrderedDict()
 
-    def get(self, config: CatalogConfig, info: TableInfo) -> KeyedTable:
-        """Return a table as it was last known."""
+    def get(self, config: CatalogConfig, info: TableInfo, key_check: bytes) -> KeyedTable:
+        """Return a table as it was last known.
+
+        Args:
+            config: where indexes lie.
+            info: the table.
+            key_check: of the staged keys that are to be looked for.
+
+        Raises:
+            Unavailable: these were hashed with a secret that is gone: the directory was removed meanwhile.
+            OSError: the local disk failed.
+        """
         key = (config.index_dir, info.uuid)
         found = self._open.pop(key, None)
         used = sum(table.memory_bytes for table in self._open.values())
@@ -346,7 +376,12 @@ class KeyedTables:
             _, old = self._open.popitem(last=False)
             used -= old.memory_bytes
             old.close()
+        if found is not None and found.key_check != key_check:
+            found.close()
+            found = None
         found = found or KeyedTable(config, info)
+        if found.key_check != key_check:
+            raise Unavailable(f"{info.name}: {config.index_dir} was removed; its keys have to be staged again")
         self._open[key] = found
         return found
 

@@ -24,6 +24,7 @@ from arka._core.runs import Run, RunDamaged
 from arka.iceberg.fileio import make_directory, sync_directory, write_durable
 
 _SECRET_BYTES: Final = 16
+_CHECK_BYTES: Final = 8
 
 
 def table_secret(root: str, table_uuid: UUID) -> bytes:
@@ -51,6 +52,11 @@ def table_secret(root: str, table_uuid: UUID) -> bytes:
         sync_directory(root)
         secret = path.read_bytes()
     return hashlib.blake2b(table_uuid.bytes, key=secret, digest_size=_SECRET_BYTES).digest()
+
+
+def check_of(secret: bytes) -> bytes:
+    """Return what tells a secret from others, and does not give it away."""
+    return hashlib.blake2b(secret, digest_size=_CHECK_BYTES).digest()
 
 
 def new_name() -> str:
@@ -120,4 +126,4 @@ def packed(array: pa.Array) -> pa.Buffer:
     return pa.py_buffer(b"") if buffer is None else buffer.slice(array.offset * width, len(array) * width)
 
 
-__all__ = ["hashes_of", "map_run", "new_name", "new_run", "numbers_of", "packed", "table_secret"]
+__all__ = ["check_of", "hashes_of", "map_run", "new_name", "new_run", "numbers_of", "packed", "table_secret"]

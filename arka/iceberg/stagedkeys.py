@@ -20,7 +20,7 @@ from arka._core.runs import REMOVED, UNLESS_THERE, write_run
 from arka.iceberg.config import CatalogConfig
 from arka.iceberg.fileio import make_directory
 from arka.iceberg.frames import FrameRows
-from arka.iceberg.runfiles import new_run, packed, table_secret
+from arka.iceberg.runfiles import check_of, new_run, packed, table_secret
 from arka.iceberg.settled import SettledFrames
 from arka.storage.ports import TableFrames
 
@@ -72,6 +72,11 @@ class StagedKeys:
             rows = packed(pc.bit_wise_or(numbers, flags))
         self._parts.append((packed(hashes), number, rows))
         return [batch.select(range(batch.num_columns - 2)) for batch in batches]
+
+    @property
+    def check(self) -> bytes:
+        """Tells the secret of the hashes from others."""
+        return check_of(self._secret)
 
     def write(self, stem: str) -> str:
         """Write the staged run; returns its path.

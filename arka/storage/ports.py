@@ -202,6 +202,7 @@ class StagedFiles:
         rows: in the files together.
         keys: for a primary-key table the path of the run that says where each key's row now is (``arka._core.runs``),
             files by their number in ``files``; on the local disk.
+        key_check: tells the secret that its hashes were made with from others.
     """
 
     after_lsn: int
@@ -209,6 +210,7 @@ class StagedFiles:
     files: tuple[StagedFile, ...]
     rows: int
     keys: str = ""
+    key_check: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 from pyiceberg.exceptions import CommitFailedException
 
-from arka.errors import ArkaError, ErrorCode
+from arka.errors import ArkaError, ErrorCode, Unavailable
 from arka.iceberg import commit
 from arka.iceberg.deletes import PATH_ID
 from arka.iceberg.garbage import Garbage
@@ -159,6 +159,32 @@ def commit_over(source: Source, rounds: int, harm: Callable[[], None]) -> None:
         new_worker()
         harm()
     source.commit()
+    source.check()
+
+
+def test_index_removed_under_a_server(lake: Lake, source: Source) -> None:
+    """Keys hashed with a new secret are never looked for among those of the old one."""
+    source.commit()
+    source.commit()
+    shutil.rmtree(lake.config.index_dir)
+    # The encoder makes another secret; the committer still has its index open.
+    source.commit()
+    source.check()
+    batches, deletes = source.make(3, 20, 60)
+    staged = lake.encode(source.info, batches, source.lsn, deletes=deletes)
+    shutil.rmtree(lake.config.index_dir)
+    with pytest.raises(Unavailable, match="staged again"):
+        lake.commit(source.info, staged)
+    staged = lake.encode(source.info, batches, source.lsn, deletes=deletes)
+    damaged = bytearray(Path(staged.keys).read_bytes())
+    damaged[4096 + 50] ^= 1
+    Path(staged.keys).write_bytes(damaged)
+    with pytest.raises(Unavailable, match="staged again"):
+        lake.commit(source.info, staged)
+    staged = lake.encode(source.info, batches, source.lsn, deletes=deletes)
+    new_worker()
+    assert lake.commit(source.info, staged).outcome is CommitOutcome.COMMITTED
+    source.lsn += len(batches)
     source.check()
 
 
