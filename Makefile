@@ -81,6 +81,10 @@ soak: $(VENV)/.installed-test ## 10,000 simulated histories of the engine, in pa
 outage: $(VENV)/.installed-test ## an object store away for 60 s under 50 MB/s of load; prints what it cost
 	$(PYTHON) -m tests.services.outage --outage-s 60 --mb-per-s 50
 
+.PHONY: bench
+bench: $(VENV)/.installed-test ## measurements beside their floors; BENCH="one-row upserts" for some of them
+	$(PYTHON) -m bench $(BENCH)
+
 .PHONY: docs
 docs: $(VENV)/.installed-test ## write the generated pages and tables again
 	$(PYTHON) docs/generate_configuration.py

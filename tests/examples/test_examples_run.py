@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pyarrow.flight as flight
 import pytest
+from pyiceberg.catalog.sql import SqlCatalog
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.process
@@ -44,6 +46,13 @@ def run(command: list[str], timeout_s: float = 120, **options) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, **options)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout
+
+
+def describe(location: str, table: str) -> dict:
+    """Run DescribeTable."""
+    with flight.FlightClient(location) as client:
+        (result,) = client.do_action(flight.Action("DescribeTable", json.dumps({"name": table}).encode()))
+    return json.loads(result.body.to_pybytes())
 
 
 @pytest.fixture
@@ -79,6 +88,37 @@ def test_client_without_a_server_says_so(run_example):
     )
     assert done.returncode == 1
     assert "No server on grpc://127.0.0.1:1" in done.stderr
+
+
+def test_change_stream_ends_equal_to_its_source(run_example, tmp_path):
+    """The replay is cut off, goes on, and ends equal to the database; a second one changes nothing."""
+    data = tmp_path / "data"
+    server = run_example("flight_server.py", data, "--port", 0)
+    files = ("--changes", tmp_path / "changes.jsonl", "--offsets", tmp_path / "offset")
+    size = ("--transactions", 300)
+    with server_process(server, data, tmp_path / "server.log") as location:
+        output = run(run_example("cdc.py", location, *files, *size))
+        assert re.search(r"cut off behind 120 writes: \d+ steps", output)
+        assert re.search(r"changes: \d+ c, \d+ d, \d+ u\n", output)
+        assert "in the source, equal" in output
+        snapshot = describe(location, "customers")["snapshot_id"]
+        # All writes again under their keys, and then none, since the offsets say that all are done.
+        again = run(run_example("cdc.py", location, *files[:2], "--offsets", tmp_path / "none", *size))
+        assert "in the source, equal" in again
+        assert "writes: 0, of which 0" in run(run_example("cdc.py", location, *files, *size))
+        assert describe(location, "customers")["snapshot_id"] == snapshot
+    catalog = SqlCatalog("arka", uri=f"sqlite:///{data}/catalog.db", warehouse=f"file://{data}/warehouse")
+    rows = catalog.load_table("default.customers").scan().to_arrow().sort_by("id").to_pylist()
+    catalog.close()
+    expected = {}
+    for line in (tmp_path / "changes.jsonl").read_text().splitlines():
+        change = json.loads(line)
+        if change["before"] is not None:
+            del expected[change["before"]["id"]]
+        if change["after"] is not None:
+            expected[change["after"]["id"]] = change["after"]
+    assert rows == [expected[key] for key in sorted(expected)]
+    assert len(rows) > 100
 
 
 def test_embedding_program_keeps_its_tables(run_example, tmp_path):

@@ -1,0 +1,11 @@
+"""Run measurements: ``python -m bench [NAME …]``; without a name, all of them."""
+
+from __future__ import annotations
+
+import sys
+
+from bench import transport as transport
+from bench import upserts as upserts
+from bench.harness import run
+
+sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,116 @@
+"""What clients do to a server: stock pyarrow, the same against every server."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.flight as flight
+
+from bench.servers import connect
+
+TABLE = "load"
+MEMORY_ACKS = json.dumps({"requested_durability": "memory"}).encode()
+
+
+def numbers(rows: int, seed: int = 0) -> pa.RecordBatch:
+    """Four columns of eight bytes: 32 bytes a row."""
+    rng = np.random.default_rng(seed)
+    return pa.record_batch(
+        {
+            "id": pa.array(rng.integers(0, 1 << 40, rows)),
+            "value": pa.array(rng.random(rows)),
+            "at": pa.array(rng.integers(0, 1 << 50, rows)).cast(pa.timestamp("us")),
+            "k": pa.array(rng.integers(0, 1 << 40, rows)),
+        }
+    )
+
+
+@dataclass
+class Pumped:
+    """How one stream went.
+
+    Attributes:
+        seconds: from the first batch until the last ack.
+        acks: how many came.
+    """
+
+    seconds: float = 0.0
+    acks: int = 0
+
+
+def pump(client: flight.FlightClient, batch: pa.RecordBatch, count: int, request: bytes = MEMORY_ACKS) -> Pumped:
+    """Write a batch again and again on one stream while a thread reads an ack for each."""
+    writer, reader = client.do_exchange(flight.FlightDescriptor.for_path(TABLE))
+    writer.write_metadata(request)
+    writer.begin(batch.schema)
+    done = Pumped()
+
+    def read() -> None:
+        while True:
+            try:
+                reader.read_chunk()
+            except StopIteration:
+                return
+            done.acks += 1
+
+    # The bare server answers the metadata-only message too.
+    reading = threading.Thread(target=read)
+    started = time.perf_counter()
+    reading.start()
+    for _ in range(count):
+        writer.write_batch(batch)
+    writer.done_writing()
+    reading.join()
+    done.seconds = time.perf_counter() - started
+    writer.close()
+    assert count <= done.acks <= count + 1, f"{done.acks} acks of {count} writes"
+    return done
+
+
+def pump_all(location: str, batch: pa.RecordBatch, streams: int, count: int) -> tuple[float, list[float]]:
+    """Pump several streams at once, each from a thread with the one client.
+
+    Returns:
+        Seconds from the first start to the last end, and each stream's batches a second.
+    """
+    with connect(location) as client:
+        results: list[Pumped] = [Pumped()] * streams
+        barrier = threading.Barrier(streams + 1)
+
+        def run(number: int) -> None:
+            barrier.wait()
+            results[number] = pump(client, batch, count)
+
+        threads = [threading.Thread(target=run, args=(number,)) for number in range(streams)]
+        for thread in threads:
+            thread.start()
+        barrier.wait()
+        started = time.perf_counter()
+        for thread in threads:
+            thread.join()
+        seconds = time.perf_counter() - started
+    return seconds, [count / result.seconds for result in results]
+
+
+def round_trips(client: flight.FlightClient, batch: pa.RecordBatch, count: int, **request: Any) -> list[float]:
+    """Write, and wait for the last ack that was asked for, before writing again; returns seconds each."""
+    asked = json.dumps({"requested_durability": "memory"} | request).encode()
+    tiers = ("memory", "disk", "object_storage", "iceberg_committed")
+    acks = tiers.index(json.loads(asked)["requested_durability"]) + 1
+    writer, reader = client.do_exchange(flight.FlightDescriptor.for_path(TABLE))
+    writer.begin(batch.schema)
+    taken = []
+    for _ in range(count):
+        started = time.perf_counter()
+        writer.write_with_metadata(batch, asked)
+        for _ in range(acks):
+            reader.read_chunk()
+        taken.append(time.perf_counter() - started)
+    writer.done_writing()
+    return taken
