@@ -238,13 +238,16 @@ class TableInfo:
                 )
 
     def key_schema(self, schema: pa.Schema | None = None) -> pa.Schema:
-        """Return the key's columns in the key's order, of a schema that the table has or had (default: ``schema``).
+        """Return the key's columns of a schema that the table has or had (default: ``schema``).
+
+        They are found and ordered by their field ids: names may change, and hashes and frames in the log outlive that.
 
         Raises:
             KeyError: it lacks one of them.
         """
-        whole = self.schema if schema is None else schema
-        return pa.schema([whole.field(name) for name in self.key_columns])
+        ids = sorted(int(self.schema.field(name).metadata[FIELD_ID_KEY]) for name in self.key_columns)
+        fields = {int(field.metadata[FIELD_ID_KEY]): field for field in (self.schema if schema is None else schema)}
+        return pa.schema([fields[number] for number in ids])
 
     def frame_schema(self, operation: Operation, schema: pa.Schema | None = None) -> pa.Schema:
         """Return the schema of a frame in the log: a delete holds the key alone.

@@ -157,7 +157,9 @@ class _Planner:
         return StreamPlan(
             name=self._table.name,
             upserts=None if missing else self._conformance(range(len(schema)), steps),
-            deletes=self._conformance([places[key] for key in keys], steps) if keys else None,
+            deletes=self._conformance([places[name] for name in self._table.key_schema().names], steps)
+            if keys
+            else None,
             missing=tuple(missing),
             dictionary_types=tuple(self._dictionary_types),
         )

@@ -11,11 +11,13 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from typing import Final
 from uuid import UUID
 
 from pyiceberg.catalog import Catalog
 from pyiceberg.exceptions import NoSuchNamespaceError, NoSuchTableError, TableAlreadyExistsError
+from pyiceberg.schema import Schema
 from pyiceberg.table import Table, TableProperties
 
 from arka import failpoints
@@ -178,7 +180,7 @@ def describe(table: Table) -> CatalogTable:
         schema=schema,
         schema_id=metadata.current_schema_id,
         table_type=TableType(properties.get(TABLE_TYPE, TableType.APPEND_ONLY)),
-        key_columns=tuple(json.loads(properties.get(PRIMARY_KEY, "[]"))),
+        key_columns=_key_columns(metadata.schema(), properties),
         spec_id=metadata.default_spec_id,
         partition=partition_fields(metadata.spec()),
         location=metadata.location,
@@ -192,6 +194,16 @@ def describe(table: Table) -> CatalogTable:
     except ValueError as error:
         raise CatalogConflict(f"table {name}: {error}") from error
     return CatalogTable(info, marks_of(properties), metadata.current_snapshot_id)
+
+
+def _key_columns(schema: Schema, properties: Mapping[str, str]) -> tuple[str, ...]:
+    """The names that the key's columns have now; in the order of CreateTable unless one was renamed since."""
+    names = tuple(json.loads(properties.get(PRIMARY_KEY, "[]")))
+    fields = {name for number in sorted(schema.identifier_field_ids) if (name := schema.find_column_name(number))}
+    if not names or not fields or set(names) == fields:
+        return names
+    # Others renamed one: the schema knows which columns identify a row by their ids.
+    return tuple(field.name for field in schema.fields if field.name in fields)
 
 
 def _load(opened: Catalog, name: TableName) -> Table:

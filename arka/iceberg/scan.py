@@ -24,9 +24,10 @@ from arka.errors import ArkaError, ErrorCode, InternalError, InvalidRequest
 from arka.iceberg.align import align_batch
 from arka.iceberg.catalogs import catalog
 from arka.iceberg.config import CatalogConfig
+from arka.iceberg.control import describe
 from arka.iceberg.deletes import live_rows
 from arka.iceberg.marks import committed_lsn_property, mark_of, marks_of
-from arka.iceberg.schema import arrow_schema, field_id
+from arka.iceberg.schema import field_id
 from arka.iceberg.tail import open_tail
 from arka.records import FIELD_ID_KEY, TableName
 from arka.storage.ports import CommitMark, ReadJob, TableMissing
@@ -63,12 +64,11 @@ def scan(config: CatalogConfig, job: ReadJob, path: str) -> int:
     if table.metadata.table_uuid != info.uuid:
         raise TableMissing(f"Table not found: {info.name} with UUID {info.uuid}")
     base = _base_of(table, job)
-    whole = arrow_schema(table.schema())
+    now = describe(table).info
+    whole = now.schema
     schema = check_columns(info.name, whole, job.columns)
     frames = job.tail if base.takes_frames else None
-    if frames is not None:
-        frames = replace(frames, table=replace(frames.table, schema=whole))
-    tail = open_tail(frames, base.lsn)
+    tail = open_tail(None if frames is None else replace(frames, table=now), base.lsn)
     wide = pa.schema([*schema, *(whole.field(name) for name in tail.needs if name not in schema.names)])
     rows = 0
     stream_schema = schema.with_metadata(scan_notes(base.marks, base.snapshot_id))

@@ -47,8 +47,9 @@ class SettledFrames:
         self._frames: list[FrameRows] = []
         hashes = bytearray()
         deletes = bytearray()
+        names = table.key_schema().names
         for frame in frames:
-            hashes += hash_keys([frame.batch.column(name) for name in table.key_columns], secret)
+            hashes += hash_keys([frame.batch.column(name) for name in names], secret)
             deletes += (b"\1" if frame.operation is Operation.DELETE else b"\0") * frame.batch.num_rows
             self._frames.append(frame)
         verdicts = settle(hashes, deletes, first=table.properties.get(MERGE) == MERGE_FIRST)

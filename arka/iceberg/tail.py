@@ -66,7 +66,7 @@ class _KeyedTail:
     """Of a primary-key table: the last write of a key hides older rows."""
 
     def __init__(self, frames: Iterator[FrameRows], table: TableInfo) -> None:
-        self.needs = table.key_columns
+        self.needs = tuple(table.key_schema().names)
         # Hashes that go nowhere: any secret will do that nobody can foresee.
         self._secret = os.urandom(_SECRET_BYTES)
         self._settled = SettledFrames(frames, table, self._secret)

@@ -244,3 +244,30 @@ def test_the_demo_tables(make_server: Callable[..., ServerProcess], duck: Any) -
         write_all(client, "users", [batch])
         found = duck.execute(f"SELECT name FROM iceberg_scan('{lake.load(server.data, 'users').metadata_location}')")
         assert found.fetchall() == [("b",)]
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_key_column_that_others_rename(make_server: Callable[..., ServerProcess], killed: bool) -> None:
+    """A column is its id: keys are found again under another name, also by frames that waited for a restart."""
+    server = make_server(iceberg__commit_interval_s=3600).start()
+    with connect(server.location) as client:
+        make(client, "t")
+        write_all(client, "t", [rows((1, 1, "a", "x"), (1, 2, "b", "x"), (1, 3, "c", "x"))])
+        with lake.load(server.data, "t").update_schema() as change:
+            change.rename_column("region", "area")
+        stream = Stream(client, "t", SCHEMA, requested_durability="object_storage")
+        stream.write(rows((2, 1, "d", "x")))
+        stream.write(rows((2, 2, "", "x")), operation="delete")
+        assert [ack for ack in stream.finish() if ack["error"] is not None] == []
+    if killed:
+        server.kill()
+        server.start()
+    with connect(server.location) as client:
+        expected = [(1, "d", "x"), (3, "c", "x")]
+        for _ in range(2):
+            found = client.do_get(flight.Ticket("t")).read_all().to_pylist()
+            assert sorted((row["id"], row["name"], row["area"]) for row in found) == expected
+            action(client, "Flush", name="t")
+    found = lake.rows(server.data, "t").to_pylist()
+    assert sorted((row["id"], row["name"], row["area"]) for row in found) == expected
+    server.stop()

@@ -169,7 +169,7 @@ async def test_deletes_hide_rows_at_once(path: str, autojump_clock: MockClock) -
             write(pipeline, table, number)
         await pipeline.flush(table, Tier.ICEBERG_COMMITTED)
         schema = table.info.key_schema()
-        _, buffer = frame_buffer(pa.record_batch([[0, 0], [1, 3]], schema=schema))
+        _, buffer = frame_buffer(pa.record_batch({"id": [1, 3], "part": [0, 0]}, schema=schema))
         pipeline.append(table, buffer, rows=2, operation=Operation.DELETE, key=b"", charge=None)
         write(pipeline, table, 3)
         write(pipeline, table, 3)
