@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from uuid import UUID
 
+import pyarrow as pa
 import pyarrow.flight as flight
 import pytest
 import trio
@@ -17,7 +18,7 @@ from arka import cli
 from arka._core.framing import KIND_BATCH, Frame
 from arka.client.resubmit import Resubmitted, resubmit
 from arka.options import WalOptions
-from arka.records import Operation, TableInfo, TableName, TableType, Tier
+from arka.records import FIELD_ID_KEY, Operation, TableInfo, TableName, TableType, Tier
 from arka.storage.disk import PosixDisk
 from arka.testing.segmentfile import frame_buffer
 from arka.testing.serverprocess import ServerProcess
@@ -38,10 +39,11 @@ def table_info(client: flight.FlightClient, name: str, uuid: UUID | None = None)
     return TableInfo(
         uuid=uuid or UUID(described["table_uuid"]),
         name=TableName.parse(name),
-        schema=NUMBERS,
+        schema=pa.schema([field.with_metadata({FIELD_ID_KEY: b"1"}) for field in NUMBERS]),
         schema_id=0,
-        table_type=TableType.APPEND_ONLY,
-        key_columns=(),
+        # A log that holds deletes is of a table with a key.
+        table_type=TableType.PRIMARY_KEY,
+        key_columns=("n",),
         spec_id=0,
         partition=(),
         location="file:///elsewhere-00000000",
@@ -49,8 +51,10 @@ def table_info(client: flight.FlightClient, name: str, uuid: UUID | None = None)
     )
 
 
-def make_log(directory: Path, writes: list[tuple[TableInfo, str, Operation]]) -> Path:
-    """Write a log of one-row batches, whose values are their LSNs, from 1 on."""
+def make_log(
+    directory: Path, writes: list[tuple[TableInfo, str, Operation]], values: Sequence[int] | None = None
+) -> Path:
+    """Write a log of one-row batches; without ``values`` they are their LSNs, from 1 on."""
     disk = PosixDisk()
 
     async def main() -> None:
@@ -65,7 +69,7 @@ def make_log(directory: Path, writes: list[tuple[TableInfo, str, Operation]]) ->
                 schema_id=table.schema_id,
                 operation=int(operation),
                 rows=1,
-                payload=frame_buffer(numbers([lsn])),
+                payload=frame_buffer(numbers([lsn if values is None else values[lsn - 1]])),
                 key=key.encode(),
                 accepted_us=lsn,
             )
@@ -166,6 +170,20 @@ def test_refusals_are_counted_with_their_reason(
     assert sent.acked + sum(sent.refused.values()) == 3
     assert "append-only" in reason
     assert set(rows(server, client, table)) <= {1, 3}
+
+
+def test_deletes_arrive_in_their_order(
+    server: ServerProcess, client: flight.FlightClient, table: str, tmp_path: Path
+) -> None:
+    """Upserts and deletes of a primary-key table come to what they came to in the log."""
+    create(client, table, [("n", "int64!")], table_type="primary_key", primary_key="n")
+    info = table_info(client, table)
+    steps = [(Operation.UPSERT, 1), (Operation.UPSERT, 2), (Operation.DELETE, 1), (Operation.DELETE, 2)]
+    steps += [(Operation.UPSERT, 2), (Operation.UPSERT, 3), (Operation.DELETE, 9)]
+    writes = [(info, f"k{number}", operation) for number, (operation, _) in enumerate(steps)]
+    log = make_log(tmp_path / "log", writes, [value for _, value in steps])
+    assert (send(log, server).acked, rows(server, client, table)) == (7, [2, 3])
+    assert (send(log, server).duplicates, rows(server, client, table)) == (7, [2, 3])
 
 
 def test_schema_that_the_server_does_not_take(
