@@ -222,14 +222,18 @@ class TableInfo:
     location: str
     properties: Mapping[str, str]
 
-    def check_owner(self, log_uuid: UUID) -> None:
+    def check_owner(self, log_uuid: UUID, properties: Mapping[str, str] | None = None) -> None:
         """Check that a log may write to the table (R26): to a primary-key table, its owner alone.
+
+        Args:
+            log_uuid: the log.
+            properties: the table's as they are by now; None for ``properties``.
 
         Raises:
             ArkaError: ``table_stopped``, naming the owner.
         """
         if self.table_type is TableType.PRIMARY_KEY:
-            owner = self.properties.get(OWNER, "")
+            owner = (self.properties if properties is None else properties).get(OWNER, "")
             if owner.rpartition(" ")[2] != str(log_uuid):
                 raise ArkaError(
                     f"{self.name} is a primary-key table of {f'node {owner}' if owner else 'no node'}, which alone "

@@ -20,7 +20,6 @@ from pyiceberg.utils.properties import property_as_bool
 from arka import failpoints
 from arka.iceberg.catalogs import catalog
 from arka.iceberg.config import CatalogConfig
-from arka.iceberg.control import describe
 from arka.iceberg.garbage import Garbage
 from arka.iceberg.keyindex import IndexUnusable
 from arka.iceberg.manifests import ManifestMemory
@@ -146,7 +145,7 @@ def _commit_own(config: CatalogConfig, opened: Catalog, table: Table, job: Commi
     try:
         if job.table.table_type is TableType.PRIMARY_KEY:
             # On what the commit is based on: the table may have been handed over meanwhile.
-            describe(table).info.check_owner(job.log_uuid)
+            job.table.check_owner(job.log_uuid, base.properties)
             keyed = _keyed.get(config, job.table, job.staged.key_check)
             delta = keyed.resolve(table, job, _memory)
             written += delta.deleted

@@ -180,7 +180,7 @@ def describe(table: Table) -> CatalogTable:
         schema=schema,
         schema_id=metadata.current_schema_id,
         table_type=TableType(properties.get(TABLE_TYPE, TableType.APPEND_ONLY)),
-        key_columns=_key_columns(metadata.schema(), properties),
+        key_columns=key_columns(metadata.schema(), properties),
         spec_id=metadata.default_spec_id,
         partition=partition_fields(metadata.spec()),
         location=metadata.location,
@@ -196,7 +196,7 @@ def describe(table: Table) -> CatalogTable:
     return CatalogTable(info, marks_of(properties), metadata.current_snapshot_id)
 
 
-def _key_columns(schema: Schema, properties: Mapping[str, str]) -> tuple[str, ...]:
+def key_columns(schema: Schema, properties: Mapping[str, str]) -> tuple[str, ...]:
     """The names that the key's columns have now; in the order of CreateTable unless one was renamed since."""
     names = tuple(json.loads(properties.get(PRIMARY_KEY, "[]")))
     fields = {name for number in sorted(schema.identifier_field_ids) if (name := schema.find_column_name(number))}
@@ -252,6 +252,7 @@ __all__ = [
     "create_table",
     "describe",
     "drop_table",
+    "key_columns",
     "list_tables",
     "load_table",
     "new_properties",

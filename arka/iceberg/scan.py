@@ -24,10 +24,10 @@ from arka.errors import ArkaError, ErrorCode, InternalError, InvalidRequest
 from arka.iceberg.align import align_batch
 from arka.iceberg.catalogs import catalog
 from arka.iceberg.config import CatalogConfig
-from arka.iceberg.control import describe
+from arka.iceberg.control import key_columns
 from arka.iceberg.deletes import live_rows
 from arka.iceberg.marks import committed_lsn_property, mark_of, marks_of
-from arka.iceberg.schema import field_id
+from arka.iceberg.schema import UnsupportedType, arrow_schema, field_id
 from arka.iceberg.tail import open_tail
 from arka.records import FIELD_ID_KEY, TableName
 from arka.storage.ports import CommitMark, ReadJob, TableMissing
@@ -52,7 +52,8 @@ def scan(config: CatalogConfig, job: ReadJob, path: str) -> int:
     Raises:
         TableMissing: no table with that UUID under that name.
         InvalidRequest: a column that the table does not have.
-        ArkaError: ``out_of_range``: no retained snapshot ends at ``job.at_lsn``.
+        ArkaError: ``out_of_range``: no retained snapshot ends at ``job.at_lsn``; ``table_stopped``: others have made
+            something of the table that Arka cannot work with.
         DataCorruption: a frame's CRC does not hold (R9).
         OSError: the warehouse or the local disk failed.
     """
@@ -64,8 +65,13 @@ def scan(config: CatalogConfig, job: ReadJob, path: str) -> int:
     if table.metadata.table_uuid != info.uuid:
         raise TableMissing(f"Table not found: {info.name} with UUID {info.uuid}")
     base = _base_of(table, job)
-    now = describe(table).info
-    whole = now.schema
+    try:
+        whole = arrow_schema(table.schema())
+        now = replace(info, schema=whole, key_columns=key_columns(table.schema(), table.properties))
+        now.key_schema()
+    except (UnsupportedType, KeyError) as error:
+        what = f"others have made something of {info.name} that cannot be read here: {error}"
+        raise ArkaError(what, code=ErrorCode.TABLE_STOPPED) from error
     schema = check_columns(info.name, whole, job.columns)
     frames = job.tail if base.takes_frames else None
     tail = open_tail(None if frames is None else replace(frames, table=now), base.lsn)

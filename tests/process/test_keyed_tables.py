@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.flight as flight
 import pytest
+from pyiceberg.table.update.schema import UpdateSchema
+from pyiceberg.types import FixedType
 
 from arka.testing.serverprocess import ServerProcess
 
@@ -244,6 +247,34 @@ def test_the_demo_tables(make_server: Callable[..., ServerProcess], duck: Any) -
         write_all(client, "users", [batch])
         found = duck.execute(f"SELECT name FROM iceberg_scan('{lake.load(server.data, 'users').metadata_location}')")
         assert found.fetchall() == [("b",)]
+
+
+def make_key_optional(update: UpdateSchema) -> None:
+    update.set_identifier_fields()
+    update.make_column_optional("id")
+
+
+def test_changes_of_others_end_no_server(make_server: Callable[..., ServerProcess]) -> None:
+    """What others make of one table's schema is that table's trouble, whatever it is."""
+    with make_server(iceberg__commit_interval_s=0.1) as server, connect(server.location) as client:
+        create(client, "other", FIELDS)
+        for name, change in (
+            ("optional", make_key_optional),
+            ("fixed", lambda update: update.add_column("code", FixedType(7))),
+        ):
+            make(client, name)
+            write_all(client, name, [rows((1, 1, "a", "x"))])
+            with lake.load(server.data, name).update_schema(allow_incompatible_changes=True) as update:
+                change(update)
+            stream = Stream(client, name, SCHEMA, requested_durability="object_storage")
+            stream.write(rows((1, 2, "b", "x")))
+            stream.finish()
+            # It may fail, and then says so to whoever asked.
+            with contextlib.suppress(flight.FlightError, pa.ArrowException):
+                client.do_get(flight.Ticket(name)).read_all()
+            write_all(client, "other", [rows((1, 1, "a", "x"))])
+            action(client, "Flush", name=name)
+            assert sorted(lake.column(server.data, name, "id")) == [1, 2]
 
 
 @pytest.mark.parametrize("killed", [False, True])
