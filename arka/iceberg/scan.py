@@ -52,7 +52,8 @@ def scan(config: CatalogConfig, job: ReadJob, path: str) -> int:
     Raises:
         TableMissing: no table with that UUID under that name.
         InvalidRequest: a column that the table does not have.
-        ArkaError: ``out_of_range``: no retained snapshot ends at ``job.at_lsn``; ``table_stopped``: others have made
+        ArkaError: ``out_of_range``: no retained snapshot ends at ``job.at_lsn``; ``overloaded``: the answer has more
+            than ``job.max_bytes``; ``table_stopped``: others have made
             something of the table that Arka cannot work with.
         DataCorruption: a frame's CRC does not hold (R9).
         OSError: the warehouse or the local disk failed.
@@ -85,6 +86,12 @@ def scan(config: CatalogConfig, job: ReadJob, path: str) -> int:
             chosen = pa.RecordBatch.from_arrays([batch.column(name) for name in schema.names], schema=stream_schema)
             wanted = chosen if job.limit is None else chosen.slice(0, job.limit - rows)
             if wanted.num_rows:
+                if sink.tell() + wanted.nbytes > job.max_bytes:
+                    raise ArkaError(
+                        f"The answer has more than {job.max_bytes} bytes, for which the server's disk has room now: "
+                        "ask for fewer columns or rows, or try again later",
+                        code=ErrorCode.OVERLOADED,
+                    )
                 stream.write_batch(wanted)
                 rows += wanted.num_rows
             if job.limit is not None and rows >= job.limit:

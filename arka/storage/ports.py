@@ -257,6 +257,7 @@ class ReadJob:
         limit: most rows; None for all.
         at_lsn: the last LSN that the answer may hold; None for the newest there is.
         tail: the frames that the newest snapshot may lack, up to ``at_lsn``; None for none.
+        max_bytes: most bytes of the answer (R23).
     """
 
     table: TableInfo
@@ -265,6 +266,7 @@ class ReadJob:
     limit: int | None = None
     at_lsn: int | None = None
     tail: TableFrames | None = None
+    max_bytes: int = 2**62
 
 
 class CatalogUnavailable(Exception):
@@ -343,7 +345,8 @@ class Catalog(Protocol):
         Raises:
             TableMissing: no such table.
             InvalidRequest: a column that the table does not have.
-            ArkaError: ``out_of_range``: ``at_lsn`` lies below the newest snapshot and no retained one ends there.
+            ArkaError: ``out_of_range``: ``at_lsn`` lies below the newest snapshot and no retained one ends there;
+                ``overloaded``: the answer would have more than ``max_bytes``.
             DataCorruption: a frame's CRC does not hold (R9).
         """
         ...

@@ -406,6 +406,22 @@ async def read_adds_the_frames_above_the_snapshot(subject: Subject) -> None:
         assert len(set(limited)) == 3
 
 
+async def read_keeps_to_its_room(subject: Subject) -> None:
+    """An answer that needs more bytes than it may have ends with ``overloaded``, in its snapshot or above it (R23)."""
+    info = await _create(subject)
+    await _append(subject, info, range(1000), 0, 1)
+    tail = _frames(subject, info, [(2, rows_of(*range(1000)))], 1, 2)
+    size = (await subject.catalog.scan(_read(subject, info, tail=tail), str(subject.directory / "whole"))) and (
+        subject.directory / "whole"
+    ).stat().st_size
+    assert len(await _found(subject, _read(subject, info, tail=tail, max_bytes=size))) == 2000
+    for room in (0, size // 4, size * 3 // 4):
+        job = _read(subject, info, tail=tail, max_bytes=room)
+        error = await _error_of(ArkaError, subject.catalog.scan(job, str(subject.directory / "cut")))
+        assert error.code is ErrorCode.OVERLOADED
+        assert not (subject.directory / "cut").exists() or (subject.directory / "cut").stat().st_size <= room + 4096
+
+
 async def read_of_the_past(subject: Subject) -> None:
     """``at_lsn`` below the newest snapshot needs one that ends there; frames have no place on top of it."""
     info = await _create(subject)
@@ -505,6 +521,7 @@ CHECKS: Final[tuple[Check, ...]] = (
     logs_have_marks_of_their_own,
     scan_honours_columns_and_limit,
     read_adds_the_frames_above_the_snapshot,
+    read_keeps_to_its_room,
     read_of_the_past,
     rolled_back_table_is_read_alone,
     primary_key_keeps_one_row_of_each_key,

@@ -315,6 +315,8 @@ class SimCatalog:
             changes = changes + [frame for frame in self._frames(job.tail) if frame.lsn > lsn]
         schema = schema.with_metadata(scan_notes(described.marks, described.snapshot_id))
         found = _fold(table.info, changes).select(schema.names).slice(0, job.limit)
+        if found.nbytes > job.max_bytes:
+            raise ArkaError(f"the answer has more than {job.max_bytes} bytes", code=ErrorCode.OVERLOADED)
         with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
             stream.write_table(found.cast(schema))
         return int(found.num_rows)

@@ -9,6 +9,7 @@ table's failure stays in the table.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -318,6 +319,10 @@ class Pipeline:
         if shared.warehouse:
             owed += queued + sum(table.backlog.frame_bytes for table in self.tables.all())
         return owed
+
+    def spill_room(self) -> AbstractContextManager[int]:
+        """Keep room for an answer that is about to be written; see ``DiskSpace.spill_room``."""
+        return self._space.spill_room()
 
     def note_held(self, kind: str, delta: int) -> None:
         """Count bytes beside the log that ``limits.disk_bytes`` is for; see ``DiskSpace.note_held``."""

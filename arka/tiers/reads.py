@@ -56,6 +56,7 @@ async def read_table(pipeline: Pipeline, table: Table, request: ReadRequest, pat
     Raises:
         ArkaError: ``out_of_range``: ``at_lsn`` was not given yet, or no retained snapshot ends there.
         InvalidRequest: a column that the table does not have.
+        AdmissionRejected: ``overloaded``: the disk has no room for the answer (R23).
         CatalogUnavailable: catalog or warehouse do not answer.
         Unavailable: the start has not compared the table with the catalog yet, or the log is another process's.
 
@@ -73,7 +74,7 @@ async def read_table(pipeline: Pipeline, table: Table, request: ReadRequest, pat
     through_lsn = table.last_lsn if request.at_lsn is None else min(request.at_lsn, table.last_lsn)
     await disk.wait_reached(through_lsn)
     # No wait between looking and pinning: what the table still needs is in the log now.
-    with pipeline.tables.pin(table):
+    with pipeline.tables.pin(table), pipeline.spill_room() as room:
         job = ReadJob(
             table=table.info,
             log_uuid=pipeline.log_uuid,
@@ -81,6 +82,7 @@ async def read_table(pipeline: Pipeline, table: Table, request: ReadRequest, pat
             limit=request.limit,
             at_lsn=request.at_lsn,
             tail=_frames_of(pipeline, table, through_lsn),
+            max_bytes=room,
         )
         return await pipeline.tables.catalog.scan(job, path)
 

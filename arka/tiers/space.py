@@ -8,7 +8,8 @@ free beside ``limits.disk_free_bytes``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -59,6 +60,8 @@ class DiskSpace:
         self._owed_bytes: Callable[[], int] = int
         # What else takes room of the limit, by kind: spill files, parked writes.
         self._held: dict[str, int] = {}
+        # Room of files that are being written.
+        self._spilling = 0
         self._free = read_free()
         # What had to stay free at the last look, and the bytes that were accepted since.
         self._kept = 0
@@ -116,6 +119,30 @@ class DiskSpace:
         self._held[kind] = self._held.get(kind, 0) + delta
         self._judge()
 
+    @contextmanager
+    def spill_room(self) -> Iterator[int]:
+        """Give half of the room that is left to a file that is about to be written, and keep it for that.
+
+        Yields:
+            Bytes that the file may have; what it has in the end is for ``note_held``.
+
+        Raises:
+            AdmissionRejected: ``overloaded``: there is no room.
+        """
+        self._look()
+        room = min(self._limit_bytes - self.used_bytes - self._spilling, self._free - self._kept) // 2
+        if room <= 0:
+            raise AdmissionRejected(
+                f"The disk has no room for an answer: {self._free} bytes are free, {self._kept} are kept "
+                f"(limits.disk_free_bytes), and {self.used_bytes} of {self._limit_bytes} (limits.disk_bytes) are used"
+            )
+        self._spilling += room
+        try:
+            yield room
+        finally:
+            self._spilling -= room
+            self._look()
+
     async def run(self) -> None:
         """Watch the file system until cancelled."""
         while True:
@@ -130,7 +157,7 @@ class DiskSpace:
     def _judge(self) -> None:
         slack = _LOW_SHARE if self._refusing is not None else 1.0
         owed = self._owed_bytes()
-        self._kept = self._free_bytes + owed
+        self._kept = self._free_bytes + owed + self._spilling
         used = self.used_bytes
         reason = None
         if used > self._limit_bytes * slack:
@@ -142,8 +169,8 @@ class DiskSpace:
         elif self._free < self._kept / slack:
             reason = (
                 f"The disk is nearly full: the log's file system has {self._free} bytes free, at least "
-                f"{self._kept} are kept: {self._free_bytes} (limits.disk_free_bytes) and {owed} that accepted writes "
-                "still need: retry later"
+                f"{self._kept} are kept: {self._free_bytes} (limits.disk_free_bytes) and the rest for what accepted "
+                "writes and reads still need: retry later"
             )
         if (reason is None) != (self._refusing is None):
             if reason is not None:

@@ -51,7 +51,7 @@ def test_room_is_kept_for_what_is_owed() -> None:
     space.check()
     owed = 51
     space.note_released(0)
-    with pytest.raises(AdmissionRejected, match=r"100 bytes free, at least 101 are kept: 50 .* and 51 that"):
+    with pytest.raises(AdmissionRejected, match=r"100 bytes free, at least 101 are kept: 50 .* and the rest"):
         space.check()
     # It is written now, and nothing more is owed: the room is as small as before, and enough.
     owed = 0
@@ -94,3 +94,30 @@ def test_spill_files_count() -> None:
         space.check()
     space.note_held("spill", -60)
     space.check()
+
+
+def test_an_answer_gets_half_of_the_room() -> None:
+    """What a read may write is kept free for it, writes have the other half, and the marks hold for both (R23)."""
+    free = 150
+    space = DiskSpace(limit_bytes=1000, free_bytes=50, used_bytes=960, read_free=lambda: free)
+    with space.spill_room() as first, space.spill_room() as second:
+        # 40 bytes up to the limit.
+        assert (first, second) == (20, 10)
+        space.check()
+    space.note_released(960)
+    with space.spill_room() as first:
+        assert first == 50
+        space.check()
+        # It is written, and writes took the other half.
+        free = 50
+        space.note_released(0)
+        with pytest.raises(AdmissionRejected, match="kept"):
+            space.check()
+        with pytest.raises(AdmissionRejected, match="no room for an answer"), space.spill_room():
+            pass
+    free = 60
+    space.note_released(0)
+    space.check()
+    free = 49
+    with pytest.raises(AdmissionRejected), space.spill_room():
+        pass
