@@ -80,7 +80,7 @@ def scan(config: CatalogConfig, job: ReadJob, path: str) -> int:
     rows = 0
     stream_schema = schema.with_metadata(scan_notes(base.marks, base.snapshot_id))
     with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, stream_schema) as stream:
-        found = (tail.hide(batch) for batch in _batches(table, base.snapshot_id, wide))
+        found = (tail.hide(batch) for batch in _batches(table, base.snapshot_id, wide, tail.batch_rows))
         for batch in chain(found, tail.rows()):
             # Views of the log and of the snapshot's files alike: the metadata is this answer's.
             chosen = pa.RecordBatch.from_arrays([batch.column(name) for name in schema.names], schema=stream_schema)
@@ -139,7 +139,7 @@ def _base_of(table: Table, job: ReadJob) -> _Base:
     )
 
 
-def _batches(table: Table, snapshot_id: int | None, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+def _batches(table: Table, snapshot_id: int | None, schema: pa.Schema, batch_rows: int) -> Iterator[pa.RecordBatch]:
     """Yield the live rows of a snapshot."""
     if snapshot_id is None:
         return
@@ -163,7 +163,7 @@ def _batches(table: Table, snapshot_id: int | None, schema: pa.Schema) -> Iterat
             dead = _deleted_rows(table, task)
             names = [ids[number] for number in wanted if number in ids]
             first = 0
-            for batch in file.iter_batches(columns=names or [file.schema_arrow.names[0]]):
+            for batch in file.iter_batches(batch_rows, columns=names or [file.schema_arrow.names[0]]):
                 live = batch if dead is None else batch.filter(live_rows(first, batch.num_rows, dead))
                 first += batch.num_rows
                 yield align_batch(live, schema)

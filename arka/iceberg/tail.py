@@ -21,6 +21,9 @@ from arka.records import TableInfo, TableType
 from arka.storage.ports import TableFrames
 
 _SECRET_BYTES: Final = 16
+#: Rows of the batches that a snapshot is read in.
+_BATCH_ROWS: Final = 1 << 16
+_MOST_BATCH_ROWS: Final = 1 << 20
 
 
 class Tail(Protocol):
@@ -29,6 +32,11 @@ class Tail(Protocol):
     @property
     def needs(self) -> tuple[str, ...]:
         """The columns that ``hide`` looks at."""
+        ...
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows of the batches that ``hide`` likes best."""
         ...
 
     def hide(self, batch: pa.RecordBatch) -> pa.RecordBatch:
@@ -44,6 +52,7 @@ class _NoTail:
     """A snapshot as it is."""
 
     needs = ()
+    batch_rows = _BATCH_ROWS
 
     def hide(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         return batch
@@ -73,6 +82,9 @@ class _KeyedTail:
         self._overwritten = self._settled.overwritten()
         self._conditional = self._settled.conditional()
         self._present: list[pa.FixedSizeBinaryArray] = []
+        # Each look makes a table of the tail's hashes: it is to be worth it.
+        known = len(self._overwritten) + len(self._conditional)
+        self.batch_rows = min(max(_BATCH_ROWS, known // 2), _MOST_BATCH_ROWS)
 
     def hide(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         hashes = hashes_of(hash_keys([batch.column(name) for name in self.needs], self._secret))

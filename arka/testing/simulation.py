@@ -43,7 +43,7 @@ from arka.options import (
     WalOptions,
 )
 from arka.records import TableDefinition, TableName, TableType
-from arka.storage.ports import CatalogUnavailable, CommitJob, StoreUnavailable, TableMissing
+from arka.storage.ports import CommitJob, StoreUnavailable
 from arka.testing.simpromises import PromiseBroken, Promises
 from arka.testing.simstore import SimStore
 from arka.testing.simworld import (
@@ -241,9 +241,8 @@ class _Life:
             await trio.sleep(rng.uniform(0.01, 0.5))
             try:
                 await self._read(await self.pipeline.tables.find(rng.choice(world.tables)))
-            except (CatalogUnavailable, TableMissing) as error:
-                world.trace.note(f"read: {self.name}: {error}")
             except ArkaError as error:
+                world.trace.note(f"read: {self.name}: {error}")
                 if error.code not in (ErrorCode.TABLE_NOT_FOUND, ErrorCode.UNAVAILABLE):
                     raise
 

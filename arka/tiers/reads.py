@@ -12,7 +12,7 @@ from typing import Final
 import trio
 
 from arka.errors import ArkaError, ErrorCode, Unavailable
-from arka.storage.ports import ReadJob, TableFrames
+from arka.storage.ports import CatalogUnavailable, ReadJob, TableFrames, TableMissing
 from arka.tiers.pipeline import Pipeline
 from arka.tiers.table import Table, TableState
 
@@ -57,8 +57,9 @@ async def read_table(pipeline: Pipeline, table: Table, request: ReadRequest, pat
         ArkaError: ``out_of_range``: ``at_lsn`` was not given yet, or no retained snapshot ends there.
         InvalidRequest: a column that the table does not have.
         AdmissionRejected: ``overloaded``: the disk has no room for the answer (R23).
-        CatalogUnavailable: catalog or warehouse do not answer.
-        Unavailable: the start has not compared the table with the catalog yet, or the log is another process's.
+        ArkaError: ``table_not_found``: others have dropped or renamed it.
+        Unavailable: catalog or warehouse do not answer in time; the start has not compared the table with the catalog
+            yet; or the log is another process's.
 
     Cancellation: the file may be there.
     """
@@ -84,7 +85,14 @@ async def read_table(pipeline: Pipeline, table: Table, request: ReadRequest, pat
             tail=_frames_of(pipeline, table, through_lsn),
             max_bytes=room,
         )
-        return await pipeline.tables.catalog.scan(job, path)
+        try:
+            return await pipeline.tables.catalog.scan(job, path)
+        except CatalogUnavailable as error:
+            raise Unavailable(f"{table.info.name} cannot be read now: {error}") from error
+        except TableMissing as error:
+            raise ArkaError(
+                f"Table not found: {table.info.name}: others dropped or renamed it", code=ErrorCode.TABLE_NOT_FOUND
+            ) from error
 
 
 async def _wait_taken_up(table: Table) -> None:

@@ -135,6 +135,22 @@ async def test_read_before_the_catalog_answers(path: str, autojump_clock: MockCl
         assert await ids(pipeline, table, path) == [0, 1, 2]
 
 
+async def test_errors_of_reads_are_told(path: str, autojump_clock: MockClock) -> None:
+    """A catalog that is away is ``unavailable``, a table that others took away ``table_not_found``: no incident."""
+    node = SimNode()
+    async with node.run() as pipeline:
+        table = await create_table(pipeline)
+        await write_all(pipeline, table, range(2), Tier.ICEBERG_COMMITTED)
+        node.weather.away = True
+        with pytest.raises(Unavailable, match="cannot be read now"):
+            await ids(pipeline, table, path)
+        node.weather.away = False
+        node.catalog.remove(NAME)
+        with pytest.raises(ArkaError) as caught:
+            await ids(pipeline, table, path)
+        assert caught.value.code is ErrorCode.TABLE_NOT_FOUND
+
+
 async def test_read_from_a_server_whose_log_was_taken_over(path: str, autojump_clock: MockClock) -> None:
     """A process that has not noticed yet finds more committed than it gave: what it took is no part of the log."""
     node = SimNode()
