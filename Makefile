@@ -77,6 +77,11 @@ fuzz: $(VENV)/.installed-test ## a million mutated byte streams and IPC messages
 soak: $(VENV)/.installed-test ## 10,000 simulated histories of the engine, in parallel; no failing seed is expected
 	$(PYTHON) -m arka.testing.simulation --seeds 10000
 
+.PHONY: upserts-soak
+upserts-soak: $(VENV)/.installed-test ## eight streams of upserts and deletes through SIGKILLs for 5 minutes, against a dictionary
+	$(PYTHON) -m tests.process.upserts --seconds 300
+	$(PYTHON) -m tests.process.upserts --seconds 60 --layout unpartitioned --layout strings --layout first
+
 .PHONY: outage
 outage: $(VENV)/.installed-test ## an object store away for 60 s under 50 MB/s of load; prints what it cost
 	$(PYTHON) -m tests.services.outage --outage-s 60 --mb-per-s 50

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Container, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
-import duckdb
 import pyarrow as pa
 import pytest
 from pyiceberg.catalog.sql import SqlCatalog
@@ -24,6 +22,7 @@ from arka.options import IcebergOptions
 from arka.records import OWNER, PartitionRequest, TableDefinition, TableInfo, TableName, TableType, owner_property
 from arka.storage.ports import CommitJob, CommitResult, SegmentSlice, StagedFiles, TableFrames
 from arka.testing.segmentfile import write_segment_file
+from tests.readers import open_duckdb
 
 LOG = UUID("11111111-2222-3333-4444-555555555555")
 
@@ -135,13 +134,6 @@ def lake(make_lake: Callable[..., Lake]) -> Lake:
 
 @pytest.fixture(scope="session")
 def duck() -> Any:
-    """A DuckDB that reads Iceberg; its extensions are loaded by path, since nothing can be downloaded."""
-    connection = duckdb.connect(config={"allow_unsigned_extensions": "true"})
-    for name in ("parquet", "json", "avro", "httpfs", "iceberg"):
-        spec = importlib.util.find_spec(f"duckdb_extension_{name}")
-        assert spec is not None
-        folder = Path(next(iter(spec.submodule_search_locations or ()))) / "extensions"
-        (path,) = folder.rglob(f"v{duckdb.__version__}/**/{name}.duckdb_extension")
-        connection.execute(f"LOAD '{path}'")
+    connection = open_duckdb()
     yield connection
     connection.close()

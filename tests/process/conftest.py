@@ -11,8 +11,8 @@ import pyarrow.flight as flight
 import pytest
 
 from arka.testing.serverprocess import ServerProcess
+from tests.readers import open_duckdb
 
-from . import lake
 from .clients import connect
 
 
@@ -59,6 +59,6 @@ _numbers = count(1)
 
 @pytest.fixture(scope="module")
 def duck() -> Iterator[Any]:
-    connection = lake.open_duckdb()
+    connection = open_duckdb()
     yield connection
     connection.close()

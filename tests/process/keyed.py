@@ -6,16 +6,18 @@ against what the acks before it, in this life of the server and in all earlier o
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.flight as flight
 
-from arka.testing.serverprocess import ServerProcess
+from arka.testing.serverprocess import ServerFailed, ServerProcess
 
 from . import lake
 from .clients import TIERS, Ack, Stream, connect, create
@@ -60,12 +62,16 @@ class KeyedWriter:
     """Writes batches 0, 1, 2 … of its own, each with its key, in as many lives of the server as it takes.
 
     Attributes:
+        schema: what its streams have.
+        wishes: what else its streams say once, as fields of a WriteRequest.
         sent: how many batches were begun to be sent, in all lives.
         told: by number, what is known of each.
         duplicates: acks that said that a key had been seen.
         errors: error acks, in order; what a test did not expect must not be there.
         broken: rules that acks have broken.
     """
+
+    schema = SCHEMA
 
     def __init__(
         self,
@@ -74,7 +80,7 @@ class KeyedWriter:
         table: str,
         durability: str,
         *,
-        pad: Callable[[int], str],
+        pad: Callable[[int], str] = str,
         window: int = 16,
         pace_s: float = 0,
         survives: str = "disk",
@@ -93,6 +99,7 @@ class KeyedWriter:
         """
         self.table = table
         self.durability = durability
+        self.wishes: dict[str, Any] = {}
         self.sent = 0
         self.told: dict[int, Told] = {}
         self.duplicates = 0
@@ -116,10 +123,9 @@ class KeyedWriter:
         rows = range(self._row(number), self._row(number + 1))
         return pa.record_batch([pa.array(rows, pa.int64()), pa.array(map(self._pad, rows))], schema=SCHEMA)
 
-    def request(self, number: int) -> dict[str, str]:
-        """What goes with a batch."""
-        del number
-        return {}
+    def send(self, stream: Stream, number: int) -> None:
+        """Write a batch to a stream that gives it its key."""
+        stream.write(self.batch(number))
 
     def on_disk(self) -> list[int]:
         """The rows of the writes that were acked on disk."""
@@ -150,8 +156,8 @@ class KeyedWriter:
         known = max((told.lsn for told in self.told.values()), default=0)
         stream.request(requested_durability=self.durability, resume_after_lsn=known)
         first = self._first(stream.acks(4))
-        stream.request(idempotency_key=f"writer-{self._writer}", key_start=first)
-        stream.writer.begin(SCHEMA)
+        stream.request(idempotency_key=f"writer-{self._writer}", key_start=first, **self.wishes)
+        stream.writer.begin(self.schema)
         room = threading.Semaphore(self._window)
         reading = threading.Thread(target=self._read, args=(stream, first, room))
         reading.start()
@@ -161,7 +167,7 @@ class KeyedWriter:
                 if not room.acquire(timeout=0.05):
                     continue
                 self.sent = max(self.sent, number + 1)
-                stream.write(self.batch(number), **self.request(number))
+                self.send(stream, number)
                 number += 1
                 gone.wait(self._pace_s)
             if count is not None:
@@ -250,9 +256,10 @@ class OverwritingWriter(KeyedWriter):
         pads = [f"{number} {self._pad(key)}" for key in keys]
         return pa.record_batch([pa.array(keys, pa.int64()), pa.array(pads)], schema=SCHEMA)
 
-    def request(self, number: int) -> dict[str, str]:
-        """Say what a batch does."""
-        return {"operation": "delete"} if self.deletes(number) else {}
+    def send(self, stream: Stream, number: int) -> None:
+        """Write a batch, and say what it does."""
+        request = {"operation": "delete"} if self.deletes(number) else {}
+        stream.write(self.batch(number), **request)
 
     def deletes(self, number: int) -> bool:
         """Whether a batch deletes."""
@@ -292,6 +299,50 @@ def wait_dead_or_done(server: ServerProcess, threads: Sequence[threading.Thread]
             return False
         time.sleep(0.01)
     return server.exit_code is not None
+
+
+def kill_the_start(server: ServerProcess, after_s: float) -> None:
+    """Start the server and kill it a moment later, wherever it is then."""
+    server.spawn()
+    with contextlib.suppress(ServerFailed):
+        code = server.wait(after_s)
+        raise AssertionError(f"the start ended with exit code {code}\n{server.log_tail()}")
+    server.kill()
+
+
+def write_until_killed(
+    server: ServerProcess, writers: Iterable[Callable[[threading.Event], None]], after_s: float
+) -> set[int]:
+    """Let writers run, each in a thread of its own, kill the server a while later, and wait for their end.
+
+    Returns:
+        The processes below the server as they were before its end.
+    """
+    gone = threading.Event()
+    threads = [threading.Thread(target=write, args=(gone,)) for write in writers]
+    for thread in threads:
+        thread.start()
+    gone.wait(after_s)
+    workers = server.descendants()
+    server.kill()
+    gone.set()
+    for thread in threads:
+        thread.join(JOIN_TIMEOUT_S)
+        assert not thread.is_alive()
+    return workers
+
+
+def send_the_rest(server: ServerProcess, writers: Sequence[KeyedWriter], timeout_s: float = JOIN_TIMEOUT_S) -> None:
+    """Let writers send again what has not had its last ack, and nothing new."""
+    gone = threading.Event()
+    threads = [threading.Thread(target=writer.run, args=(server.location, writer.sent, gone)) for writer in writers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout_s)
+        assert not thread.is_alive(), server.log_tail()
+    check_broken(writers)
+    assert [writer.status for writer in writers] == [""] * len(writers), server.log_tail()
 
 
 def check_broken(writers: Iterable[KeyedWriter]) -> None:

@@ -1,14 +1,12 @@
-"""What plain pyiceberg and DuckDB find in the data directory of a server."""
+"""What plain pyiceberg finds in the data directory of a server."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import pyarrow as pa
 from pyiceberg.catalog.sql import SqlCatalog
 from pyiceberg.table import Table
@@ -38,15 +36,3 @@ def rows(data: Path, name: str) -> pa.Table:
 def column(data: Path, name: str, wanted: str) -> list[Any]:
     """Read one column of a table with plain pyiceberg."""
     return load(data, name).scan(selected_fields=(wanted,)).to_arrow()[wanted].to_pylist()
-
-
-def open_duckdb() -> Any:
-    """Open a DuckDB that reads Iceberg; its extensions are loaded by path, since nothing can be downloaded."""
-    connection = duckdb.connect(config={"allow_unsigned_extensions": "true"})
-    for name in ("parquet", "json", "avro", "httpfs", "iceberg"):
-        spec = importlib.util.find_spec(f"duckdb_extension_{name}")
-        assert spec is not None
-        folder = Path(next(iter(spec.submodule_search_locations or ()))) / "extensions"
-        (path,) = folder.rglob(f"v{duckdb.__version__}/**/{name}.duckdb_extension")
-        connection.execute(f"LOAD '{path}'")
-    return connection

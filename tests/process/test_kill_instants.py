@@ -12,16 +12,27 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.flight as flight
 import pytest
 
-from arka.testing.serverprocess import ServerFailed, ServerProcess, wait_gone
+from arka.testing.serverprocess import ServerProcess, wait_gone
 
 from . import lake
 from .clients import TIERS, Stream, action, connect, create
-from .keyed import BATCH_ROWS, SCHEMA, KeyedWriter, Node, check_broken, check_iceberg
+from .keyed import (
+    BATCH_ROWS,
+    SCHEMA,
+    KeyedWriter,
+    Node,
+    check_broken,
+    check_iceberg,
+    kill_the_start,
+    send_the_rest,
+    write_until_killed,
+)
 
 pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -109,7 +120,7 @@ def test_fifty_kills(make_server: Callable[..., ServerProcess]) -> None:
     while kills < KILLS:
         node.begin_life()
         if kills and pick.randrange(STARTS) == 0:
-            _kill_the_start(server, pick.uniform(0, START_S))
+            kill_the_start(server, pick.uniform(0, START_S))
             kills, starts_killed = kills + 1, starts_killed + 1
             continue
         server.start()
@@ -117,19 +128,9 @@ def test_fifty_kills(make_server: Callable[..., ServerProcess]) -> None:
             with connect(server.location) as client:
                 for table in ("left", "right", "plain"):
                     create(client, table, [("n", "int64!"), ("pad", "utf8")])
-        gone = threading.Event()
-        threads = [threading.Thread(target=writer.run, args=(server.location, None, gone)) for writer in keyed]
-        threads.append(threading.Thread(target=plain.run, args=(server.location, gone)))
-        for thread in threads:
-            thread.start()
-        gone.wait(pick.uniform(0, LIFE_S))
-        workers |= server.descendants()
-        server.kill()
+        writing = [partial(writer.run, server.location, None) for writer in keyed]
+        workers |= write_until_killed(server, [*writing, partial(plain.run, server.location)], pick.uniform(0, LIFE_S))
         kills += 1
-        gone.set()
-        for thread in threads:
-            thread.join(JOIN_TIMEOUT_S)
-            assert not thread.is_alive()
         check_broken(keyed)
         assert plain.broken == []
     # Each next process starts at once: workers that outlived their parent would commit into its epoch.
@@ -137,7 +138,7 @@ def test_fifty_kills(make_server: Callable[..., ServerProcess]) -> None:
 
     node.begin_life()
     server.start()
-    _send_the_rest(server, keyed)
+    send_the_rest(server, keyed)
     with connect(server.location) as client:
         action(client, "Flush", name="plain")
     server.stop()
@@ -150,27 +151,6 @@ def test_fifty_kills(make_server: Callable[..., ServerProcess]) -> None:
         f"{len(node.given)} LSNs up to {max(node.given)}"
     )
     assert sent > kills
-
-
-def _kill_the_start(server: ServerProcess, after_s: float) -> None:
-    """Start the server and kill it a moment later, wherever it is then."""
-    server.spawn()
-    with contextlib.suppress(ServerFailed):
-        code = server.wait(after_s)
-        raise AssertionError(f"the start ended with exit code {code}\n{server.log_tail()}")
-    server.kill()
-
-
-def _send_the_rest(server: ServerProcess, keyed: list[KeyedWriter]) -> None:
-    gone = threading.Event()
-    threads = [threading.Thread(target=writer.run, args=(server.location, writer.sent, gone)) for writer in keyed]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(JOIN_TIMEOUT_S)
-        assert not thread.is_alive(), server.log_tail()
-    check_broken(keyed)
-    assert [writer.status for writer in keyed] == [""] * len(keyed), server.log_tail()
 
 
 def _check_plain(server: ServerProcess, plain: PlainWriter) -> int:
