@@ -28,6 +28,7 @@ from arka.iceberg.config import CatalogConfig
 from arka.iceberg.fileio import local_path
 from arka.iceberg.marks import is_mark, marks_of
 from arka.iceberg.partition import new_partition_spec, partition_fields, split_fields
+from arka.iceberg.runfiles import forget_table
 from arka.iceberg.schema import UnsupportedType, arrow_schema, new_iceberg_schema
 from arka.records import TableDefinition, TableInfo, TableName, TableType
 from arka.storage.ports import (
@@ -117,6 +118,8 @@ def drop_table(config: CatalogConfig, info: TableInfo, purge: bool) -> None:
     except NoSuchTableError as error:
         raise TableMissing(f"Table not found: {info.name}") from error
     failpoints.hit("catalog.dropped")
+    if info.table_type is TableType.PRIMARY_KEY:
+        forget_table(config.index_dir, info.uuid)
     if purge:
         _remove_folder(table)
         failpoints.hit("catalog.purged")

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import mmap
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -23,6 +24,8 @@ from arka._core.rowkeys import HASH_BYTES
 from arka._core.runs import Run, RunDamaged
 from arka.iceberg.fileio import make_directory, sync_directory, write_durable
 
+#: The directory of staged runs, among those of indexes.
+STAGED: Final = "staged"
 _SECRET_BYTES: Final = 16
 _CHECK_BYTES: Final = 8
 
@@ -57,6 +60,14 @@ def table_secret(root: str, table_uuid: UUID) -> bytes:
 def check_of(secret: bytes) -> bytes:
     """Return what tells a secret from others, and does not give it away."""
     return hashlib.blake2b(secret, digest_size=_CHECK_BYTES).digest()
+
+
+def forget_table(root: str, table_uuid: UUID) -> None:
+    """Remove a dropped table's index and staged runs; what cannot be removed is left."""
+    shutil.rmtree(os.path.join(root, str(table_uuid)), ignore_errors=True)
+    for path in Path(root, STAGED).glob(f"{table_uuid}-*.run"):
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def new_name() -> str:
@@ -126,4 +137,15 @@ def packed(array: pa.Array) -> pa.Buffer:
     return pa.py_buffer(b"") if buffer is None else buffer.slice(array.offset * width, len(array) * width)
 
 
-__all__ = ["check_of", "hashes_of", "map_run", "new_name", "new_run", "numbers_of", "packed", "table_secret"]
+__all__ = [
+    "STAGED",
+    "check_of",
+    "forget_table",
+    "hashes_of",
+    "map_run",
+    "new_name",
+    "new_run",
+    "numbers_of",
+    "packed",
+    "table_secret",
+]

@@ -20,7 +20,7 @@ from arka._core.runs import REMOVED, UNLESS_THERE, write_run
 from arka.iceberg.config import CatalogConfig
 from arka.iceberg.fileio import make_directory
 from arka.iceberg.frames import FrameRows
-from arka.iceberg.runfiles import check_of, new_run, packed, table_secret
+from arka.iceberg.runfiles import STAGED, check_of, new_run, packed, table_secret
 from arka.iceberg.settled import SettledFrames
 from arka.storage.ports import TableFrames
 
@@ -42,7 +42,7 @@ class StagedKeys:
     def __init__(self, config: CatalogConfig, job: TableFrames) -> None:
         self._table = job.table
         self._secret = table_secret(config.index_dir, job.table.uuid)
-        self._directory = os.path.join(config.index_dir, "staged")
+        self._directory = os.path.join(config.index_dir, STAGED)
         self._parts: list[tuple[pa.Buffer, int, pa.Buffer | None]] = []
         self._remove_old(job.after_lsn)
 

@@ -16,7 +16,7 @@ import pytest
 from pyiceberg.exceptions import CommitFailedException
 
 from arka.errors import ArkaError, ErrorCode, Unavailable
-from arka.iceberg import commit
+from arka.iceberg import commit, control
 from arka.iceberg.deletes import PATH_ID
 from arka.iceberg.garbage import Garbage
 from arka.iceberg.keyindex import KeyIndex
@@ -315,6 +315,20 @@ def test_foreign_commits(lake: Lake, source: Source) -> None:
     source.rows[1_000] = ("ours", "c3")
     del source.rows[1_002], source.rows[1_004]
     source.check()
+
+
+def test_nothing_is_left_of_a_dropped_table(lake: Lake, source: Source) -> None:
+    """Its index goes with it, and what was staged for a commit; those of others stay."""
+    other = Source(lake, lake.create(SCHEMA, key=["id"], name="other"), 1)
+    for each in (source, other):
+        each.commit()
+        lake.encode(each.info, [upserts([(1, "x", "c0")])], each.lsn)
+    control.drop_table(lake.config, source.info, purge=False)
+    left = [path.name for path in Path(lake.config.index_dir).rglob("*")]
+    assert [name for name in left if str(source.info.uuid) in name] == []
+    assert [name for name in left if str(other.info.uuid) in name] != []
+    other.commit()
+    other.check()
 
 
 def test_table_that_was_handed_over(lake: Lake, source: Source) -> None:
