@@ -81,6 +81,9 @@ class Limits:
         "Memory that a commit worker keeps of primary-key tables between commits; the indexes themselves are on disk.",
         at_least=0,
     )
+    read_pin_s: float = option(
+        300.0, "Longest time that a DoGet keeps the log from being released while it is answered.", at_least=1
+    )
     streams: int = option(10_000, "Open RPCs of all connections together.", at_least=1)
     streams_per_connection: int = option(1_000, "Open RPCs of one connection.", at_least=1)
     connections: int = option(10_000, "Open connections.", at_least=1)

@@ -126,8 +126,9 @@ class WorkerPool:
                     raise CatalogUnavailable(
                         f"the worker running {job.__name__} died with exit code {process.exitcode}"
                     ) from None
-                except EOFError:
-                    raise CatalogUnavailable("the process that workers are forked from died") from None
+                except (EOFError, OSError) as error:
+                    # Jobs return their errors: this one is of starting a process for it.
+                    raise CatalogUnavailable(f"the process that workers are forked from died: {error!r}") from None
         if deadline.cancelled_caught:
             raise DeadlineMissed(f"{job.__name__} took longer than {self._deadline_s:g} s")
         if isinstance(result, Exception):

@@ -111,6 +111,8 @@ class Pipeline:
         self._marks = parts.marks
         self._keys = parts.keys
         self._space = parts.space
+        #: How long a read may keep frames in the log.
+        self.read_pin_s = settings.limits.read_pin_s
         self._release = parts.release
         self._commit_interval_s = settings.iceberg.commit_interval_s
         self._disk_tier = DiskTier(

@@ -75,7 +75,12 @@ async def read_table(pipeline: Pipeline, table: Table, request: ReadRequest, pat
     through_lsn = table.last_lsn if request.at_lsn is None else min(request.at_lsn, table.last_lsn)
     await disk.wait_reached(through_lsn)
     # No wait between looking and pinning: what the table still needs is in the log now.
-    with pipeline.tables.pin(table), pipeline.spill_room() as room:
+    with (
+        pipeline.tables.pin(table),
+        pipeline.spill_room() as room,
+        # Also while it waits for its turn behind others.
+        trio.move_on_after(pipeline.read_pin_s),
+    ):
         job = ReadJob(
             table=table.info,
             log_uuid=pipeline.log_uuid,
@@ -93,6 +98,10 @@ async def read_table(pipeline: Pipeline, table: Table, request: ReadRequest, pat
             raise ArkaError(
                 f"Table not found: {table.info.name}: others dropped or renamed it", code=ErrorCode.TABLE_NOT_FOUND
             ) from error
+    raise Unavailable(
+        f"{table.info.name} was not read in {pipeline.read_pin_s:g} s (limits.read_pin_s): other reads are before it, "
+        "or it is too large for that"
+    )
 
 
 async def _wait_taken_up(table: Table) -> None:

@@ -390,6 +390,9 @@ class Tables:
 
     async def _forget_parked(self, table: Table, last_lsn: int) -> None:
         await table.committed.wait_reached(last_lsn)
+        # Reads may have begun with them; polled, since both are rare.
+        while any(lsn <= last_lsn for lsn in self._pinned):  # noqa: ASYNC110
+            await trio.sleep(1.0)
         await self._parking.forget(table.info.uuid)
 
     async def _look_for(self, table: Table) -> None:

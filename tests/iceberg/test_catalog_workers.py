@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 from uuid import UUID
 
 import pyarrow as pa
@@ -110,6 +111,24 @@ async def test_dead_template_costs_nothing_but_time(tmp_path: Path) -> None:
         assert await pool.run(os.getpid) not in (first, second)
     assert not _alive(first)
     assert not _alive(second)
+
+
+async def test_refused_fork_is_an_outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A template that dies between two steps of a fork refuses the connection: the job may be asked for again."""
+    async with open_catalog(IcebergOptions(), tmp_path) as catalog:
+        await catalog.start()
+        control = catalog._control
+        (kept, *_) = control._context._worker_cache
+        os.kill(kept.proc.pid, signal.SIGKILL)
+        refusal = mock.Mock(side_effect=ConnectionRefusedError(111, "Connection refused"))
+        with monkeypatch.context() as patched:
+            patched.setattr("multiprocessing.forkserver.connect_to_new_process", refusal)
+            # The first may find the dead one in the cache.
+            for _ in range(3):
+                with contextlib.suppress(CatalogUnavailable):
+                    await catalog.list_tables()
+        assert refusal.called
+        assert (await catalog.list_tables()).tables == ()
 
 
 async def test_dead_worker_does_not_hide_what_ended_the_server(tmp_path: Path) -> None:

@@ -135,6 +135,66 @@ async def test_read_before_the_catalog_answers(path: str, autojump_clock: MockCl
         assert await ids(pipeline, table, path) == [0, 1, 2]
 
 
+async def test_frames_that_were_parked_stay_for_a_read(
+    path: str, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What came back from parking and is committed meanwhile is there until the read that began with it has ended."""
+    node = SimNode(with_options(iceberg__commit_interval_s=5))
+    async with node.run() as pipeline:
+        table = await create_table(pipeline)
+        await write_all(pipeline, table, range(2), Tier.ICEBERG_COMMITTED)
+        node.weather.away = True
+        await write_all(pipeline, table, range(2, 6))
+        table.stop("for a test")
+        await trio.sleep(30)
+        node.weather.away = False
+    scan, commit = SimCatalog.scan, SimCatalog.commit
+    reading = trio.Event()
+
+    async def late_commit(self: SimCatalog, job: object) -> object:
+        await reading.wait()
+        return await commit(self, job)  # type: ignore[arg-type]
+
+    async def slow_scan(self: SimCatalog, job: object, path: str) -> int:
+        reading.set()
+        await pipeline.flush(table, Tier.ICEBERG_COMMITTED)
+        await trio.sleep(30)
+        return await scan(self, job, path)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(SimCatalog, "commit", late_commit)
+    monkeypatch.setattr(SimCatalog, "scan", slow_scan)
+    async with node.run() as pipeline:
+        table = await pipeline.tables.find(NAME)
+        assert await ids(pipeline, table, path) == list(range(6))
+        assert node.keys_of("parked")
+        await trio.sleep(10)
+        assert not node.keys_of("parked")
+
+
+async def test_a_read_keeps_the_log_for_a_while_only(
+    path: str, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read that does not get its turn ends with ``unavailable``, and the log lets go of its frames (R25)."""
+    node = SimNode(with_options(wal__release_grace_s=0.0))
+
+    async def stuck(*_: object) -> int:
+        await trio.sleep_forever()
+        return 0
+
+    async with node.run() as pipeline:
+        table = await create_table(pipeline)
+        node.weather.away = True
+        await write_all(pipeline, table, range(20))
+        node.weather.away = False
+        files = set(node.disk.list_names(WAL))
+        monkeypatch.setattr(SimCatalog, "scan", stuck)
+        with pytest.raises(Unavailable, match="read_pin_s"):
+            await ids(pipeline, table, path)
+        await write_all(pipeline, table, range(20, 60), Tier.ICEBERG_COMMITTED)
+        await trio.sleep(100)
+        assert files - set(node.disk.list_names(WAL))
+
+
 async def test_errors_of_reads_are_told(path: str, autojump_clock: MockClock) -> None:
     """A catalog that is away is ``unavailable``, a table that others took away ``table_not_found``: no incident."""
     node = SimNode()
