@@ -43,6 +43,10 @@ _ACTIONS: Final = {
 }
 
 
+#: More than any table has.
+_MOST_ROWS: Final = 2**62
+
+
 class _NameBody(msgspec.Struct, frozen=True):
     """The body of the actions that name one table."""
 
@@ -161,15 +165,11 @@ class FlightService:
         """Send a table's rows as record batches: its Iceberg snapshot, and what was accepted since."""
         ticket = _parse_ticket(bytes(messages.parse("Ticket", await _request(call)).ticket))
         table = await self._pipeline.tables.find(TableName.parse(ticket.table_name))
-        if ticket.columns is not None:
-            known = set(table.info.schema.names)
-            unknown = [column for column in ticket.columns if column not in known]
-            if unknown:
-                raise InvalidRequest(f"Unknown columns in {table.info.name}: {', '.join(unknown)}")
         if ticket.limit is not None and ticket.limit < 0:
             raise InvalidRequest(f"limit must not be negative: {ticket.limit}")
         columns = None if ticket.columns is None else tuple(ticket.columns)
-        request = ReadRequest(columns, ticket.limit, ticket.at_lsn, ticket.wait_for_lsn)
+        limit = None if ticket.limit is None else min(ticket.limit, _MOST_ROWS)
+        request = ReadRequest(columns, limit, ticket.at_lsn, ticket.wait_for_lsn)
         with self._spill() as path:
             await read_table(self._pipeline, table, request, str(path))
             source = await run_compute(pa.memory_map, str(path), "r")
@@ -180,11 +180,18 @@ class FlightService:
                 header = _public_header(message)
                 body = message.body
                 size = body.size if body is not None else 0
-                head = messages.flight_data_head(header, size)
+                parts: list[bytes | memoryview] = [messages.flight_data_head(header, size)]
                 if size:
-                    await call.send(head, memoryview(body).cast("B"))
-                else:
-                    await call.send(head)
+                    parts.append(memoryview(body).cast("B"))
+                # The spilled answer takes room that writers need.
+                with trio.move_on_after(self._limits.message_stall_s) as stall:
+                    await call.send(*parts)
+                if stall.cancelled_caught:
+                    raise ArkaError(
+                        f"A message of the answer was not read in {self._limits.message_stall_s:g} s "
+                        "(limits.message_stall_s)",
+                        code=ErrorCode.TOO_LARGE,
+                    )
 
     @contextmanager
     def _held(self, size: int) -> Iterator[None]:

@@ -312,9 +312,11 @@ class Tables:
             self._reconciled = True
 
     def register(self, found: CatalogTable) -> Table:
-        """Take a table of the catalog in; one that is known by its UUID stays as it is."""
+        """Take a table of the catalog in; one that is known by its UUID follows its name."""
         known = self._by_uuid.get(found.info.uuid)
         if known is not None:
+            if known.info.name != found.info.name and known.state is TableState.ACTIVE:
+                self._adopt(known, found)
             return known
         if found.info.uuid in self._pending_drops:
             raise Unavailable(f"{found.info.name} is being dropped and the catalog has not done it yet: try again")

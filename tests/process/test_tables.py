@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.flight as flight
 import pytest
+from pyiceberg.types import LongType
 
 from arka.testing.serverprocess import ServerProcess
 
@@ -445,3 +447,47 @@ def test_table_made_by_others(server: ServerProcess, client: flight.FlightClient
     write_all(client, table, [numbers([1])])
     assert client.do_get(flight.Ticket(table.encode())).read_all()["n"].to_pylist() == [1]
     assert f"default.{table}" in action(client, "ListTables")
+
+
+def test_read_after_others_renamed_a_table(server: ServerProcess, client: flight.FlightClient, table: str) -> None:
+    """A table is its UUID: under its new name it is read and described, without a write in between."""
+    create(client, table)
+    write_all(client, table, [numbers([1, 2])])
+    with lake.open_catalog(server.data) as catalog:
+        catalog.rename_table(("default", table), ("default", f"{table}_new"))
+    assert client.do_get(flight.Ticket(f"{table}_new".encode())).read_all()["n"].to_pylist() == [1, 2]
+    assert action(client, "DescribeTable", name=f"{table}_new")["name"] == f"default.{table}_new"
+    write_all(client, f"{table}_new", [numbers([3])])
+    assert sorted(lake.column(server.data, f"{table}_new", "n")) == [1, 2, 3]
+
+
+def test_columns_that_others_changed_can_be_read(
+    server: ServerProcess, client: flight.FlightClient, table: str
+) -> None:
+    """What columns there are is the catalog's to say, at each read."""
+    create(client, table, [("n", "int64!"), ("a", "utf8")])
+    batch = pa.record_batch({"n": pa.array([1]), "a": ["x"]})
+    write_all(client, table, [batch.cast(pa.schema([NUMBERS.field("n"), ("a", pa.string())]))])
+    with lake.load(server.data, table).update_schema() as update:
+        update.rename_column("a", "b")
+        update.add_column("c", LongType())
+
+    def read(*columns: str) -> list[dict[str, Any]]:
+        ticket = json.dumps({"table_name": table, "columns": columns}).encode()
+        found: list[dict[str, Any]] = client.do_get(flight.Ticket(ticket)).read_all().to_pylist()
+        return found
+
+    assert read("c", "b") == [{"c": None, "b": "x"}]
+    assert "No such column" in failure_of(read, "a")
+
+
+def test_an_answer_that_is_not_read(make_server: Callable[..., ServerProcess]) -> None:
+    """A client that does not read its answer loses it, with the reason: it takes room on the disk."""
+    with make_server(limits__message_stall_s=1) as server, connect(server.location) as client:
+        create(client, "t")
+        write_all(client, "t", [numbers(range(2_000_000))])
+        reader = client.do_get(flight.Ticket(b"t"))
+        # More than the answer may stand still; a client that reads earlier gets all of it.
+        time.sleep(4)
+        assert "[too_large]" in failure_of(reader.read_all)
+        assert list((server.data / "spill").iterdir()) == []
