@@ -104,6 +104,12 @@ class WalOptions:
 
     segment_bytes: int = option(128 * MIB, "Preallocated size of a segment.", at_least=MIB)
     group_bytes: int = option(16 * MIB, "Most bytes of one group commit.", at_least=64 * KIB)
+    group_linger_s: float = option(
+        0.005,
+        "How long frames whose writers ask for no more than a memory ack wait for company; others go at once.",
+        at_least=0,
+        at_most=1,
+    )
     release_grace_s: float = option(
         10.0, "How long a segment that nothing needs stays after its checkpoint.", at_least=0
     )

@@ -329,6 +329,7 @@ class Exchange:
             operation=options.operation,
             key=options.key,
             charge=message.charge,
+            requested=options.requested,
         )
         if appended.duplicate:
             code = ErrorCode.KEY_REUSED if appended.key_reused else None

@@ -1,16 +1,21 @@
 """The disk tier: groups of frames go to the WAL, one group commit at a time.
 
-Owns: the disk watermark. Does not own bytes on disk (``arka.wal``). There is no timer: while one group
-is being written and fsynced, everything that arrives becomes the next one.
+Owns: the disk watermark. Does not own bytes on disk (``arka.wal``). While one group is being written and fsynced,
+everything that arrives becomes the next one. There is no timer for writes whose acks at this tier are waited for; those
+that want no more than a memory ack wait a few milliseconds for company, since each group costs the streams time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 from arka.tiers.memory import MemoryTier
 from arka.tiers.watermarks import Watermark
 from arka.wal.writer import AppendedRange, WalWriter
+
+#: So many frame bytes are worth a group of their own.
+_COMPANY_BYTES: Final = 1 << 20
 
 
 class DiskTier:
@@ -23,6 +28,7 @@ class DiskTier:
         watermark: Watermark,
         *,
         group_bytes: int,
+        linger_s: float = 0.0,
         on_durable: Callable[[AppendedRange], None],
     ) -> None:
         """Join the tiers.
@@ -32,12 +38,14 @@ class DiskTier:
             writer: the WAL.
             watermark: the ``disk`` mark; this tier alone raises it.
             group_bytes: most bytes of one group.
+            linger_s: how long frames that nobody waits for wait for company.
             on_durable: told of each range of a segment that is fsynced, in LSN order, before the mark rises.
         """
         self._memory = memory
         self._writer = writer
         self._watermark = watermark
         self._group_bytes = group_bytes
+        self._linger_s = linger_s
         self._on_durable = on_durable
         self._writing_bytes = 0
 
@@ -55,6 +63,7 @@ class DiskTier:
         Cancellation: a group that is being written is finished first; its writes keep their frames.
         """
         while await self._memory.wait_pending():
+            await self._memory.wait_company(self._linger_s, min(_COMPANY_BYTES, self._group_bytes))
             group = self._memory.take_group(self._group_bytes)
             self._writing_bytes = group.frame_bytes
             ranges = await self._writer.append(group.frames)

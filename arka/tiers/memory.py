@@ -65,6 +65,10 @@ class MemoryTier:
         self._frames: deque[tuple[Frame, Releasable | None]] = deque()
         self._queued_bytes = 0
         self._arrived = trio.Event()
+        # Whether somebody waits until a queued frame is on disk.
+        self._urgent = False
+        self._enough_bytes = 0
+        self._hurry = trio.Event()
         self._closed = False
 
     @property
@@ -87,6 +91,7 @@ class MemoryTier:
         key: bytes,
         digest: int,
         charge: Releasable | None,
+        urgent: bool = True,
     ) -> Appended:
         """Accept one write: atomic, ordered, in the buffer on return.
 
@@ -98,6 +103,7 @@ class MemoryTier:
             key: the idempotency key, empty for none.
             digest: a checksum of the payload, compared when the key is known.
             charge: released when the frame's heap bytes are gone. For a duplicate at once.
+            urgent: whether its writer waits until it is on disk.
 
         Returns:
             The LSN; for a known key the first write's, and nothing was added.
@@ -125,13 +131,13 @@ class MemoryTier:
             payload=payload,
             accepted_us=now_us(),
         )
-        self._push(frame, charge)
+        self._push(frame, charge, urgent=urgent)
         return Appended(lsn)
 
     def append_control(self, kind: int, payload: bytes, table: TableInfo | None = None) -> int:
         """Put a control record (create, drop, lost range) into the log's order; returns its LSN."""
         lsn = self._allocator.allocate()
-        self._push(Frame(kind, lsn, table=table, payload=payload, accepted_us=now_us()), None)
+        self._push(Frame(kind, lsn, table=table, payload=payload, accepted_us=now_us()), None, urgent=True)
         return lsn
 
     def take_group(self, group_bytes: int) -> Group:
@@ -146,6 +152,7 @@ class MemoryTier:
             if charge is not None:
                 charges.append(charge)
         self._queued_bytes -= taken
+        self._urgent = self._urgent and bool(self._frames)
         return Group(frames, charges, taken)
 
     async def wait_pending(self) -> bool:
@@ -163,15 +170,35 @@ class MemoryTier:
             await self._arrived.wait()
         return True
 
+    async def wait_company(self, linger_s: float, enough_bytes: int) -> None:
+        """Let more frames come, as long as nobody waits for those that are there.
+
+        Args:
+            linger_s: the longest that this takes.
+            enough_bytes: so many frame bytes need no company.
+
+        Cancellation: nothing changes.
+        """
+        if self._urgent or self._closed or self._queued_bytes >= enough_bytes:
+            return
+        self._enough_bytes = enough_bytes
+        self._hurry = trio.Event()
+        with trio.move_on_after(linger_s):
+            await self._hurry.wait()
+
     def close(self) -> None:
         """Say that nothing more comes: the disk tier ends once the buffer is empty."""
         self._closed = True
         self._arrived.set()
+        self._hurry.set()
 
-    def _push(self, frame: Frame, charge: Releasable | None) -> None:
+    def _push(self, frame: Frame, charge: Releasable | None, *, urgent: bool) -> None:
         self._frames.append((frame, charge))
         self._queued_bytes += frame.frame_bytes
         self._arrived.set()
+        self._urgent |= urgent
+        if self._urgent or self._queued_bytes >= self._enough_bytes:
+            self._hurry.set()
 
 
 __all__ = ["Appended", "Group", "MemoryTier", "Releasable"]

@@ -120,6 +120,7 @@ class Pipeline:
             parts.writer,
             parts.marks.disk,
             group_bytes=settings.wal.group_bytes,
+            linger_s=settings.wal.group_linger_s,
             on_durable=self._note_durable,
         )
         # Where the log ended on this disk when the process began.
@@ -233,6 +234,7 @@ class Pipeline:
         operation: Operation,
         key: bytes,
         charge: Releasable | None,
+        requested: Tier = Tier.DISK,
     ) -> Appended:
         """Accept one write: on return its memory ack is due.
 
@@ -243,6 +245,7 @@ class Pipeline:
             operation: upsert or delete.
             key: its idempotency key; empty for none.
             charge: the ledger's charge for it; taken over when this returns.
+            requested: the tier whose ack its writer waits for.
 
         Raises:
             ArkaError: ``table_dropped``, ``table_stopped``, ``overloaded`` or ``unavailable``; the charge
@@ -258,7 +261,14 @@ class Pipeline:
             self._check_known(table, known.lsn)
         digest = crc32c(payload.ipc) if key else 0
         appended = self.memory.append(
-            table.info, payload, rows=rows, operation=operation, key=key, digest=digest, charge=charge
+            table.info,
+            payload,
+            rows=rows,
+            operation=operation,
+            key=key,
+            digest=digest,
+            charge=charge,
+            urgent=requested > Tier.MEMORY,
         )
         if not appended.duplicate:
             table.last_lsn = appended.lsn
