@@ -211,7 +211,8 @@ def test_server_json_means_ready(make_server: Callable[..., ServerProcess]) -> N
     assert announced["pid"] == server.pid
     with connect(str(announced["flight"])) as client:
         assert json.loads(next(iter(client.do_action(flight.Action("ListTables", b"")))).body.to_pybytes()) == [
-            "default.events"
+            "default.events",
+            "default.users",
         ]
     # Said right after the file appeared, before any request was answered.
     assert "server.ready" in server.log.read_text()
