@@ -274,6 +274,7 @@ class KeyIndex:
             keep: a byte an entry, 0 for those that are left out; None for all of them.
 
         Raises:
+            IndexUnusable: the directory is gone, with all that the index is.
             OSError: the disk failed.
 
         Durability: the run is durable on return; its name is with the next record.
@@ -281,7 +282,10 @@ class KeyIndex:
         if keep is not None:
             return new_run(self._directory, lambda descriptor: copy_run(descriptor, map_run(path), keep))
         name = new_name()
-        os.link(path, self._path(name))
+        try:
+            os.link(path, self._path(name))
+        except FileNotFoundError as error:
+            raise IndexUnusable(f"the index's directory is gone: {error}") from error
         return name
 
     def stage(self, commit_id: UUID, run: str, paths: Sequence[str], gone: Sequence[str]) -> None:
@@ -311,13 +315,17 @@ class KeyIndex:
 
         Raises:
             OSError: the disk failed; the next ``open`` finds out what is true.
-            IndexUnusable: a block of it is damaged.
+            IndexUnusable: a block of it is damaged, or what was staged is gone or damaged.
         """
         staged = self._staged
         assert staged is not None
+        try:
+            run = self._map(staged.run, self._next_file)
+        except (FileNotFoundError, RunDamaged) as error:
+            raise IndexUnusable(f"the run of a commit that has landed cannot be read: {error}") from error
         self._append(_Landed(staged.commit_id, snapshot_id))
-        base = self._take_files(staged)
-        self._runs.insert(0, (staged.run, self._map(staged.run, base)))
+        self._take_files(staged)
+        self._runs.insert(0, (staged.run, run))
         self._snapshot_id, self._staged = snapshot_id, None
         failpoints.hit("index.landed")
         self._merge()

@@ -189,6 +189,46 @@ def test_index_removed_under_a_server(lake: Lake, source: Source) -> None:
     source.check()
 
 
+@pytest.mark.parametrize("answered", [True, False])
+@pytest.mark.parametrize("lost", ["all", "directory", "runs"])
+def test_index_lost_under_a_worker(
+    lake: Lake, source: Source, lost: str, answered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What goes while a worker has the index open is made anew, also where its last commit was not answered.
+
+    Nothing is tried for ever: a job is committed, or its keys are staged again.
+    """
+    source.commit()
+    swap = LeanSqlCatalog.commit_table
+
+    def lose(*args: Any) -> None:
+        swap(*args)
+        raise ConnectionError("no answer")
+
+    with monkeypatch.context() as patched:
+        if not answered:
+            patched.setattr(LeanSqlCatalog, "commit_table", lose)
+        source.commit()
+    batches, deletes = source.make(3, 20, 60)
+    staged = lake.encode(source.info, batches, source.lsn, deletes=deletes)
+    if lost == "runs":
+        for path in index_files(lake, source.info):
+            if path.suffix == ".run":
+                path.unlink()
+    else:
+        shutil.rmtree(Path(lake.config.index_dir) / (str(source.info.uuid) if lost == "directory" else ""))
+    if lost == "all":
+        with pytest.raises(Unavailable, match="staged again"):
+            lake.commit(source.info, staged)
+        staged = lake.encode(source.info, batches, source.lsn, deletes=deletes)
+    assert lake.commit(source.info, staged).outcome is CommitOutcome.COMMITTED
+    source.lsn += len(batches)
+    source.check()
+    new_worker()
+    source.commit()
+    source.check()
+
+
 def test_damaged_index_deletes_no_wrong_row(lake: Lake, source: Source) -> None:
     """A flipped byte anywhere in the index is noticed, and the index made anew."""
     pick = random.Random(5)
