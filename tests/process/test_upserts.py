@@ -25,9 +25,9 @@ def test_equal_to_a_dictionary(tmp_path: Path) -> None:
     The dictionary takes the writes in the order of the LSNs that the acks told.
     """
     print(f"UPSERT_SEED={SEED}")
-    run = Run(tmp_path, ["partitioned", "strings"], SEED, streams=4, life_s=(0.5, 3))
+    run = Run(tmp_path, ["partitioned", "strings"], SEED, streams=4, life_s=(1.5, 3.5))
     run.run(kills=3)
     print("\n".join(run.lines()))
     for figures in run.tables.values():
         assert figures.engines == list(readers.ENGINES)
-        assert figures.checked > 1
+        assert figures.checked == figures.snapshots > 0

@@ -6,8 +6,8 @@ Eight writers have a DoExchange stream each on one primary-key table (each table
 Which of their writes came last is known from the LSNs in the acks alone, so the dictionary is made afterwards: from all
 writes in the order of their LSNs. Checked at the end, when everything was sent to ``iceberg_committed`` and the server
 has drained: each snapshot, scanned with plain pyiceberg, holds what the dictionary held after the snapshot's last LSN,
-and five other engines read the same rows from the current one. Prints one line for each table. The seed settles what is
-written, and when there is a kill; how much is written until then is the machine's.
+and five other engines read the same rows from the current one. Prints a line for the run and one for each table. The
+seed settles what is written, and when there is a kill; how much is written until then is the machine's.
 """
 
 from __future__ import annotations
@@ -180,7 +180,8 @@ class UpsertWriter(KeyedWriter):
 
     def batch(self, number: int) -> pa.RecordBatch:
         """Make the batch of a write."""
-        columns = zip(*self.write(number).rows, strict=True) if self.write(number).rows else [()] * len(COLUMNS)
+        rows = self.write(number).rows
+        columns = zip(*rows, strict=True) if rows else [()] * len(COLUMNS)
         named = dict(zip(COLUMNS, columns, strict=True))
         arrays = [pa.array(named[item.name], item.type) for item in self.schema]
         return pa.record_batch(arrays, schema=self.schema)
