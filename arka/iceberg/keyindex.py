@@ -335,7 +335,7 @@ class KeyIndex:
     def _merge(self) -> None:
         """Make one run of the newest ones as long as they are together more than a share of the next."""
         count, size = 1, len(self._runs[0][1])
-        while count < len(self._runs) and size > _MERGE_SHARE * len(self._runs[count][1]):
+        while count < len(self._runs) and size >= _MERGE_SHARE * len(self._runs[count][1]):
             size += len(self._runs[count][1])
             count += 1
         if count == 1:

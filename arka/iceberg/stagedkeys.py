@@ -64,7 +64,8 @@ class StagedKeys:
     def take(self, batches: list[pa.RecordBatch], number: int) -> list[pa.RecordBatch]:
         """Note the rows of a file before it is written; returns them as the file has them."""
         table = pa.Table.from_batches(batches)
-        hashes, conditions = table.column(_HASH.name).combine_chunks(), table.column(_CONDITION.name).combine_chunks()
+        # By place: a column of the table may have any name.
+        hashes, conditions = (table.column(table.num_columns - back).combine_chunks() for back in (2, 1))
         rows = None
         if pc.any(conditions).as_py():
             numbers = pa.array(range(len(hashes)), pa.uint32())

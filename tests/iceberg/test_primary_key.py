@@ -371,6 +371,26 @@ def test_nothing_is_left_of_a_dropped_table(lake: Lake, source: Source) -> None:
     other.check()
 
 
+def test_commits_without_keys_leave_no_runs(lake: Lake, source: Source) -> None:
+    """Runs without an entry are merged like others: each would keep a file open."""
+    source.commit()
+    for _ in range(8):
+        lake.commit(source.info, lake.encode(source.info, [keys([])], source.lsn, deletes={source.lsn + 1}))
+        source.lsn += 1
+    assert len([path for path in index_files(lake, source.info) if path.suffix == ".run"]) <= 3
+    source.commit()
+    source.check()
+
+
+def test_columns_named_like_helpers(lake: Lake) -> None:
+    """A column's name is its own."""
+    schema = pa.schema([SCHEMA.field("id"), ("arka.hash", pa.utf8()), ("arka.unless-there", pa.bool_())])
+    info = lake.create(schema, key=["id"])
+    batch = pa.RecordBatch.from_pylist([{"id": 1, "arka.hash": "x", "arka.unless-there": True}], schema=schema)
+    lake.commit(info, lake.encode(info, [batch], 0))
+    assert lake.table(info).scan().to_arrow().to_pylist() == batch.to_pylist()
+
+
 def test_table_that_was_handed_over(lake: Lake, source: Source) -> None:
     """Its owner is read from what the commit is based on: nothing of another log goes in (R26)."""
     source.commit()
