@@ -24,7 +24,7 @@ read.
 Longer than the habit: what writes, finds and merges entries shares their layout, which is nobody else's business.
 """
 
-from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
 from libc.errno cimport EINTR, ENOMEM, errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free, malloc
@@ -38,6 +38,13 @@ from arka._core.crc32c cimport arka_crc_prepare, crc32c_update
 
 cdef extern from "unistd.h" nogil:
     ssize_t write(int fd, const void *data, size_t size)
+
+cdef extern from "sys/mman.h" nogil:
+    int PROT_READ
+    int MAP_SHARED
+    void *MAP_FAILED
+    void *mmap(void *addr, size_t length, int prot, int flags, int fd, long offset)
+    int munmap(void *addr, size_t length)
 
 cdef enum:
     BLOCK = 4096
@@ -209,7 +216,7 @@ cdef void deal(const Entry *entries, Entry *dealt, int64_t count, int bits, int6
         start = ends[j]
 
 
-def write_run(int fd, parts):
+def write_run(int fd, parts, *, bint shadowed=False):
     """Write a run from entries in any order.
 
     Args:
@@ -217,6 +224,7 @@ def write_run(int fd, parts):
         parts: for each some hashes, 16 bytes an entry (``rowkeys.hash_keys``); the number of the data file that their
             rows are in, or ``REMOVED``; and a native 32-bit number an entry, its row, or None for 0, 1 and so on. No
             two hashes are equal.
+        shadowed: equal hashes are no error; such a run is for ``find_shadowed`` alone.
 
     Returns:
         The size of the run in bytes.
@@ -258,7 +266,7 @@ def write_run(int fd, parts):
                     doubled = True
                 put(&out, &dealt[i])
             finish(&out)
-        if doubled:
+        if doubled and not shadowed:
             raise ValueError("two entries of a run have the same hash")
         return seal_output(&out)
     finally:
@@ -299,6 +307,36 @@ cdef int64_t fill(Entry *entries, object hashes, uint32_t file, object rows) exc
 
 # ---------------------------------------------------------------------------------------------------
 # Reading.
+
+
+cdef class FileMap:
+    """All bytes of a file, mapped to be read; unlike those of ``mmap`` it takes no file descriptor.
+
+    Args:
+        fd: the file; it may be closed afterwards.
+        size: its length in bytes, at least 1.
+
+    Raises:
+        OSError: it cannot be mapped.
+    """
+
+    cdef void *_start
+    cdef Py_ssize_t _size
+
+    def __cinit__(self, int fd, Py_ssize_t size):
+        cdef void *start = mmap(NULL, size, PROT_READ, MAP_SHARED, fd, 0)
+        if start == MAP_FAILED:
+            raise OSError(errno, os.strerror(errno))
+        # Invariant: a map of _size bytes, given back once, when nobody holds a view of it any more.
+        self._start = start
+        self._size = size
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        PyBuffer_FillInfo(view, self, self._start, self._size, 1, flags)
+
+    def __dealloc__(self):
+        if self._start != NULL:
+            munmap(self._start, self._size)
 
 
 cdef class Run:
@@ -557,6 +595,75 @@ cdef int64_t look_up(Run wanted, Run run, uint32_t *files, uint32_t *rows) noexc
     return -1
 
 
+def find_shadowed(Run wanted, Run shadowed):
+    """Look the keys of one run up in one that may have several entries of a key.
+
+    Args:
+        wanted: the run whose keys are looked up.
+        shadowed: see ``write_run`` and ``merge_runs``.
+
+    Returns:
+        Three Arrow buffers of native 32-bit numbers, an item for each entry that was found: the number of the wanted
+        entry, the data file of the row, and the row in it.
+
+    Raises:
+        RunDamaged: a block is not what was written.
+        MemoryError: no room for the answer.
+    """
+    cdef int64_t found = 0
+    cdef int64_t bad
+    with nogil:
+        bad = gather_shadowed(wanted, shadowed, &found, NULL, NULL, NULL)
+    if bad >= 0:
+        raise damaged(shadowed, bad)
+    if bad == -2:
+        raise RunDamaged("the run whose keys are looked up has a block with a wrong checksum")
+    numbers, files, rows = (pa.allocate_buffer(4 * found) for _ in range(3))
+    cdef uint32_t *numbers_at = <uint32_t *> <uintptr_t> numbers.address
+    cdef uint32_t *files_at = <uint32_t *> <uintptr_t> files.address
+    cdef uint32_t *rows_at = <uint32_t *> <uintptr_t> rows.address
+    found = 0
+    with nogil:
+        gather_shadowed(wanted, shadowed, &found, numbers_at, files_at, rows_at)
+    return numbers, files, rows
+
+
+cdef int64_t gather_shadowed(
+    Run wanted, Run run, int64_t *found_count, uint32_t *numbers, uint32_t *files, uint32_t *rows
+) noexcept nogil:
+    """Count the entries of wanted keys, and write them down if asked to; return as ``look_up`` does."""
+    cdef uint64_t i, at
+    cdef int64_t block = 0
+    cdef const Entry *entry
+    cdef const Entry *found
+    if run._count == 0:
+        return -1
+    for i in range(wanted._count):
+        entry = entry_at(wanted, i)
+        if entry == NULL:
+            return -2
+        if find_entry(run, entry, &block, &found) != 0:
+            return block
+        if found == NULL:
+            continue
+        # The first of those with this key: the others are behind it.
+        at = (<const uint8_t *> found - run._blocks) // BLOCK
+        at = at * ENTRIES + (<const uint8_t *> found - run._blocks - at * BLOCK) // sizeof(Entry)
+        while same_key(found, entry):
+            if numbers != NULL:
+                numbers[found_count[0]] = <uint32_t> i
+                files[found_count[0]] = file_of(run, found)
+                rows[found_count[0]] = found.row
+            found_count[0] += 1
+            at += 1
+            if at == run._count:
+                break
+            found = entry_at(run, at)
+            if found == NULL:
+                return <int64_t> (at // ENTRIES)
+    return -1
+
+
 def copy_run(int fd, Run run, keep):
     """Write a run of some of another one's entries; they hold whatever the condition on them was.
 
@@ -605,16 +712,17 @@ def copy_run(int fd, Run run, keep):
         close_output(&out)
 
 
-def merge_runs(int fd, runs, *, bint keep_removed):
+def merge_runs(int fd, runs, *, bint keep_removed, int shadowed_fd=-1):
     """Make one run of several.
 
     Args:
         fd: an empty file open for writing.
         runs: the newest first; of a key that several have, the newest entry stays.
         keep_removed: keep entries of keys without a row; without, there must be no older run.
+        shadowed_fd: an empty file for a run of the entries that do not stay, for ``find_shadowed``; -1 for none.
 
     Returns:
-        The size of the run in bytes, and its entries.
+        The entries of the run, and of that of those that do not stay.
 
     Raises:
         RunDamaged: a block is not what was written.
@@ -631,6 +739,9 @@ def merge_runs(int fd, runs, *, bint keep_removed):
     cdef void **opened
     cdef uint64_t *places
     cdef Output out
+    cdef Output shadowed
+    cdef Output *shadowed_out = NULL
+    memset(&shadowed, 0, sizeof(Output))
     for run in runs:
         most += run._count
     opened = <void **> calloc(max(1, count), sizeof(void *))
@@ -640,26 +751,37 @@ def merge_runs(int fd, runs, *, bint keep_removed):
             raise MemoryError(f"no room to merge {count} runs")
         open_output(&out, fd, most)
         try:
+            if shadowed_fd >= 0:
+                open_output(&shadowed, shadowed_fd, most)
+                shadowed_out = &shadowed
             held = tuple(runs)
             for i in range(count):
                 opened[i] = <void *> held[i]
             # SAFETY: `held` owns the runs.
             with nogil:
-                status = merge(opened, places, count, keep_removed, &out)
+                status = merge(opened, places, count, keep_removed, &out, shadowed_out)
                 if status < 0:
                     finish(&out)
+                    if shadowed_out != NULL:
+                        finish(shadowed_out)
             if status >= 0:
                 run = held[status]
                 raise damaged(run, places[status] // ENTRIES)
-            return seal_output(&out), out.total
+            seal_output(&out)
+            if shadowed_out != NULL:
+                seal_output(shadowed_out)
+            return out.total, shadowed.total
         finally:
             close_output(&out)
+            close_output(&shadowed)
     finally:
         free(opened)
         free(places)
 
 
-cdef Py_ssize_t merge(void **runs, uint64_t *places, Py_ssize_t count, bint keep_removed, Output *out) noexcept nogil:
+cdef Py_ssize_t merge(
+    void **runs, uint64_t *places, Py_ssize_t count, bint keep_removed, Output *out, Output *shadowed
+) noexcept nogil:
     """Put the newest entry of each key in order; return -1, or the number of a run with a damaged block."""
     cdef Py_ssize_t i, newest
     cdef const Entry *entry
@@ -675,7 +797,7 @@ cdef Py_ssize_t merge(void **runs, uint64_t *places, Py_ssize_t count, bint keep
             if heads[i] == NULL:
                 free(heads)
                 return i
-    while out.error == 0:
+    while out.error == 0 and (shadowed == NULL or shadowed.error == 0):
         newest = -1
         for i in range(count):
             if heads[i] != NULL and (newest < 0 or comes_before(heads[i], heads[newest])):
@@ -691,6 +813,10 @@ cdef Py_ssize_t merge(void **runs, uint64_t *places, Py_ssize_t count, bint keep
             entry = heads[i]
             if entry == NULL or not same_key(entry, least):
                 continue
+            if shadowed != NULL and i != newest and entry.file != NO_FILE:
+                entry_out = entry[0]
+                entry_out.file = file_of(<Run> runs[i], entry)
+                put(shadowed, &entry_out)
             places[i] += 1
             heads[i] = NULL
             if places[i] < (<Run> runs[i])._count:

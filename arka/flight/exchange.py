@@ -292,6 +292,9 @@ class Exchange:
         """Accept one write or reject it; returns whether the message's charge was handed on."""
         await self._settle_schema_metadata(message.app_metadata)
         decoder = self._decoder if self._decoder is not None else self._require_decoder()
+        if not self.acks.writes:
+            # Keys alone, and not for deletes: no data of this stream is accepted (protocol 3).
+            decoder.check_operation(self._defaults.operation)
         number, self._key_next = self._key_next, self._key_next + 1
         try:
             options = self._write_options(message.app_metadata, number)
@@ -300,9 +303,6 @@ class Exchange:
         except (Unavailable, trio.Cancelled):
             raise
         except ArkaError as error:
-            if error.code is ErrorCode.SCHEMA_MISMATCH and not self.acks.writes:
-                # Keys alone, and not for deletes: no batch of this stream can be taken (protocol 3).
-                raise
             self.acks.reject(error.code, error.detail)
             self._outbound.wake()
             return False

@@ -18,8 +18,10 @@ from pyiceberg.table.update import AssertRefSnapshotId, AssertTableUUID, TableRe
 from pyiceberg.utils.properties import property_as_bool
 
 from arka import failpoints
+from arka.errors import ArkaError, ErrorCode
 from arka.iceberg.catalogs import catalog
 from arka.iceberg.config import CatalogConfig
+from arka.iceberg.control import check_format, key_columns
 from arka.iceberg.garbage import Garbage
 from arka.iceberg.keyindex import IndexUnusable
 from arka.iceberg.manifests import ManifestMemory
@@ -32,7 +34,7 @@ from arka.iceberg.producer import (
     stage_snapshot,
 )
 from arka.iceberg.rowdelta import Delta, KeyedTables
-from arka.records import TableType
+from arka.records import FIELD_ID_KEY, TableInfo, TableType
 from arka.storage.ports import CatalogUnavailable, CommitJob, CommitOutcome, CommitResult
 
 #: Attempts against other writers before the table's committer pauses and asks again.
@@ -129,6 +131,7 @@ def _load(opened: Catalog, identifier: tuple[str, ...]) -> Table | None:
 
 
 def _attempt(config: CatalogConfig, opened: Catalog, table: Table, job: CommitJob) -> CommitResult:
+    check_format(table)
     specs = {file.spec_id for file in job.staged.files}
     appends = job.table.table_type is TableType.APPEND_ONLY
     if config.stock_commit and appends and specs <= {table.metadata.default_spec_id}:
@@ -146,6 +149,7 @@ def _commit_own(config: CatalogConfig, opened: Catalog, table: Table, job: Commi
         if job.table.table_type is TableType.PRIMARY_KEY:
             # On what the commit is based on: the table may have been handed over meanwhile.
             job.table.check_owner(job.log_uuid, base.properties)
+            _check_key(job.table, base)
             keyed = _keyed.get(config, job.table, job.staged.key_check)
             delta = keyed.resolve(table, job, _memory)
             written += delta.deleted
@@ -191,6 +195,26 @@ def _commit_own(config: CatalogConfig, opened: Catalog, table: Table, job: Commi
     _delete_old_metadata(table, response.metadata)
     failpoints.hit("commit.response")
     return staged.snapshot.snapshot_id
+
+
+def _check_key(info: TableInfo, metadata: TableMetadata) -> None:
+    """Check that others have not made other columns the key: rows would be doubled.
+
+    Raises:
+        ArkaError: ``table_stopped``.
+    """
+    schema = metadata.schema()
+    now = key_columns(schema, metadata.properties)
+    try:
+        ids = {str(schema.find_field(column).field_id).encode() for column in now}
+    except ValueError:
+        ids = set()
+    if ids != {field.metadata[FIELD_ID_KEY] for field in info.key_schema()}:
+        raise ArkaError(
+            f"{info.name}: others changed its primary key from {list(info.key_columns)} to {list(now)}: change it "
+            "back, or restart the server to go on with the new one",
+            code=ErrorCode.TABLE_STOPPED,
+        )
 
 
 def _stock_append(config: CatalogConfig, table: Table, job: CommitJob) -> int:

@@ -31,6 +31,7 @@ class CatalogConfig:
         stock_commit: commit through pyiceberg's public path; primary-key tables never do.
         index_dir: directory of the key indexes of primary-key tables, on the local disk.
         index_bytes: memory that a worker keeps of such tables between commits.
+        index_build_s: seconds of one job that may be spent on making an index; what is left is the next one's.
     """
 
     uri: str
@@ -41,6 +42,7 @@ class CatalogConfig:
     stock_commit: bool = False
     index_dir: str = ""
     index_bytes: int = INDEX_BYTES
+    index_build_s: float = 60.0
 
     @property
     def is_rest(self) -> bool:
@@ -84,6 +86,8 @@ class CatalogConfig:
             stock_commit=options.stock_commit,
             index_dir=str(root / "keyindex"),
             index_bytes=index_bytes,
+            # Beside it, a job merges what was read and commits.
+            index_build_s=options.job_deadline_s / 2,
         )
 
 

@@ -139,18 +139,23 @@ def load_table(config: CatalogConfig, name: TableName) -> CatalogTable:
 def list_tables(config: CatalogConfig) -> CatalogListing:
     """Load every table that Arka could write.
 
-    Tables of foreign makers with types, names or format versions beyond Arka's are left out and logged. Those whose
-    metadata cannot be read are named: they are there all the same.
+    Tables of foreign makers whose names are beyond Arka's are left out and logged. Those with types or format versions
+    beyond them, and those whose metadata cannot be read, are named: they are there all the same.
     """
     opened = catalog(config)
     found = []
     unread = []
+    unusable = {}
     for namespace in opened.list_namespaces():
         for identifier in opened.list_tables(namespace):
             try:
                 name = TableName.from_parts(list(identifier))
-                found.append(load_table(config, name))
-            except (InvalidRequest, CatalogConflict) as error:
+                table = _load(opened, name)
+                found.append(describe(table))
+            except InvalidRequest as error:
+                _log.info("catalog.table_skipped table=%s reason=%s", ".".join(identifier), error)
+            except CatalogConflict as error:
+                unusable[table.metadata.table_uuid] = str(error)
                 _log.info("catalog.table_skipped table=%s reason=%s", ".".join(identifier), error)
             except TableMissing:
                 # Dropped between the listing and the load.
@@ -159,7 +164,8 @@ def list_tables(config: CatalogConfig) -> CatalogListing:
                 # One table that cannot be read, for whatever reason, must not keep the others from being served.
                 unread.append(name)
                 _log.warning("catalog.table_broken table=%s reason=%s", ".".join(identifier), error)
-    return CatalogListing(tuple(sorted(found, key=lambda table: table.info.name)), frozenset(unread))
+    tables = tuple(sorted(found, key=lambda table: table.info.name))
+    return CatalogListing(tables, frozenset(unread), unusable)
 
 
 def describe(table: Table) -> CatalogTable:
@@ -168,10 +174,9 @@ def describe(table: Table) -> CatalogTable:
     Raises:
         CatalogConflict: its format version, a column's type or a partition field is beyond Arka.
     """
+    check_format(table)
     metadata = table.metadata
     name = TableName(*table.name())
-    if metadata.format_version != _FORMAT_VERSION:
-        raise CatalogConflict(f"table {name} has format version {metadata.format_version}, expected {_FORMAT_VERSION}")
     try:
         schema = arrow_schema(metadata.schema())
     except UnsupportedType as error:
@@ -197,6 +202,19 @@ def describe(table: Table) -> CatalogTable:
     except ValueError as error:
         raise CatalogConflict(f"table {name}: {error}") from error
     return CatalogTable(info, marks_of(properties), metadata.current_snapshot_id)
+
+
+def check_format(table: Table) -> None:
+    """Check that a table has a format that Arka writes.
+
+    Raises:
+        CatalogConflict: its format version is another.
+    """
+    version = table.metadata.format_version
+    if version != _FORMAT_VERSION:
+        raise CatalogConflict(
+            f"table {'.'.join(table.name())} has format version {version}, expected {_FORMAT_VERSION}"
+        )
 
 
 def key_columns(schema: Schema, properties: Mapping[str, str]) -> tuple[str, ...]:
@@ -252,6 +270,7 @@ def _remove_folder(table: Table) -> None:
 __all__ = [
     "PRIMARY_KEY",
     "TABLE_TYPE",
+    "check_format",
     "create_table",
     "describe",
     "drop_table",

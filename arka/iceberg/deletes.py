@@ -71,7 +71,8 @@ class DeadRows:
 
     def remember(self, path: str, positions: pa.Array) -> None:
         """Keep what was written under a name."""
-        self._known[path] = positions
+        # A copy: it may be a slice of what a whole commit kills.
+        self._known[path] = pa.array(positions.to_numpy().copy())
         self._count += len(positions)
         while self._count > _REMEMBERED_POSITIONS:
             _, dropped = self._known.popitem(last=False)

@@ -30,9 +30,9 @@ from typing_extensions import Buffer
 
 from arka import failpoints
 from arka._core.framing import crc32c
-from arka._core.runs import Run, RunDamaged, copy_run, find_rows, merge_runs
+from arka._core.runs import Run, RunDamaged, copy_run, find_rows, find_shadowed, merge_runs
 from arka.iceberg.fileio import sync_directory, write_durable
-from arka.iceberg.runfiles import check_of, map_run, new_name, new_run, numbers_of
+from arka.iceberg.runfiles import map_run, new_name, new_run, numbers_of
 
 #: A run is merged with those newer than it once they are together more than this share of it.
 _MERGE_SHARE: Final = 1 / 3
@@ -59,6 +59,8 @@ class _State(msgspec.Struct, tag="state", frozen=True):
     next_file: int
     #: The newest first: name, and the base of its file numbers.
     runs: list[tuple[str, int]]
+    #: Runs of rows that others left under keys of newer rows, in the same form.
+    shadowed: list[tuple[str, int]] = msgspec.field(default_factory=list)
 
 
 class _Staged(msgspec.Struct, tag="staged", frozen=True):
@@ -85,6 +87,9 @@ _Record: TypeAlias = _State | _Staged | _Landed | _Merged
 _decoder: Final = msgspec.msgpack.Decoder(_Record)
 
 
+_SHADOWED: Final = pa.schema([pa.field(name, pa.uint32()) for name in ("entry", "file", "row")])
+
+
 @dataclass(frozen=True, slots=True)
 class Places:
     """Where the keys of a run lie, in the run's order; file numbers are the index's.
@@ -104,22 +109,26 @@ class KeyIndex:
     Args:
         directory: its own; made if it is missing.
         table_uuid: the table.
-        secret: what the keys' hashes are made with (``runfiles.table_secret``).
+        check: says how its keys are hashed (``runfiles.check_of``).
 
     Attributes:
         is_open: whether it says where it stands and may be asked.
     """
 
-    def __init__(self, directory: str, table_uuid: UUID, secret: bytes) -> None:
+    def __init__(self, directory: str, table_uuid: UUID, check: bytes) -> None:
         self._directory = directory
         self._table = str(table_uuid)
-        self._check = check_of(secret)
+        self._check = check
         self._snapshot_id: int | None = None
         self._files: dict[int, str] = {}
         self._next_file = 0
         self._runs: list[tuple[str, Run]] = []
+        self._shadowed: list[tuple[str, Run]] = []
         self._staged: _Staged | None = None
-        self._journal: int | None = None
+        # A run that was adopted and is in no record yet.
+        self._adopted: str | None = None
+        # How long the journal is, 0 for an index that is not open. Its file is opened for each record: a worker may
+        # have many tables.
         self._journal_bytes = self._state_bytes = 0
 
     # -- opening ----------------------------------------------------------------------------------
@@ -135,28 +144,33 @@ class KeyIndex:
             data = Path(self._path("journal")).read_bytes()
         except FileNotFoundError:
             raise IndexUnusable("there is no index") from None
-        records, self._journal_bytes = _parse(data)
+        records, end = _parse(data)
         if not records or not isinstance(state := records[0][0], _State):
             raise IndexUnusable("the index's journal does not begin with a state")
         if state.table != self._table or state.check != self._check:
-            raise IndexUnusable(f"the index is of table {state.table}, or was made with another secret")
+            raise IndexUnusable(f"the index is of table {state.table}, or its keys were hashed in another way")
         self._state_bytes = records[0][1]
         names = self._replay(state, [record for record, _ in records[1:]])
         try:
             self._runs = [(name, self._map(name, base)) for name, base in names]
-        except (OSError, RunDamaged) as error:
-            raise IndexUnusable(f"a run of the index cannot be read: {error}") from error
-        self._journal = os.open(self._path("journal"), os.O_WRONLY)
-        os.ftruncate(self._journal, self._journal_bytes)
+            self._shadowed = [(name, self._map(name, base)) for name, base in state.shadowed]
+            os.truncate(self._path("journal"), end)
+        except (FileNotFoundError, RunDamaged) as error:
+            raise IndexUnusable(f"a file of the index cannot be read: {error}") from error
+        self._journal_bytes = end
         self._sweep()
 
-    def begin(self, snapshot_id: int | None, files: Sequence[str], runs: Sequence[str]) -> None:
+    def begin(
+        self, snapshot_id: int | None, files: Sequence[str], runs: Sequence[str], shadowed: Sequence[tuple[str, int]]
+    ) -> None:
         """Make it a new index, whatever it was.
 
         Args:
             snapshot_id: the snapshot it stands at; None for a table without one.
             files: the data files that entries name: number 0, 1 and so on.
             runs: names of finished runs in the directory, the newest first.
+            shadowed: names of runs of rows that others left under keys of newer rows, each with the base of its file
+                numbers.
 
         Raises:
             OSError: the disk failed.
@@ -170,15 +184,15 @@ class KeyIndex:
         self._next_file = len(files)
         self._staged = None
         self._runs = [(name, self._map(name, 0)) for name in runs]
+        self._shadowed = [(name, self._map(name, base)) for name, base in shadowed]
         self._rewrite()
         self._sweep()
 
     def close(self) -> None:
-        """Give files and maps back; the object is of no use until ``open`` or ``begin``."""
-        if self._journal is not None:
-            os.close(self._journal)
-            self._journal = None
+        """Give maps back; the object is of no use until ``open`` or ``begin``."""
+        self._journal_bytes = 0
         self._runs = []
+        self._shadowed = []
 
     def _replay(self, state: _State, records: Iterable[_Record]) -> list[tuple[str, int]]:
         """Go through the journal; returns the runs."""
@@ -213,7 +227,7 @@ class KeyIndex:
     @property
     def is_open(self) -> bool:
         """See above."""
-        return self._journal is not None
+        return self._journal_bytes > 0
 
     @property
     def memory_bytes(self) -> int:
@@ -231,6 +245,10 @@ class KeyIndex:
             raise IndexUnusable(f"the index names data file {number}, which it does not know")
         return path
 
+    def path_of_shadowed(self, number: int) -> str | None:
+        """The data file with a number; None if the table does not have it any more."""
+        return self._files.get(number)
+
     def find(self, run: Run) -> Places:
         """Find the rows of a run's keys.
 
@@ -242,6 +260,22 @@ class KeyIndex:
         except RunDamaged as error:
             raise IndexUnusable(str(error)) from error
         return Places(numbers_of(files), numbers_of(rows))
+
+    def find_shadowed(self, run: Run) -> pa.Table:
+        """Find the rows that others left under a run's keys beside those of ``find``; some may be dead or gone.
+
+        Returns:
+            ``entry``, the number of the run's entry, ``file`` and ``row``; all uint32.
+
+        Raises:
+            IndexUnusable: a block of it is damaged.
+        """
+        try:
+            found = [find_shadowed(run, shadowed) for _, shadowed in self._shadowed]
+        except RunDamaged as error:
+            raise IndexUnusable(str(error)) from error
+        tables = [pa.table(list(map(numbers_of, columns)), schema=_SHADOWED) for columns in found]
+        return pa.concat_tables([_SHADOWED.empty_table(), *tables])
 
     def settles(self, snapshot_id: int | None, parent_id: int | None, commit_id: str | None) -> bool:
         """Make it stand at a table's current snapshot if that is where it stands or the staged commit led.
@@ -279,9 +313,12 @@ class KeyIndex:
 
         Durability: the run is durable on return; its name is with the next record.
         """
+        if self._adopted is not None:
+            # Of an attempt that did not get as far as its record.
+            self._unlink([self._adopted])
+        name = self._adopted = new_name()
         if keep is not None:
-            return new_run(self._directory, lambda descriptor: copy_run(descriptor, map_run(path), keep))
-        name = new_name()
+            return new_run(self._directory, lambda descriptor: copy_run(descriptor, map_run(path), keep), name)
         try:
             os.link(path, self._path(name))
         except FileNotFoundError as error:
@@ -299,12 +336,14 @@ class KeyIndex:
 
         Raises:
             OSError: the disk failed.
+            IndexUnusable: the journal is not as it was left.
 
         Durability: durable on return.
         """
         before, self._staged = self._staged, _Staged(str(commit_id), self._snapshot_id, run, list(paths), list(gone))
         sync_directory(self._directory)
         self._append(self._staged)
+        self._adopted = None
         failpoints.hit("index.staged")
         if before is not None:
             # An attempt that did not come to anything, or one of this very commit, with the same entries.
@@ -315,7 +354,8 @@ class KeyIndex:
 
         Raises:
             OSError: the disk failed; the next ``open`` finds out what is true.
-            IndexUnusable: a block of it is damaged, or what was staged is gone or damaged.
+            IndexUnusable: a block of it is damaged, what was staged is gone or damaged, or the journal is not as it
+                was left.
         """
         staged = self._staged
         assert staged is not None
@@ -363,29 +403,43 @@ class KeyIndex:
         return map_run(self._path(name), base)
 
     def _append(self, record: _Record) -> None:
-        assert self._journal is not None
         data = _frame(record)
-        os.pwrite(self._journal, data, self._journal_bytes)
-        os.fdatasync(self._journal)
+        try:
+            descriptor = os.open(self._path("journal"), os.O_WRONLY)
+        except FileNotFoundError as error:
+            raise IndexUnusable(f"the index's journal is gone: {error}") from error
+        try:
+            size = os.fstat(descriptor).st_size
+            if size != self._journal_bytes:
+                # Another worker went on with the table, or the journal was replaced.
+                raise IndexUnusable(f"the index's journal has {size} bytes, {self._journal_bytes} were left")
+            try:
+                os.pwrite(descriptor, data, self._journal_bytes)
+                os.fdatasync(descriptor)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(descriptor, self._journal_bytes)
+                raise
+        finally:
+            os.close(descriptor)
         self._journal_bytes += len(data)
 
     def _rewrite(self) -> None:
         """Begin the journal anew with the state as it is; nothing is staged."""
-        names = [(name, run.base) for name, run in self._runs]
-        data = _frame(_State(self._table, self._check, self._snapshot_id, self._files, self._next_file, names))
+        runs, shadowed = ([(name, run.base) for name, run in made] for made in (self._runs, self._shadowed))
+        data = _frame(_State(self._table, self._check, self._snapshot_id, self._files, self._next_file, runs, shadowed))
         made = self._path("journal.new")
         write_durable(made, data, overwrite=True)
         os.rename(made, self._path("journal"))
         sync_directory(self._directory)
-        before, self._journal = self._journal, os.open(self._path("journal"), os.O_WRONLY)
-        if before is not None:
-            os.close(before)
         self._journal_bytes = self._state_bytes = len(data)
 
     def _sweep(self) -> None:
-        """Remove runs that nothing names: of commits and merges that did not come to an end."""
-        kept = {name for name, _ in self._runs} | ({self._staged.run} if self._staged is not None else set())
-        self._unlink(name for name in os.listdir(self._directory) if name.endswith(".run") and name not in kept)
+        """Remove what nothing names: of commits, merges and builds that did not come to an end."""
+        kept = {"journal", *(name for name, _ in [*self._runs, *self._shadowed])}
+        if self._staged is not None:
+            kept.add(self._staged.run)
+        self._unlink(name for name in os.listdir(self._directory) if name not in kept)
 
     def _unlink(self, names: Iterable[str]) -> None:
         for name in names:

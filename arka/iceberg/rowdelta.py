@@ -4,8 +4,8 @@ Owns: this worker's view of a table's live files, the index of its keys, and tur
 delete files and removals of one snapshot. Does not own the index's files (``keyindex``), reading keys from the table
 (``keyscan``), the snapshot (``producer``) nor whether the commit may happen (``commit``).
 
-Invariant: a data file has at most one live delete file, which names rows of it alone and is replaced by a larger one;
-a file whose rows are all dead goes with its delete file.
+Invariant: a data file has at most one live delete file of Arka's, which names rows of it alone and is replaced by a
+larger one, together with any that others wrote of it; a file whose rows are all dead goes with its delete files.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TypeAlias
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -31,13 +31,14 @@ from arka.errors import ArkaError, ErrorCode, Unavailable
 from arka.iceberg.config import CatalogConfig
 from arka.iceberg.deletes import PATH_ID, DeadRows, LiveFile, write_deletes
 from arka.iceberg.fileio import batch_of
+from arka.iceberg.keybuild import KeyBuild
 from arka.iceberg.keyindex import IndexUnusable, KeyIndex
 from arka.iceberg.keyscan import KeyScan
 from arka.iceberg.manifests import ManifestMemory
 from arka.iceberg.producer import StagedSnapshot, data_file, discard
 from arka.iceberg.runfiles import check_of, map_run, numbers_of, table_secret
 from arka.records import TableInfo
-from arka.storage.ports import CommitJob, StagedFile, StagedFiles
+from arka.storage.ports import CatalogUnavailable, CommitJob, StagedFile, StagedFiles
 
 #: What a live file's entries take in memory.
 _FILE_BYTES: Final = 1_000
@@ -51,12 +52,12 @@ class _Files:
     Attributes:
         manifest_list: the snapshot's; None for none.
         data: by path.
-        deletes: by the path of the data file that they are of: path of the delete file, and of its manifest.
+        deletes: the delete files of each data file, by its path: the path of each one's manifest by its own.
     """
 
     manifest_list: str | None = None
     data: dict[str, LiveFile] = field(default_factory=dict)
-    deletes: dict[str, tuple[str, str]] = field(default_factory=dict)
+    deletes: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def add(self, manifest: str, entries: Iterable[ManifestEntry]) -> None:
         """Take the live entries of a manifest in, in place of what was known of the same files."""
@@ -72,7 +73,7 @@ class _Files:
                     entry.sequence_number or 0,
                 )
             else:
-                self.deletes[_only_target(file)] = (file.file_path, manifest)
+                self.deletes.setdefault(_only_target(file), {})[file.file_path] = manifest
 
 
 def _only_target(file: DataFile) -> str:
@@ -100,7 +101,8 @@ class Delta:
         removed: the paths of files that go, by the path of the manifest that names them.
         run: the run of new places, in the index's directory.
         paths: the data files that its numbers count.
-        gone: the data files that go.
+        gone: the data files that go, and those of the job that do not come.
+        replaced: the data files whose delete files go.
         deleted: the positions in each new delete file, by its path.
     """
 
@@ -109,6 +111,7 @@ class Delta:
     run: str
     paths: list[str]
     gone: list[str]
+    replaced: list[str]
     deleted: dict[str, pa.Array]
 
 
@@ -116,15 +119,16 @@ class KeyedTable:
     """A primary-key table as this worker knows it, at the snapshot that it last saw.
 
     Attributes:
-        key_check: tells the secret that its keys are hashed with from others.
+        key_check: tells how its keys are hashed from other ways (``runfiles.check_of``).
     """
 
     def __init__(self, config: CatalogConfig, info: TableInfo) -> None:
         self._info = info
         self._secret = table_secret(config.index_dir, info.uuid)
         self._directory = os.path.join(config.index_dir, str(info.uuid))
-        self.key_check = check_of(self._secret)
-        self._index = KeyIndex(self._directory, info.uuid, self._secret)
+        self._build_s = config.index_build_s
+        self.key_check = check_of(self._secret, info.key_schema())
+        self._index = KeyIndex(self._directory, info.uuid, self.key_check)
         self._files = _Files()
         self._dead = DeadRows()
 
@@ -138,6 +142,7 @@ class KeyedTable:
 
         Raises:
             ArkaError: others wrote delete or data files that Arka cannot work with.
+            CatalogUnavailable: the index is being made; the next job goes on with it.
             Unavailable: the job's staged keys are gone or damaged: encode its frames again.
             OSError: the warehouse or the local disk failed.
 
@@ -152,8 +157,17 @@ class KeyedTable:
             return self._resolve(table, job)
 
     def stage(self, job: CommitJob, delta: Delta) -> None:
-        """Write down what the commit will add to the index, before the catalog is asked."""
-        self._index.stage(job.commit_id, delta.run, delta.paths, delta.gone)
+        """Write down what the commit will add to the index, before the catalog is asked.
+
+        Raises:
+            CatalogUnavailable: the index was taken away or went on without this process: look again.
+            OSError: the local disk failed.
+        """
+        try:
+            self._index.stage(job.commit_id, delta.run, delta.paths, delta.gone)
+        except IndexUnusable as error:
+            self._index.close()
+            raise CatalogUnavailable(f"{job.table.name}: {error}") from error
 
     def landed(self, staged: StagedSnapshot, delta: Delta) -> None:
         """Take a snapshot that has landed for the current one.
@@ -164,6 +178,7 @@ class KeyedTable:
         """
         for path in delta.gone:
             self._files.data.pop(path, None)
+        for path in delta.replaced:
             self._files.deletes.pop(path, None)
         for manifest, entries in staged.entries.items():
             self._files.add(manifest, entries)
@@ -191,25 +206,37 @@ class KeyedTable:
         manifest_list = None if current is None else current.manifest_list
         if self._files.manifest_list != manifest_list or not self._index.is_open:
             self._files = _read_files(memory.manifests(metadata, table.io), memory, table, manifest_list)
+        lineage = _lineage(metadata)
+        if not (self._settles(lineage) or self._settles(lineage, anew=True)):
+            self._rebuild(table)
+
+    def _settles(self, lineage: _Lineage, *, anew: bool = False) -> bool:
+        """Whether the index stands at the table's current snapshot, as it is open or as the disk has it.
+
+        Args:
+            lineage: of the table.
+            anew: read what is on the disk: another worker may have gone on with it.
+        """
         try:
+            if anew:
+                self._index.close()
             if not self._index.is_open:
                 self._index.open()
-            if self._index.settles(*_lineage(metadata)):
-                return
+            return self._index.settles(*lineage)
         except IndexUnusable:
-            pass
-        self._rebuild(table)
+            return False
 
     def _rebuild(self, table: Table) -> None:
         """Make the index from the table."""
-        files = sorted(self._files.data.values(), key=lambda file: file.sequence_number)
-        runs = KeyScan(table, self._info, self._secret, self._dead_of).write_runs(files, self._directory)
-        self._index.begin(table.metadata.current_snapshot_id, [file.path for file in files], runs)
-
-    def _dead_of(self, path: str, io: FileIO) -> pa.Array | None:
-        """The positions of a live file's dead rows; None for none."""
-        old = self._files.deletes.get(path)
-        return None if old is None else self._dead.read(old[0], io)
+        self._index.close()
+        files = sorted(self._files.data.values(), key=lambda file: (file.sequence_number, file.path))
+        scan = KeyScan(table, self._info, self._secret, self._dead)
+        build = KeyBuild(self._directory, self.key_check, scan, self._build_s)
+        made = build.run([(file.path, tuple(self._files.deletes.get(file.path, ()))) for file in files])
+        try:
+            self._index.begin(table.metadata.current_snapshot_id, made.files, made.runs, made.shadowed)
+        except RunDamaged as error:
+            raise CatalogUnavailable(f"the index of keys has to be made again: {error}") from error
 
     # -- what a commit does -----------------------------------------------------------------------
 
@@ -235,8 +262,12 @@ class KeyedTable:
         new = _Outcome(table, self._files, self._dead)
         try:
             with batch_of(table.io):
+                dead_below = self._shadowed(run, stillborn, table.io)
                 for number, positions in _by_file(killed):
-                    new.kill(self._index.path_of(number), positions)
+                    path = self._index.path_of(number)
+                    new.kill(path, *dead_below.pop(path, ()), positions)
+                for path, shadowed in dead_below.items():
+                    new.kill(path, *shadowed)
                 dead = dict(_by_file(dead_new))
                 for number, file in enumerate(staged.files):
                     new.add(file, dead.get(number))
@@ -245,7 +276,26 @@ class KeyedTable:
         except BaseException:
             discard(table.io, list(new.deleted))
             raise
-        return Delta(new.added, new.removed, name, [file.path for file in staged.files], new.gone, new.deleted)
+        paths = [file.path for file in staged.files]
+        return Delta(new.added, new.removed, name, paths, new.gone, new.replaced, new.deleted)
+
+    def _shadowed(self, run: Run, stillborn: pa.BooleanArray, io: FileIO) -> dict[str, list[pa.Array]]:
+        """Find rows that others left under keys whose rows die: by data file, sorted int64."""
+        found = self._index.find_shadowed(run)
+        if not found.num_rows:
+            return {}
+        found = found.filter(pc.invert(stillborn.take(found.column("entry")))).select(_PLACES.names)
+        rows: dict[str, list[pa.Array]] = {}
+        for number, positions in _by_file(found):
+            path = self._index.path_of_shadowed(number)
+            if path is None or path not in self._files.data:
+                continue
+            for old in self._files.deletes.get(path, ()):
+                # Dead since an earlier write of its key: the index does not say so.
+                positions = positions.filter(pc.invert(pc.is_in(positions, self._dead.read(old, io))))
+            if len(positions):
+                rows[path] = [positions]
+        return rows
 
 
 def _read_staged(staged: StagedFiles) -> tuple[Run, pa.UInt32Array, pa.UInt32Array]:
@@ -275,18 +325,23 @@ class _Outcome:
         self.added: list[DataFile] = []
         self.removed: dict[str, set[str]] = {}
         self.gone: list[str] = []
+        self.replaced: list[str] = []
         self.deleted: dict[str, pa.Array] = {}
 
-    def kill(self, path: str, positions: pa.Array) -> None:
-        """Kill rows of a live file; sorted int64."""
+    def kill(self, path: str, *rows: pa.Array) -> None:
+        """Kill rows of a live file; int64."""
         file = self._files.data.get(path)
         if file is None:
             raise IndexUnusable(f"the index names {path}, which the table does not have")
-        old = self._files.deletes.get(path)
-        if old is not None:
-            self._remove(*old)
-            before = self._dead.read(old[0], self._io)
-            positions = pa.concat_arrays([before, positions]).sort()
+        before = []
+        for old, manifest in self._files.deletes.get(path, {}).items():
+            self._remove(old, manifest)
+            before.append(self._dead.read(old, self._io))
+        if len(before) > 1:
+            # Several that others wrote may name a row twice.
+            before = [pc.unique(pa.concat_arrays(before))]
+        self.replaced.append(path)
+        positions = pa.concat_arrays([*before, *rows]).sort()
         if len(positions) > 1 and pc.any(pc.equal(positions[1:], positions[:-1])).as_py():
             raise IndexUnusable(f"the index names a row of {path} that is dead already")
         if len(positions) == file.rows:
@@ -299,6 +354,7 @@ class _Outcome:
         """Add a new file, some of whose rows may be dead."""
         if positions is not None and len(positions) == staged.rows:
             # Nobody has seen it: it stays in the warehouse for the sweep.
+            self.gone.append(staged.path)
             return
         made = data_file(staged)
         self.added.append(made)
@@ -328,7 +384,11 @@ def _by_file(places: pa.Table) -> Iterator[tuple[int, pa.Array]]:
         start = end
 
 
-def _lineage(metadata: TableMetadata) -> tuple[int | None, int | None, str | None]:
+#: A table's current snapshot, its parent, and the commit that made it.
+_Lineage: TypeAlias = tuple[int | None, int | None, str | None]
+
+
+def _lineage(metadata: TableMetadata) -> _Lineage:
     """The current snapshot, its parent, and the commit that made it."""
     current = metadata.current_snapshot()
     if current is None:
@@ -365,7 +425,8 @@ class KeyedTables:
             key_check: of the staged keys that are to be looked for.
 
         Raises:
-            Unavailable: these were hashed with a secret that is gone: the directory was removed meanwhile.
+            Unavailable: these were hashed in another way: the directory with the secret was removed meanwhile, or
+                others changed the table's key.
             OSError: the local disk failed.
         """
         key = (config.index_dir, info.uuid)
@@ -381,7 +442,9 @@ class KeyedTables:
             found = None
         found = found or KeyedTable(config, info)
         if found.key_check != key_check:
-            raise Unavailable(f"{info.name}: {config.index_dir} was removed; its keys have to be staged again")
+            raise Unavailable(
+                f"{info.name}: {config.index_dir} was removed, or the key changed; its keys have to be staged again"
+            )
         self._open[key] = found
         return found
 

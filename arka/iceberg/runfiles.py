@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import mmap
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 from uuid import UUID, uuid4
@@ -21,8 +21,9 @@ import pyarrow as pa
 from typing_extensions import Buffer
 
 from arka._core.rowkeys import HASH_BYTES
-from arka._core.runs import Run, RunDamaged
+from arka._core.runs import FileMap, Run, RunDamaged
 from arka.iceberg.fileio import make_directory, sync_directory, write_durable
+from arka.records import FIELD_ID_KEY
 
 #: The directory of staged runs, among those of indexes.
 STAGED: Final = "staged"
@@ -57,9 +58,15 @@ def table_secret(root: str, table_uuid: UUID) -> bytes:
     return hashlib.blake2b(table_uuid.bytes, key=secret, digest_size=_SECRET_BYTES).digest()
 
 
-def check_of(secret: bytes) -> bytes:
-    """Return what tells a secret from others, and does not give it away."""
-    return hashlib.blake2b(secret, digest_size=_CHECK_BYTES).digest()
+def check_of(secret: bytes, key: pa.Schema) -> bytes:
+    """Return what tells one way to hash keys from others, and does not give the secret away.
+
+    Args:
+        secret: what keys are hashed with.
+        key: their columns, with field ids, in the order in which they are hashed.
+    """
+    columns = b",".join(field.metadata[FIELD_ID_KEY] for field in key)
+    return hashlib.blake2b(columns, key=secret, digest_size=_CHECK_BYTES).digest()
 
 
 def forget_table(root: str, table_uuid: UUID) -> None:
@@ -75,34 +82,47 @@ def new_name() -> str:
     return f"{uuid4().hex}.run"
 
 
-def new_run(directory: str, write: Callable[[int], object]) -> str:
+def new_run(directory: str, write: Callable[[int], object], name: str | None = None) -> str:
     """Make a run.
 
     Args:
         directory: where; made if it is missing.
         write: writes it to a descriptor.
+        name: of a run that is not there; None for ``new_name``.
 
     Returns:
         Its name.
 
     Raises:
-        OSError: the disk failed; what is left of it is swept when the directory's index is next opened or begun.
+        OSError: the disk failed; nothing is left of it, unless the process dies.
 
     Durability: its bytes are durable on return, its name is with the directory.
     """
-    make_directory(directory)
-    name = new_name()
-    descriptor = os.open(os.path.join(directory, name), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-    try:
+    name = name or new_name()
+    with open_run(directory, name) as descriptor:
         write(descriptor)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
     return name
 
 
+@contextmanager
+def open_run(directory: str, name: str) -> Iterator[int]:
+    """Open a new run's file for writing; see ``new_run``."""
+    make_directory(directory)
+    path = os.path.join(directory, name)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        yield descriptor
+        os.fsync(descriptor)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        raise
+    finally:
+        os.close(descriptor)
+
+
 def map_run(path: str, base: int = 0) -> Run:
-    """Map a run's file.
+    """Map a run's file; it takes no file descriptor.
 
     Raises:
         OSError: it is not there.
@@ -113,7 +133,7 @@ def map_run(path: str, base: int = 0) -> Run:
         size = os.fstat(descriptor).st_size
         if not size:
             raise RunDamaged(f"{path} is empty")
-        return Run(mmap.mmap(descriptor, size, prot=mmap.PROT_READ), base)
+        return Run(FileMap(descriptor, size), base)
     finally:
         os.close(descriptor)
 
@@ -146,6 +166,7 @@ __all__ = [
     "new_name",
     "new_run",
     "numbers_of",
+    "open_run",
     "packed",
     "table_secret",
 ]

@@ -20,7 +20,7 @@ from arka._core.runs import REMOVED, UNLESS_THERE, write_run
 from arka.iceberg.config import CatalogConfig
 from arka.iceberg.fileio import make_directory
 from arka.iceberg.frames import FrameRows
-from arka.iceberg.runfiles import STAGED, check_of, new_run, packed, table_secret
+from arka.iceberg.runfiles import STAGED, check_of, new_name, new_run, packed, table_secret
 from arka.iceberg.settled import SettledFrames
 from arka.storage.ports import TableFrames
 
@@ -35,6 +35,9 @@ class StagedKeys:
         config: where indexes lie.
         job: of a primary-key table.
 
+    Attributes:
+        check: tells how keys are hashed from other ways (``runfiles.check_of``).
+
     Raises:
         OSError: the local disk failed.
     """
@@ -42,6 +45,7 @@ class StagedKeys:
     def __init__(self, config: CatalogConfig, job: TableFrames) -> None:
         self._table = job.table
         self._secret = table_secret(config.index_dir, job.table.uuid)
+        self.check = check_of(self._secret, job.table.key_schema())
         self._directory = os.path.join(config.index_dir, STAGED)
         self._parts: list[tuple[pa.Buffer, int, pa.Buffer | None]] = []
         self._remove_old(job.after_lsn)
@@ -74,11 +78,6 @@ class StagedKeys:
         self._parts.append((packed(hashes), number, rows))
         return [batch.select(range(batch.num_columns - 2)) for batch in batches]
 
-    @property
-    def check(self) -> bytes:
-        """Tells the secret of the hashes from others."""
-        return check_of(self._secret)
-
     def write(self, stem: str) -> str:
         """Write the staged run; returns its path.
 
@@ -87,11 +86,11 @@ class StagedKeys:
 
         Durability: its bytes are durable on return.
         """
-        made = new_run(self._directory, lambda descriptor: write_run(descriptor, self._parts))
+        # Under this name from the start: whatever becomes of it, ``_remove_old`` finds it.
+        name = f"{self._table.uuid}-{stem}-{new_name()}"
+        new_run(self._directory, lambda descriptor: write_run(descriptor, self._parts), name)
         failpoints.hit("encode.keys")
-        path = os.path.join(self._directory, f"{self._table.uuid}-{stem}-{made}")
-        os.rename(os.path.join(self._directory, made), path)
-        return path
+        return os.path.join(self._directory, name)
 
     def _remove_old(self, committed_lsn: int) -> None:
         """Remove staged runs of commits that have landed, or were given up."""

@@ -7,8 +7,8 @@ both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -130,10 +130,12 @@ class CatalogListing:
     Attributes:
         tables: those that could be loaded, sorted by name.
         unread: names of tables that exist and whose metadata could not be read: it is not known which they are.
+        unusable: tables that exist and that Arka cannot write, by UUID, and why.
     """
 
     tables: tuple[CatalogTable, ...]
     unread: frozenset[TableName] = frozenset()
+    unusable: Mapping[UUID, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,7 +284,7 @@ class TableMissing(Exception):
 
 
 class CatalogConflict(Exception):
-    """The catalog refused a definition; the message is for the client."""
+    """A definition cannot be a table, or a table is not one that Arka can write; the message is for the client."""
 
 
 class Catalog(Protocol):

@@ -28,6 +28,7 @@ from arka.iceberg.scan import check_columns, scan_notes
 from arka.iceberg.schema import arrow_schema, new_iceberg_schema
 from arka.records import MERGE, MERGE_FIRST, Operation, TableDefinition, TableInfo, TableName, TableType
 from arka.storage.ports import (
+    CatalogConflict,
     CatalogListing,
     CatalogTable,
     CatalogUnavailable,
@@ -124,6 +125,7 @@ class SimCatalog:
     Attributes:
         calls: the name of each call so far.
         unreadable: tables whose metadata nobody can read for now.
+        unusable: tables that others made something of that Arka cannot write, and what.
     """
 
     def __init__(self, read_frames: ReadFrames, *, latency_s: float = 0.0) -> None:
@@ -135,6 +137,7 @@ class SimCatalog:
         self._snapshot_ids = count(1_000)
         self.calls: list[str] = []
         self.unreadable: set[TableName] = set()
+        self.unusable: dict[TableName, str] = {}
 
     # What a test does to the world.
 
@@ -174,7 +177,7 @@ class SimCatalog:
 
     async def load_table(self, name: TableName) -> CatalogTable:
         """See ``ports.Catalog.load_table``."""
-        return await self._call("load_table", lambda: self._find(name).describe())
+        return await self._call("load_table", lambda: self._find(name, usable=True).describe())
 
     async def list_tables(self) -> CatalogListing:
         """See ``ports.Catalog.list_tables``."""
@@ -209,19 +212,26 @@ class SimCatalog:
         return result
 
     def _list(self) -> CatalogListing:
-        readable = sorted(self._tables.keys() - self.unreadable)
+        readable = sorted(self._tables.keys() - self.unreadable - self.unusable.keys())
         found = tuple(self._tables[name].describe() for name in readable)
-        return CatalogListing(found, frozenset(self._tables.keys() & self.unreadable))
+        unusable = {self._tables[name].info.uuid: reason for name, reason in self.unusable.items()}
+        return CatalogListing(found, frozenset(self._tables.keys() & self.unreadable), unusable)
 
     def _check_readable(self, name: TableName) -> None:
         if name in self.unreadable:
             raise CatalogUnavailable(f"{name}: its metadata cannot be read")
 
-    def _find(self, name: TableName) -> _SimTable:
+    def _check_usable(self, name: TableName) -> None:
+        if name in self.unusable:
+            raise CatalogConflict(self.unusable[name])
+
+    def _find(self, name: TableName, *, usable: bool = False) -> _SimTable:
         table = self._tables.get(name)
         if table is None:
             raise TableMissing(f"Table not found: {name}")
         self._check_readable(name)
+        if usable:
+            self._check_usable(name)
         return table
 
     def _find_same(self, info: TableInfo) -> _SimTable:
@@ -283,6 +293,7 @@ class SimCatalog:
         if table is None or table.info.uuid != job.table.uuid:
             return CommitResult(CommitOutcome.TABLE_GONE, 0, None)
         self._check_readable(job.table.name)
+        self._check_usable(job.table.name)
         current = table.snapshots[-1] if table.snapshots else None
         mark = table.marks.get(job.log_uuid, CommitMark(job.log_uuid, 0, 0))
         if mark.epoch > job.epoch:

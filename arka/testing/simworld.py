@@ -468,6 +468,7 @@ class ProcessCatalog(SimCatalog):
         self._staged = weather.tables._staged
         self._snapshot_ids = weather.tables._snapshot_ids
         self.unreadable = weather.tables.unreadable
+        self.unusable = weather.tables.unusable
 
     async def _call(self, name: str, effect: Callable[[], T]) -> T:
         weather, rng = self._weather, self._weather.rng

@@ -186,12 +186,15 @@ async def load_table(catalog: Catalog, name: TableName) -> CatalogTable | None:
     """Load a table, or None when there is none.
 
     Raises:
+        ArkaError: ``table_stopped``: there is one that Arka cannot write.
         Unavailable: the catalog does not answer.
     """
     try:
         return await catalog.load_table(name)
     except TableMissing:
         return None
+    except CatalogConflict as error:
+        raise ArkaError(f"Not a table that Arka can write: {error}", code=ErrorCode.TABLE_STOPPED) from error
     except CatalogUnavailable as error:
         raise Unavailable(f"The catalog does not answer, so {name} cannot be looked up: {error}") from error
 

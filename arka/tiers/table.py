@@ -24,6 +24,7 @@ from arka.options import IcebergOptions
 from arka.records import TableInfo, Tier
 from arka.storage.ports import (
     Catalog,
+    CatalogConflict,
     CatalogTable,
     CatalogUnavailable,
     CommitJob,
@@ -262,8 +263,8 @@ class TableCommitter:
                 result = await self._commit(job)
             except Fenced:
                 raise
-            except ArkaError as error:
-                earliest = trio.current_time() + self._note_failure(error)
+            except (ArkaError, CatalogConflict) as error:
+                earliest = trio.current_time() + self._note_failure(str(error))
                 continue
             self._failures = 0
             await failpoints.reach("commit.answered")
@@ -359,12 +360,12 @@ class TableCommitter:
         self._table.committed.advance(lsn, snapshot_id=snapshot_id)
         self._on_committed(self._table)
 
-    def _note_failure(self, error: ArkaError) -> float:
+    def _note_failure(self, reason: str) -> float:
         """Count a definite failure; stops the table when it does not pass. Returns the pause in seconds."""
         self._failures += 1
-        log.error("iceberg.failed", table=str(self._table.info.name), failures=self._failures, reason=error.detail)
+        log.error("iceberg.failed", table=str(self._table.info.name), failures=self._failures, reason=reason)
         if self._failures >= _MAX_FAILURES:
-            self._table.stop(f"Table {self._table.info.name} cannot be committed: {error.detail}")
+            self._table.stop(f"Table {self._table.info.name} cannot be committed: {reason}")
         return min(self._options.retry_s * float(2**self._failures), MAX_RETRY_S)
 
 

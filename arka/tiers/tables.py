@@ -25,7 +25,7 @@ import trio
 from arka import failpoints
 from arka.errors import ArkaError, ErrorCode, Unavailable
 from arka.records import KnownTable, TableDefinition, TableName, owner_property
-from arka.storage.ports import Catalog, CatalogTable, CatalogUnavailable
+from arka.storage.ports import Catalog, CatalogListing, CatalogTable, CatalogUnavailable
 from arka.tiers import ddl
 from arka.tiers.keys import KeyIndex
 from arka.tiers.logclock import LogClock
@@ -195,7 +195,7 @@ class Tables:
         """Find a table by name; one that others have created since the start is loaded.
 
         Raises:
-            ArkaError: ``table_not_found``.
+            ArkaError: ``table_not_found``; or ``table_stopped``: it is not known here, and not one that Arka can write.
             Unavailable: it is not known here and the catalog does not answer.
         """
         table = self._by_name.get(name)
@@ -203,7 +203,7 @@ class Tables:
             return table
         try:
             found = await ddl.load_table(self.catalog, name)
-        except Unavailable:
+        except ArkaError:
             if table is None:
                 raise
             return table
@@ -305,10 +305,7 @@ class Tables:
                     log.warning("table.unread", table=str(table.info.name), hint="it takes writes; commits wait")
                     self._unread.add(table.info.uuid)
                 else:
-                    table.stop(
-                        f"Table {table.info.name} ({table.info.uuid}) is not in the catalog and was not dropped here: "
-                        "others dropped it. Its writes are kept"
-                    )
+                    _stop_missing(table, listing)
             self._reconciled = True
 
     def register(self, found: CatalogTable) -> Table:
@@ -408,15 +405,12 @@ class Tables:
         strangers = listing.unread - {known.info.name for known in self.all() if known is not table}
         if found is not None:
             self._adopt(table, found)
-        elif strangers:
+        elif strangers and table.info.uuid not in listing.unusable:
             raise CatalogUnavailable(
                 f"{table.info.name} may be one of {sorted(map(str, strangers))}, which cannot be read"
             )
         elif table.state is TableState.ACTIVE:
-            table.stop(
-                f"Table {table.info.name} ({table.info.uuid}) is no longer in the catalog: others dropped it. "
-                "Its uncommitted writes are kept"
-            )
+            _stop_missing(table, listing)
 
     async def _read_at_last(self, table: Table) -> None:
         """Learn how far a table is that could not be read at the start.
@@ -508,7 +502,13 @@ class Tables:
             ArkaError: ``table_not_found``: others renamed it, or the name is another table's.
             Unavailable: the catalog does not answer.
         """
-        found = await ddl.load_table(self.catalog, name)
+        try:
+            found = await ddl.load_table(self.catalog, name)
+        except ArkaError as error:
+            if error.code is not ErrorCode.TABLE_STOPPED:
+                raise
+            # Some table that cannot be written: the catalog drops it by its UUID, or finds that it is another.
+            return
         if found is not None and found.info.uuid == table.info.uuid:
             return
         try:
@@ -581,6 +581,18 @@ class Tables:
         async with self._ddl_lock:
             found = await ddl.reload_table(self.catalog, self._pending_drops[uuid].name)
             await self._finish_drop(uuid, found if found is not None and found.info.uuid == uuid else None)
+
+
+def _stop_missing(table: Table, listing: CatalogListing) -> None:
+    """Stop a table that others took away, or made something of that Arka cannot write."""
+    reason = listing.unusable.get(table.info.uuid)
+    table.stop(
+        f"Table {table.info.name} ({table.info.uuid}) is not in the catalog and was not dropped here: others dropped "
+        "it. Its uncommitted writes are kept"
+        if reason is None
+        else f"Others made of {table.info.name} what Arka cannot write: {reason}. Its uncommitted writes are kept: "
+        "mend the table and restart the server, or drop it"
+    )
 
 
 def _spoken(name: TableName) -> str:

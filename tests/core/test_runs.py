@@ -10,7 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from arka._core.runs import REMOVED, UNLESS_THERE, Run, RunDamaged, copy_run, find_rows, merge_runs, write_run
+from arka._core.runs import (
+    REMOVED,
+    UNLESS_THERE,
+    FileMap,
+    Run,
+    RunDamaged,
+    copy_run,
+    find_rows,
+    find_shadowed,
+    merge_runs,
+    write_run,
+)
 
 Entries = dict[bytes, tuple[int, int]]
 
@@ -44,10 +55,18 @@ class Folder:
 
     def merge(self, runs: list[Run], *, keep_removed: bool) -> Run:
         fd = self.new_file()
-        size, count = merge_runs(fd, runs, keep_removed=keep_removed)
-        run = self._read(fd, size)
+        count, _ = merge_runs(fd, runs, keep_removed=keep_removed)
+        run = self._read(fd, os.fstat(fd).st_size)
         assert len(run) == count
         return run
+
+    def merge_all(self, runs: list[Run]) -> tuple[Run, Run]:
+        """Merge runs and keep what is shadowed."""
+        fds = self.new_file(), self.new_file()
+        counts = merge_runs(fds[0], runs, keep_removed=False, shadowed_fd=fds[1])
+        made = [self._read(fd, os.fstat(fd).st_size) for fd in fds]
+        assert (len(made[0]), len(made[1])) == counts
+        return made[0], made[1]
 
     def _read(self, fd: int, size: int) -> Run:
         data = os.pread(fd, size + 1, 0)
@@ -68,6 +87,61 @@ def find(wanted: Run, runs: list[Run]) -> Entries:
         for (hash_, _, _), file, row in zip(wanted.entries(), files, rows, strict=True)
         if file != REMOVED
     }
+
+
+def all_shadowed(wanted: Run, shadowed: Run) -> list[tuple[bytes, int, int]]:
+    numbers, files, rows = (memoryview(part).cast("B").cast("I") for part in find_shadowed(wanted, shadowed))
+    names = [hash_ for hash_, _, _ in wanted.entries()]
+    return sorted((names[number], file, row) for number, file, row in zip(numbers, files, rows, strict=True))
+
+
+@pytest.mark.parametrize(("keys", "most"), [(1, 1), (3, 400), (200, 3), (5_000, 4)])
+def test_shadowed_entries_are_all_found(folder: Folder, keys: int, most: int) -> None:
+    """Every older entry of a key is found, over any number of blocks, and none of other keys."""
+    pick = random.Random(keys)
+    older = [
+        (key(n), pick.randrange(5), pick.randrange(1000)) for n in range(keys) for _ in range(pick.randint(1, most))
+    ]
+    fd = folder.new_file()
+    parts = []
+    for file in range(5):
+        mine = [(hash_, row) for hash_, number, row in older if number == file]
+        parts.append((b"".join(h for h, _ in mine), file, array("I", [row for _, row in mine]).tobytes()))
+    write_run(fd, parts, shadowed=True)
+    shadowed = Run(os.pread(fd, os.fstat(fd).st_size, 0), 7)
+    os.close(fd)
+    asked = {key(n): (0, n) for n in pick.sample(range(2 * keys), keys)}
+    found = all_shadowed(folder.write(asked), shadowed)
+    assert found == sorted((hash_, file + 7, row) for hash_, file, row in older if hash_ in asked)
+
+
+def test_merging_keeps_what_it_shadows(folder: Folder) -> None:
+    """Of each key the newest entry stays, the others are in the run beside it; those without a row in neither."""
+    layers = [{key(n): (layer, n) for n in range(0, 600, step)} for layer, step in enumerate((1, 2, 3))]
+    layers[1][key(6)] = (REMOVED, 0)
+    runs = [folder.write(layer) for layer in layers]
+    merged, shadowed = folder.merge_all(runs[::-1])
+    newest: Entries = {}
+    older = []
+    for layer in layers:
+        older += [(hash_, *newest[hash_]) for hash_ in layer if hash_ in newest and newest[hash_][0] != REMOVED]
+        newest |= layer
+    assert find(runs[0], [merged]) == newest
+    assert all_shadowed(runs[0], shadowed) == sorted(older)
+
+
+def test_a_mapped_file_outlives_its_descriptor(folder: Folder) -> None:
+    """A map is readable after its file was closed, takes no descriptor, and cannot be written to."""
+    fd = folder.new_file()
+    os.write(fd, b"x" * 5000)
+    mapped = FileMap(fd, 5000)
+    os.close(fd)
+    view = memoryview(mapped)
+    del mapped
+    assert view.readonly
+    assert view.tobytes() == b"x" * 5000
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        FileMap(fd, 5000)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 169, 170, 171, 340, 341, 20_000, 50_000])

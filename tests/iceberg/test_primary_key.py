@@ -19,8 +19,8 @@ from arka.errors import ArkaError, ErrorCode, Unavailable
 from arka.iceberg import commit, control
 from arka.iceberg.deletes import PATH_ID
 from arka.iceberg.garbage import Garbage
+from arka.iceberg.keybuild import KeyBuild
 from arka.iceberg.keyindex import KeyIndex
-from arka.iceberg.keyscan import KeyScan
 from arka.iceberg.manifests import ManifestMemory
 from arka.iceberg.rowdelta import KeyedTable, KeyedTables
 from arka.iceberg.sqlcatalog import LeanSqlCatalog
@@ -297,8 +297,8 @@ def test_death_around_a_commit(
     """
     source.commit()
     made: list[object] = []
-    scan = KeyScan.write_runs
-    monkeypatch.setattr(KeyScan, "write_runs", lambda *args: made.append(args) or scan(*args))
+    build = KeyBuild.run
+    monkeypatch.setattr(KeyBuild, "run", lambda *args: made.append(args) or build(*args))
     for _ in range(4):
         batches, deletes = source.make(3, 20, 60)
         job = lake.job(source.info, lake.encode(source.info, batches, source.lsn, deletes=deletes))

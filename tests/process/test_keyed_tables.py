@@ -171,6 +171,10 @@ def test_keys_alone_are_for_deletes(client: flight.FlightClient, table: str) -> 
     failure = stream.failure()
     assert "[schema_mismatch]" in failure
     assert "'name'" in failure
+    # What a batch says of itself does not make up for it.
+    stream = Stream(client, table, KEYS, requested_durability="memory")
+    stream.write(keys((1, "x")), operation="delete")
+    assert "[schema_mismatch]" in stream.failure()
     # Once writes are on their way, one that is wrong costs itself alone.
     stream = Stream(client, table, KEYS, requested_durability="memory", operation="delete")
     stream.write(keys((1, "x")))

@@ -90,6 +90,53 @@ async def test_start_while_the_warehouse_is_away(autojump_clock: MockClock) -> N
     assert node.ids(third) == [0, 1, 2]
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_table_that_others_made_unusable(autojump_clock: MockClock, restarted: bool) -> None:
+    """A table that Arka cannot write any more says why and keeps its writes; mended, it goes on; it can be dropped."""
+    node = SimNode()
+    async with node.run() as pipeline:
+        table = await create_table(pipeline)
+        await write_all(pipeline, table, range(5), Tier.ICEBERG_COMMITTED)
+        if not restarted:
+            node.catalog.unusable[NAME] = "it has format version 3"
+            await write_all(pipeline, table, range(5, 8))
+            await trio.sleep(1000)
+            assert "format version 3" in table.ending_detail
+            with pytest.raises(ArkaError, match="format version 3"):
+                await create_table(pipeline)
+            with pytest.raises(ArkaError) as caught:
+                await pipeline.tables.find(TableName("default", "nobody"))
+            assert caught.value.code is ErrorCode.TABLE_NOT_FOUND
+        else:
+            await write_all(pipeline, table, range(5, 8), Tier.ICEBERG_COMMITTED)
+    node.catalog.unusable[NAME] = "it has format version 3"
+    async with node.run() as pipeline:
+        await trio.sleep(100)
+        table = await pipeline.tables.find(NAME)
+        assert table.state is TableState.STOPPED
+        assert "format version 3" in table.ending_detail
+    node.catalog.unusable.clear()
+    async with node.run() as pipeline:
+        table = await pipeline.tables.find(NAME)
+        await write_all(pipeline, table, range(8, 10), Tier.ICEBERG_COMMITTED)
+        assert node.ids() == list(range(10))
+        node.catalog.unusable[NAME] = "a column has a type beyond Arka"
+        await pipeline.tables.drop(NAME, purge=False)
+        assert NAME not in node.catalog._tables
+
+
+async def test_unusable_table_that_arka_never_knew(autojump_clock: MockClock) -> None:
+    """A request for a table of others that Arka cannot write is told so."""
+    node = SimNode()
+    async with node.run() as pipeline:
+        await create_table(pipeline)
+        node.catalog._tables[OTHER] = node.catalog._tables.pop(NAME)
+        node.catalog.unusable[OTHER] = "a column has a type beyond Arka"
+        with pytest.raises(ArkaError, match="beyond Arka") as caught:
+            await pipeline.tables.find(OTHER)
+        assert caught.value.code is ErrorCode.TABLE_STOPPED
+
+
 async def test_start_while_the_store_is_away(autojump_clock: MockClock) -> None:
     """A restart during a store outage gives memory and disk acks, knows its keys, and uploads later (R13)."""
     node = SimNode()

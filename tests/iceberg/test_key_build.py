@@ -1,0 +1,455 @@
+"""Indexes made from tables that others wrote to: every row of a key dies with it, however long the making takes."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pyiceberg.manifest import DataFileContent
+from pyiceberg.table.locations import load_location_provider
+from pyiceberg.table.refs import MAIN_BRANCH
+from pyiceberg.table.update import AssertRefSnapshotId
+
+from arka._core.runs import write_run
+from arka.errors import ArkaError, ErrorCode
+from arka.iceberg import commit, keybuild, runfiles, stagedkeys
+from arka.iceberg.catalogs import catalog
+from arka.iceberg.control import load_table
+from arka.iceberg.deletes import LiveFile, write_deletes
+from arka.iceberg.keybuild import KeyBuild
+from arka.iceberg.keyindex import KeyIndex
+from arka.iceberg.keyscan import KeyScan
+from arka.iceberg.manifests import ManifestMemory
+from arka.iceberg.producer import snapshot_updates, stage_snapshot
+from arka.iceberg.rowdelta import KeyedTables
+from arka.records import TableInfo
+from arka.storage.ports import CatalogUnavailable, CommitJob, CommitOutcome
+
+from .conftest import Lake
+
+SCHEMA = pa.schema([pa.field("id", pa.int64(), nullable=False), pa.field("name", pa.utf8(), nullable=False)])
+KEY_SCHEMA = pa.schema([SCHEMA.field("id")])
+
+
+def batch(rows: dict[int, str]) -> pa.RecordBatch:
+    return pa.RecordBatch.from_arrays(
+        [pa.array(list(rows), pa.int64()), pa.array(list(rows.values()), pa.utf8())], schema=SCHEMA
+    )
+
+
+def found(lake: Lake, info: TableInfo) -> list[tuple[int, str]]:
+    return sorted((row["id"], row["name"]) for row in lake.table(info).scan().to_arrow().to_pylist())
+
+
+class Writer:
+    """Commits to a table, LSN after LSN."""
+
+    def __init__(self, lake: Lake, **properties: str) -> None:
+        self.lake = lake
+        self.info = lake.create(SCHEMA, key=["id"], properties=properties)
+        self.lsn = 0
+
+    def job(self, rows: dict[int, str] | None = None, deletes: list[int] | None = None) -> CommitJob:
+        batches = [] if rows is None else [batch(rows)]
+        batches += [] if deletes is None else [pa.RecordBatch.from_arrays([pa.array(deletes)], schema=KEY_SCHEMA)]
+        deleting = set() if deletes is None else {self.lsn + len(batches)}
+        return self.lake.job(self.info, self.lake.encode(self.info, batches, self.lsn, deletes=deleting))
+
+    def run(self, job: CommitJob) -> None:
+        assert commit.commit(self.lake.config, job).outcome is CommitOutcome.COMMITTED
+        self.lsn = job.staged.through_lsn
+
+    def upsert(self, **rows: str) -> None:
+        self.run(self.job({int(key[1:]): name for key, name in rows.items()}))
+
+    def delete(self, *keys: int) -> None:
+        self.run(self.job(deletes=list(keys)))
+
+    def others_append(self, *rows: tuple[int, str]) -> None:
+        keys, names = zip(*rows, strict=True)
+        self.lake.table(self.info).append(pa.table([keys, names], schema=SCHEMA))
+
+    def others_delete(self, path: str, positions: list[int]) -> None:
+        """Add a position-delete file beside those that there are, as Spark does."""
+        opened = catalog(self.lake.config)
+        table = opened.load_table(tuple(self.info.name))
+        file = next(task.file for task in table.scan().plan_files() if task.file.file_path == path)
+        live = LiveFile(path, "", file.spec_id, file.partition, file.record_count, 0)
+        locations = load_location_provider(table.location(), table.properties)
+        made = write_deletes(table.io, locations, live, pa.array(positions, pa.int64()))
+        staged = stage_snapshot(table, [made], ManifestMemory(), {}, {})
+        head = AssertRefSnapshotId(ref=MAIN_BRANCH, snapshot_id=table.metadata.current_snapshot_id)
+        opened.commit_table(table, (head,), snapshot_updates(table.metadata, staged, {}, 100))
+
+    def data_files(self) -> list[str]:
+        return [task.file.file_path for task in self.lake.table(self.info).scan().plan_files()]
+
+    @property
+    def rows(self) -> list[tuple[int, str]]:
+        return found(self.lake, self.info)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.lake.config.index_dir) / str(self.info.uuid)
+
+
+@pytest.fixture
+def writer(lake: Lake) -> Writer:
+    return Writer(lake)
+
+
+def new_worker() -> None:
+    commit._keyed = KeyedTables()
+    commit._memory = ManifestMemory()
+
+
+@pytest.mark.parametrize("small_parts", [False, True])
+def test_rows_that_others_left_under_a_key(writer: Writer, small_parts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An upsert or a delete leaves none of the rows that others put under its key, in one file or in several."""
+    if small_parts:
+        monkeypatch.setattr(keybuild, "_PART_ENTRIES", 1)
+    writer.upsert(k1="ours", k2="ours", k3="ours", k4="ours")
+    writer.others_append((1, "a"), (2, "b"), (1, "c"))
+    writer.others_append((1, "d"), (4, "e"), (5, "f"), (5, "g"))
+    writer.upsert(k9="first commit after the others")
+    assert len(writer.rows) == 12
+    new_worker()
+    writer.upsert(k1="new")
+    writer.delete(2, 5)
+    assert writer.rows == [(1, "new"), (3, "ours"), (4, "e"), (4, "ours"), (9, "first commit after the others")]
+    # What is dead already stays dead, whatever becomes of its key.
+    writer.upsert(k1="newer", k2="back", k5="back")
+    writer.delete(1)
+    new_worker()
+    writer.upsert(k4="new", k1="last")
+    assert writer.rows == [
+        (1, "last"),
+        (2, "back"),
+        (3, "ours"),
+        (4, "new"),
+        (5, "back"),
+        (9, "first commit after the others"),
+    ]
+
+
+def test_first_row_stands_before_those_of_others(lake: Lake) -> None:
+    """With ``arka.merge`` first, what comes later changes nothing; a delete takes all of them."""
+    writer = Writer(lake, **{"arka.merge": "first"})
+    writer.upsert(k1="ours")
+    writer.others_append((1, "theirs"))
+    writer.upsert(k1="late", k2="new")
+    assert writer.rows == [(1, "ours"), (1, "theirs"), (2, "new")]
+    writer.delete(1)
+    assert writer.rows == [(2, "new")]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_many_rows_of_others(lake: Lake, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each key is a list of rows to others and one row to Arka; parts of any size come to the same."""
+    pick = random.Random(seed)
+    monkeypatch.setattr(keybuild, "_PART_ENTRIES", pick.choice([1, 3, 10, 1000]))
+    writer = Writer(lake)
+    expected: dict[int, list[str]] = {}
+    made = 0
+
+    def names(count: int) -> list[str]:
+        nonlocal made
+        made += count
+        return [f"n{made - back}" for back in range(count)]
+
+    for _ in range(14):
+        chosen = [pick.randrange(12) for _ in range(pick.randint(1, 6))]
+        match pick.choice(["upsert", "upsert", "delete", "append", "worker"]):
+            case "upsert":
+                rows = dict(zip(chosen, names(len(chosen)), strict=True))
+                writer.run(writer.job(rows))
+                expected.update({key: [name] for key, name in rows.items()})
+            case "delete":
+                writer.delete(*chosen)
+                for key in chosen:
+                    expected.pop(key, None)
+            case "append":
+                rows_of = list(zip(chosen, names(len(chosen)), strict=True))
+                if writer.lsn:
+                    writer.others_append(*rows_of)
+                    for key, name in rows_of:
+                        expected.setdefault(key, []).append(name)
+            case _:
+                new_worker()
+        assert writer.rows == sorted((key, name) for key, those in expected.items() for name in those)
+
+
+def test_several_delete_files_of_one_data_file(lake: Lake) -> None:
+    """Others may put delete files beside each other: all of them count, and one replaces them (R20)."""
+    writer = Writer(lake, **{"arka.merge": "first"})
+    writer.upsert(**{f"k{key}": "ours" for key in range(10)})
+    (path,) = writer.data_files()
+    writer.others_delete(path, [1, 2])
+    writer.others_delete(path, [2, 3])
+    # These keys have no row: the upserts hold.
+    writer.upsert(k1="new", k2="new", k3="new", k4="late")
+    assert writer.rows == [(k, "new" if k in (1, 2, 3) else "ours") for k in range(10)]
+    writer.delete(5)
+    (task,) = (task for task in lake.table(writer.info).scan().plan_files() if task.file.file_path == path)
+    assert [file.record_count for file in task.delete_files] == [4]
+    assert all(file.content == DataFileContent.POSITION_DELETES for file in task.delete_files)
+    writer.delete(0, 4, 6, 7, 8, 9)
+    assert path not in writer.data_files()
+    assert writer.rows == [(k, "new") for k in (1, 2, 3)]
+
+
+# -- over several jobs -----------------------------------------------------------------------------
+
+
+class Died(BaseException):
+    """The process is gone."""
+
+
+def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    read: list[str] = []
+    scan = KeyScan.read
+    monkeypatch.setattr(KeyScan, "read", lambda self, path, deletes: read.append(path) or scan(self, path, deletes))
+    return read
+
+
+def filled(lake: Lake, files: int) -> Writer:
+    writer = Writer(lake)
+    for number in range(files):
+        writer.upsert(**{f"k{3 * number + key}": f"{number}" for key in range(3)})
+    new_worker()
+    shutil.rmtree(writer.folder)
+    return writer
+
+
+def test_an_index_takes_as_many_jobs_as_it_needs(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each job goes on where the one before ended; each file is read once."""
+    writer = filled(lake, 7)
+    lake.config = replace(lake.config, index_build_s=0.0)
+    read = count_reads(monkeypatch)
+    job = writer.job({0: "new", 20: "new", 21: "new"})
+    for done in range(1, 7):
+        with pytest.raises(CatalogUnavailable, match=f"{done} of 7 files"):
+            commit.commit(lake.config, job)
+        if done == 3:
+            new_worker()
+    writer.run(job)
+    assert len(read) == len(set(read)) == 7
+    assert len(writer.rows) == 22
+    assert "building" not in os.listdir(writer.folder)
+
+
+def test_others_commit_while_an_index_is_made(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was read of files that are still as they were is not read again."""
+    writer = filled(lake, 6)
+    lake.config = replace(lake.config, index_build_s=0.0)
+    read = count_reads(monkeypatch)
+    job = writer.job({0: "new", 30: "new"})
+    for number in range(4):
+        with pytest.raises(CatalogUnavailable, match="is being made"):
+            commit.commit(lake.config, job)
+        if number == 1:
+            writer.others_append((40, "theirs"), (1, "theirs"))
+    files = writer.data_files()
+    writer.others_delete(read[3], [0])
+    for _ in range(20):
+        try:
+            writer.run(job)
+        except CatalogUnavailable:
+            continue
+        break
+    assert set(read) == set(files)
+    assert len(read) < 2 * len(files)
+    expected = {3 * number + key: str(number) for number in range(6) for key in range(3)}
+    gone = 3 * list(dict.fromkeys(read)).index(read[3])
+    del expected[gone]
+    rows = [*expected.items(), (40, "theirs"), (1, "theirs"), (30, "new")]
+    assert writer.rows == sorted([*(row for row in rows if row[0] != 0), (0, "new")])
+    writer.delete(1, 40)
+    assert [row for row in writer.rows if row[0] in (1, 40)] == []
+
+
+@pytest.mark.parametrize("small_parts", [False, True])
+@pytest.mark.parametrize("step", ["write_run", "merge_runs", "_note", "_unlink", "begin"])
+def test_death_while_an_index_is_made(
+    lake: Lake, step: str, small_parts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever step a process dies at, the next one makes the same index, and nothing is left over."""
+    if small_parts:
+        monkeypatch.setattr(keybuild, "_PART_ENTRIES", 1)
+    writer = filled(lake, 5)
+    writer.others_append((1, "theirs"), (2, "theirs"))
+    job = writer.job({1: "new", 30: "new"})
+    owner: Any = {"_note": KeyBuild, "_unlink": KeyBuild, "begin": KeyIndex}.get(step, keybuild)
+    for lives in range(4):
+        left = lives
+        original = getattr(owner, step)
+
+        def dying(*args: Any, original: Callable[..., Any] = original, **named: Any) -> Any:
+            nonlocal left
+            if not left:
+                raise Died
+            left -= 1
+            return original(*args, **named)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, step, dying)
+            try:
+                commit.commit(lake.config, job)
+            except Died:
+                new_worker()
+                continue
+            break
+    if lake.table(writer.info).metadata.properties[f"arka.{job.log_uuid}.committed-lsn"] != str(job.staged.through_lsn):
+        commit.commit(lake.config, job)
+    writer.lsn = job.staged.through_lsn
+    expected = {3 * number + key: str(number) for number in range(5) for key in range(3)} | {1: "new", 30: "new"}
+    assert writer.rows == sorted([*expected.items(), (2, "theirs")])
+    writer.delete(2)
+    new_worker()
+    writer.delete(0)
+    assert {row[0] for row in writer.rows}.isdisjoint({0, 2})
+    names = set(os.listdir(writer.folder))
+    index = KeyIndex(str(writer.folder), writer.info.uuid, commit._keyed._open.popitem()[1].key_check)
+    index.open()
+    assert set(os.listdir(writer.folder)) == names
+
+
+def test_damaged_parts_are_read_again(lake: Lake) -> None:
+    """A flipped byte in what an earlier job left is noticed, and costs its time alone."""
+    pick = random.Random(1)
+    lake.config = replace(lake.config, index_build_s=0.0)
+    for _ in range(12):
+        name = f"t{pick.randrange(2**32)}"
+        writer = Writer.__new__(Writer)
+        writer.lake, writer.lsn = lake, 0
+        writer.info = lake.create(SCHEMA, key=["id"], name=name)
+        for number in range(4):
+            writer.upsert(**{f"k{3 * number + key}": f"{number}" for key in range(3)})
+        new_worker()
+        shutil.rmtree(writer.folder)
+        job = writer.job({0: "new", 30: "new"})
+        for number in range(20):
+            try:
+                writer.run(job)
+            except CatalogUnavailable:
+                if number == 2:
+                    path = writer.folder / pick.choice(sorted(os.listdir(writer.folder)))
+                    data = bytearray(path.read_bytes())
+                    data[pick.randrange(len(data))] ^= 1 << pick.randrange(8)
+                    path.write_bytes(data)
+                continue
+            break
+        assert len(writer.rows) == 13
+
+
+# -- whose index it is -----------------------------------------------------------------------------
+
+
+def test_another_worker_went_on(lake: Lake, writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker whose index is behind the disk's reads that one; it makes none, and writes nothing over it."""
+    writer.upsert(k1="a", k2="a")
+    first = commit._keyed, commit._memory
+    new_worker()
+    writer.upsert(k1="b", k3="b")
+    second = commit._keyed, commit._memory
+    monkeypatch.setattr(KeyBuild, "run", lambda *_: pytest.fail("the index was made again"))
+    for number in range(6):
+        commit._keyed, commit._memory = (first, second)[number % 2]
+        writer.upsert(k1=f"{number}", k4=f"{number}")
+    assert writer.rows == [(1, "5"), (2, "a"), (3, "b"), (4, "5")]
+
+
+def test_an_index_takes_no_descriptors(lake: Lake) -> None:
+    """A worker may have any number of tables open (R23)."""
+
+    def opened() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    infos = [lake.create(SCHEMA, key=["id"], name=f"t{number}") for number in range(12)]
+    counts = []
+    for info in infos:
+        for lsn in range(2):
+            lake.commit(info, lake.encode(info, [batch({1: f"{lsn}", 2: "x"})], lsn))
+        counts.append(opened())
+    assert len(commit._keyed._open) == 12
+    assert max(counts) <= counts[0]
+
+
+def test_others_change_the_key(lake: Lake) -> None:
+    """Rows are neither doubled nor lost where others make other columns the key: the table says so, and stops."""
+    schema = pa.schema([SCHEMA.field("id"), SCHEMA.field("name"), pa.field("n", pa.int64())])
+    info = lake.create(schema, key=["id"])
+
+    def rows(*values: tuple[int, str, int]) -> list[pa.RecordBatch]:
+        columns = zip(*values, strict=True)
+        return [
+            pa.RecordBatch.from_arrays(
+                [pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema
+            )
+        ]
+
+    lake.commit(info, lake.encode(info, rows((1, "a", 1), (2, "b", 1)), 0))
+    table = lake.table(info)
+    with table.update_schema() as update:
+        update.set_identifier_fields("id", "name")
+    with lake.table(info).transaction() as transaction:
+        transaction.set_properties({"arka.primary-key": '["id", "name"]'})
+    with pytest.raises(ArkaError, match="changed its primary key") as caught:
+        lake.commit(info, lake.encode(info, rows((1, "a", 2)), 1))
+    assert caught.value.code is ErrorCode.TABLE_STOPPED
+    # A restart learns of the key; the index was made for another one.
+    for keyed in (None, KeyedTables()):
+        commit._keyed = keyed or commit._keyed
+        now = load_table(lake.config, info.name).info
+        assert now.key_columns == ("id", "name")
+        mark = lake.table(info).metadata.properties[f"arka.{lake.log_uuid}.committed-lsn"]
+        lake.commit(now, lake.encode(now, rows((1, "a", 3), (1, "z", 3)), int(mark)))
+        found = lake.table(info).scan().to_arrow().to_pylist()
+        assert sorted((row["id"], row["name"], row["n"]) for row in found) == [(1, "a", 3), (1, "z", 3), (2, "b", 1)]
+
+
+# -- what is left over -----------------------------------------------------------------------------
+
+
+def test_runs_that_could_not_be_written_are_removed(writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk leaves no runs, neither staged nor in the index."""
+    writer.upsert(k1="a", k2="b")
+    root = Path(writer.lake.config.index_dir)
+    before = set(root.rglob("*"))
+
+    def fill(descriptor: int, *args: Any, **named: Any) -> int:
+        write_run(descriptor, *args, **named)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stagedkeys, "write_run", fill)
+        with pytest.raises(OSError, match="No space"):
+            writer.job({1: "c"})
+    # What was staged for the last commit is removed as soon as that has landed.
+    assert set(root.rglob("*")) <= before
+
+
+def test_runs_of_attempts_are_removed(writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A warehouse that is away for long costs one run, not one for each attempt."""
+    writer.upsert(k1="a", k2="b")
+    job = writer.job({1: "c"})
+
+    def fail(*_: object) -> None:
+        raise OSError("the warehouse is away")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(commit, "stage_snapshot", fail)
+        for _ in range(5):
+            with pytest.raises(OSError, match="away"):
+                commit.commit(writer.lake.config, job)
+    assert len([name for name in os.listdir(writer.folder) if name.endswith(".run")]) <= 2
+    writer.run(job)
+    assert writer.rows == [(1, "c"), (2, "b")]
+    assert runfiles.STAGED in os.listdir(writer.lake.config.index_dir)
