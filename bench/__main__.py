@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from bench import tiers as tiers
 from bench import transport as transport
 from bench import upserts as upserts
 from bench.harness import run

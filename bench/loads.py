@@ -15,7 +15,7 @@ import pyarrow.flight as flight
 from bench.servers import connect
 
 TABLE = "load"
-MEMORY_ACKS = json.dumps({"requested_durability": "memory"}).encode()
+TIERS = ("memory", "disk", "object_storage", "iceberg_committed")
 
 
 def numbers(rows: int, seed: int = 0) -> pa.RecordBatch:
@@ -44,12 +44,13 @@ class Pumped:
     acks: int = 0
 
 
-def pump(client: flight.FlightClient, batch: pa.RecordBatch, count: int, request: bytes = MEMORY_ACKS) -> Pumped:
-    """Write a batch again and again on one stream while a thread reads an ack for each."""
+def pump(client: flight.FlightClient, batch: pa.RecordBatch, count: int, tier: str = "memory") -> Pumped:
+    """Write a batch again and again on one stream while a thread reads the acks of each, up to a tier's."""
     writer, reader = client.do_exchange(flight.FlightDescriptor.for_path(TABLE))
-    writer.write_metadata(request)
+    writer.write_metadata(json.dumps({"requested_durability": tier}).encode())
     writer.begin(batch.schema)
     done = Pumped()
+    expected = count * (TIERS.index(tier) + 1)
 
     def read() -> None:
         while True:
@@ -69,7 +70,7 @@ def pump(client: flight.FlightClient, batch: pa.RecordBatch, count: int, request
     reading.join()
     done.seconds = time.perf_counter() - started
     writer.close()
-    assert count <= done.acks <= count + 1, f"{done.acks} acks of {count} writes"
+    assert expected <= done.acks <= expected + 1, f"{done.acks} acks of {count} writes"
     return done
 
 
@@ -101,8 +102,7 @@ def pump_all(location: str, batch: pa.RecordBatch, streams: int, count: int) -> 
 def round_trips(client: flight.FlightClient, batch: pa.RecordBatch, count: int, **request: Any) -> list[float]:
     """Write, and wait for the last ack that was asked for, before writing again; returns seconds each."""
     asked = json.dumps({"requested_durability": "memory"} | request).encode()
-    tiers = ("memory", "disk", "object_storage", "iceberg_committed")
-    acks = tiers.index(json.loads(asked)["requested_durability"]) + 1
+    acks = TIERS.index(json.loads(asked)["requested_durability"]) + 1
     writer, reader = client.do_exchange(flight.FlightDescriptor.for_path(TABLE))
     writer.begin(batch.schema)
     taken = []
