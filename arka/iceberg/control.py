@@ -106,9 +106,12 @@ def drop_table(config: CatalogConfig, info: TableInfo, purge: bool) -> None:
     """
     opened = catalog(config)
     identifier = tuple(info.name)
-    table = _load(opened, info.name)
-    if table.metadata.table_uuid != info.uuid:
-        raise TableMissing(f"Table not found: {info.name} with UUID {info.uuid}")
+    try:
+        table = _load_same(opened, info)
+    except TableMissing:
+        # Dropped by others, or by a process that died right after it.
+        forget_table(config.index_dir, info.uuid)
+        raise
     failpoints.hit("catalog.drop")
     try:
         if purge:
@@ -234,6 +237,13 @@ def _load(opened: Catalog, name: TableName) -> Table:
         raise TableMissing(f"Table not found: {name}") from error
     except ValueError as error:
         raise CatalogUnavailable(f"table {name}: its metadata cannot be read: {error}") from error
+
+
+def _load_same(opened: Catalog, info: TableInfo) -> Table:
+    table = _load(opened, info.name)
+    if table.metadata.table_uuid != info.uuid:
+        raise TableMissing(f"Table not found: {info.name} with UUID {info.uuid}")
+    return table
 
 
 def new_properties(definition: TableDefinition) -> dict[str, str]:

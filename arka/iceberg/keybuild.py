@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -112,11 +113,12 @@ class KeyBuild:
         """
         make_directory(self._directory)
         self._take_earlier(sources)
-        at = 0
+        at = read = 0
         while at < len(sources):
             earlier = self._earlier.pop(sources[at][0], None)
             if earlier is not None and earlier.sources == list(sources[at : at + len(earlier.sources)]):
                 self._end_part()
+                read = 0
                 self._add(earlier)
                 at += len(earlier.sources)
                 continue
@@ -125,7 +127,9 @@ class KeyBuild:
             self._reading.append(sources[at])
             at += 1
             late = time.monotonic() >= self._until
-            if late or sum(len(keys[0]) for keys in self._read) >= _PART_ENTRIES:
+            read += len(hashes)
+            if late or read >= _PART_ENTRIES:
+                read = 0
                 self._end_part()
             if late and at < len(sources):
                 raise CatalogUnavailable(f"the index of keys is being made: {at} of {len(sources)} files are read")
@@ -152,9 +156,13 @@ class KeyBuild:
         except FileNotFoundError:
             return []
         body = data[_CRC_BYTES:]
-        if crc32c(body) != int.from_bytes(data[:_CRC_BYTES], "little"):
+        if not body or crc32c(body) != int.from_bytes(data[:_CRC_BYTES], "little"):
             return []
-        note = msgspec.msgpack.decode(body, type=_Note)
+        try:
+            note = msgspec.msgpack.decode(body, type=_Note)
+        except msgspec.MsgspecError:
+            # Of another version.
+            return []
         return note.parts if note.check == self._check else []
 
     def _is_whole(self, part: _Part) -> bool:
@@ -228,7 +236,8 @@ class KeyBuild:
 
     def _unlink(self, names: Iterator[str] | list[str]) -> None:
         for name in names:
-            os.unlink(self._path(name))
+            with suppress(OSError):
+                os.unlink(self._path(name))
 
 
 def _files_of(part: _Part) -> list[str]:

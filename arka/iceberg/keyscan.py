@@ -32,6 +32,7 @@ class KeyScan:
     def __init__(self, table: Table, info: TableInfo, secret: bytes, dead: DeadRows) -> None:
         self._io = table.io
         self._ids = [field.metadata[FIELD_ID_KEY] for field in info.key_schema()]
+        self._types = [field.type for field in info.key_schema()]
         self._secret = secret
         self._dead = dead
 
@@ -46,7 +47,7 @@ class KeyScan:
             The hashes, and the rows' numbers.
 
         Raises:
-            ArkaError: the file does not have the key's columns by field id.
+            ArkaError: the file does not have the key's columns by field id and in types that fit.
             OSError: the warehouse failed.
         """
         with self._io.new_input(path).open() as source:
@@ -59,7 +60,15 @@ class KeyScan:
                 )
             columns = [names[number] for number in self._ids]
             keys = reader.read(columns=columns)
-        hashes = hashes_of(hash_keys([keys.column(name).combine_chunks() for name in columns], self._secret))
+        try:
+            # Equal values have equal hashes in the key's own types alone.
+            casts = [keys.column(name).cast(kind) for name, kind in zip(columns, self._types, strict=True)]
+        except pa.ArrowException as error:
+            raise ArkaError(
+                f"{path}: a file that others wrote, whose key columns are not of the table's types: {error}",
+                code=ErrorCode.TABLE_STOPPED,
+            ) from error
+        hashes = hashes_of(hash_keys([column.combine_chunks() for column in casts], self._secret))
         rows = pa.array(range(len(hashes)), pa.uint32())
         if not deletes:
             return hashes, rows

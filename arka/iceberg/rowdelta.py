@@ -52,12 +52,13 @@ class _Files:
     Attributes:
         manifest_list: the snapshot's; None for none.
         data: by path.
-        deletes: the delete files of each data file, by its path: the path of each one's manifest by its own.
+        deletes: the delete files of each data file, by its path: the path of each one's manifest and its sequence
+            number, by its own.
     """
 
     manifest_list: str | None = None
     data: dict[str, LiveFile] = field(default_factory=dict)
-    deletes: dict[str, dict[str, str]] = field(default_factory=dict)
+    deletes: dict[str, dict[str, tuple[str, int]]] = field(default_factory=dict)
 
     def add(self, manifest: str, entries: Iterable[ManifestEntry]) -> None:
         """Take the live entries of a manifest in, in place of what was known of the same files."""
@@ -73,7 +74,15 @@ class _Files:
                     entry.sequence_number or 0,
                 )
             else:
-                self.deletes.setdefault(_only_target(file), {})[file.file_path] = manifest
+                self.deletes.setdefault(_only_target(file), {})[file.file_path] = manifest, entry.sequence_number or 0
+
+    def deletes_of(self, path: str) -> tuple[str, ...]:
+        """The delete files that apply to a live data file: one that is older than the file does not.
+
+        Others may take a file out of the table, leave its delete file, and add the file again.
+        """
+        added = self.data[path].sequence_number
+        return tuple(old for old, (_, number) in self.deletes.get(path, {}).items() if number >= added)
 
 
 def _only_target(file: DataFile) -> str:
@@ -154,7 +163,12 @@ class KeyedTable:
         except IndexUnusable:
             # Damage that shows only when it is read. What the table holds is the truth.
             self._rebuild(table)
+        try:
             return self._resolve(table, job)
+        except IndexUnusable as error:
+            # Just made from the table: it is the table that cannot be worked with, or the disk.
+            what = f"{self._info.name}: its keys cannot be told from its files: {error}"
+            raise ArkaError(what, code=ErrorCode.TABLE_STOPPED) from error
 
     def stage(self, job: CommitJob, delta: Delta) -> None:
         """Write down what the commit will add to the index, before the catalog is asked.
@@ -232,7 +246,7 @@ class KeyedTable:
         files = sorted(self._files.data.values(), key=lambda file: (file.sequence_number, file.path))
         scan = KeyScan(table, self._info, self._secret, self._dead)
         build = KeyBuild(self._directory, self.key_check, scan, self._build_s)
-        made = build.run([(file.path, tuple(self._files.deletes.get(file.path, ()))) for file in files])
+        made = build.run([(file.path, self._files.deletes_of(file.path)) for file in files])
         try:
             self._index.begin(table.metadata.current_snapshot_id, made.files, made.runs, made.shadowed)
         except RunDamaged as error:
@@ -290,7 +304,7 @@ class KeyedTable:
             path = self._index.path_of_shadowed(number)
             if path is None or path not in self._files.data:
                 continue
-            for old in self._files.deletes.get(path, ()):
+            for old in self._files.deletes_of(path):
                 # Dead since an earlier write of its key: the index does not say so.
                 positions = positions.filter(pc.invert(pc.is_in(positions, self._dead.read(old, io))))
             if len(positions):
@@ -333,12 +347,11 @@ class _Outcome:
         file = self._files.data.get(path)
         if file is None:
             raise IndexUnusable(f"the index names {path}, which the table does not have")
-        before = []
-        for old, manifest in self._files.deletes.get(path, {}).items():
+        for old, (manifest, _) in self._files.deletes.get(path, {}).items():
+            # Also those that do not apply: beside a newer one nobody could tell.
             self._remove(old, manifest)
-            before.append(self._dead.read(old, self._io))
+        before = [_rows_named(self._dead.read(old, self._io), file.rows) for old in self._files.deletes_of(path)]
         if len(before) > 1:
-            # Several that others wrote may name a row twice.
             before = [pc.unique(pa.concat_arrays(before))]
         self.replaced.append(path)
         positions = pa.concat_arrays([*before, *rows]).sort()
@@ -369,6 +382,15 @@ class _Outcome:
         made = write_deletes(self._io, self._locations, file, positions)
         self.added.append(made)
         self.deleted[made.file_path] = positions
+
+
+def _rows_named(positions: pa.Array, rows: int) -> pa.Array:
+    """The rows of a file that a delete file names: others may name one twice, or one that is not there."""
+    in_order = not pc.any(pc.less_equal(positions[1:], positions[:-1])).as_py()
+    if in_order and (not len(positions) or 0 <= positions[0].as_py() <= positions[-1].as_py() < rows):
+        return positions
+    there = pc.and_(pc.greater_equal(positions, 0), pc.less(positions, rows))
+    return pc.unique(positions.filter(there))
 
 
 def _by_file(places: pa.Table) -> Iterator[tuple[int, pa.Array]]:

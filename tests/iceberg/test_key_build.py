@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pyiceberg.manifest import DataFileContent
 from pyiceberg.table.locations import load_location_provider
@@ -21,7 +22,7 @@ from arka._core.runs import write_run
 from arka.errors import ArkaError, ErrorCode
 from arka.iceberg import commit, keybuild, runfiles, stagedkeys
 from arka.iceberg.catalogs import catalog
-from arka.iceberg.control import load_table
+from arka.iceberg.control import drop_table, load_table
 from arka.iceberg.deletes import LiveFile, write_deletes
 from arka.iceberg.keybuild import KeyBuild
 from arka.iceberg.keyindex import KeyIndex
@@ -30,7 +31,7 @@ from arka.iceberg.manifests import ManifestMemory
 from arka.iceberg.producer import snapshot_updates, stage_snapshot
 from arka.iceberg.rowdelta import KeyedTables
 from arka.records import TableInfo
-from arka.storage.ports import CatalogUnavailable, CommitJob, CommitOutcome
+from arka.storage.ports import CatalogUnavailable, CommitJob, CommitOutcome, TableMissing
 
 from .conftest import Lake
 
@@ -205,6 +206,70 @@ def test_several_delete_files_of_one_data_file(lake: Lake) -> None:
     assert writer.rows == [(k, "new") for k in (1, 2, 3)]
 
 
+@pytest.mark.parametrize("key", [1, 2])
+def test_a_file_that_was_taken_out_and_added_again(lake: Lake, writer: Writer, key: int) -> None:
+    """Delete files that are older than their data file do not apply, to readers and to Arka alike."""
+    writer.upsert(k1="a", k2="a", k3="a")
+    writer.delete(1)
+    (file,) = [task.file for task in lake.table(writer.info).scan().plan_files()]
+    lake.table(writer.info).delete("id >= 0")
+    with lake.table(writer.info).transaction() as transaction, transaction.update_snapshot().fast_append() as append:
+        append.append_data_file(file)
+    expected = {1: "a", 2: "a", 3: "a"}
+    assert writer.rows == sorted(expected.items())
+    for number in (key, 3):
+        writer.upsert(**{f"k{number}": "new"})
+        expected[number] = "new"
+        assert writer.rows == sorted(expected.items())
+        new_worker()
+
+
+@pytest.mark.parametrize("positions", [[1, 1], [7], [0, 7, 7]])
+def test_odd_positions_of_others(writer: Writer, positions: list[int]) -> None:
+    """A delete file may name a row twice, or one that is not there: readers do not care."""
+    writer.upsert(k0="a", k1="a", k2="a")
+    (path,) = writer.data_files()
+    writer.others_delete(path, positions)
+    expected = {key: "a" for key in range(3) if key not in positions}
+    assert writer.rows == sorted(expected.items())
+    writer.upsert(k1="b", k2="b")
+    assert writer.rows == sorted((expected | {1: "b", 2: "b"}).items())
+
+
+def test_keys_of_others_in_other_types(lake: Lake, tmp_path: Path) -> None:
+    """A key is its value, whatever width a file of others has for it."""
+    schema = pa.schema([pa.field("at", pa.timestamp("us"), nullable=False), pa.field("n", pa.int64())])
+    info = lake.create(schema, key=["at"])
+
+    def rows(number: int) -> pa.RecordBatch:
+        return pa.RecordBatch.from_arrays([pa.array([5_000], pa.timestamp("us")), pa.array([number])], schema=schema)
+
+    lake.commit(info, lake.encode(info, [rows(1)], 0))
+    opened = catalog(lake.config)
+    table = opened.load_table(tuple(info.name))
+    (task,) = table.scan().plan_files()
+    path = Path(task.file.file_path.removeprefix("file://"))
+    # In place: the size in the manifest is all that others would have written anew.
+    read = pq.read_table(path)
+    at = pa.field("at", pa.timestamp("ms"), nullable=False, metadata=read.schema.field("at").metadata)
+    pq.write_table(read.set_column(0, at, read.column("at").cast(pa.timestamp("ms"))), path)
+    new_worker()
+    shutil.rmtree(Path(lake.config.index_dir) / str(info.uuid))
+    lake.commit(info, lake.encode(info, [rows(2)], 1))
+    live = [task.file.record_count - len(task.delete_files) for task in lake.table(info).scan().plan_files()]
+    assert sum(live) == 1
+
+
+def test_an_index_left_by_a_drop_that_died(lake: Lake, writer: Writer) -> None:
+    """The drop that is done again finds no table, and removes its index all the same."""
+    writer.upsert(k1="a")
+    opened = catalog(lake.config)
+    opened.drop_table(tuple(writer.info.name))
+    with pytest.raises(TableMissing):
+        drop_table(lake.config, writer.info, purge=False)
+    assert not writer.folder.exists()
+
+
 # -- over several jobs -----------------------------------------------------------------------------
 
 
@@ -319,6 +384,22 @@ def test_death_while_an_index_is_made(
     index = KeyIndex(str(writer.folder), writer.info.uuid, commit._keyed._open.popitem()[1].key_check)
     index.open()
     assert set(os.listdir(writer.folder)) == names
+
+
+@pytest.mark.parametrize("note", [b"", bytes(4), bytes(100), b"garbage"])
+def test_a_note_that_is_none(lake: Lake, note: bytes) -> None:
+    """A note of any bytes costs reading again; what cannot be removed beside it does no harm."""
+    writer = filled(lake, 3)
+    (writer.folder / "lost+found").mkdir(parents=True)
+    lake.config = replace(lake.config, index_build_s=0.0)
+    job = writer.job({0: "new"})
+    with pytest.raises(CatalogUnavailable):
+        commit.commit(lake.config, job)
+    (writer.folder / "building").write_bytes(note)
+    new_worker()
+    lake.config = replace(lake.config, index_build_s=60.0)
+    writer.run(job)
+    assert len(writer.rows) == 9
 
 
 def test_damaged_parts_are_read_again(lake: Lake) -> None:
