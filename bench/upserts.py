@@ -179,7 +179,7 @@ def key_index() -> Iterator[Result]:
         folder = str(Path(directory, "index"))
         started = time.perf_counter()
         name = new_run(folder, partial(_write_all, hashes.tobytes()))
-        KeyIndex(folder, UUID(int=1), b"s" * 16).begin(1, ["file:///t/data/one.parquet"], [name], [])
+        KeyIndex(folder, UUID(int=1), b"s" * 16).begin(1, ["file:///t/data/one.parquet"], name, "")
         built_s = time.perf_counter() - started
         del hashes
         size = sum(path.stat().st_size for path in Path(folder).iterdir())

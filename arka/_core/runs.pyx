@@ -25,7 +25,7 @@ Longer than the habit: what writes, finds and merges entries shares their layout
 """
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
-from libc.errno cimport EINTR, ENOMEM, errno
+from libc.errno cimport EINTR, errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memset
@@ -712,7 +712,7 @@ def copy_run(int fd, Run run, keep):
         close_output(&out)
 
 
-def merge_runs(int fd, runs, *, bint keep_removed, int shadowed_fd=-1):
+def merge_runs(int fd, runs, *, bint keep_removed, int shadowed_fd=-1, bint shadowed=False):
     """Make one run of several.
 
     Args:
@@ -720,6 +720,7 @@ def merge_runs(int fd, runs, *, bint keep_removed, int shadowed_fd=-1):
         runs: the newest first; of a key that several have, the newest entry stays.
         keep_removed: keep entries of keys without a row; without, there must be no older run.
         shadowed_fd: an empty file for a run of the entries that do not stay, for ``find_shadowed``; -1 for none.
+        shadowed: all entries of a key stay: the run is for ``find_shadowed``, as these are.
 
     Returns:
         The entries of the run, and of that of those that do not stay.
@@ -736,93 +737,117 @@ def merge_runs(int fd, runs, *, bint keep_removed, int shadowed_fd=-1):
     cdef uint64_t most = 0
     cdef Py_ssize_t status
     cdef Run run
-    cdef void **opened
-    cdef uint64_t *places
+    cdef Head *heads
     cdef Output out
-    cdef Output shadowed
-    cdef Output *shadowed_out = NULL
-    memset(&shadowed, 0, sizeof(Output))
+    cdef Output under
+    cdef Output *under_out = NULL
+    memset(&under, 0, sizeof(Output))
     for run in runs:
         most += run._count
-    opened = <void **> calloc(max(1, count), sizeof(void *))
-    places = <uint64_t *> calloc(max(1, count), sizeof(uint64_t))
+    heads = <Head *> calloc(max(1, count), sizeof(Head))
+    if heads == NULL:
+        raise MemoryError(f"no room to merge {count} runs")
     try:
-        if opened == NULL or places == NULL:
-            raise MemoryError(f"no room to merge {count} runs")
         open_output(&out, fd, most)
         try:
             if shadowed_fd >= 0:
-                open_output(&shadowed, shadowed_fd, most)
-                shadowed_out = &shadowed
+                open_output(&under, shadowed_fd, most)
+                under_out = &under
             held = tuple(runs)
             for i in range(count):
-                opened[i] = <void *> held[i]
+                heads[i].run = <void *> held[i]
+                heads[i].age = i
             # SAFETY: `held` owns the runs.
             with nogil:
-                status = merge(opened, places, count, keep_removed, &out, shadowed_out)
+                status = merge(heads, count, keep_removed, shadowed, &out, under_out)
                 if status < 0:
                     finish(&out)
-                    if shadowed_out != NULL:
-                        finish(shadowed_out)
+                    if under_out != NULL:
+                        finish(under_out)
             if status >= 0:
-                run = held[status]
-                raise damaged(run, places[status] // ENTRIES)
+                run = held[heads[status].age]
+                raise damaged(run, heads[status].place // ENTRIES)
             seal_output(&out)
-            if shadowed_out != NULL:
-                seal_output(shadowed_out)
-            return out.total, shadowed.total
+            if under_out != NULL:
+                seal_output(under_out)
+            return out.total, under.total
         finally:
             close_output(&out)
-            close_output(&shadowed)
+            close_output(&under)
     finally:
-        free(opened)
-        free(places)
+        free(heads)
+
+
+cdef struct Head:
+    void *run
+    Py_ssize_t age             # 0 for the newest
+    uint64_t place             # of the entry in the run
+    const Entry *entry
+
+
+cdef inline bint is_ahead(const Head *one, const Head *other) noexcept nogil:
+    """Whether one head's entry is to come out before the other's: by key, and of a key the newest."""
+    if same_key(one.entry, other.entry):
+        return one.age < other.age
+    return comes_before(one.entry, other.entry)
+
+
+cdef void sift_down(Head *heap, Py_ssize_t count, Py_ssize_t at) noexcept nogil:
+    """Put a head that may be too far up in its place."""
+    cdef Head moved = heap[at]
+    cdef Py_ssize_t child = 2 * at + 1
+    while child < count:
+        if child + 1 < count and is_ahead(&heap[child + 1], &heap[child]):
+            child += 1
+        if not is_ahead(&heap[child], &moved):
+            break
+        heap[at] = heap[child]
+        at = child
+        child = 2 * at + 1
+    heap[at] = moved
 
 
 cdef Py_ssize_t merge(
-    void **runs, uint64_t *places, Py_ssize_t count, bint keep_removed, Output *out, Output *shadowed
+    Head *heap, Py_ssize_t count, bint keep_removed, bint keep_all, Output *out, Output *under
 ) noexcept nogil:
-    """Put the newest entry of each key in order; return -1, or the number of a run with a damaged block."""
-    cdef Py_ssize_t i, newest
-    cdef const Entry *entry
-    cdef const Entry *least
-    cdef Entry entry_out
-    cdef const Entry **heads = <const Entry **> calloc(count + 1, sizeof(void *))
-    if heads == NULL:
-        out.error = ENOMEM
-        return -1
-    for i in range(count):
-        if (<Run> runs[i])._count:
-            heads[i] = entry_at(<Run> runs[i], 0)
-            if heads[i] == NULL:
-                free(heads)
-                return i
-    while out.error == 0 and (shadowed == NULL or shadowed.error == 0):
-        newest = -1
-        for i in range(count):
-            if heads[i] != NULL and (newest < 0 or comes_before(heads[i], heads[newest])):
-                newest = i
-        if newest < 0:
-            break
-        least = heads[newest]
-        if keep_removed or least.file != NO_FILE:
-            entry_out = least[0]
-            entry_out.file = file_of(<Run> runs[newest], least)
-            put(out, &entry_out)
-        for i in range(newest, count):
-            entry = heads[i]
-            if entry == NULL or not same_key(entry, least):
-                continue
-            if shadowed != NULL and i != newest and entry.file != NO_FILE:
-                entry_out = entry[0]
-                entry_out.file = file_of(<Run> runs[i], entry)
-                put(shadowed, &entry_out)
-            places[i] += 1
-            heads[i] = NULL
-            if places[i] < (<Run> runs[i])._count:
-                heads[i] = entry_at(<Run> runs[i], places[i])
-                if heads[i] == NULL:
-                    free(heads)
-                    return i
-    free(heads)
+    """Put the newest entry of each key in order; return -1, or which head is at a damaged block."""
+    cdef Py_ssize_t i
+    cdef Head *top = heap
+    cdef Entry entry
+    cdef Entry last
+    cdef bint first = True
+    # Runs without entries go to the end, and out of the count.
+    i = 0
+    while i < count:
+        if (<Run> heap[i].run)._count == 0:
+            count -= 1
+            heap[i], heap[count] = heap[count], heap[i]
+            continue
+        heap[i].entry = entry_at(<Run> heap[i].run, 0)
+        if heap[i].entry == NULL:
+            return i
+        i += 1
+    for i in range(count // 2 - 1, -1, -1):
+        sift_down(heap, count, i)
+    memset(&last, 0, sizeof(Entry))
+    while count and out.error == 0 and (under == NULL or under.error == 0):
+        entry = top.entry[0]
+        entry.file = file_of(<Run> top.run, top.entry)
+        if keep_all or first or not same_key(&entry, &last):
+            if keep_removed or entry.file != NO_FILE:
+                put(out, &entry)
+        elif under != NULL and entry.file != NO_FILE:
+            put(under, &entry)
+        first = False
+        last = entry
+        top.place += 1
+        if top.place < (<Run> top.run)._count:
+            top.entry = entry_at(<Run> top.run, top.place)
+            if top.entry == NULL:
+                return 0
+        else:
+            count -= 1
+            heap[0], heap[count] = heap[count], heap[0]
+        if count > 1:
+            sift_down(heap, count, 0)
     return -1

@@ -7,6 +7,7 @@ what a snapshot consists of (``producer``) nor how a catalog swaps metadata (``s
 from __future__ import annotations
 
 import contextlib
+import time
 from typing import Final, cast
 
 from pyiceberg.catalog import Catalog
@@ -91,12 +92,14 @@ def commit(config: CatalogConfig, job: CommitJob) -> CommitResult:
 
     Raises:
         CatalogUnavailable: the outcome is unknown, or other writers won every attempt; run the job again.
+        WorkUnfinished: the index of the table's keys is being made; run the job again.
         Exception: what the catalog or the warehouse raised before anything could have been committed.
 
     Durability: with COMMITTED, files, metadata and the catalog's pointer to it are durable.
 
     Source: R15, R16.
     """
+    build_until = time.monotonic() + config.index_build_s
     opened = catalog(config)
     identifier = tuple(job.table.name)
     for _ in range(_ATTEMPTS):
@@ -107,7 +110,7 @@ def commit(config: CatalogConfig, job: CommitJob) -> CommitResult:
         if verdict is not None:
             return verdict
         try:
-            return _attempt(config, opened, table, job)
+            return _attempt(config, opened, table, job, build_until)
         except (CommitFailedException, NoSuchTableError):
             # Definitely not committed: look again at what the table has become.
             continue
@@ -130,18 +133,18 @@ def _load(opened: Catalog, identifier: tuple[str, ...]) -> Table | None:
         raise CatalogUnavailable(f"table {'.'.join(identifier)}: its metadata cannot be read: {error}") from error
 
 
-def _attempt(config: CatalogConfig, opened: Catalog, table: Table, job: CommitJob) -> CommitResult:
+def _attempt(config: CatalogConfig, opened: Catalog, table: Table, job: CommitJob, build_until: float) -> CommitResult:
     check_format(table)
     specs = {file.spec_id for file in job.staged.files}
     appends = job.table.table_type is TableType.APPEND_ONLY
     if config.stock_commit and appends and specs <= {table.metadata.default_spec_id}:
         snapshot_id = _stock_append(config, table, job)
     else:
-        snapshot_id = _commit_own(config, opened, table, job)
+        snapshot_id = _commit_own(config, opened, table, job, build_until)
     return CommitResult(CommitOutcome.COMMITTED, job.staged.through_lsn, snapshot_id)
 
 
-def _commit_own(config: CatalogConfig, opened: Catalog, table: Table, job: CommitJob) -> int:
+def _commit_own(config: CatalogConfig, opened: Catalog, table: Table, job: CommitJob, build_until: float) -> int:
     base = table.metadata
     delta: Delta | None = None
     written: list[str] = []
@@ -151,7 +154,7 @@ def _commit_own(config: CatalogConfig, opened: Catalog, table: Table, job: Commi
             job.table.check_owner(job.log_uuid, base.properties)
             _check_key(job.table, base)
             keyed = _keyed.get(config, job.table, job.staged.key_check)
-            delta = keyed.resolve(table, job, _memory)
+            delta = keyed.resolve(table, job, _memory, build_until)
             written += delta.deleted
             staged = stage_snapshot(table, delta.added, _memory, _notes(job), delta.removed)
             written += staged.written

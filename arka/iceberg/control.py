@@ -97,7 +97,7 @@ def create_table(config: CatalogConfig, definition: TableDefinition, location_su
     return describe(table)
 
 
-def drop_table(config: CatalogConfig, info: TableInfo, purge: bool) -> None:
+def drop_table(config: CatalogConfig, name: TableName, uuid: UUID, purge: bool) -> None:
     """Drop a table if the name still means it; with ``purge`` delete its files too.
 
     Raises:
@@ -105,12 +105,12 @@ def drop_table(config: CatalogConfig, info: TableInfo, purge: bool) -> None:
         Exception: the catalog did not answer; the table may be gone.
     """
     opened = catalog(config)
-    identifier = tuple(info.name)
+    identifier = tuple(name)
     try:
-        table = _load_same(opened, info)
+        table = _load_same(opened, name, uuid)
     except TableMissing:
         # Dropped by others, or by a process that died right after it.
-        forget_table(config.index_dir, info.uuid)
+        forget_table(config.index_dir, uuid)
         raise
     failpoints.hit("catalog.drop")
     try:
@@ -119,10 +119,9 @@ def drop_table(config: CatalogConfig, info: TableInfo, purge: bool) -> None:
         else:
             opened.drop_table(identifier)
     except NoSuchTableError as error:
-        raise TableMissing(f"Table not found: {info.name}") from error
+        raise TableMissing(f"Table not found: {name}") from error
     failpoints.hit("catalog.dropped")
-    if info.table_type is TableType.PRIMARY_KEY:
-        forget_table(config.index_dir, info.uuid)
+    forget_table(config.index_dir, uuid)
     if purge:
         _remove_folder(table)
         failpoints.hit("catalog.purged")
@@ -239,10 +238,10 @@ def _load(opened: Catalog, name: TableName) -> Table:
         raise CatalogUnavailable(f"table {name}: its metadata cannot be read: {error}") from error
 
 
-def _load_same(opened: Catalog, info: TableInfo) -> Table:
-    table = _load(opened, info.name)
-    if table.metadata.table_uuid != info.uuid:
-        raise TableMissing(f"Table not found: {info.name} with UUID {info.uuid}")
+def _load_same(opened: Catalog, name: TableName, uuid: UUID) -> Table:
+    table = _load(opened, name)
+    if table.metadata.table_uuid != uuid:
+        raise TableMissing(f"Table not found: {name} with UUID {uuid}")
     return table
 
 

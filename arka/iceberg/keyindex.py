@@ -142,8 +142,9 @@ class KeyIndex:
         """
         try:
             data = Path(self._path("journal")).read_bytes()
-        except FileNotFoundError:
-            raise IndexUnusable("there is no index") from None
+        except OSError as error:
+            # Also where the disk cannot read it: made anew, it is written elsewhere.
+            raise IndexUnusable(f"there is no index that can be read: {error}") from error
         records, end = _parse(data)
         if not records or not isinstance(state := records[0][0], _State):
             raise IndexUnusable("the index's journal does not begin with a state")
@@ -155,22 +156,19 @@ class KeyIndex:
             self._runs = [(name, self._map(name, base)) for name, base in names]
             self._shadowed = [(name, self._map(name, base)) for name, base in state.shadowed]
             os.truncate(self._path("journal"), end)
-        except (FileNotFoundError, RunDamaged) as error:
+        except (OSError, RunDamaged) as error:
             raise IndexUnusable(f"a file of the index cannot be read: {error}") from error
         self._journal_bytes = end
         self._sweep()
 
-    def begin(
-        self, snapshot_id: int | None, files: Sequence[str], runs: Sequence[str], shadowed: Sequence[tuple[str, int]]
-    ) -> None:
+    def begin(self, snapshot_id: int | None, files: Sequence[str], run: str, shadowed: str) -> None:
         """Make it a new index, whatever it was.
 
         Args:
             snapshot_id: the snapshot it stands at; None for a table without one.
             files: the data files that entries name: number 0, 1 and so on.
-            runs: names of finished runs in the directory, the newest first.
-            shadowed: names of runs of rows that others left under keys of newer rows, each with the base of its file
-                numbers.
+            run: the name of a finished run in the directory.
+            shadowed: the name of a run of rows that others left under keys of newer rows; empty for none.
 
         Raises:
             OSError: the disk failed.
@@ -183,8 +181,8 @@ class KeyIndex:
         self._files = dict(enumerate(files))
         self._next_file = len(files)
         self._staged = None
-        self._runs = [(name, self._map(name, 0)) for name in runs]
-        self._shadowed = [(name, self._map(name, base)) for name, base in shadowed]
+        self._runs = [(run, self._map(run, 0))]
+        self._shadowed = [(shadowed, self._map(shadowed, 0))] if shadowed else []
         self._rewrite()
         self._sweep()
 
@@ -345,6 +343,7 @@ class KeyIndex:
         self._append(self._staged)
         self._adopted = None
         failpoints.hit("index.staged")
+        self._shorten()
         if before is not None:
             # An attempt that did not come to anything, or one of this very commit, with the same entries.
             self._unlink([before.run])
@@ -369,8 +368,7 @@ class KeyIndex:
         self._snapshot_id, self._staged = snapshot_id, None
         failpoints.hit("index.landed")
         self._merge()
-        if self._journal_bytes > max(_JOURNAL_BYTES, _JOURNAL_STATES * self._state_bytes):
-            self._rewrite()
+        self._shorten()
 
     def _merge(self) -> None:
         """Make one run of the newest ones as long as they are together more than a share of the next."""
@@ -414,7 +412,10 @@ class KeyIndex:
                 # Another worker went on with the table, or the journal was replaced.
                 raise IndexUnusable(f"the index's journal has {size} bytes, {self._journal_bytes} were left")
             try:
-                os.pwrite(descriptor, data, self._journal_bytes)
+                written = 0
+                while written < len(data):
+                    # The second one of a disk that became full says so.
+                    written += os.pwrite(descriptor, data[written:], self._journal_bytes + written)
                 os.fdatasync(descriptor)
             except OSError:
                 with contextlib.suppress(OSError):
@@ -424,22 +425,31 @@ class KeyIndex:
             os.close(descriptor)
         self._journal_bytes += len(data)
 
+    def _shorten(self) -> None:
+        """Begin the journal anew where it has become long: of commits, or of attempts at one that fail for long."""
+        if self._journal_bytes > max(_JOURNAL_BYTES, _JOURNAL_STATES * self._state_bytes):
+            self._rewrite()
+
     def _rewrite(self) -> None:
-        """Begin the journal anew with the state as it is; nothing is staged."""
+        """Begin the journal anew with the state as it is."""
         runs, shadowed = ([(name, run.base) for name, run in made] for made in (self._runs, self._shadowed))
         data = _frame(_State(self._table, self._check, self._snapshot_id, self._files, self._next_file, runs, shadowed))
+        self._state_bytes = len(data)
+        if self._staged is not None:
+            data += _frame(self._staged)
         made = self._path("journal.new")
         write_durable(made, data, overwrite=True)
         os.rename(made, self._path("journal"))
         sync_directory(self._directory)
-        self._journal_bytes = self._state_bytes = len(data)
+        self._journal_bytes = len(data)
 
     def _sweep(self) -> None:
-        """Remove what nothing names: of commits, merges and builds that did not come to an end."""
+        """Remove what nothing names: of commits and merges that did not come to an end. Directories are others'."""
         kept = {"journal", *(name for name, _ in [*self._runs, *self._shadowed])}
         if self._staged is not None:
             kept.add(self._staged.run)
-        self._unlink(name for name in os.listdir(self._directory) if name not in kept)
+        with os.scandir(self._directory) as entries:
+            self._unlink([entry.name for entry in entries if entry.name not in kept and entry.is_file()])
 
     def _unlink(self, names: Iterable[str]) -> None:
         for name in names:

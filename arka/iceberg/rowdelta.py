@@ -31,7 +31,7 @@ from arka.errors import ArkaError, ErrorCode, Unavailable
 from arka.iceberg.config import CatalogConfig
 from arka.iceberg.deletes import PATH_ID, DeadRows, LiveFile, write_deletes
 from arka.iceberg.fileio import batch_of
-from arka.iceberg.keybuild import KeyBuild
+from arka.iceberg.keybuild import KeyBuild, forget_build
 from arka.iceberg.keyindex import IndexUnusable, KeyIndex
 from arka.iceberg.keyscan import KeyScan
 from arka.iceberg.manifests import ManifestMemory
@@ -135,34 +135,35 @@ class KeyedTable:
         self._info = info
         self._secret = table_secret(config.index_dir, info.uuid)
         self._directory = os.path.join(config.index_dir, str(info.uuid))
-        self._build_s = config.index_build_s
         self.key_check = check_of(self._secret, info.key_schema())
         self._index = KeyIndex(self._directory, info.uuid, self.key_check)
         self._files = _Files()
         self._dead = DeadRows()
 
-    def resolve(self, table: Table, job: CommitJob, memory: ManifestMemory) -> Delta:
+    def resolve(self, table: Table, job: CommitJob, memory: ManifestMemory, until: float) -> Delta:
         """Find out which rows a commit kills, and write the delete files for it.
 
         Args:
             table: at the metadata that the commit will be based on.
             job: its staged run names files by their order in the job.
             memory: what this worker remembers of the table's manifests.
+            until: the time, by ``time.monotonic``, after which an index that is being made is left to the next job.
 
         Raises:
             ArkaError: others wrote delete or data files that Arka cannot work with.
-            CatalogUnavailable: the index is being made; the next job goes on with it.
+            WorkUnfinished: the index is being made; the next job goes on with it.
+            CatalogUnavailable: what was made of it is damaged; the next job begins anew.
             Unavailable: the job's staged keys are gone or damaged: encode its frames again.
             OSError: the warehouse or the local disk failed.
 
         Durability: what was written to the warehouse is durable; the run is with ``stage``.
         """
-        self._bring_to(table, memory)
+        self._bring_to(table, memory, until)
         try:
             return self._resolve(table, job)
         except IndexUnusable:
             # Damage that shows only when it is read. What the table holds is the truth.
-            self._rebuild(table)
+            self._rebuild(table, until)
         try:
             return self._resolve(table, job)
         except IndexUnusable as error:
@@ -200,6 +201,8 @@ class KeyedTable:
         for path, positions in delta.deleted.items():
             self._dead.remember(path, positions)
         self._index.land(staged.snapshot.snapshot_id)
+        # Others were not faster: what it was made of is of no use any more.
+        forget_build(self._directory)
 
     @property
     def memory_bytes(self) -> int:
@@ -213,7 +216,7 @@ class KeyedTable:
 
     # -- where it stands --------------------------------------------------------------------------
 
-    def _bring_to(self, table: Table, memory: ManifestMemory) -> None:
+    def _bring_to(self, table: Table, memory: ManifestMemory, until: float) -> None:
         """Make files and index those of the table's current snapshot."""
         metadata = table.metadata
         current = metadata.current_snapshot()
@@ -222,7 +225,7 @@ class KeyedTable:
             self._files = _read_files(memory.manifests(metadata, table.io), memory, table, manifest_list)
         lineage = _lineage(metadata)
         if not (self._settles(lineage) or self._settles(lineage, anew=True)):
-            self._rebuild(table)
+            self._rebuild(table, until)
 
     def _settles(self, lineage: _Lineage, *, anew: bool = False) -> bool:
         """Whether the index stands at the table's current snapshot, as it is open or as the disk has it.
@@ -240,15 +243,15 @@ class KeyedTable:
         except IndexUnusable:
             return False
 
-    def _rebuild(self, table: Table) -> None:
+    def _rebuild(self, table: Table, until: float) -> None:
         """Make the index from the table."""
         self._index.close()
         files = sorted(self._files.data.values(), key=lambda file: (file.sequence_number, file.path))
         scan = KeyScan(table, self._info, self._secret, self._dead)
-        build = KeyBuild(self._directory, self.key_check, scan, self._build_s)
+        build = KeyBuild(self._directory, self.key_check, scan, until)
         made = build.run([(file.path, self._files.deletes_of(file.path)) for file in files])
         try:
-            self._index.begin(table.metadata.current_snapshot_id, made.files, made.runs, made.shadowed)
+            self._index.begin(table.metadata.current_snapshot_id, made.files, made.run, made.shadowed)
         except RunDamaged as error:
             raise CatalogUnavailable(f"the index of keys has to be made again: {error}") from error
 

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -29,6 +29,7 @@ from arka.records import FIELD_ID_KEY
 STAGED: Final = "staged"
 _SECRET_BYTES: Final = 16
 _CHECK_BYTES: Final = 8
+_UUID_CHARACTERS: Final = 36
 
 
 def table_secret(root: str, table_uuid: UUID) -> bytes:
@@ -75,6 +76,19 @@ def forget_table(root: str, table_uuid: UUID) -> None:
     for path in Path(root, STAGED).glob(f"{table_uuid}-*.run"):
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+def forget_others(root: str, tables: Collection[UUID]) -> None:
+    """Remove indexes and staged runs of all tables but these; what cannot be removed is left.
+
+    Others may drop a table, and a process may die before it has removed what it had of one.
+    """
+    names = {path.name for path in Path(root).glob("*-*-*-*-*") if path.is_dir()}
+    names |= {path.name[:_UUID_CHARACTERS] for path in Path(root, STAGED).glob("*.run")}
+    for name in names:
+        with contextlib.suppress(ValueError):
+            if (uuid := UUID(name)) not in tables:
+                forget_table(root, uuid)
 
 
 def new_name() -> str:
@@ -160,6 +174,7 @@ def packed(array: pa.Array) -> pa.Buffer:
 __all__ = [
     "STAGED",
     "check_of",
+    "forget_others",
     "forget_table",
     "hashes_of",
     "map_run",

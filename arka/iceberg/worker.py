@@ -17,11 +17,12 @@ import signal
 import threading
 from collections.abc import Callable
 from typing import Final, ParamSpec, TypeVar
+from uuid import UUID
 
 from arka import failpoints
 from arka.errors import ArkaError, InternalError
 from arka.iceberg.config import CatalogConfig
-from arka.records import TableDefinition, TableInfo, TableName
+from arka.records import TableDefinition, TableName
 from arka.storage.ports import (
     CatalogConflict,
     CatalogListing,
@@ -34,10 +35,11 @@ from arka.storage.ports import (
     TableExists,
     TableFrames,
     TableMissing,
+    WorkUnfinished,
 )
 
 #: What jobs raise on purpose: crosses to the server as it is.
-_DEFINITE: Final = (ArkaError, CatalogConflict, CatalogUnavailable, TableExists, TableMissing)
+_DEFINITE: Final = (ArkaError, CatalogConflict, CatalogUnavailable, TableExists, TableMissing, WorkUnfinished)
 
 #: Bugs rather than weather: retrying cannot help.
 _BUGS: Final = (AssertionError, AttributeError, LookupError, NameError, TypeError, ValueError)
@@ -136,11 +138,19 @@ def create_table(config: CatalogConfig, definition: TableDefinition, location_su
 
 
 @_job
-def drop_table(config: CatalogConfig, info: TableInfo, purge: bool) -> None:
+def drop_table(config: CatalogConfig, name: TableName, uuid: UUID, purge: bool) -> None:
     """See ``arka.iceberg.control.drop_table``."""
     from arka.iceberg.control import drop_table as run
 
-    run(config, info, purge)
+    run(config, name, uuid, purge)
+
+
+@_job
+def forget_others(config: CatalogConfig, tables: frozenset[UUID]) -> None:
+    """See ``arka.iceberg.runfiles.forget_others``."""
+    from arka.iceberg.runfiles import forget_others as run
+
+    run(config.index_dir, tables)
 
 
 @_job
@@ -174,6 +184,7 @@ __all__ = [
     "do_nothing",
     "drop_table",
     "encode",
+    "forget_others",
     "initialise",
     "list_tables",
     "load_table",

@@ -32,6 +32,7 @@ from arka.storage.ports import (
     ReadJob,
     StagedFiles,
     TableFrames,
+    WorkUnfinished,
 )
 from arka.storage.workers import DeadlineMissed, Template, WorkerPool, open_pool
 
@@ -45,7 +46,7 @@ Ts = TypeVarTuple("Ts")
 
 
 class _Shards:
-    """Single-worker pools for one kind of job, and one more for tables that missed their deadline (R19)."""
+    """Single-worker pools for one kind of job, and one more for tables whose jobs take long (R19)."""
 
     def __init__(self, pools: Sequence[WorkerPool], quarantine: WorkerPool) -> None:
         self.pools = pools
@@ -53,19 +54,31 @@ class _Shards:
         self._quarantined: set[UUID] = set()
 
     async def run(self, table: TableInfo, job: Callable[[*Ts], T | Exception], *args: *Ts) -> T:
-        """Run a table's job where that table's jobs run."""
+        """Run a table's job where that table's jobs run, and go on with what it leaves unfinished.
+
+        Raises:
+            CatalogUnavailable: see ``WorkerPool.run``.
+
+        Cancellation: see ``WorkerPool.run``.
+        """
         uuid = table.uuid
-        slow = uuid in self._quarantined
-        pool = self._quarantine if slow else self.pools[uuid.int % len(self.pools)]
-        try:
-            result = await pool.run(job, *args)
-        except DeadlineMissed:
-            self._quarantined.add(uuid)
-            _log.warning("catalog.deadline_missed", table=str(table.name), job=job.__name__)
-            raise
-        if slow:
-            self._quarantined.discard(uuid)
-        return result
+        while True:
+            slow = uuid in self._quarantined
+            pool = self._quarantine if slow else self.pools[uuid.int % len(self.pools)]
+            try:
+                result = await pool.run(job, *args)
+            except WorkUnfinished as error:
+                # Others had their turn meanwhile, and there its parts hold up none but its like.
+                self._quarantined.add(uuid)
+                _log.info("catalog.unfinished", table=str(table.name), job=job.__name__, detail=str(error))
+                continue
+            except DeadlineMissed:
+                self._quarantined.add(uuid)
+                _log.warning("catalog.deadline_missed", table=str(table.name), job=job.__name__)
+                raise
+            if slow:
+                self._quarantined.discard(uuid)
+            return result
 
 
 class IcebergCatalog:
@@ -119,9 +132,13 @@ class IcebergCatalog:
         """See ``ports.Catalog.create_table``."""
         return await self._control.run(worker.create_table, self._config, definition, location_suffix)
 
-    async def drop_table(self, info: TableInfo, *, purge: bool) -> None:
+    async def drop_table(self, name: TableName, uuid: UUID, *, purge: bool) -> None:
         """See ``ports.Catalog.drop_table``."""
-        await self._control.run(worker.drop_table, self._config, info, purge)
+        await self._control.run(worker.drop_table, self._config, name, uuid, purge)
+
+    async def forget_others(self, tables: frozenset[UUID]) -> None:
+        """See ``ports.Catalog.forget_others``."""
+        await self._control.run(worker.forget_others, self._config, tables)
 
     async def load_table(self, name: TableName) -> CatalogTable:
         """See ``ports.Catalog.load_table``."""

@@ -275,6 +275,10 @@ class CatalogUnavailable(Exception):
     """The catalog or the warehouse did not answer; whether a commit happened is unknown (R16)."""
 
 
+class WorkUnfinished(CatalogUnavailable):
+    """A job has done a part of its work and goes on with it when it is run again."""
+
+
 class TableExists(Exception):
     """CreateTable found another table under the name."""
 
@@ -303,11 +307,18 @@ class Catalog(Protocol):
         """
         ...
 
-    async def drop_table(self, info: TableInfo, *, purge: bool) -> None:
-        """Drop the table if it is still the one with ``info.uuid``; with ``purge`` delete its files too.
+    async def drop_table(self, name: TableName, uuid: UUID, *, purge: bool) -> None:
+        """Drop the table if it is still the one with this UUID; with ``purge`` delete its files too.
 
         Raises:
             TableMissing: no table with that UUID under that name.
+        """
+        ...
+
+    async def forget_others(self, tables: frozenset[UUID]) -> None:
+        """Remove what is kept on this node's disk of all tables but these; nobody may be committing.
+
+        What cannot be removed is left.
         """
         ...
 
@@ -481,4 +492,5 @@ __all__ = [
     "TableExists",
     "TableFrames",
     "TableMissing",
+    "WorkUnfinished",
 ]

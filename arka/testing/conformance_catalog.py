@@ -223,15 +223,15 @@ async def impossible_definitions_are_refused(subject: Subject) -> None:
 async def dropped_table_is_gone(subject: Subject) -> None:
     """DropTable takes the table it was given and no other of the same name (R5)."""
     first = await _create(subject)
-    await subject.catalog.drop_table(first, purge=False)
+    await subject.catalog.drop_table(first.name, first.uuid, purge=False)
     await _error_of(TableMissing, subject.catalog.load_table(first.name))
-    await _error_of(TableMissing, subject.catalog.drop_table(first, purge=True))
+    await _error_of(TableMissing, subject.catalog.drop_table(first.name, first.uuid, purge=True))
     second = await _create(subject, name=first.name)
     assert second.uuid != first.uuid
-    await _error_of(TableMissing, subject.catalog.drop_table(first, purge=True))
+    await _error_of(TableMissing, subject.catalog.drop_table(first.name, first.uuid, purge=True))
     await _error_of(TableMissing, _ids(subject, first))
     assert (await subject.catalog.load_table(first.name)).info.uuid == second.uuid
-    await subject.catalog.drop_table(second, purge=True)
+    await subject.catalog.drop_table(second.name, second.uuid, purge=True)
     await _error_of(TableMissing, subject.catalog.load_table(first.name))
 
 
@@ -308,7 +308,7 @@ async def missing_table_is_gone(subject: Subject) -> None:
     """A commit to a dropped table, or to another one of its name, ends as TABLE_GONE (R5, R15)."""
     info = await _create(subject)
     staged = await _encode(subject, info, [(1, rows_of(1))], 0, 1)
-    await subject.catalog.drop_table(info, purge=False)
+    await subject.catalog.drop_table(info.name, info.uuid, purge=False)
     result = await subject.catalog.commit(_job(subject, info, staged))
     assert result == CommitResult(CommitOutcome.TABLE_GONE, 0, None)
     other = await _create(subject, name=info.name)

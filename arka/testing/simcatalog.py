@@ -170,10 +170,15 @@ class SimCatalog:
         """See ``ports.Catalog.create_table``."""
         return await self._call("create_table", lambda: self._create(definition, location_suffix))
 
-    async def drop_table(self, info: TableInfo, *, purge: bool) -> None:
+    async def drop_table(self, name: TableName, uuid: UUID, *, purge: bool) -> None:
         """See ``ports.Catalog.drop_table``; there are no files, so ``purge`` changes nothing."""
         del purge
-        await self._call("drop_table", lambda: self._drop(info))
+        await self._call("drop_table", lambda: self._drop(name, uuid))
+
+    async def forget_others(self, tables: frozenset[UUID]) -> None:
+        """See ``ports.Catalog.forget_others``; nothing is kept."""
+        del tables
+        await self._call("forget_others", lambda: None)
 
     async def load_table(self, name: TableName) -> CatalogTable:
         """See ``ports.Catalog.load_table``."""
@@ -214,7 +219,9 @@ class SimCatalog:
     def _list(self) -> CatalogListing:
         readable = sorted(self._tables.keys() - self.unreadable - self.unusable.keys())
         found = tuple(self._tables[name].describe() for name in readable)
-        unusable = {self._tables[name].info.uuid: reason for name, reason in self.unusable.items()}
+        unusable = {
+            self._tables[name].info.uuid: reason for name, reason in self.unusable.items() if name in self._tables
+        }
         return CatalogListing(found, frozenset(self._tables.keys() & self.unreadable), unusable)
 
     def _check_readable(self, name: TableName) -> None:
@@ -234,10 +241,10 @@ class SimCatalog:
             self._check_usable(name)
         return table
 
-    def _find_same(self, info: TableInfo) -> _SimTable:
-        table = self._find(info.name)
-        if table.info.uuid != info.uuid:
-            raise TableMissing(f"Table not found: {info.name} with UUID {info.uuid}")
+    def _find_same(self, name: TableName, uuid: UUID) -> _SimTable:
+        table = self._find(name)
+        if table.info.uuid != uuid:
+            raise TableMissing(f"Table not found: {name} with UUID {uuid}")
         return table
 
     def _create(self, definition: TableDefinition, location_suffix: str) -> CatalogTable:
@@ -261,9 +268,9 @@ class SimCatalog:
         self._tables[definition.name] = _SimTable(info)
         return self._tables[definition.name].describe()
 
-    def _drop(self, info: TableInfo) -> None:
-        self._find_same(info)
-        del self._tables[info.name]
+    def _drop(self, name: TableName, uuid: UUID) -> None:
+        self._find_same(name, uuid)
+        del self._tables[name]
 
     def _encode(self, job: TableFrames) -> StagedFiles:
         frames = list(self._frames(job))
@@ -312,7 +319,7 @@ class SimCatalog:
         return CommitResult(CommitOutcome.COMMITTED, job.staged.through_lsn, table.snapshots[-1])
 
     def _scan(self, job: ReadJob, path: str) -> int:
-        table = self._find_same(job.table)
+        table = self._find_same(job.table.name, job.table.uuid)
         schema = check_columns(job.table.name, table.info.schema, job.columns)
         described = table.describe()
         lsn = described.committed_lsn(job.log_uuid)

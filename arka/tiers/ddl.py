@@ -255,21 +255,21 @@ async def drop_table(catalog: Catalog, info: TableInfo, *, purge: bool) -> None:
         Unavailable: the catalog does not answer.
     """
     try:
-        await catalog.drop_table(info, purge=purge)
+        await catalog.drop_table(info.name, info.uuid, purge=purge)
     except TableMissing:
         return
     except CatalogUnavailable as error:
         raise Unavailable(f"The catalog does not answer, so {info.name} may still be there: {error}") from error
 
 
-async def finish_drop(catalog: Catalog, info: TableInfo, *, purge: bool) -> None:
+async def finish_drop(catalog: Catalog, name: TableName, table: UUID, *, purge: bool) -> None:
     """Do a drop that an earlier process did not finish; a table that is gone is no error.
 
     Raises:
         CatalogUnavailable: ask again.
     """
     with suppress(TableMissing):
-        await catalog.drop_table(info, purge=purge)
+        await catalog.drop_table(name, table, purge=purge)
 
 
 def parse_table_uuid(record: DropRecord) -> UUID:

@@ -290,8 +290,13 @@ class Tables:
             listing = await self.catalog.list_tables()
             found = {table.info.uuid: table for table in listing.tables}
             for uuid, drop in tuple(self._pending_drops.items()):
-                if uuid in found or drop.name not in listing.unread:
-                    await self._finish_drop(uuid, found.pop(uuid, None))
+                left = found.pop(uuid, None)
+                if left is not None:
+                    await self._finish_drop(uuid, left.info.name)
+                elif uuid in listing.unusable:
+                    await self._finish_drop(uuid, drop.name)
+                elif drop.name not in listing.unread:
+                    await self._finish_drop(uuid, None)
             for loaded in found.values():
                 known = self._by_uuid.get(loaded.info.uuid)
                 if known is None:
@@ -306,6 +311,9 @@ class Tables:
                     self._unread.add(table.info.uuid)
                 else:
                     _stop_missing(table, listing)
+            if not listing.unread:
+                # Of a stopped table too: only what nobody will ask for again is forgotten.
+                await self.catalog.forget_others(frozenset(self._by_uuid.keys() | listing.unusable.keys()))
             self._reconciled = True
 
     def register(self, found: CatalogTable) -> Table:
@@ -557,16 +565,15 @@ class Tables:
         else:
             self._orphans.add(info.uuid)
 
-    async def _finish_drop(self, uuid: UUID, left: CatalogTable | None) -> None:
-        """Do a drop that an earlier process wrote into the log; ``left``: what the catalog still has of the table.
+    async def _finish_drop(self, uuid: UUID, name: TableName | None) -> None:
+        """Do a drop that an earlier process wrote into the log; ``name``: as the catalog has it, None if it is gone.
 
         Raises:
             CatalogUnavailable: ask again.
         """
-        if left is not None:
-            purge = self._pending_drops[uuid].purge
-            await ddl.finish_drop(self.catalog, left.info, purge=purge)
-            log.info("table.drop_finished", table=str(left.info.name))
+        if name is not None:
+            await ddl.finish_drop(self.catalog, name, uuid, purge=self._pending_drops[uuid].purge)
+            log.info("table.drop_finished", table=str(name))
         # Also of one that was gone: whoever registers it again does not mean it to be dropped again.
         ddl.log_drop_done(self._memory, uuid)
         self._dropped.add(uuid)
@@ -579,8 +586,7 @@ class Tables:
             CatalogUnavailable: ask again.
         """
         async with self._ddl_lock:
-            found = await ddl.reload_table(self.catalog, self._pending_drops[uuid].name)
-            await self._finish_drop(uuid, found if found is not None and found.info.uuid == uuid else None)
+            await self._finish_drop(uuid, self._pending_drops[uuid].name)
 
 
 def _stop_missing(table: Table, listing: CatalogListing) -> None:

@@ -115,6 +115,41 @@ def test_shadowed_entries_are_all_found(folder: Folder, keys: int, most: int) ->
     assert found == sorted((hash_, file + 7, row) for hash_, file, row in older if hash_ in asked)
 
 
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 40])
+def test_many_runs_become_one(folder: Folder, count: int) -> None:
+    """However many there are, some of them empty: the newest entry of each key, in order."""
+    pick = random.Random(count)
+    layers = [
+        {key(n): (layer, n) for n in pick.sample(range(900), pick.choice([0, 1, 170, 500]))} for layer in range(count)
+    ]
+    newest: Entries = {}
+    for layer in layers[::-1]:
+        newest.update(layer)
+    merged, under = folder.merge_all([folder.write(layer) for layer in layers])
+    assert merged.entries() == [(hash_, *newest[hash_]) for hash_ in sorted(newest, key=in_order)]
+    assert len(under) == sum(map(len, layers)) - len(newest)
+
+
+def test_shadowed_runs_become_one(folder: Folder) -> None:
+    """All entries of a key stay, whichever run they were in."""
+    pick = random.Random(5)
+    runs, expected = [], []
+    for layer in range(5):
+        older = [(key(n), layer, row) for n in range(0, 400, layer + 1) for row in range(pick.randint(1, 3))]
+        fd = folder.new_file()
+        rows = array("I", [row for _, _, row in older]).tobytes()
+        size = write_run(fd, [(b"".join(hash_ for hash_, _, _ in older), 0, rows)], shadowed=True)
+        runs.append(Run(os.pread(fd, size, 0), layer))
+        os.close(fd)
+        expected += older
+    fd = folder.new_file()
+    assert merge_runs(fd, runs, keep_removed=False, shadowed=True) == (len(expected), 0)
+    merged = Run(os.pread(fd, os.fstat(fd).st_size, 0))
+    os.close(fd)
+    asked = folder.write({key(n): (0, n) for n in range(400)})
+    assert all_shadowed(asked, merged) == sorted(expected)
+
+
 def test_merging_keeps_what_it_shadows(folder: Folder) -> None:
     """Of each key the newest entry stays, the others are in the run beside it; those without a row in neither."""
     layers = [{key(n): (layer, n) for n in range(0, 600, step)} for layer, step in enumerate((1, 2, 3))]

@@ -27,7 +27,7 @@ from arka.iceberg import worker
 from arka.options import IcebergOptions
 from arka.records import TableInfo, TableName, TableType
 from arka.storage.catalog import IcebergCatalog, open_catalog
-from arka.storage.ports import CatalogListing, CatalogUnavailable, SegmentSlice, TableFrames
+from arka.storage.ports import CatalogListing, CatalogUnavailable, SegmentSlice, TableFrames, WorkUnfinished
 from arka.storage.workers import WorkerPool
 
 INFO = TableInfo(
@@ -155,6 +155,26 @@ async def test_slow_table_is_quarantined_until_it_succeeds(tmp_path: Path) -> No
         again = await shards.pools[0].run(os.getpid)
         assert len({other, apart, back}) == 3
         assert again == back
+
+
+def in_parts(path: str, parts: int) -> str | WorkUnfinished:
+    """A job that leaves the rest of its work to the next one, for so many times."""
+    with Path(path).open("a+") as file:
+        file.write(f"{os.getpid()} ")
+        file.seek(0)
+        done = file.read()
+    return done if len(done.split()) == parts else WorkUnfinished(f"{len(done.split())} of {parts}")
+
+
+async def test_work_in_parts_is_done_apart(tmp_path: Path) -> None:
+    """A job that does not end at once goes on until it has, and holds up its shard for its first part alone (R19)."""
+    async with open_catalog(IcebergOptions(), tmp_path) as catalog:
+        shards = catalog._commit
+        pids = (await shards.run(INFO, in_parts, str(tmp_path / "parts"), 4)).split()
+        assert len(pids) == 4
+        assert len(set(pids[1:])) == 1
+        assert pids[0] != pids[1]
+        assert await shards.run(INFO, os.getpid) == int(pids[0])
 
 
 async def test_encode_and_commit_have_processes_of_their_own(tmp_path: Path) -> None:

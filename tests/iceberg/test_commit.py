@@ -111,7 +111,7 @@ def test_table_dropped_between_check_and_swap_is_gone(lake: Any, monkeypatch: py
     """A table that is dropped after our check is not made again by the commit (R5)."""
     info = lake.create(SCHEMA)
     lake.append(info, [_rows(1)], 0)
-    _Between(monkeypatch, lake, lambda: control.drop_table(lake.config, info, purge=False))
+    _Between(monkeypatch, lake, lambda: control.drop_table(lake.config, info.name, info.uuid, purge=False))
     assert lake.append(info, [_rows(2)], 1).outcome is CommitOutcome.TABLE_GONE
     assert control.list_tables(lake.config) == CatalogListing(())
 
@@ -436,7 +436,7 @@ def test_purge_leaves_no_file(lake: Any) -> None:
     lake.append(info, [_rows(1)], 0)
     lake.encode(info, [_rows(2)], 1)
     assert len(lake.files(info)) > 4
-    control.drop_table(lake.config, info, purge=True)
+    control.drop_table(lake.config, info.name, info.uuid, purge=True)
     assert not Path(local_path(info.location) or "").exists()
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,7 +21,7 @@ from pyiceberg.table.update import AssertRefSnapshotId
 
 from arka._core.runs import write_run
 from arka.errors import ArkaError, ErrorCode
-from arka.iceberg import commit, keybuild, runfiles, stagedkeys
+from arka.iceberg import commit, keybuild, keyindex, runfiles, stagedkeys
 from arka.iceberg.catalogs import catalog
 from arka.iceberg.control import drop_table, load_table
 from arka.iceberg.deletes import LiveFile, write_deletes
@@ -30,6 +31,7 @@ from arka.iceberg.keyscan import KeyScan
 from arka.iceberg.manifests import ManifestMemory
 from arka.iceberg.producer import snapshot_updates, stage_snapshot
 from arka.iceberg.rowdelta import KeyedTables
+from arka.iceberg.sqlcatalog import LeanSqlCatalog
 from arka.records import TableInfo
 from arka.storage.ports import CatalogUnavailable, CommitJob, CommitOutcome, TableMissing
 
@@ -266,8 +268,28 @@ def test_an_index_left_by_a_drop_that_died(lake: Lake, writer: Writer) -> None:
     opened = catalog(lake.config)
     opened.drop_table(tuple(writer.info.name))
     with pytest.raises(TableMissing):
-        drop_table(lake.config, writer.info, purge=False)
+        drop_table(lake.config, writer.info.name, writer.info.uuid, purge=False)
     assert not writer.folder.exists()
+
+
+def test_what_is_left_of_unknown_tables_is_removed(lake: Lake, writer: Writer) -> None:
+    """Indexes and staged runs go with their tables, whoever dropped these; all others stay."""
+    writer.upsert(k1="a")
+    writer.job({2: "b"})
+    root = Path(lake.config.index_dir)
+    known = set(root.rglob("*"))
+    stranger = str(uuid4())
+    (root / stranger / "building").mkdir(parents=True)
+    (root / stranger / "building" / "note").write_bytes(b"x")
+    (root / runfiles.STAGED / f"{stranger}-0-1-{runfiles.new_name()}").write_bytes(b"x")
+    (root / "not-a-uuid-at-all").mkdir()
+    runfiles.forget_others(str(root), frozenset([writer.info.uuid]))
+    assert set(root.rglob("*")) == known | {root / "not-a-uuid-at-all"}
+    runfiles.forget_others(str(root / "nowhere"), frozenset())
+    runfiles.forget_others(str(root), frozenset())
+    assert {path.name for path in root.iterdir()} == {"secret", "staged", "not-a-uuid-at-all"}
+    writer.upsert(k1="c")
+    assert writer.rows == [(1, "c")]
 
 
 # -- over several jobs -----------------------------------------------------------------------------
@@ -395,11 +417,102 @@ def test_a_note_that_is_none(lake: Lake, note: bytes) -> None:
     job = writer.job({0: "new"})
     with pytest.raises(CatalogUnavailable):
         commit.commit(lake.config, job)
-    (writer.folder / "building").write_bytes(note)
+    (writer.folder / "building" / "note").write_bytes(note)
     new_worker()
     lake.config = replace(lake.config, index_build_s=60.0)
     writer.run(job)
     assert len(writer.rows) == 9
+
+
+def lose_races(monkeypatch: pytest.MonkeyPatch, wins: Callable[[], None], count: int) -> None:
+    """Others commit between Arka's look at a table and its commit, ``count`` times."""
+    left = count
+    stage = commit.stage_snapshot
+
+    def late(*args: Any) -> Any:
+        nonlocal left
+        made = stage(*args)
+        if left:
+            left -= 1
+            wins()
+        return made
+
+    monkeypatch.setattr(commit, "stage_snapshot", late)
+
+
+def test_others_win_while_an_index_is_made(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A commit that is lost to others costs the reading of what they changed, not of the table."""
+    writer = filled(lake, 6)
+    read = count_reads(monkeypatch)
+    paths = writer.data_files()
+    changed: list[str] = []
+
+    def win() -> None:
+        writer.others_append((100 + len(changed), "theirs"))
+        changed.append(next(path for path in writer.data_files() if path not in paths + changed))
+
+    lose_races(monkeypatch, win, 12)
+    monkeypatch.setattr(keybuild, "_PART_ENTRIES", 6)
+    job = writer.job({0: "new", 30: "new", 101: "new"})
+    for number in range(12):
+        try:
+            writer.run(job)
+        except CatalogUnavailable:
+            if number == 1:
+                new_worker()
+            continue
+        break
+    # Each of theirs beside those that were read with it, since they may share a part.
+    assert [read.count(path) for path in paths] == [1] * 6
+    assert len(read) <= 6 + 2 * len(changed)
+    expected = {3 * number + key: str(number) for number in range(6) for key in range(3)}
+    expected |= {100 + number: "theirs" for number in range(12)} | {0: "new", 30: "new", 101: "new"}
+    assert writer.rows == sorted(expected.items())
+    assert "building" not in os.listdir(writer.folder)
+
+
+def test_others_change_one_file_while_an_index_is_made(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that others delete costs its part, though all parts were merged already."""
+    writer = filled(lake, 6)
+    read = count_reads(monkeypatch)
+    path = writer.data_files()[0]
+    lose_races(monkeypatch, lambda: writer.others_delete(path, [1]), 1)
+    monkeypatch.setattr(keybuild, "_PART_ENTRIES", 3)
+    writer.upsert(k0="new", k30="new")
+    assert len(read) == 7
+    assert read.count(path) == 2
+
+
+def test_the_time_for_an_index_is_that_of_a_job(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attempts that others win do not each read for as long as a job may."""
+    writer = filled(lake, 6)
+    lake.config = replace(lake.config, index_build_s=5.0)
+    now = 0.0
+    read = KeyScan.read
+
+    def slowly(self: KeyScan, path: str, deletes: tuple[str, ...]) -> Any:
+        nonlocal now
+        now += 1.0
+        return read(self, path, deletes)
+
+    monkeypatch.setattr(KeyScan, "read", slowly)
+    monkeypatch.setattr(commit.time, "monotonic", lambda: now)
+
+    def win() -> None:
+        for number in range(4):
+            writer.others_append((number, "theirs"))
+
+    lose_races(monkeypatch, win, 5)
+    job = writer.job({0: "new"})
+    for _ in range(30):
+        began = now
+        try:
+            writer.run(job)
+        except CatalogUnavailable:
+            assert now - began <= 6.0
+            continue
+        break
+    assert writer.lsn == job.staged.through_lsn
 
 
 def test_damaged_parts_are_read_again(lake: Lake) -> None:
@@ -421,7 +534,8 @@ def test_damaged_parts_are_read_again(lake: Lake) -> None:
                 writer.run(job)
             except CatalogUnavailable:
                 if number == 2:
-                    path = writer.folder / pick.choice(sorted(os.listdir(writer.folder)))
+                    parts = writer.folder / "building"
+                    path = parts / pick.choice(sorted(os.listdir(parts)))
                     data = bytearray(path.read_bytes())
                     data[pick.randrange(len(data))] ^= 1 << pick.randrange(8)
                     path.write_bytes(data)
@@ -515,6 +629,69 @@ def test_runs_that_could_not_be_written_are_removed(writer: Writer, monkeypatch:
             writer.job({1: "c"})
     # What was staged for the last commit is removed as soon as that has landed.
     assert set(root.rglob("*")) <= before
+
+
+def test_attempts_do_not_lengthen_the_journal(writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A catalog that is away for long costs the journal's limit, not a record for each attempt."""
+    writer.upsert(k1="a", k2="b")
+    job = writer.job({1: "c"})
+    monkeypatch.setattr(keyindex, "_JOURNAL_BYTES", 4_000)
+
+    def fail(*_: object) -> None:
+        raise OSError("the catalog is away")
+
+    sizes = []
+    with monkeypatch.context() as patched:
+        patched.setattr(LeanSqlCatalog, "commit_table", fail)
+        for number in range(60):
+            with pytest.raises(CatalogUnavailable, match="away"):
+                commit.commit(writer.lake.config, job)
+            sizes.append((writer.folder / "journal").stat().st_size)
+            if number == 30:
+                new_worker()
+    assert max(sizes) < 6_000
+    # The last one had landed after all: its record says so.
+    swap = LeanSqlCatalog.commit_table
+
+    def lose(*args: Any) -> None:
+        swap(*args)
+        raise ConnectionError("no answer")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LeanSqlCatalog, "commit_table", lose)
+        writer.run(job)
+    new_worker()
+    monkeypatch.setattr(KeyBuild, "run", lambda *_: pytest.fail("the index was made again"))
+    writer.upsert(k1="d")
+    assert writer.rows == [(1, "d"), (2, "b")]
+
+
+@pytest.mark.parametrize("name", ["journal", "building/note"])
+def test_what_the_disk_cannot_read_is_made_again(lake: Lake, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bad sector under an index costs its making, not its table."""
+    writer = filled(lake, 3)
+    if name == "journal":
+        writer.upsert(k1="x")
+    else:
+        lake.config = replace(lake.config, index_build_s=0.0)
+        with pytest.raises(CatalogUnavailable):
+            commit.commit(lake.config, writer.job({1: "x"}))
+        lake.config = replace(lake.config, index_build_s=60.0)
+    new_worker()
+    read = Path.read_bytes
+    bad = [writer.folder / name]
+
+    def fail(path: Path) -> bytes:
+        if path in bad:
+            bad.clear()
+            raise OSError(5, "Input/output error", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    writer.upsert(k1="new")
+    assert not bad
+    assert (1, "new") in writer.rows
+    assert len(writer.rows) == 9
 
 
 def test_runs_of_attempts_are_removed(writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -363,7 +363,7 @@ def test_nothing_is_left_of_a_dropped_table(lake: Lake, source: Source) -> None:
     for each in (source, other):
         each.commit()
         lake.encode(each.info, [upserts([(1, "x", "c0")])], each.lsn)
-    control.drop_table(lake.config, source.info, purge=False)
+    control.drop_table(lake.config, source.info.name, source.info.uuid, purge=False)
     left = [path.name for path in Path(lake.config.index_dir).rglob("*")]
     assert [name for name in left if str(source.info.uuid) in name] == []
     assert [name for name in left if str(other.info.uuid) in name] != []

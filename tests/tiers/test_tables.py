@@ -125,6 +125,32 @@ async def test_table_that_others_made_unusable(autojump_clock: MockClock, restar
         assert NAME not in node.catalog._tables
 
 
+@pytest.mark.parametrize("unread_first", [False, True])
+async def test_drop_of_a_table_that_others_made_unusable_is_finished(
+    autojump_clock: MockClock, unread_first: bool
+) -> None:
+    """A drop in the log is done by the next start also where others made of the table what Arka cannot write (R5)."""
+    node = SimNode()
+    async with node.run() as pipeline:
+        table = await create_table(pipeline)
+        await write_all(pipeline, table, range(5), Tier.ICEBERG_COMMITTED)
+        await begin_drop(node, pipeline, table)
+    node.weather.away = False
+    node.catalog.unusable[NAME] = "it has format version 3"
+    if unread_first:
+        node.catalog.unreadable.add(NAME)
+    async with node.run() as pipeline:
+        await trio.sleep(100)
+        if unread_first:
+            assert NAME in node.catalog._tables
+            node.catalog.unreadable.clear()
+            await trio.sleep(100)
+        assert NAME not in node.catalog._tables
+        node.catalog.unusable.clear()
+        await write_all(pipeline, await create_table(pipeline), range(3), Tier.ICEBERG_COMMITTED)
+    assert node.ids() == [0, 1, 2]
+
+
 async def test_unusable_table_that_arka_never_knew(autojump_clock: MockClock) -> None:
     """A request for a table of others that Arka cannot write is told so."""
     node = SimNode()
