@@ -7,7 +7,6 @@ what a snapshot consists of (``producer``) nor how a catalog swaps metadata (``s
 from __future__ import annotations
 
 import contextlib
-import time
 from typing import Final, cast
 
 from pyiceberg.catalog import Catalog
@@ -24,6 +23,7 @@ from arka.iceberg.catalogs import catalog
 from arka.iceberg.config import CatalogConfig
 from arka.iceberg.control import check_format, key_columns
 from arka.iceberg.garbage import Garbage
+from arka.iceberg.keybuild import BuildTerms
 from arka.iceberg.keyindex import IndexUnusable
 from arka.iceberg.manifests import ManifestMemory
 from arka.iceberg.marks import committed_lsn_property, epoch_property, mark_of
@@ -99,7 +99,7 @@ def commit(config: CatalogConfig, job: CommitJob) -> CommitResult:
 
     Source: R15, R16.
     """
-    build_until = time.monotonic() + config.index_build_s
+    terms = BuildTerms(config.index_build_s, apart=config.apart)
     opened = catalog(config)
     identifier = tuple(job.table.name)
     for _ in range(_ATTEMPTS):
@@ -110,7 +110,7 @@ def commit(config: CatalogConfig, job: CommitJob) -> CommitResult:
         if verdict is not None:
             return verdict
         try:
-            return _attempt(config, opened, table, job, build_until)
+            return _attempt(config, opened, table, job, terms)
         except (CommitFailedException, NoSuchTableError):
             # Definitely not committed: look again at what the table has become.
             continue
@@ -133,18 +133,18 @@ def _load(opened: Catalog, identifier: tuple[str, ...]) -> Table | None:
         raise CatalogUnavailable(f"table {'.'.join(identifier)}: its metadata cannot be read: {error}") from error
 
 
-def _attempt(config: CatalogConfig, opened: Catalog, table: Table, job: CommitJob, build_until: float) -> CommitResult:
+def _attempt(config: CatalogConfig, opened: Catalog, table: Table, job: CommitJob, terms: BuildTerms) -> CommitResult:
     check_format(table)
     specs = {file.spec_id for file in job.staged.files}
     appends = job.table.table_type is TableType.APPEND_ONLY
     if config.stock_commit and appends and specs <= {table.metadata.default_spec_id}:
         snapshot_id = _stock_append(config, table, job)
     else:
-        snapshot_id = _commit_own(config, opened, table, job, build_until)
+        snapshot_id = _commit_own(config, opened, table, job, terms)
     return CommitResult(CommitOutcome.COMMITTED, job.staged.through_lsn, snapshot_id)
 
 
-def _commit_own(config: CatalogConfig, opened: Catalog, table: Table, job: CommitJob, build_until: float) -> int:
+def _commit_own(config: CatalogConfig, opened: Catalog, table: Table, job: CommitJob, terms: BuildTerms) -> int:
     base = table.metadata
     delta: Delta | None = None
     written: list[str] = []
@@ -154,7 +154,7 @@ def _commit_own(config: CatalogConfig, opened: Catalog, table: Table, job: Commi
             job.table.check_owner(job.log_uuid, base.properties)
             _check_key(job.table, base)
             keyed = _keyed.get(config, job.table, job.staged.key_check)
-            delta = keyed.resolve(table, job, _memory, build_until)
+            delta = keyed.resolve(table, job, _memory, terms)
             written += delta.deleted
             staged = stage_snapshot(table, delta.added, _memory, _notes(job), delta.removed)
             written += staged.written
@@ -192,6 +192,9 @@ def _commit_own(config: CatalogConfig, opened: Catalog, table: Table, job: Commi
             keyed.landed(staged, delta)
         except (OSError, IndexUnusable):
             # The commit has happened whatever this disk says; the next one begins with what it finds there.
+            _keyed.forget(config, job.table)
+        if config.apart:
+            # Its next commit is another process's; the runs that that one merges away shall not stay mapped here.
             _keyed.forget(config, job.table)
     _garbage.landed(base, response.metadata, staged.merged_away, consecutive=consecutive)
     _garbage.collect(base.table_uuid, table.io)

@@ -35,6 +35,7 @@ class CatalogConfig:
         index_bytes: memory that a worker keeps of such tables between commits.
         index_build_s: seconds of one job that may be spent on reading keys for an index; what is left is the next
             one's.
+        apart: whether the process holds up none but tables whose indexes are made.
     """
 
     uri: str
@@ -46,6 +47,7 @@ class CatalogConfig:
     index_dir: str = ""
     index_bytes: int = INDEX_BYTES
     index_build_s: float = _BUILD_S
+    apart: bool = False
 
     @property
     def is_rest(self) -> bool:

@@ -38,6 +38,7 @@ from arka.storage.ports import (
     CatalogUnavailable,
     TableExists,
     TableMissing,
+    Unusable,
 )
 
 TABLE_TYPE: Final = "arka.table-type"
@@ -157,7 +158,7 @@ def list_tables(config: CatalogConfig) -> CatalogListing:
             except InvalidRequest as error:
                 _log.info("catalog.table_skipped table=%s reason=%s", ".".join(identifier), error)
             except CatalogConflict as error:
-                unusable[table.metadata.table_uuid] = str(error)
+                unusable[table.metadata.table_uuid] = Unusable(name, str(error))
                 _log.info("catalog.table_skipped table=%s reason=%s", ".".join(identifier), error)
             except TableMissing:
                 # Dropped between the listing and the load.

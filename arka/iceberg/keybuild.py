@@ -6,7 +6,8 @@ own reading keys (``keyscan``) nor the finished index (``keyindex``).
 Keys are read into *parts*: runs of the keys of files that lie beside each other in the table's order. Each is noted, so
 that a job that ran out of time, or died, leaves its work to the next; at the end all are merged into the index. A part
 holds as long as its files are in the table with the same dead rows, whatever else others do to the table meanwhile.
-Parts stay until the index has served a commit: should others be faster, only what they changed is read again.
+Parts stay until the index has served a commit: should others be faster, only what they changed is read again. They are
+given up where merging them does not come to an end, for whatever is wrong with them.
 
 A table has one row for each key as far as Arka writes it. Where others added a row under a key that was there, the
 newest counts; older ones are kept in a *shadowed* run, so that they die with it.
@@ -17,7 +18,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -38,6 +39,12 @@ from arka.storage.ports import CatalogUnavailable, WorkUnfinished
 
 #: Entries of a part as it is read; 48 bytes each while they are sorted.
 _PART_ENTRIES: Final = 4_000_000
+#: Entries of several parts that are merged where other tables wait; more are merged apart.
+_MERGE_HERE: Final = 4_000_000
+#: Parts that are merged at a time: each is mapped, and the kernel bounds how many maps a process has.
+_MERGE_PARTS: Final = 256
+#: Attempts at a merge before its parts are given up.
+_MERGES: Final = 3
 #: The directory of parts, in that of the index.
 _PARTS: Final = "building"
 _NOTE: Final = "note"
@@ -54,12 +61,46 @@ class _Part(msgspec.Struct, frozen=True):
     sources: list[Source]
     #: The names of its run, and of that of older rows of its keys; empty for none.
     run: str
+    entries: int
     shadowed: str
 
 
 class _Note(msgspec.Struct, frozen=True):
     check: bytes
     parts: list[_Part]
+    #: Merges of just these parts that have begun.
+    merges: int = 0
+
+
+class BuildTerms:
+    """How much of an index one job may make, over all of its attempts.
+
+    Args:
+        seconds: so long; or as long as the job took before it came to that, if that is longer: whatever a job costs,
+            half of it goes into what it is for.
+        apart: whether no other table waits for this job.
+
+    Attributes:
+        apart: the same.
+    """
+
+    def __init__(self, seconds: float, *, apart: bool) -> None:
+        self.apart = apart
+        self._seconds = seconds
+        self._began = time.monotonic()
+        self._until: float | None = None
+
+    def start(self) -> None:
+        """Say that keys are read from now on; the first call counts."""
+        if self._until is None:
+            now = time.monotonic()
+            self._until = now + max(self._seconds, now - self._began)
+
+    @property
+    def over(self) -> bool:
+        """Whether the rest is the next job's."""
+        assert self._until is not None
+        return time.monotonic() >= self._until
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,21 +122,23 @@ class KeyBuild:
     """Makes an index.
 
     Args:
-        index: the index's directory; the parts lie in one of their own in it.
+        index: the index's directory. The parts lie in one of their own in it; the index that is there is of no use any
+            more and removed.
         check: says how keys are hashed (``runfiles.check_of``).
         scan: reads keys.
-        until: the time, by ``time.monotonic``, after which the rest is left to another job.
+        terms: how much of it may be done now.
     """
 
-    def __init__(self, index: str, check: bytes, scan: KeyScan, until: float) -> None:
+    def __init__(self, index: str, check: bytes, scan: KeyScan, terms: BuildTerms) -> None:
         self._index = index
         self._directory = os.path.join(index, _PARTS)
         self._check = check
         self._scan = scan
-        self._until = until
+        self._terms = terms
         self._parts: list[_Part] = []
         # Of an earlier job, by their first file; taken over when their turn comes.
         self._earlier: dict[str, _Part] = {}
+        self._merges = 0
         self._read: list[_Keys] = []
         self._reading: list[Source] = []
 
@@ -114,7 +157,9 @@ class KeyBuild:
         Durability: the runs are durable on return, their names with the index's directory.
         """
         make_directory(self._directory)
+        _remove_files(self._index, kept=())
         self._take_earlier(sources)
+        self._terms.start()
         at = read = 0
         while at < len(sources):
             earlier = self._earlier.pop(sources[at][0], None)
@@ -128,7 +173,7 @@ class KeyBuild:
             self._read.append((hashes, len(self._reading), rows))
             self._reading.append(sources[at])
             at += 1
-            late = time.monotonic() >= self._until
+            late = self._terms.over
             read += len(hashes)
             if late or read >= _PART_ENTRIES:
                 read = 0
@@ -136,42 +181,35 @@ class KeyBuild:
             if late and at < len(sources):
                 raise WorkUnfinished(f"the index of keys is being made: {at} of {len(sources)} files are read")
         self._end_part()
-        return self._merge()
+        return self._make_index()
 
     def _take_earlier(self, sources: Sequence[Source]) -> None:
         """Find what an earlier job left of use, and remove all else."""
         there = set(sources)
-        for part in self._noted():
-            if there.issuperset(part.sources) and self._is_whole(part):
-                self._earlier[part.sources[0][0]] = part
+        note = self._noted()
+        if note.merges < _MERGES:
+            self._merges = note.merges
+            self._earlier = {part.sources[0][0]: part for part in note.parts if there.issuperset(part.sources)}
         kept = {_NOTE} | {name for part in self._earlier.values() for name in _runs_of(part)}
-        self._unlink(name for name in os.listdir(self._directory) if name not in kept)
+        _remove_files(self._directory, kept)
 
-    def _noted(self) -> list[_Part]:
+    def _noted(self) -> _Note:
         """Read which parts there are; none if that cannot be told."""
+        none = _Note(self._check, [])
         try:
             data = Path(self._path(_NOTE)).read_bytes()
         except OSError:
             # None, or none that can be read; another one is written over it.
-            return []
+            return none
         body = data[_CRC_BYTES:]
         if not body or crc32c(body) != int.from_bytes(data[:_CRC_BYTES], "little"):
-            return []
+            return none
         try:
             note = msgspec.msgpack.decode(body, type=_Note)
         except msgspec.MsgspecError:
             # Of another version.
-            return []
-        return note.parts if note.check == self._check else []
-
-    def _is_whole(self, part: _Part) -> bool:
-        """Whether a part's files can be mapped; damage inside them is noticed when they are merged."""
-        try:
-            for name in _runs_of(part):
-                map_run(self._path(name))
-        except (OSError, RunDamaged):
-            return False
-        return True
+            return none
+        return note if note.check == self._check else none
 
     def _end_part(self) -> None:
         """Write what was read as a part, and note it."""
@@ -184,38 +222,57 @@ class KeyBuild:
         shadowed = ""
         if not pc.all(stands).as_py():
             shadowed = new_run(self._directory, partial(_write, self._read, pc.invert(stands), shadowed=True))
-        self._parts.append(_Part(self._reading, run, shadowed))
+        self._parts.append(_Part(self._reading, run, pc.sum(stands).as_py() or 0, shadowed))
         self._read, self._reading = [], []
+        self._merges = 0
         self._note()
 
-    def _merge(self) -> BuiltIndex:
+    def _make_index(self) -> BuiltIndex:
         """Make the index's runs of all parts."""
-        files = [path for part in self._parts for path, _ in part.sources]
-        name, shadowed, under = new_name(), new_name(), new_name()
-        runs, older = [], []
-        base = 0
+        if len(self._parts) > 1:
+            if not self._terms.apart and sum(part.entries for part in self._parts) > _MERGE_HERE:
+                raise WorkUnfinished("the index of keys is being made: all files are read, their keys are to be merged")
+            self._merges += 1
+            self._note()
         try:
-            for part in self._parts:
-                runs.append(map_run(self._path(part.run), base))
-                if part.shadowed:
-                    older.append(map_run(self._path(part.shadowed), base))
-                base += len(part.sources)
-            with open_run(self._index, name) as to, open_run(self._directory, under) as to_under:
-                _, hidden = merge_runs(to, runs[::-1], keep_removed=False, shadowed_fd=to_under)
-            if hidden:
-                older.append(map_run(self._path(under)))
-            if older:
-                new_run(self._index, partial(merge_runs, runs=older, keep_removed=False, shadowed=True), shadowed)
+            while len(self._parts) > _MERGE_PARTS:
+                starts = range(0, len(self._parts), _MERGE_PARTS)
+                joined = [self._join(self._parts[start : start + _MERGE_PARTS]) for start in starts]
+                replaced = [name for part in self._parts for name in _runs_of(part)]
+                self._parts = joined
+                self._note()
+                self._unlink(replaced)
+            made = self._parts[0] if len(self._parts) == 1 else self._join(self._parts)
+            for name in _runs_of(made):
+                os.link(self._path(name), os.path.join(self._index, name))
         except (FileNotFoundError, RunDamaged) as error:
             forget_build(self._index)
             raise CatalogUnavailable(f"the index of keys has to be made from the start: {error}") from error
+        return BuiltIndex([path for path, _ in made.sources], made.run, made.shadowed)
+
+    def _join(self, parts: list[_Part]) -> _Part:
+        """Make one part of several."""
+        name, shadowed, under = new_name(), new_name(), new_name()
+        runs, older = [], []
+        base = 0
+        for part in parts:
+            runs.append(map_run(self._path(part.run), base))
+            if part.shadowed:
+                older.append(map_run(self._path(part.shadowed), base))
+            base += len(part.sources)
+        with open_run(self._directory, name) as to, open_run(self._directory, under) as to_under:
+            entries, hidden = merge_runs(to, runs[::-1], keep_removed=False, shadowed_fd=to_under)
+        if hidden:
+            older.append(map_run(self._path(under)))
+        if older:
+            new_run(self._directory, partial(merge_runs, runs=older, keep_removed=False, shadowed=True), shadowed)
         self._unlink([under])
-        return BuiltIndex(files, name, shadowed if older else "")
+        return _Part([source for part in parts for source in part.sources], name, entries, shadowed if older else "")
 
     def _note(self) -> None:
         """Write down which parts there are."""
         made = self._path(f"{_NOTE}.new")
-        body = msgspec.msgpack.encode(_Note(self._check, [*self._parts, *self._earlier.values()]))
+        body = msgspec.msgpack.encode(_Note(self._check, [*self._parts, *self._earlier.values()], self._merges))
         write_durable(made, crc32c(body).to_bytes(_CRC_BYTES, "little") + body, overwrite=True)
         os.rename(made, self._path(_NOTE))
 
@@ -229,8 +286,16 @@ class KeyBuild:
 
 
 def forget_build(index: str) -> None:
-    """Remove the parts of an index that has served a commit; what cannot be removed is left."""
+    """Remove the parts of an index that has served a commit, or cannot; what cannot be removed is left."""
     shutil.rmtree(os.path.join(index, _PARTS), ignore_errors=True)
+
+
+def _remove_files(directory: str, kept: Container[str]) -> None:
+    """Remove the files of a directory; what cannot be removed is left."""
+    for name in os.listdir(directory):
+        if name not in kept:
+            with suppress(OSError):
+                os.unlink(os.path.join(directory, name))
 
 
 def _runs_of(part: _Part) -> list[str]:
@@ -248,4 +313,4 @@ def _write(keys: list[_Keys], chosen: pa.BooleanArray, descriptor: int, *, shado
     write_run(descriptor, parts, shadowed=shadowed)
 
 
-__all__ = ["BuiltIndex", "KeyBuild", "Source", "forget_build"]
+__all__ = ["BuildTerms", "BuiltIndex", "KeyBuild", "Source", "forget_build"]

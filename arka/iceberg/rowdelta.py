@@ -31,7 +31,7 @@ from arka.errors import ArkaError, ErrorCode, Unavailable
 from arka.iceberg.config import CatalogConfig
 from arka.iceberg.deletes import PATH_ID, DeadRows, LiveFile, write_deletes
 from arka.iceberg.fileio import batch_of
-from arka.iceberg.keybuild import KeyBuild, forget_build
+from arka.iceberg.keybuild import BuildTerms, KeyBuild, forget_build
 from arka.iceberg.keyindex import IndexUnusable, KeyIndex
 from arka.iceberg.keyscan import KeyScan
 from arka.iceberg.manifests import ManifestMemory
@@ -140,14 +140,14 @@ class KeyedTable:
         self._files = _Files()
         self._dead = DeadRows()
 
-    def resolve(self, table: Table, job: CommitJob, memory: ManifestMemory, until: float) -> Delta:
+    def resolve(self, table: Table, job: CommitJob, memory: ManifestMemory, terms: BuildTerms) -> Delta:
         """Find out which rows a commit kills, and write the delete files for it.
 
         Args:
             table: at the metadata that the commit will be based on.
             job: its staged run names files by their order in the job.
             memory: what this worker remembers of the table's manifests.
-            until: the time, by ``time.monotonic``, after which an index that is being made is left to the next job.
+            terms: how much of an index may be made before the rest is left to the next job.
 
         Raises:
             ArkaError: others wrote delete or data files that Arka cannot work with.
@@ -158,16 +158,17 @@ class KeyedTable:
 
         Durability: what was written to the warehouse is durable; the run is with ``stage``.
         """
-        self._bring_to(table, memory, until)
+        self._bring_to(table, memory, terms)
         try:
             return self._resolve(table, job)
         except IndexUnusable:
             # Damage that shows only when it is read. What the table holds is the truth.
-            self._rebuild(table, until)
+            self._rebuild(table, terms)
         try:
             return self._resolve(table, job)
         except IndexUnusable as error:
             # Just made from the table: it is the table that cannot be worked with, or the disk.
+            forget_build(self._directory)
             what = f"{self._info.name}: its keys cannot be told from its files: {error}"
             raise ArkaError(what, code=ErrorCode.TABLE_STOPPED) from error
 
@@ -216,16 +217,16 @@ class KeyedTable:
 
     # -- where it stands --------------------------------------------------------------------------
 
-    def _bring_to(self, table: Table, memory: ManifestMemory, until: float) -> None:
+    def _bring_to(self, table: Table, memory: ManifestMemory, terms: BuildTerms) -> None:
         """Make files and index those of the table's current snapshot."""
         metadata = table.metadata
         current = metadata.current_snapshot()
         manifest_list = None if current is None else current.manifest_list
-        if self._files.manifest_list != manifest_list or not self._index.is_open:
+        if self._files.manifest_list != manifest_list:
             self._files = _read_files(memory.manifests(metadata, table.io), memory, table, manifest_list)
         lineage = _lineage(metadata)
         if not (self._settles(lineage) or self._settles(lineage, anew=True)):
-            self._rebuild(table, until)
+            self._rebuild(table, terms)
 
     def _settles(self, lineage: _Lineage, *, anew: bool = False) -> bool:
         """Whether the index stands at the table's current snapshot, as it is open or as the disk has it.
@@ -243,12 +244,12 @@ class KeyedTable:
         except IndexUnusable:
             return False
 
-    def _rebuild(self, table: Table, until: float) -> None:
+    def _rebuild(self, table: Table, terms: BuildTerms) -> None:
         """Make the index from the table."""
         self._index.close()
         files = sorted(self._files.data.values(), key=lambda file: (file.sequence_number, file.path))
         scan = KeyScan(table, self._info, self._secret, self._dead)
-        build = KeyBuild(self._directory, self.key_check, scan, until)
+        build = KeyBuild(self._directory, self.key_check, scan, terms)
         made = build.run([(file.path, self._files.deletes_of(file.path)) for file in files])
         try:
             self._index.begin(table.metadata.current_snapshot_id, made.files, made.run, made.shadowed)

@@ -83,12 +83,18 @@ def forget_others(root: str, tables: Collection[UUID]) -> None:
 
     Others may drop a table, and a process may die before it has removed what it had of one.
     """
-    names = {path.name for path in Path(root).glob("*-*-*-*-*") if path.is_dir()}
-    names |= {path.name[:_UUID_CHARACTERS] for path in Path(root, STAGED).glob("*.run")}
+    names = {name[:_UUID_CHARACTERS] for directory in (root, os.path.join(root, STAGED)) for name in _listed(directory)}
     for name in names:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OSError):
             if (uuid := UUID(name)) not in tables:
                 forget_table(root, uuid)
+
+
+def _listed(directory: str) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except OSError:
+        return []
 
 
 def new_name() -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, TypeVar, TypeVarTuple
 from uuid import UUID
@@ -46,7 +47,7 @@ Ts = TypeVarTuple("Ts")
 
 
 class _Shards:
-    """Single-worker pools for one kind of job, and one more for tables whose jobs take long (R19)."""
+    """Single-worker pools for one kind of job, and one more for tables that missed their deadline (R19)."""
 
     def __init__(self, pools: Sequence[WorkerPool], quarantine: WorkerPool) -> None:
         self.pools = pools
@@ -54,31 +55,23 @@ class _Shards:
         self._quarantined: set[UUID] = set()
 
     async def run(self, table: TableInfo, job: Callable[[*Ts], T | Exception], *args: *Ts) -> T:
-        """Run a table's job where that table's jobs run, and go on with what it leaves unfinished.
-
-        Raises:
-            CatalogUnavailable: see ``WorkerPool.run``.
-
-        Cancellation: see ``WorkerPool.run``.
-        """
+        """Run a table's job where that table's jobs run."""
         uuid = table.uuid
-        while True:
-            slow = uuid in self._quarantined
-            pool = self._quarantine if slow else self.pools[uuid.int % len(self.pools)]
-            try:
-                result = await pool.run(job, *args)
-            except WorkUnfinished as error:
-                # Others had their turn meanwhile, and there its parts hold up none but its like.
-                self._quarantined.add(uuid)
-                _log.info("catalog.unfinished", table=str(table.name), job=job.__name__, detail=str(error))
-                continue
-            except DeadlineMissed:
-                self._quarantined.add(uuid)
-                _log.warning("catalog.deadline_missed", table=str(table.name), job=job.__name__)
-                raise
-            if slow:
-                self._quarantined.discard(uuid)
-            return result
+        slow = uuid in self._quarantined
+        pool = self._quarantine if slow else self.pools[uuid.int % len(self.pools)]
+        try:
+            result = await pool.run(job, *args)
+        except DeadlineMissed:
+            self._quarantined.add(uuid)
+            _log.warning("catalog.deadline_missed", table=str(table.name), job=job.__name__)
+            raise
+        if slow:
+            self._quarantined.discard(uuid)
+        return result
+
+    def forget(self, uuid: UUID) -> None:
+        """Forget a table that was dropped."""
+        self._quarantined.discard(uuid)
 
 
 class IcebergCatalog:
@@ -90,11 +83,14 @@ class IcebergCatalog:
         *,
         encode: _Shards,
         commit: _Shards,
+        builds: WorkerPool,
         control: WorkerPool,
     ) -> None:
         self._config = config
+        self._config_apart = replace(config, apart=True)
         self._encode = encode
         self._commit = commit
+        self._builds = builds
         self._control = control
         self._scans = trio.CapacityLimiter(_CONTROL_WORKERS - 1)
 
@@ -135,6 +131,8 @@ class IcebergCatalog:
     async def drop_table(self, name: TableName, uuid: UUID, *, purge: bool) -> None:
         """See ``ports.Catalog.drop_table``."""
         await self._control.run(worker.drop_table, self._config, name, uuid, purge)
+        self._encode.forget(uuid)
+        self._commit.forget(uuid)
 
     async def forget_others(self, tables: frozenset[UUID]) -> None:
         """See ``ports.Catalog.forget_others``."""
@@ -153,8 +151,21 @@ class IcebergCatalog:
         return await self._encode.run(job.table, worker.encode, self._config, job)
 
     async def commit(self, job: CommitJob) -> CommitResult:
-        """See ``ports.Catalog.commit``."""
-        return await self._commit.run(job.table, worker.commit, self._config, job)
+        """See ``ports.Catalog.commit``.
+
+        What takes long before a commit, the making of an index, goes on in a process of its own, in parts: tables that
+        wait for the same take turns there (R19).
+        """
+        try:
+            return await self._commit.run(job.table, worker.commit, self._config, job)
+        except WorkUnfinished as error:
+            unfinished = error
+        while True:
+            _log.info("catalog.unfinished", table=str(job.table.name), detail=str(unfinished))
+            try:
+                return await self._builds.run(worker.commit, self._config_apart, job)
+            except WorkUnfinished as error:
+                unfinished = error
 
     async def scan(self, job: ReadJob, path: str) -> int:
         """See ``ports.Catalog.scan``."""
@@ -195,6 +206,7 @@ async def open_catalog(
             config,
             encode=_Shards([await pool() for _ in range(options.encode_workers)], await pool()),
             commit=_Shards([await pool() for _ in range(options.commit_workers)], await pool()),
+            builds=await pool(),
             control=await pool(_CONTROL_WORKERS),
         )
 

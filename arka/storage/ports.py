@@ -124,18 +124,26 @@ class CatalogTable:
 
 
 @dataclass(frozen=True, slots=True)
+class Unusable:
+    """A table that exists and that Arka cannot write: its name, and why."""
+
+    name: TableName
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class CatalogListing:
     """The catalog's tables.
 
     Attributes:
         tables: those that could be loaded, sorted by name.
         unread: names of tables that exist and whose metadata could not be read: it is not known which they are.
-        unusable: tables that exist and that Arka cannot write, by UUID, and why.
+        unusable: tables that exist and that Arka cannot write, by UUID.
     """
 
     tables: tuple[CatalogTable, ...]
     unread: frozenset[TableName] = frozenset()
-    unusable: Mapping[UUID, str] = field(default_factory=dict)
+    unusable: Mapping[UUID, Unusable] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -492,5 +500,6 @@ __all__ = [
     "TableExists",
     "TableFrames",
     "TableMissing",
+    "Unusable",
     "WorkUnfinished",
 ]

@@ -43,6 +43,7 @@ from arka.storage.ports import (
     TableExists,
     TableFrames,
     TableMissing,
+    Unusable,
 )
 
 
@@ -220,7 +221,9 @@ class SimCatalog:
         readable = sorted(self._tables.keys() - self.unreadable - self.unusable.keys())
         found = tuple(self._tables[name].describe() for name in readable)
         unusable = {
-            self._tables[name].info.uuid: reason for name, reason in self.unusable.items() if name in self._tables
+            self._tables[name].info.uuid: Unusable(name, reason)
+            for name, reason in self.unusable.items()
+            if name in self._tables
         }
         return CatalogListing(found, frozenset(self._tables.keys() & self.unreadable), unusable)
 

@@ -113,6 +113,8 @@ class _Life:
         self._rng = world.rng
         self._log: OpenLog | None = None
         self._forked = trio.Event()
+        # Whether a client's DropTable is under way.
+        self._dropping = False
 
     @property
     def pipeline(self) -> Pipeline:
@@ -143,7 +145,7 @@ class _Life:
                 disk_uuid=self.disk.uuid,
                 store=ProcessStore(self.process, world.store),
                 checkpoints=ProcessStore(self.process, self.disk.checkpoints, local=True),
-                catalog=ProcessCatalog(self.process, world.weather, disk),
+                catalog=ProcessCatalog(self.process, world.weather, disk, self._take_drop),
                 read_range=disk.read_range,
                 read_free=lambda: 1 << 40,
                 survival={},
@@ -223,16 +225,35 @@ class _Life:
                 continue
             name = rng.choice(world.tables)
             try:
-                table = await self.pipeline.tables.find(name)
                 world.trace.note(f"tables: {self.name} drops {name}")
-                world.promises.drop_asked.add(table.info.uuid)
-                await self._persist(partial(self.pipeline.tables.drop, name, purge=False))
-                world.promises.drop_confirmed.add(table.info.uuid)
+                await self._persist(partial(self._drop, name))
                 await self._persist(partial(self.pipeline.tables.create, self.world.definition(name)))
             except ArkaError as error:
                 expected = (ErrorCode.TABLE_NOT_FOUND, ErrorCode.TABLE_STOPPED, ErrorCode.TABLE_DROPPED)
                 if error.code not in expected and not isinstance(error, Unavailable):
                     raise
+
+    async def _drop(self, name: TableName) -> None:
+        """Drop what has a name: after an outage that may be another table than before it."""
+        promises, tables = self.world.promises, self.pipeline.tables
+        table = await tables.find(name)
+        promises.drop_asked.add(table.info.uuid)
+        self._dropping = True
+        try:
+            await tables.drop(name, purge=False)
+        finally:
+            self._dropping = False
+            # Also one that took the name since: the next process may finish it.
+            promises.drop_asked.update(other.info.uuid for other in tables.all() if other.drop_lsn is not None)
+        if table.state is TableState.DROPPED:
+            promises.drop_confirmed.add(table.info.uuid)
+
+    def _take_drop(self, uuid: UUID) -> None:
+        """Hear of a table that this process has dropped: somebody asked for it, here and now or earlier."""
+        promises = self.world.promises
+        if not self._dropping and uuid not in promises.drop_asked:
+            promises.fail(f"{self.name} dropped table {uuid}, and nobody asked for it")
+        promises.drop_asked.add(uuid)
 
     async def _read_tables(self) -> None:
         """Read a table now and then."""

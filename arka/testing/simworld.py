@@ -458,10 +458,24 @@ class CatalogWeather:
 
 
 class ProcessCatalog(SimCatalog):
-    """The catalog as one process uses it; reads frames from that process's disk."""
+    """The catalog as one process uses it; reads frames from that process's disk.
 
-    def __init__(self, process: Process, weather: CatalogWeather, disk: ProcessDisk) -> None:
+    Args:
+        process: whose requests these are.
+        weather: what befalls them.
+        disk: where frames are read.
+        on_drop: told of each table that the process drops.
+    """
+
+    def __init__(
+        self,
+        process: Process,
+        weather: CatalogWeather,
+        disk: ProcessDisk,
+        on_drop: Callable[[UUID], None] = lambda _: None,
+    ) -> None:
         super().__init__(disk.read_slice)
+        self._on_drop = on_drop
         self._process = process
         self._weather = weather
         self._tables = weather.tables._tables
@@ -501,6 +515,10 @@ class ProcessCatalog(SimCatalog):
             weather.trace.count(f"catalog {name} {fate}")
             raise CatalogUnavailable(f"{name}: {fate}")
         return result  # type: ignore[return-value]
+
+    def _drop(self, name: TableName, uuid: UUID) -> None:
+        super()._drop(name, uuid)
+        self._on_drop(uuid)
 
     def _commit(self, job: CommitJob) -> CommitResult:
         table = self._tables.get(job.table.name)

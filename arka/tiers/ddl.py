@@ -7,7 +7,6 @@ tables (``arka.tiers.tables``).
 from __future__ import annotations
 
 import secrets
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from uuid import UUID
 
@@ -40,7 +39,7 @@ class CreateRecord(msgspec.Struct, frozen=True):
 
 
 class DropRecord(msgspec.Struct, frozen=True):
-    """Payload of a DROP record: the intent, and with ``done`` that the catalog has done it."""
+    """Payload of a DROP record: the intent, or with ``done`` and no name that the catalog has done it."""
 
     namespace: str
     name: str
@@ -101,14 +100,14 @@ def log_created(memory: MemoryTier, info: TableInfo, location_suffix: str) -> in
     return memory.append_control(KIND_CREATE, msgspec.msgpack.encode(record))
 
 
-def log_drop(memory: MemoryTier, info: TableInfo, *, purge: bool, done: bool = False) -> int:
-    """Put a DROP record into the log; returns its LSN."""
-    record = DropRecord(info.name.namespace, info.name.name, str(info.uuid), purge, done)
+def log_drop(memory: MemoryTier, info: TableInfo, *, purge: bool) -> int:
+    """Put the record of a drop that is to be done into the log; returns its LSN."""
+    record = DropRecord(info.name.namespace, info.name.name, str(info.uuid), purge)
     return memory.append_control(KIND_DROP, msgspec.msgpack.encode(record))
 
 
 def log_drop_done(memory: MemoryTier, table: UUID) -> int:
-    """Put the record of a done drop into the log, for a table of which no more is known; returns its LSN."""
+    """Put the record of a done drop into the log; returns its LSN."""
     record = DropRecord("", "", str(table), purge=False, done=True)
     return memory.append_control(KIND_DROP, msgspec.msgpack.encode(record))
 
@@ -268,8 +267,13 @@ async def finish_drop(catalog: Catalog, name: TableName, table: UUID, *, purge: 
     Raises:
         CatalogUnavailable: ask again.
     """
-    with suppress(TableMissing):
+    try:
         await catalog.drop_table(name, table, purge=purge)
+    except TableMissing:
+        return
+    except (ArkaError, CatalogConflict) as error:
+        # Of what lies there nothing can be made: others may mend it.
+        raise CatalogUnavailable(f"{name} cannot be dropped: {error}") from error
 
 
 def parse_table_uuid(record: DropRecord) -> UUID:

@@ -38,6 +38,10 @@ log = structlog.get_logger(__name__)
 
 #: Pause between two questions to a catalog that is away, in seconds.
 _CATALOG_RETRY_S: Final = 1.0
+#: Pause between two attempts at a drop that could not be done at the start: each lists the catalog.
+_DROP_RETRY_S: Final = 10.0
+#: How long a start removes what is left of tables that are gone, in seconds.
+_FORGET_S: Final = 10.0
 
 
 class _Outcome:
@@ -230,7 +234,8 @@ class Tables:
             try:
                 await self.wait_catalog(self.reconcile)
                 for uuid in self._pending_drops:
-                    nursery.start_soon(self.wait_catalog, partial(self._retry_drop, uuid))
+                    retry = partial(self._retry_drop, uuid)
+                    nursery.start_soon(partial(self.wait_catalog, retry, retry_s=_DROP_RETRY_S))
                 await self._parking.load()
                 for uuid in self._orphans:
                     await self._parking.forget(uuid)
@@ -248,14 +253,14 @@ class Tables:
         for table in self.all():
             table.hurry()
 
-    async def wait_catalog(self, request: Callable[[], Awaitable[None]]) -> None:
+    async def wait_catalog(self, request: Callable[[], Awaitable[None]], *, retry_s: float = _CATALOG_RETRY_S) -> None:
         """Repeat a request until the catalog answers. Cancellation: the last request may have happened."""
         while True:
             try:
                 await request()
             except CatalogUnavailable as error:
-                log.warning("catalog.unavailable", reason=str(error), retry_s=_CATALOG_RETRY_S)
-                await trio.sleep(_CATALOG_RETRY_S)
+                log.warning("catalog.unavailable", reason=str(error), retry_s=retry_s)
+                await trio.sleep(retry_s)
             else:
                 return
 
@@ -289,14 +294,13 @@ class Tables:
             known_before = self.all()
             listing = await self.catalog.list_tables()
             found = {table.info.uuid: table for table in listing.tables}
-            for uuid, drop in tuple(self._pending_drops.items()):
-                left = found.pop(uuid, None)
-                if left is not None:
-                    await self._finish_drop(uuid, left.info.name)
-                elif uuid in listing.unusable:
-                    await self._finish_drop(uuid, drop.name)
-                elif drop.name not in listing.unread:
-                    await self._finish_drop(uuid, None)
+            for uuid in tuple(self._pending_drops):
+                try:
+                    await self._finish_drop(uuid, listing)
+                except CatalogUnavailable as error:
+                    # One table is no reason to keep the others waiting: it has a task of its own.
+                    log.warning("table.drop_waits", table=str(self._pending_drops[uuid].name), reason=str(error))
+                found.pop(uuid, None)
             for loaded in found.values():
                 known = self._by_uuid.get(loaded.info.uuid)
                 if known is None:
@@ -312,9 +316,17 @@ class Tables:
                 else:
                     _stop_missing(table, listing)
             if not listing.unread:
-                # Of a stopped table too: only what nobody will ask for again is forgotten.
-                await self.catalog.forget_others(frozenset(self._by_uuid.keys() | listing.unusable.keys()))
+                await self._forget_others(listing)
             self._reconciled = True
+
+    async def _forget_others(self, listing: CatalogListing) -> None:
+        """Remove what this node's disk keeps of tables that will not be committed to; a later start does the rest."""
+        kept = {table.info.uuid for table in self.all() if table.state is TableState.ACTIVE}
+        with trio.move_on_after(_FORGET_S):
+            try:
+                await self.catalog.forget_others(frozenset(kept | listing.unusable.keys()))
+            except (CatalogUnavailable, ArkaError) as error:
+                log.warning("catalog.leftovers", reason=str(error))
 
     def register(self, found: CatalogTable) -> Table:
         """Take a table of the catalog in; one that is known by its UUID follows its name."""
@@ -551,7 +563,7 @@ class Tables:
             await failpoints.reach("drop.done")
             # Only now is it true whatever happens: until the catalog has done it, the loss of this disk undoes it.
             table.end(ddl.dropped(info))
-            noted_lsn = ddl.log_drop(self._memory, info, purge=purge, done=True)
+            noted_lsn = ddl.log_drop_done(self._memory, info.uuid)
             await self._disk.wait_reached(noted_lsn)
             await failpoints.reach("drop.noted")
             self._dropped.add(info.uuid)
@@ -565,12 +577,17 @@ class Tables:
         else:
             self._orphans.add(info.uuid)
 
-    async def _finish_drop(self, uuid: UUID, name: TableName | None) -> None:
-        """Do a drop that an earlier process wrote into the log; ``name``: as the catalog has it, None if it is gone.
+    async def _finish_drop(self, uuid: UUID, listing: CatalogListing) -> None:
+        """Do a drop that an earlier process wrote into the log.
 
         Raises:
             CatalogUnavailable: ask again.
         """
+        loaded = next((table.info.name for table in listing.tables if table.info.uuid == uuid), None)
+        unusable = listing.unusable.get(uuid)
+        name = loaded if unusable is None else unusable.name
+        if name is None and (strangers := listing.unread - {known.info.name for known in self.all()}):
+            raise CatalogUnavailable(f"it may be one of {sorted(map(str, strangers))}, which cannot be read")
         if name is not None:
             await ddl.finish_drop(self.catalog, name, uuid, purge=self._pending_drops[uuid].purge)
             log.info("table.drop_finished", table=str(name))
@@ -580,24 +597,24 @@ class Tables:
         del self._pending_drops[uuid]
 
     async def _retry_drop(self, uuid: UUID) -> None:
-        """Finish a drop whose table could not be read at the start.
+        """Finish a drop that could not be at the start.
 
         Raises:
             CatalogUnavailable: ask again.
         """
         async with self._ddl_lock:
-            await self._finish_drop(uuid, self._pending_drops[uuid].name)
+            await self._finish_drop(uuid, await self.catalog.list_tables())
 
 
 def _stop_missing(table: Table, listing: CatalogListing) -> None:
     """Stop a table that others took away, or made something of that Arka cannot write."""
-    reason = listing.unusable.get(table.info.uuid)
+    unusable = listing.unusable.get(table.info.uuid)
     table.stop(
         f"Table {table.info.name} ({table.info.uuid}) is not in the catalog and was not dropped here: others dropped "
         "it. Its uncommitted writes are kept"
-        if reason is None
-        else f"Others made of {table.info.name} what Arka cannot write: {reason}. Its uncommitted writes are kept: "
-        "mend the table and restart the server, or drop it"
+        if unusable is None
+        else f"Others made of {table.info.name} what Arka cannot write: {unusable.reason}. Its uncommitted writes are "
+        "kept: mend the table and restart the server, or drop it"
     )
 
 

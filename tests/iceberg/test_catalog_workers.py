@@ -24,10 +24,19 @@ import trio._core._thread_cache as thread_cache
 
 from arka.errors import ConfigurationError, DataCorruption, Fenced, InternalError, InvalidRequest
 from arka.iceberg import worker
+from arka.iceberg.config import CatalogConfig
 from arka.options import IcebergOptions
 from arka.records import TableInfo, TableName, TableType
 from arka.storage.catalog import IcebergCatalog, open_catalog
-from arka.storage.ports import CatalogListing, CatalogUnavailable, SegmentSlice, TableFrames, WorkUnfinished
+from arka.storage.ports import (
+    CatalogListing,
+    CatalogUnavailable,
+    CommitJob,
+    SegmentSlice,
+    StagedFiles,
+    TableFrames,
+    WorkUnfinished,
+)
 from arka.storage.workers import WorkerPool
 
 INFO = TableInfo(
@@ -157,24 +166,28 @@ async def test_slow_table_is_quarantined_until_it_succeeds(tmp_path: Path) -> No
         assert again == back
 
 
-def in_parts(path: str, parts: int) -> str | WorkUnfinished:
-    """A job that leaves the rest of its work to the next one, for so many times."""
-    with Path(path).open("a+") as file:
-        file.write(f"{os.getpid()} ")
+def in_parts(config: CatalogConfig, job: CommitJob) -> tuple[list[bool], list[int]] | WorkUnfinished:
+    """A commit whose index takes four jobs to make."""
+    with Path(config.index_dir).open("a+") as file:
+        file.write(f"{config.apart} {os.getpid()} ")
         file.seek(0)
-        done = file.read()
-    return done if len(done.split()) == parts else WorkUnfinished(f"{len(done.split())} of {parts}")
+        done = file.read().split()
+    if len(done) < 8:
+        return WorkUnfinished(f"{len(done) // 2} of 4 of {job.table.name}")
+    return [word == "True" for word in done[::2]], list(map(int, done[1::2]))
 
 
-async def test_work_in_parts_is_done_apart(tmp_path: Path) -> None:
-    """A job that does not end at once goes on until it has, and holds up its shard for its first part alone (R19)."""
+async def test_an_index_is_made_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A commit that waits for an index holds its worker up for the first part alone, and no slow table ever (R19)."""
+    monkeypatch.setattr(worker, "commit", in_parts)
+    job = CommitJob(INFO, UUID(int=1), 1, UUID(int=2), StagedFiles(0, 1, (), 0))
     async with open_catalog(IcebergOptions(), tmp_path) as catalog:
-        shards = catalog._commit
-        pids = (await shards.run(INFO, in_parts, str(tmp_path / "parts"), 4)).split()
-        assert len(pids) == 4
+        apart, pids = await catalog.commit(job)  # type: ignore[misc]
+        assert apart == [False, True, True, True]
         assert len(set(pids[1:])) == 1
         assert pids[0] != pids[1]
-        assert await shards.run(INFO, os.getpid) == int(pids[0])
+        assert await catalog._commit.run(INFO, os.getpid) == pids[0]
+        assert await catalog._commit._quarantine.run(os.getpid) not in pids
 
 
 async def test_encode_and_commit_have_processes_of_their_own(tmp_path: Path) -> None:

@@ -461,7 +461,7 @@ def test_foreign_tables_beyond_arka_are_listed_without(lake: Any) -> None:
     listing = control.list_tables(lake.config)
     assert [table.info.name.name for table in listing.tables] == ["fine", info.name.name]
     assert listing.unread == {TableName("default", "broken"), TableName("default", "garbage")}
-    assert sorted(listing.unusable.values()) == [
+    assert sorted(table.reason for table in listing.unusable.values()) == [
         "table default.newer has format version 3, expected 2",
         "table default.old has format version 1, expected 2",
     ]

@@ -21,19 +21,19 @@ from pyiceberg.table.update import AssertRefSnapshotId
 
 from arka._core.runs import write_run
 from arka.errors import ArkaError, ErrorCode
-from arka.iceberg import commit, keybuild, keyindex, runfiles, stagedkeys
+from arka.iceberg import commit, keybuild, keyindex, rowdelta, runfiles, stagedkeys
 from arka.iceberg.catalogs import catalog
 from arka.iceberg.control import drop_table, load_table
 from arka.iceberg.deletes import LiveFile, write_deletes
-from arka.iceberg.keybuild import KeyBuild
-from arka.iceberg.keyindex import KeyIndex
+from arka.iceberg.keybuild import BuildTerms, KeyBuild
+from arka.iceberg.keyindex import IndexUnusable, KeyIndex
 from arka.iceberg.keyscan import KeyScan
 from arka.iceberg.manifests import ManifestMemory
 from arka.iceberg.producer import snapshot_updates, stage_snapshot
-from arka.iceberg.rowdelta import KeyedTables
+from arka.iceberg.rowdelta import KeyedTable, KeyedTables
 from arka.iceberg.sqlcatalog import LeanSqlCatalog
 from arka.records import TableInfo
-from arka.storage.ports import CatalogUnavailable, CommitJob, CommitOutcome, TableMissing
+from arka.storage.ports import CatalogUnavailable, CommitJob, CommitOutcome, TableMissing, WorkUnfinished
 
 from .conftest import Lake
 
@@ -306,6 +306,10 @@ def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return read
 
 
+def one_file_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BuildTerms, "over", property(lambda _: True))
+
+
 def filled(lake: Lake, files: int) -> Writer:
     writer = Writer(lake)
     for number in range(files):
@@ -318,7 +322,7 @@ def filled(lake: Lake, files: int) -> Writer:
 def test_an_index_takes_as_many_jobs_as_it_needs(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each job goes on where the one before ended; each file is read once."""
     writer = filled(lake, 7)
-    lake.config = replace(lake.config, index_build_s=0.0)
+    one_file_a_job(monkeypatch)
     read = count_reads(monkeypatch)
     job = writer.job({0: "new", 20: "new", 21: "new"})
     for done in range(1, 7):
@@ -335,7 +339,7 @@ def test_an_index_takes_as_many_jobs_as_it_needs(lake: Lake, monkeypatch: pytest
 def test_others_commit_while_an_index_is_made(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was read of files that are still as they were is not read again."""
     writer = filled(lake, 6)
-    lake.config = replace(lake.config, index_build_s=0.0)
+    one_file_a_job(monkeypatch)
     read = count_reads(monkeypatch)
     job = writer.job({0: "new", 30: "new"})
     for number in range(4):
@@ -363,7 +367,7 @@ def test_others_commit_while_an_index_is_made(lake: Lake, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("small_parts", [False, True])
-@pytest.mark.parametrize("step", ["write_run", "merge_runs", "_note", "_unlink", "begin"])
+@pytest.mark.parametrize("step", ["write_run", "merge_runs", "_note", "_unlink", "_remove_files", "begin"])
 def test_death_while_an_index_is_made(
     lake: Lake, step: str, small_parts: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -409,17 +413,17 @@ def test_death_while_an_index_is_made(
 
 
 @pytest.mark.parametrize("note", [b"", bytes(4), bytes(100), b"garbage"])
-def test_a_note_that_is_none(lake: Lake, note: bytes) -> None:
+def test_a_note_that_is_none(lake: Lake, note: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """A note of any bytes costs reading again; what cannot be removed beside it does no harm."""
     writer = filled(lake, 3)
     (writer.folder / "lost+found").mkdir(parents=True)
-    lake.config = replace(lake.config, index_build_s=0.0)
+    one_file_a_job(monkeypatch)
     job = writer.job({0: "new"})
     with pytest.raises(CatalogUnavailable):
         commit.commit(lake.config, job)
     (writer.folder / "building" / "note").write_bytes(note)
     new_worker()
-    lake.config = replace(lake.config, index_build_s=60.0)
+    monkeypatch.undo()
     writer.run(job)
     assert len(writer.rows) == 9
 
@@ -496,7 +500,7 @@ def test_the_time_for_an_index_is_that_of_a_job(lake: Lake, monkeypatch: pytest.
         return read(self, path, deletes)
 
     monkeypatch.setattr(KeyScan, "read", slowly)
-    monkeypatch.setattr(commit.time, "monotonic", lambda: now)
+    monkeypatch.setattr(keybuild.time, "monotonic", lambda: now)
 
     def win() -> None:
         for number in range(4):
@@ -515,10 +519,10 @@ def test_the_time_for_an_index_is_that_of_a_job(lake: Lake, monkeypatch: pytest.
     assert writer.lsn == job.staged.through_lsn
 
 
-def test_damaged_parts_are_read_again(lake: Lake) -> None:
+def test_damaged_parts_are_read_again(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
     """A flipped byte in what an earlier job left is noticed, and costs its time alone."""
     pick = random.Random(1)
-    lake.config = replace(lake.config, index_build_s=0.0)
+    one_file_a_job(monkeypatch)
     for _ in range(12):
         name = f"t{pick.randrange(2**32)}"
         writer = Writer.__new__(Writer)
@@ -542,6 +546,122 @@ def test_damaged_parts_are_read_again(lake: Lake) -> None:
                 continue
             break
         assert len(writer.rows) == 13
+
+
+def test_a_merge_is_done_where_nobody_waits(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All keys of a large table are merged apart, also where the parts were all there at the beginning."""
+    writer = filled(lake, 4)
+    monkeypatch.setattr(keybuild, "_PART_ENTRIES", 3)
+    monkeypatch.setattr(keybuild, "_MERGE_HERE", 11)
+    read = count_reads(monkeypatch)
+    job = writer.job({0: "new"})
+    for _ in range(2):
+        with pytest.raises(WorkUnfinished, match="to be merged"):
+            commit.commit(lake.config, job)
+        new_worker()
+    lake.config = replace(lake.config, apart=True)
+    writer.run(job)
+    assert len(read) == 4
+    assert not commit._keyed._open, "what is merged away later would stay mapped"
+    assert len(writer.rows) == 12
+
+
+def test_many_parts_are_merged_in_rounds(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There may be more parts than a process may map; older rows of others come through."""
+    writer = filled(lake, 9)
+    writer.others_append((1, "theirs"), (4, "theirs"), (4, "again"))
+    writer.others_append((1, "last"), (26, "theirs"))
+    monkeypatch.setattr(keybuild, "_PART_ENTRIES", 1)
+    monkeypatch.setattr(keybuild, "_MERGE_PARTS", 3)
+    writer.upsert(k1="new", k4="new", k26="new")
+    expected = {3 * number + key: str(number) for number in range(9) for key in range(3)}
+    assert writer.rows == sorted((expected | {1: "new", 4: "new", 26: "new"}).items())
+    new_worker()
+    writer.delete(1, 2)
+    assert {1, 2}.isdisjoint(row[0] for row in writer.rows)
+
+
+def test_killed_merges_leave_nothing(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often a merge is killed, the disk has what it wrote once; after some times the parts are read again."""
+    writer = filled(lake, 4)
+    monkeypatch.setattr(keybuild, "_PART_ENTRIES", 3)
+    read = count_reads(monkeypatch)
+    job = writer.job({0: "new"})
+    sizes = []
+    for _ in range(7):
+        with monkeypatch.context() as patched:
+            merge = keybuild.merge_runs
+
+            def killed(*args: Any, merge: Callable[..., Any] = merge, **named: Any) -> Any:
+                merge(*args, **named)
+                # As SIGKILL: what cleans up does not run.
+                patched.setattr(os, "unlink", lambda _: None)
+                raise Died
+
+            patched.setattr(keybuild, "merge_runs", killed)
+            with pytest.raises(Died):
+                commit.commit(lake.config, job)
+        new_worker()
+        sizes.append(sum(1 for path in writer.folder.rglob("*") if path.is_file()))
+    # Parts, note, and the two runs of the last merge.
+    assert max(sizes) <= 4 + 1 + 2
+    assert len(read) == 3 * 4
+    writer.run(job)
+    assert len(writer.rows) == 12
+
+
+def test_parts_that_come_to_nothing_are_given_up(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An index that is no use as soon as it is made takes its parts with it."""
+    writer = filled(lake, 3)
+    job = writer.job({0: "new"})
+    with monkeypatch.context() as patched:
+        patched.setattr(KeyIndex, "path_of", lambda *_: (_ for _ in ()).throw(IndexUnusable("wrong")))
+        with pytest.raises(ArkaError, match="cannot be told"):
+            commit.commit(lake.config, job)
+    assert not (writer.folder / "building").exists()
+    writer.run(job)
+    assert len(writer.rows) == 9
+
+
+def test_time_before_the_reading_counts_for_it(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job whose table has many manifests, or a slow catalog, reads for as long as these took."""
+    writer = filled(lake, 8)
+    now = 0.0
+    read, resolve = KeyScan.read, KeyedTable.resolve
+
+    def slow_read(self: KeyScan, path: str, deletes: tuple[str, ...]) -> Any:
+        nonlocal now
+        now += 1.0
+        return read(self, path, deletes)
+
+    def slow_resolve(self: KeyedTable, *args: Any) -> Any:
+        nonlocal now
+        now += 4.0
+        return resolve(self, *args)
+
+    monkeypatch.setattr(KeyScan, "read", slow_read)
+    monkeypatch.setattr(KeyedTable, "resolve", slow_resolve)
+    monkeypatch.setattr(keybuild.time, "monotonic", lambda: now)
+    job = writer.job({0: "new"})
+    with pytest.raises(WorkUnfinished, match="4 of 8"):
+        commit.commit(lake.config, job)
+    writer.run(job)
+    assert len(writer.rows) == 24
+
+
+def test_manifests_are_read_once_while_an_index_is_made(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each job that goes on with an index knows the table's files from the one before."""
+    writer = filled(lake, 5)
+    one_file_a_job(monkeypatch)
+    made: list[object] = []
+    files = rowdelta._read_files
+    monkeypatch.setattr(rowdelta, "_read_files", lambda *args: made.append(args) or files(*args))
+    job = writer.job({0: "new"})
+    for _ in range(4):
+        with pytest.raises(WorkUnfinished):
+            commit.commit(lake.config, job)
+    writer.run(job)
+    assert len(made) == 1
 
 
 # -- whose index it is -----------------------------------------------------------------------------
@@ -673,10 +793,10 @@ def test_what_the_disk_cannot_read_is_made_again(lake: Lake, name: str, monkeypa
     if name == "journal":
         writer.upsert(k1="x")
     else:
-        lake.config = replace(lake.config, index_build_s=0.0)
-        with pytest.raises(CatalogUnavailable):
-            commit.commit(lake.config, writer.job({1: "x"}))
-        lake.config = replace(lake.config, index_build_s=60.0)
+        with monkeypatch.context() as patched:
+            one_file_a_job(patched)
+            with pytest.raises(CatalogUnavailable):
+                commit.commit(lake.config, writer.job({1: "x"}))
     new_worker()
     read = Path.read_bytes
     bad = [writer.folder / name]

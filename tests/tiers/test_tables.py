@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 from dataclasses import replace
 from functools import partial
+from uuid import UUID
 
 import pytest
 import trio
 from trio.testing import MockClock
 
-from arka.errors import ArkaError, ErrorCode, Fenced, Unavailable
+from arka.errors import ArkaError, ErrorCode, Fenced, InternalError, Unavailable
 from arka.options import KIB
 from arka.records import TableDefinition, TableName, Tier
-from arka.storage.ports import CommitMark
+from arka.storage.ports import CatalogUnavailable, CommitMark
 from arka.testing.simnode import NAME, SimNode, create_table, with_options, write, write_all
 from arka.testing.simstore import Fault, Outcome
+from arka.testing.simworld import ProcessCatalog
 from arka.testing.simwriters import SCHEMA
 from arka.tiers.pipeline import Pipeline
 from arka.tiers.table import Table, TableState
@@ -149,6 +151,91 @@ async def test_drop_of_a_table_that_others_made_unusable_is_finished(
         node.catalog.unusable.clear()
         await write_all(pipeline, await create_table(pipeline), range(3), Tier.ICEBERG_COMMITTED)
     assert node.ids() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("became", ["unusable", "unreadable"])
+async def test_drop_of_a_table_that_others_renamed_is_finished(autojump_clock: MockClock, became: str) -> None:
+    """A table whose drop is in the log does not come back under another name (R5)."""
+    node = SimNode()
+    async with node.run() as pipeline:
+        table = await create_table(pipeline)
+        await write_all(pipeline, table, range(5), Tier.ICEBERG_COMMITTED)
+        await begin_drop(node, pipeline, table)
+    node.weather.away = False
+    found = node.catalog._tables.pop(NAME)
+    found.info = replace(found.info, name=OTHER)
+    node.catalog._tables[OTHER] = found
+    if became == "unusable":
+        node.catalog.unusable[OTHER] = "it has format version 3"
+    else:
+        node.catalog.unreadable.add(OTHER)
+    async with node.run() as pipeline:
+        await trio.sleep(100)
+    node.catalog.unusable.clear()
+    node.catalog.unreadable.clear()
+    async with node.run() as pipeline:
+        await trio.sleep(100)
+        assert pipeline.tables.listed() == []
+        assert OTHER not in node.catalog._tables
+
+
+@pytest.mark.parametrize("what", ["drop_table", "forget_others"])
+@pytest.mark.parametrize("error", [InternalError("TypeError: a bug"), CatalogUnavailable("ForbiddenError: 403")])
+@pytest.mark.parametrize("state", ["usable", "unusable", "unreadable"])
+async def test_one_table_of_which_nothing_can_be_made(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, what: str, error: Exception, state: str
+) -> None:
+    """A drop that the catalog never does, or leftovers that cannot be removed, keep no other table waiting."""
+    node = SimNode()
+    async with node.run() as pipeline:
+        table = await create_table(pipeline)
+        await write_all(pipeline, await create_table(pipeline, OTHER), range(5), Tier.ICEBERG_COMMITTED)
+        await begin_drop(node, pipeline, table)
+    node.weather.away = False
+    if state == "unusable":
+        node.catalog.unusable[NAME] = "it has format version 3"
+    elif state == "unreadable":
+        node.catalog.unreadable.add(NAME)
+
+    async def fail(*_: object, **__: object) -> None:
+        await trio.sleep(0.1)
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ProcessCatalog, what, fail)
+        async with node.run() as pipeline:
+            other = await pipeline.tables.find(OTHER)
+            with trio.fail_after(100):
+                await write_all(pipeline, other, range(5, 8), Tier.ICEBERG_COMMITTED)
+            if what == "drop_table":
+                with pytest.raises(ArkaError, match=r"dropped|format version|cannot be"):
+                    await create_table(pipeline)
+    node.catalog.unreadable.clear()
+    async with node.run():
+        await trio.sleep(100)
+        assert NAME not in node.catalog._tables
+
+
+async def test_leftovers_of_tables_that_others_dropped(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the disk keeps of a table goes once a start does not find it; of the others it stays."""
+    node = SimNode()
+    async with node.run() as pipeline:
+        gone = await create_table(pipeline)
+        other = await create_table(pipeline, OTHER)
+        await write_all(pipeline, gone, range(5), Tier.ICEBERG_COMMITTED)
+    node.catalog.remove(NAME)
+    kept: list[frozenset[UUID]] = []
+
+    async def forget(_: object, tables: frozenset[UUID]) -> None:
+        await trio.sleep(0.1)
+        kept.append(tables)
+
+    monkeypatch.setattr(ProcessCatalog, "forget_others", forget)
+    async with node.run():
+        await trio.sleep(100)
+    assert kept == [frozenset([other.info.uuid])]
 
 
 async def test_unusable_table_that_arka_never_knew(autojump_clock: MockClock) -> None:
