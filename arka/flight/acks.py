@@ -1,8 +1,8 @@
 """The acks of one stream: derived from its writes and the watermarks, encoded when the wire has room (T6).
 
-Owns: which ack is due next and its bytes. Does not own when a tier is reached (``arka.tiers``) nor how
-much may be sent (the transport asks with a budget). Acks that are not sent yet are state, not bytes:
-per write one LSN, its row count and the tier it asked for; per tier a cursor and the rises it has not used up.
+Owns: which ack is due next, and its bytes together with ``_core.acks``. Does not own when a tier is reached
+(``arka.tiers``) nor how much may be sent (the transport asks with a budget). Acks that are not sent yet are state, not
+bytes: per write one LSN, its row count and the tier it asked for; per tier a cursor and the rises it has not used up.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from typing import Final
 
 import pyarrow as pa
 
+from arka._core.acks import SPECIAL, encode_run
 from arka.errors import ErrorCode
 from arka.flight.messages import varint
 from arka.records import Tier
 from arka.tiers.watermarks import Advance, now_us
 
 _TIERS: Final = tuple(Tier)
+#: Above every LSN: what has reached the memory tier.
+_ALL: Final = 2**63 - 1
 #: Acked writes are dropped from the arrays in steps of this many, so that the cost of it stays small.
 _TRIM_WRITES: Final = 4096
 
@@ -66,6 +69,14 @@ _BATCH_HEADER: Final = _field(
 )
 
 
+#: What an ack's message begins with: the tag of its text is the last byte.
+_HEADS: Final = {
+    AckForm.METADATA: b"\x1a",
+    AckForm.BATCH: _BATCH_HEADER + b"\x1a",
+    AckForm.PUT_RESULT: b"\x0a",
+}
+
+
 def _message(payload: bytes) -> bytes:
     """Prefix a gRPC message with its flag byte and length."""
     return b"\0" + len(payload).to_bytes(4, "big") + payload
@@ -83,7 +94,8 @@ class AckQueue:
         """Start empty, and without knowing how far any tier is: ``advance`` says so."""
         self.form = AckForm.METADATA
         self.coalesce = False
-        # Invariant: _lsns[i] belongs to sequence _base + i; 0 marks a rejection.
+        # Invariant: _lsns[i] belongs to sequence _base + i; 0 marks a rejection. A tier has the bit SPECIAL where the
+        # sequence is, or was, in _special.
         self._base = 0
         self._lsns = array("q")
         self._rows = array("q")
@@ -109,6 +121,10 @@ class AckQueue:
         """How many writes still have an ack to come or to go out."""
         return self.writes - self._first_open()
 
+    def fewer_than(self, limit: int) -> bool:
+        """Whether fewer writes than this still have an ack to come or to go out."""
+        return self.writes - self._cursor[Tier.ICEBERG_COMMITTED] < limit or self.unsent < limit
+
     @property
     def unread(self) -> int:
         """How many writes have a memory ack that is due and that the client makes no room for."""
@@ -122,7 +138,7 @@ class AckQueue:
         for tier in _TIERS[1:]:
             risen = self._rises[tier][-1].lsn
             for sequence in range(self._cursor[tier], self._cursor[tier - 1]):
-                if self._requested[sequence - self._base] >= tier:
+                if self._tier_of(sequence) >= tier:
                     if self._lsns[sequence - self._base] <= risen:
                         return True
                     break
@@ -141,12 +157,12 @@ class AckQueue:
     def duplicate(self, lsn: int, rows: int, requested: Tier, code: ErrorCode | None) -> int:
         """Note a write whose key had been seen; ``lsn`` is the first write's."""
         self._special[self.writes] = Duplicate(code)
-        return self._append(lsn, rows, requested)
+        return self._append(lsn, rows, requested | SPECIAL)
 
     def reject(self, code: ErrorCode, detail: str) -> int:
         """Note a write that is not in the table and never will be; returns its sequence."""
         self._special[self.writes] = Rejection(code, detail)
-        return self._append(0, 0, Tier.MEMORY)
+        return self._append(0, 0, Tier.MEMORY | SPECIAL)
 
     def handshake(self, marks: dict[Tier, int]) -> None:
         """Answer ``resume_after_lsn``: one ack per tier with sequence -1 (protocol 3.3)."""
@@ -196,7 +212,7 @@ class AckQueue:
             out.insert(0, _message(_SCHEMA_HEADER))
         return b"".join(out)
 
-    def _append(self, lsn: int, rows: int, requested: Tier) -> int:
+    def _append(self, lsn: int, rows: int, requested: int) -> int:
         sequence = self.writes
         self._lsns.append(lsn)
         self._rows.append(rows)
@@ -215,68 +231,89 @@ class AckQueue:
         return self.writes
 
     def _closed(self, sequence: int) -> bool:
-        return sequence < self._cursor[self._requested[sequence - self._base]]
+        return sequence < self._cursor[self._tier_of(sequence)]
+
+    def _tier_of(self, sequence: int) -> int:
+        """The tier that a write asked for."""
+        return self._requested[sequence - self._base] & ~SPECIAL
 
     def _take_tier(self, tier: Tier, left: int, out: list[bytes]) -> int:
         """Encode what is due for one tier; returns what is left of the budget."""
         sequence = self._cursor[tier]
         limit = self.writes if tier is Tier.MEMORY else self._cursor[tier - 1]
         rises = self._rises[tier]
-        pending: tuple[int, int, int, int, int | None] | None = None  # a coalesced ack that is not out yet
+        pending = b""  # a coalesced ack that is not out yet
         while sequence < limit and left > 0:
-            index = sequence - self._base
-            if self._requested[index] < tier:
+            special = self._requested[sequence - self._base] & SPECIAL and self._tier_of(sequence) >= tier
+            rise = self._rise_for(tier, sequence) if special else rises[0]
+            if rise is None:
+                break
+            if special:
+                left -= self._emit(out, pending)
+                pending = b""
+                left -= self._emit(out, self._encode_special(tier, sequence, rise))
                 sequence += 1
                 continue
-            lsn = self._lsns[index]
-            special = self._special.get(sequence)
-            if isinstance(special, Rejection):
-                if pending is not None:
-                    left -= self._emit_pending(tier, pending, out)
-                    pending = None
-                left -= self._emit(out, self._encode(tier, lsn, now_us(), sequence, None, special.code, special.detail))
-                del self._special[sequence]
-                sequence += 1
-                continue
-            if tier is Tier.MEMORY:
-                timestamp_us, snapshot_id = self._accepted_us, None
+            data, index = self._encode_run(tier, sequence, limit, rise, left)
+            if self.coalesce:
+                pending = data or pending
             else:
-                while rises[0].lsn < lsn and len(rises) > 1:
-                    rises.popleft()
-                if rises[0].lsn < lsn:
+                left -= self._emit(out, data)
+            sequence = self._base + index
+            if sequence < limit and left > 0 and not self._requested[index] & SPECIAL:
+                # It waits for a later rise, if there is one.
+                if len(rises) == 1 or tier is Tier.MEMORY:
                     break
-                timestamp_us, snapshot_id = rises[0].timestamp_us, rises[0].snapshot_id
-            rows = self._rows[index]
-            if self.coalesce and special is None:
-                pending = (lsn, timestamp_us, sequence, rows, snapshot_id)
-            else:
-                if pending is not None:
-                    left -= self._emit_pending(tier, pending, out)
-                    pending = None
-                code = special.code if special is not None else None
-                left -= self._emit(
-                    out,
-                    self._encode(
-                        tier,
-                        lsn,
-                        timestamp_us,
-                        sequence,
-                        rows,
-                        code,
-                        None,
-                        snapshot_id,
-                        duplicate=special is not None,
-                    ),
-                )
-            sequence += 1
-        if pending is not None:
-            left -= self._emit_pending(tier, pending, out)
+                rises.popleft()
+        self._emit(out, pending)
         self._cursor[tier] = sequence
-        return left
+        return left - len(pending)
 
-    def _emit_pending(self, tier: Tier, pending: tuple[int, int, int, int, int | None], out: list[bytes]) -> int:
-        lsn, timestamp_us, sequence, rows, snapshot_id = pending
-        return self._emit(out, self._encode(tier, lsn, timestamp_us, sequence, rows, None, None, snapshot_id))
+    def _rise_for(self, tier: Tier, sequence: int) -> Advance | None:
+        """The rise that a write's ack tells; None if the tier has not come to it."""
+        rises = self._rises[tier]
+        lsn = self._lsns[sequence - self._base]
+        if tier is Tier.MEMORY:
+            return rises[0]
+        while rises[0].lsn < lsn and len(rises) > 1:
+            rises.popleft()
+        return None if rises[0].lsn < lsn else rises[0]
+
+    def _encode_run(self, tier: Tier, sequence: int, limit: int, rise: Advance, budget: int) -> tuple[bytes, int]:
+        """Encode the common acks from one write on, as far as a rise goes; returns them, and the index behind them."""
+        in_memory = tier is Tier.MEMORY
+        timestamp_us = self._accepted_us if in_memory else rise.timestamp_us
+        tail = "}" if in_memory or rise.snapshot_id is None else f',"snapshot_id":"{rise.snapshot_id}"}}'
+        return encode_run(
+            self._lsns,
+            self._rows,
+            self._requested,
+            sequence - self._base,
+            limit - self._base,
+            tier=tier,
+            through_lsn=_ALL if in_memory else rise.lsn,
+            first_sequence=self._base,
+            head=_HEADS[self.form],
+            middle=_middle(tier, timestamp_us, "null").encode(),
+            tail=tail.encode(),
+            last_only=self.coalesce,
+            budget=budget,
+        )
+
+    def _encode_special(self, tier: Tier, sequence: int, rise: Advance) -> bytes:
+        """Encode the ack of a write that was rejected, which ends it, or whose key was known."""
+        special = self._special[sequence]
+        index = sequence - self._base
+        lsn = self._lsns[index]
+        if isinstance(special, Rejection):
+            del self._special[sequence]
+            return self._encode(tier, lsn, now_us(), sequence, None, special.code, special.detail)
+        if tier is Tier.MEMORY:
+            timestamp_us, snapshot_id = self._accepted_us, None
+        else:
+            timestamp_us, snapshot_id = rise.timestamp_us, rise.snapshot_id
+        rows = self._rows[index]
+        return self._encode(tier, lsn, timestamp_us, sequence, rows, special.code, None, snapshot_id, duplicate=True)
 
     def _take_failed(self, left: int, out: list[bytes]) -> None:
         """Give the failure to each write that is still open, in order."""
@@ -307,9 +344,10 @@ class AckQueue:
         del self._lsns[:done], self._rows[:done], self._requested[:done]
         self._base += done
 
-    def _emit(self, out: list[bytes], message: bytes) -> int:
-        out.append(message)
-        return len(message)
+    def _emit(self, out: list[bytes], data: bytes) -> int:
+        if data:
+            out.append(data)
+        return len(data)
 
     def _encode(
         self,
@@ -324,10 +362,8 @@ class AckQueue:
         *,
         duplicate: bool = False,
     ) -> bytes:
-        text = (
-            f'{{"lsn":{lsn},"durability_level":"{tier.word}","timestamp_us":{timestamp_us},'
-            f'"error":{"null" if error is None else json.dumps(error)},"sequence":{sequence}'
-        )
+        text = f'{{"lsn":{lsn}'
+        text += _middle(tier, timestamp_us, "null" if error is None else json.dumps(error)) + str(sequence)
         if rows is not None:
             text += f',"rows":{rows}'
         if code is not None:
@@ -337,13 +373,12 @@ class AckQueue:
         if snapshot_id is not None:
             text += f',"snapshot_id":"{snapshot_id}"'
         body = (text + "}").encode()
-        match self.form:
-            case AckForm.METADATA:
-                return _message(_field(b"\x1a", body))
-            case AckForm.BATCH:
-                return _message(_BATCH_HEADER + _field(b"\x1a", body))
-            case AckForm.PUT_RESULT:
-                return _message(_field(b"\x0a", body))
+        return _message(_HEADS[self.form] + varint(len(body)) + body)
+
+
+def _middle(tier: Tier, timestamp_us: int, error: str) -> str:
+    """The JSON text of an ack between its LSN and its sequence."""
+    return f',"durability_level":"{tier.word}","timestamp_us":{timestamp_us},"error":{error},"sequence":'
 
 
 __all__ = ["AckForm", "AckQueue", "Duplicate", "Rejection"]

@@ -49,7 +49,7 @@ class IpcMessage(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class DecodedBatch:
     """A batch that the table can hold.
 

@@ -15,7 +15,7 @@ from arka.tiers.watermarks import Watermark
 from arka.wal.writer import AppendedRange, WalWriter
 
 #: So many frame bytes are worth a group of their own.
-_COMPANY_BYTES: Final = 1 << 20
+_COMPANY_BYTES: Final = 8 << 20
 
 
 class DiskTier:

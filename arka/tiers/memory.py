@@ -30,7 +30,7 @@ class Releasable(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Appended:
     """What became of a write: its LSN, or the first write's when the key was known."""
 
