@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import sys
 
+from bench import keys as keys
+from bench import replay as replay
 from bench import tiers as tiers
+from bench import transforms as transforms
 from bench import transport as transport
 from bench import upserts as upserts
 from bench.harness import run

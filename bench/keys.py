@@ -1,42 +1,32 @@
-"""Measure the index of idempotency keys: memory per key, time per lookup and insert, pauses.
-
-    python bench/keys.py [--keys N] [--only WORD]
+"""The index of idempotency keys: memory per key, time per lookup and insert, pauses.
 
 The floor is what one would write without a table of one's own: a Python dict from the key to a tuple. Each side runs
 in a process of its own, so that the growth of its resident memory is its own; keys are made anew for each question,
 in blocks, and their making is not timed. Times are the thread's own: on a busy machine the wall clock shows the
-others. Reported per side:
+others.
 
-    insert    what a new keyed write costs: looked up in vain, then put in; nanoseconds, mean
-    hit       a key that is there
-    miss      a key that is not
-    pause     what the slowest 100,000 inserts took longer than the median ones: an index grew; milliseconds
-    expire    one key less, oldest first; nanoseconds, mean
-    RSS       growth of resident memory with all keys in, and after all but a hundredth have gone
-
-The last line is the same as JSON.
+Environment: ``BENCH_KEYS`` makes the index smaller than ten million keys, for a quick look.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import multiprocessing
 import os
-import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 from arka.tiers.keys import KeyIndex
+from bench.harness import Result, measurement
 
 TABLE = UUID(int=1)
 #: Keys that are made at a time: what they take themselves must not show in what the index takes.
 BLOCK = 100_000
+KEYS = max(int(os.environ.get("BENCH_KEYS", 10_000_000)) // BLOCK, 1) * BLOCK
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -143,28 +133,32 @@ def measure(name: str, count: int) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keys", type=int, default=10_000_000, help=f"a multiple of {BLOCK}")
-    parser.add_argument("--only", default="", help="measure the sides whose name has this in it")
-    options = parser.parse_args()
-    results = {}
+#: What is measured: its name in ``measure``, unit, and what it is.
+FIGURES = {
+    "bytes_per_key": ("bytes", "growth of resident memory for each key"),
+    "insert_ns": ("ns", "what a new keyed write costs: looked up in vain, then put in, mean"),
+    "hit_ns": ("ns", "a key that is there, mean"),
+    "miss_ns": ("ns", "a key that is not, mean"),
+    "expire_ns": ("ns", "one key less, oldest first, mean"),
+    "pause_ms": ("ms", f"what the slowest {BLOCK:,} inserts took longer than the median ones: an index grew"),
+}
+
+
+@measurement("keys")
+def keys() -> Iterator[Result]:
+    """An index of ten million idempotency keys."""
+    found: dict[str, dict[str, float]] = {}
     for name in SIDES:
-        if options.only in name:
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                results[name] = pool.apply(measure, (name, options.keys))
-            print(f"{name:6}" + "".join(f" {what} {value:,}" for what, value in results[name].items()))
-    print(
-        json.dumps(
-            {
-                "benchmark": "keys",
-                "keys": options.keys,
-                "python": platform.python_version(),
-                "sides": results,
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            found[name] = pool.apply(measure, (name, KEYS))
+    for figure, (unit, what) in FIGURES.items():
+        name = "keys-rss" if unit == "bytes" else f"keys-{figure.removesuffix(f'_{unit}')}"
+        result = Result(name, f"idempotency keys, {KEYS:,} of them: {what}", unit, "a dict from key to tuple")
+        result.values, result.floors = [found["arka"][figure]], [found["dict"][figure]]
+        if figure == "bytes_per_key":
+            result.notes = {
+                f"MiB, {side}, {when}": found[side][key]
+                for side in SIDES
+                for key, when in (("rss_mib", "all keys"), ("rss_after_mib", "all but a hundredth gone"))
             }
-        )
-    )
-
-
-if __name__ == "__main__":
-    main()
+        yield result

@@ -1,24 +1,19 @@
-"""Measure partition transforms and the split of a batch against pyiceberg's own way.
+"""Partition transforms and the split of a batch, against pyiceberg's own way.
 
-    python bench/transforms.py [--rows N] [--rounds N] [--only WORD]
+The floor of a transform is pyiceberg-core's Rust (``Transform.pyarrow_transform``) on the same arrays. The floor of a
+split is the same Rust, a stable argsort of the combined keys in numpy, one take and slices: what one would write today
+without a loop of one's own (pyiceberg's ``_determine_partitions`` filters the batch once per partition and takes
+several times as long).
 
-The floor of a transform is pyiceberg-core's Rust (``Transform.pyarrow_transform``) on the same array. The
-floor of a split is the same Rust, a stable argsort of the combined keys in numpy, one take and slices:
-what one would write today without a loop of one's own (pyiceberg's ``_determine_partitions`` filters
-the batch once per partition and takes several times as long).
-
-Both sides run in turn, one round after another, so that a noisy machine is noisy to both. Reported are
-medians and the ratio of medians; above 1 Arka is faster. The last line is the same as JSON.
+A figure is over all arrays of its transform, or all splits; the notes have the ratio of each.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,11 +23,49 @@ import pyiceberg.transforms as iceberg
 from pyiceberg.types import LongType
 
 from arka._core.transforms import parse_transform, split_batch
+from bench.harness import Result, measurement, pairs
 
-Cases = dict[str, tuple[Callable[[], Any], Callable[[], Any]]]
+ROWS = 1_000_000
+ROUNDS = 9
 
 #: pyiceberg's wrapper takes a source type and does not look at it.
 ANY_TYPE = LongType()
+
+#: Columns of each transform, its ``[N]``, and the target.
+TRANSFORMS: dict[str, tuple[str, dict[str, str]]] = {
+    "bucket": (
+        ">= 3.0",
+        {
+            "timestamp": "[16]",
+            "date": "[16]",
+            "int": "[16]",
+            "long": "[16]",
+            "long, 10% null": "[13]",
+            "decimal(22,2)": "[16]",
+            "string of 12": "[16]",
+            "string of 40": "[16]",
+            "binary of 16": "[16]",
+            "fixed(16)": "[16]",
+        },
+    ),
+    "year": (">= 3.0", {"timestamp": "", "date": ""}),
+    "month": (">= 3.0", {"timestamp": "", "date": ""}),
+    "day": (">= 1.2", {"timestamp": ""}),
+    "hour": (">= 1.2", {"timestamp": ""}),
+    "truncate": (
+        ">= 1.2",
+        {
+            "int": "[100]",
+            "long": "[100]",
+            "long, 10% null": "[100]",
+            "decimal(22,2)": "[50]",
+            "string of 12": "[4]",
+            "string of 40": "[12]",
+            "string, not ASCII": "[4]",
+            "binary of 16": "[4]",
+        },
+    ),
+}
 
 
 def source_columns(rows: int) -> dict[str, pa.Array]:
@@ -59,31 +92,63 @@ def source_columns(rows: int) -> dict[str, pa.Array]:
     }
 
 
-TRANSFORMS = {
-    "timestamp": ["year", "month", "day", "hour", "bucket[16]", "bucket[13]"],
-    "date": ["year", "month", "bucket[16]"],
-    "int": ["bucket[16]", "truncate[100]"],
-    "long": ["bucket[16]", "truncate[100]"],
-    "long, 10% null": ["bucket[16]", "truncate[100]"],
-    "decimal(22,2)": ["bucket[16]", "truncate[50]"],
-    "string of 12": ["bucket[16]", "truncate[4]"],
-    "string of 40": ["bucket[16]", "truncate[4]", "truncate[12]"],
-    "string, not ASCII": ["truncate[4]", "truncate[12]"],
-    "binary of 16": ["bucket[16]", "truncate[4]"],
-    "fixed(16)": ["bucket[16]"],
-}
+@dataclass
+class Case:
+    """The same work for both sides.
+
+    Attributes:
+        rows: how many it is about.
+        ours: does it once.
+        floor: does it once.
+        seconds: what each run took, by side.
+    """
+
+    rows: int
+    ours: Callable[[], Any]
+    floor: Callable[[], Any]
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {"ours": [], "floor": []})
+
+    def run(self, side: str) -> float:
+        """Do it once; returns seconds."""
+        call = self.ours if side == "ours" else self.floor
+        started = time.perf_counter()
+        call()
+        taken = time.perf_counter() - started
+        self.seconds[side].append(taken)
+        return taken
 
 
-def transform_cases(columns: dict[str, pa.Array]) -> Cases:
-    """Pair each transform with pyiceberg-core's."""
-    cases: Cases = {}
-    for kind, texts in TRANSFORMS.items():
-        array = columns[kind]
-        for text in texts:
-            ours = parse_transform(text).apply
-            floor = iceberg.parse_transform(text).pyarrow_transform(ANY_TYPE)
-            cases[f"{text} of {kind}"] = (lambda f=ours, a=array: f(a), lambda f=floor, a=array: f(a))
-    return cases
+def compare(result: Result, cases: dict[str, Case]) -> Result:
+    """Run all cases on both sides in turn."""
+    rows = sum(case.rows for case in cases.values())
+
+    def side(word: str) -> float:
+        return rows / sum(case.run(word) for case in cases.values())
+
+    pairs(result, lambda: side("ours"), lambda: side("floor"), count=ROUNDS)
+    for name, case in cases.items():
+        ours, floor = (statistics.median(case.seconds[word][1:]) for word in ("ours", "floor"))
+        result.notes[f"ratio, {name}"] = round(floor / ours, 2)
+    return result
+
+
+@measurement("transforms")
+def transforms() -> Iterator[Result]:
+    """Each transform over all kinds of columns that it takes."""
+    columns = source_columns(ROWS)
+    for name, (target, sources) in TRANSFORMS.items():
+        what = f"{name} of {ROWS:,} rows each of {', '.join(sources) if len(sources) < 3 else f'{len(sources)} types'}"
+        result = Result(f"transform-{name}", what, "rows/s", "pyiceberg-core (Rust) on the same arrays", target)
+        yield compare(result, {kind: _transform(columns[kind], name + width) for kind, width in sources.items()})
+
+
+def _transform(array: pa.Array, text: str) -> Case:
+    ours = parse_transform(text).apply
+    floor = iceberg.parse_transform(text).pyarrow_transform(ANY_TYPE)
+    # In the last second of a day before 1970 pyiceberg-core 0.11 says the day after.
+    differ = pc.sum(pc.not_equal(floor(array), ours(array).cast(floor(array).type))).as_py() or 0
+    assert differ < ROWS * 1e-5, f"the two sides disagree about {differ} rows of {text}"
+    return Case(len(array), lambda: ours(array), lambda: floor(array))
 
 
 def floor_split(batch: pa.RecordBatch, fields: list[tuple[int, str]]) -> list[pa.RecordBatch]:
@@ -99,76 +164,31 @@ def floor_split(batch: pa.RecordBatch, fields: list[tuple[int, str]]) -> list[pa
     return [ordered.slice(start, end - start) for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def split_cases(columns: dict[str, pa.Array]) -> Cases:
-    """Pair splits of a batch of five columns (40 bytes a row) with the floor's."""
+@measurement("split")
+def split() -> Iterator[Result]:
+    """Batches of five columns, 40 bytes a row."""
+    columns = source_columns(ROWS)
     times = columns["timestamp, 11 days"]
-    numbers = columns["long"]
-    others = [columns["int"], columns["string of 12"], columns["date"]]
-    mixed = pa.record_batch([times, numbers, *others], list("abcde"))
-    in_order = pa.record_batch([times.take(pc.sort_indices(times)), numbers, *others], list("abcde"))
-    wanted = {
-        "bucket[16]": (mixed, [(1, "bucket[16]")]),
-        "day, 12 of them": (mixed, [(0, "day")]),
-        "day x bucket[16]": (mixed, [(0, "day"), (1, "bucket[16]")]),
-        "day, rows in order of time": (in_order, [(0, "day")]),
-        "day x bucket[16], 10,000 rows": (mixed.slice(0, 10_000), [(0, "day"), (1, "bucket[16]")]),
-    }
-    cases: Cases = {}
-    for name, (batch, texts) in wanted.items():
-        fields = [(column, parse_transform(text)) for column, text in texts]
-        if len(split_batch(batch, fields)) != len(floor_split(batch, texts)):
-            raise SystemExit(f"split by {name}: the two sides disagree")
-        cases[f"split by {name}"] = (
-            lambda b=batch, f=fields: split_batch(b, f),
-            lambda b=batch, t=texts: floor_split(b, t),
-        )
-    return cases
-
-
-def measure(ours: Callable[[], Any], floor: Callable[[], Any], rounds: int) -> tuple[float, float]:
-    """Run both sides in turn; return their median seconds."""
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for turn in range(rounds + 1):
-        for side, call in zip(seconds, (ours, floor), strict=True):
-            start = time.perf_counter()
-            call()
-            if turn:  # the first one warms allocator and caches
-                side.append(time.perf_counter() - start)
-    return statistics.median(seconds[0]), statistics.median(seconds[1])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--only", default="", help="run the cases whose name has this in it")
-    options = parser.parse_args()
-    columns = source_columns(options.rows)
-    cases = {**transform_cases(columns), **split_cases(columns)}
-    results = {}
-    print(f"{'case':44} {'arka ms':>9} {'floor ms':>9} {'ratio':>6}")
-    for name, (ours, floor) in cases.items():
-        if options.only in name:
-            mine, theirs = measure(ours, floor, options.rounds)
-            print(f"{name:44} {mine * 1e3:9.3f} {theirs * 1e3:9.3f} {theirs / mine:6.1f}")
-            results[name] = {
-                "arka_ms": round(mine * 1e3, 4),
-                "floor_ms": round(theirs * 1e3, 4),
-                "ratio": round(theirs / mine, 2),
-            }
-    print(
-        json.dumps(
-            {
-                "benchmark": "transforms",
-                "rows": options.rows,
-                "rounds": options.rounds,
-                "python": platform.python_version(),
-                "pyarrow": pa.__version__,
-                "cases": results,
-            }
-        )
+    others = [columns[kind] for kind in ("long", "int", "string of 12", "date")]
+    mixed = pa.record_batch([times, *others], list("abcde"))
+    in_order = pa.record_batch([times.take(pc.sort_indices(times)), *others], list("abcde"))
+    floor = "pyiceberg-core's transforms, numpy argsort, one take, slices"
+    both = [(0, "day"), (1, "bucket[16]")]
+    result = Result("split", f"{ROWS:,} rows split by day x bucket[16]", "rows/s", floor, ">= 2.0")
+    yield compare(result, {"day x bucket[16]": _split(mixed, both)})
+    result = Result("split-others", "the same by other fields, in order, and by 10,000 rows", "rows/s", floor)
+    yield compare(
+        result,
+        {
+            "bucket[16]": _split(mixed, [(1, "bucket[16]")]),
+            "day, 12 of them": _split(mixed, [(0, "day")]),
+            "day, rows in order of time": _split(in_order, [(0, "day")]),
+            "day x bucket[16], 10,000 rows": _split(mixed.slice(0, 10_000), both),
+        },
     )
 
 
-if __name__ == "__main__":
-    main()
+def _split(batch: pa.RecordBatch, texts: list[tuple[int, str]]) -> Case:
+    fields = [(column, parse_transform(text)) for column, text in texts]
+    assert len(split_batch(batch, fields)) == len(floor_split(batch, texts)), f"the two sides disagree about {texts}"
+    return Case(batch.num_rows, lambda: split_batch(batch, fields), lambda: floor_split(batch, texts))
