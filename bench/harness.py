@@ -17,6 +17,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +92,27 @@ class Result:
 
 
 Measurement = Callable[[], Iterator[Result]]
-#: Every measurement by name, in the order of the table.
+#: Every measurement by name, in the order of the table; filled by ``load``.
 MEASUREMENTS: dict[str, Measurement] = {}
+#: The modules that have them, in the order of the table.
+MODULES = (
+    "bench.transport",
+    "bench.tiers",
+    "bench.upserts",
+    "bench.keys",
+    "bench.transforms",
+    "bench.replay",
+    "bench.peers.nats",
+    "bench.peers.kafka",
+    "bench.peers.pyiceberg_append",
+    "bench.sweeps",
+)
+
+
+def load() -> None:
+    """Import all modules that have measurements."""
+    for module in MODULES:
+        import_module(module)
 
 
 def measurement(name: str) -> Callable[[Measurement], Measurement]:
@@ -134,18 +155,24 @@ def machine() -> dict[str, Any]:
 
 def run(names: list[str]) -> int:
     """Run measurements by name, or all; prints a line each and appends them to ``results.jsonl``."""
+    load()
     unknown = [name for name in names if name not in MEASUREMENTS]
     if unknown:
         sys.stderr.write(f"unknown: {', '.join(unknown)}; there are {', '.join(MEASUREMENTS)}\n")
         return 2
     for name in names or MEASUREMENTS:
         for result in MEASUREMENTS[name]():
-            line = json.dumps(result.as_json())
-            with RESULTS.open("a") as file:
-                file.write(line + "\n")
-            sys.stdout.write(describe(result) + "\n")
-            sys.stdout.flush()
+            record(result, name)
     return 0
+
+
+def record(result: Result, name: str) -> None:
+    """Append a result to ``results.jsonl``, with the measurement that it is of, and print its line."""
+    measured = {"measurement": name, "measured_at": datetime.now(UTC).isoformat(timespec="seconds")}
+    with RESULTS.open("a") as file:
+        file.write(json.dumps(result.as_json() | measured) + "\n")
+    sys.stdout.write(describe(result) + "\n")
+    sys.stdout.flush()
 
 
 def describe(result: Result) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,10 +46,15 @@ class Pumped:
 
 
 def pump(
-    client: flight.FlightClient, batch: pa.RecordBatch, count: int, tier: str = "memory", acks: str = "each"
+    client: flight.FlightClient,
+    batch: pa.RecordBatch,
+    count: int,
+    tier: str = "memory",
+    acks: str = "each",
+    table: str = TABLE,
 ) -> Pumped:
     """Write a batch again and again on one stream while a thread reads the acks of each, up to a tier's."""
-    writer, reader = client.do_exchange(flight.FlightDescriptor.for_path(TABLE))
+    writer, reader = client.do_exchange(flight.FlightDescriptor.for_path(table))
     writer.write_metadata(json.dumps({"requested_durability": tier, "acks": acks}).encode())
     writer.begin(batch.schema)
     done = Pumped()
@@ -77,9 +83,15 @@ def pump(
 
 
 def pump_all(
-    location: str, batch: pa.RecordBatch, streams: int, count: int, tier: str = "memory", acks: str = "each"
+    location: str,
+    batch: pa.RecordBatch,
+    streams: int,
+    count: int,
+    tier: str = "memory",
+    acks: str = "each",
+    tables: Sequence[str] = (TABLE,),
 ) -> tuple[float, list[float]]:
-    """Pump several streams at once, each from a thread with the one client.
+    """Pump several streams at once, each from a thread with the one client; they take turns with the tables.
 
     Returns:
         Seconds from the first start to the last end, and each stream's batches a second.
@@ -90,7 +102,7 @@ def pump_all(
 
         def run(number: int) -> None:
             barrier.wait()
-            results[number] = pump(client, batch, count, tier, acks)
+            results[number] = pump(client, batch, count, tier, acks, tables[number % len(tables)])
 
         threads = [threading.Thread(target=run, args=(number,)) for number in range(streams)]
         for thread in threads:
