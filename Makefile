@@ -30,6 +30,10 @@ $(VENV)/.installed-test: pyproject.toml setup.py $(CORE)
 	$(call install,test)
 	@touch $(VENV)/.installed-demo
 
+$(VENV)/.installed-bench: pyproject.toml setup.py $(CORE)
+	$(call install,bench)
+	@touch $(VENV)/.installed-test $(VENV)/.installed-demo
+
 $(VENV)/.installed-demo: pyproject.toml setup.py $(CORE)
 	$(call install,demo)
 
@@ -87,8 +91,13 @@ outage: $(VENV)/.installed-test ## an object store away for 60 s under 50 MB/s o
 	$(PYTHON) -m tests.services.outage --outage-s 60 --mb-per-s 50
 
 .PHONY: bench
-bench: $(VENV)/.installed-test ## measurements beside their floors; BENCH="one-row upserts" for some of them
+bench: $(VENV)/.installed-bench ## measurements beside their floors, and bench/RESULTS.md; BENCH="one-row split" for some
 	$(PYTHON) -m bench $(BENCH)
+	$(PYTHON) -m bench.report
+
+.PHONY: bench-rss
+bench-rss: $(VENV)/.installed-bench ## memory over 30 minutes (BENCH_MINUTES) at half of the maximum rate
+	$(PYTHON) -m bench.rss
 
 .PHONY: docs
 docs: $(VENV)/.installed-test ## write the generated pages and tables again

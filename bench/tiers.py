@@ -108,7 +108,7 @@ def disk_throughput() -> Iterator[Result]:
                 before = written_bytes(server.pid)
                 count, seconds = pump_for(server.location, batch, 4, SECONDS, "disk")
                 shares.append((written_bytes(server.pid) - before) / (count * batch.nbytes))
-            return count * batch.nbytes / 1e6 / seconds
+            return float(count * batch.nbytes / 1e6 / seconds)
 
         def floor() -> float:
             taken = syncs(Path(folder), BLOCK, seconds=SECONDS)
