@@ -20,8 +20,12 @@ from bench.harness import Result, measurement, pairs
 
 FLOOR = "NATS JetStream, file store, sync_interval: always; nats-py, publish_async"
 SUBJECT = "load"
-#: Messages without an ack, of all writers together: the client's default for one. The server buffers 10,000.
+#: Messages without an ack, of all writers together: the client's default for one. The server refuses what is over
+#: 10,000 messages or 128 MiB.
 PENDING = 4_000
+PENDING_BYTES = 64_000_000
+#: Ends only what hangs: the client leaves a message that the server refused without an answer.
+TIMEOUT_S = 120
 
 
 class Nats(Service):
@@ -69,15 +73,16 @@ async def _publish(port: int, payload: bytes, writers: int, count: int) -> float
     manager = connections[0].jetstream()
     await manager.add_stream(name="load", subjects=[SUBJECT], storage=StorageType.FILE)
 
+    pending = min(PENDING, PENDING_BYTES // len(payload)) // writers
+
     async def run(number: int) -> None:
-        stream = connections[number].jetstream(publish_async_max_pending=max(1, PENDING // writers))
+        stream = connections[number].jetstream(publish_async_max_pending=pending)
         sent = [await stream.publish_async(SUBJECT, payload) for _ in range(count)]
-        # Also raises what the server refused.
         await asyncio.gather(*sent)
 
     loop = asyncio.get_running_loop()
     started = loop.time()
-    await asyncio.gather(*(run(number) for number in range(writers)))
+    await asyncio.wait_for(asyncio.gather(*(run(number) for number in range(writers))), TIMEOUT_S)
     seconds = loop.time() - started
     info = await manager.stream_info("load")
     assert info.state.messages == writers * count, info.state
