@@ -5,6 +5,9 @@ from typing_extensions import Buffer, disjoint_base
 FRAME_HEADER_BYTES: Final[int]
 FRAME_ALIGNMENT: Final[int]
 
+def set_kept_bytes(count: int) -> None: ...
+def kept() -> int: ...
+
 @disjoint_base
 class FrameBuffer:
     @property

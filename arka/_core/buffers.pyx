@@ -8,10 +8,13 @@ the frame header says (``framing``) nor who fills the body (``wire``).
 from cpython.buffer cimport PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer, PyBUF_SIMPLE
 from libc.stdint cimport int32_t, uint32_t
 from libc.stdlib cimport free
-from libc.string cimport memcpy, memmove, memset
+from libc.string cimport memcpy, memset
 
 cdef extern from "stdlib.h" nogil:
     int posix_memalign(void **memptr, size_t alignment, size_t size)
+
+cdef extern from *:
+    int __builtin_clzll(unsigned long long) nogil
 
 #: Bytes kept for the frame header at the front of each frame buffer.
 FRAME_HEADER_BYTES = 128
@@ -20,70 +23,142 @@ FRAME_ALIGNMENT = 64
 
 cdef enum:
     #: Blocks from this size on are kept for reuse, bytes: below it malloc keeps them itself.
+    KEPT_LEAST_BITS = 17
     KEPT_LEAST = 131072
-    #: Most bytes kept.
-    KEPT_MOST = 67108864
-    #: Most blocks kept.
-    KEPT_BLOCKS = 64
-    #: Bytes in front of a block that may be kept, for its size: as many as keep it aligned.
-    KEPT_FRONT = 64
+    #: Larger ones are given back at once, bytes.
+    KEPT_LARGEST = 67108864
+    #: Capacities: eight between a power of two and the next, so that at most an eighth of a block is wasted.
+    CLASSES = 88
+    #: Bytes in front of a block that may be kept, for what is below: as many as keep it aligned.
+    FRONT = 64
 
-# Freed blocks, the latest last. A fresh block costs a page fault for each 4 KiB: a third of the work of receiving
-# a batch of 3 MB. Invariant: used under the GIL only; kept_bytes is the sum of kept_capacity[:kept_count].
-cdef unsigned char *kept[KEPT_BLOCKS]
-cdef Py_ssize_t kept_capacity[KEPT_BLOCKS]
-cdef int kept_count = 0
+cdef struct Block:
+    Py_ssize_t capacity
+    # All kept blocks, in the order in which they were given.
+    Block *older
+    Block *newer
+    # Those of its capacity, likewise.
+    Block *below
+    Block *above
+
+# Freed blocks. A fresh block costs a page fault for each 4 KiB: a third of the work of receiving a batch of 3 MB.
+# Invariant: used under the GIL only; kept_bytes is the sum of the capacities of all blocks in the lists.
+cdef Block *tops[CLASSES]
+cdef Block *oldest = NULL
+cdef Block *newest = NULL
 cdef Py_ssize_t kept_bytes = 0
+cdef Py_ssize_t kept_most = 67108864
+
+
+cdef Py_ssize_t capacity_of(Py_ssize_t size) noexcept:
+    """Round a size up to a capacity."""
+    cdef int shift = 63 - __builtin_clzll(size) - 3
+    return (((size - 1) >> shift) + 1) << shift
+
+
+cdef int class_of(Py_ssize_t capacity) noexcept:
+    """Number a capacity."""
+    cdef int bits = 63 - __builtin_clzll(capacity)
+    return 8 * (bits - KEPT_LEAST_BITS) + <int> (capacity >> (bits - 3)) - 8
+
+
+cdef void unlink_block(Block *block) noexcept:
+    """Take a block out of the lists."""
+    global oldest, newest, kept_bytes
+    if block.older == NULL:
+        oldest = block.newer
+    else:
+        block.older.newer = block.newer
+    if block.newer == NULL:
+        newest = block.older
+    else:
+        block.newer.older = block.older
+    if block.below != NULL:
+        block.below.above = block.above
+    if block.above == NULL:
+        tops[class_of(block.capacity)] = block.below
+    else:
+        block.above.below = block.below
+    kept_bytes -= block.capacity
+
+
+cdef void link_block(Block *block) noexcept:
+    """Put a block into the lists, as the newest."""
+    global oldest, newest, kept_bytes
+    cdef int number = class_of(block.capacity)
+    block.older, block.newer = newest, NULL
+    if newest == NULL:
+        oldest = block
+    else:
+        newest.newer = block
+    newest = block
+    block.below, block.above = tops[number], NULL
+    if tops[number] != NULL:
+        tops[number].above = block
+    tops[number] = block
+    kept_bytes += block.capacity
+
+
+cdef void shrink_to(Py_ssize_t limit) noexcept:
+    """Free the oldest blocks until no more than so many bytes are kept."""
+    cdef Block *block
+    while kept_bytes > limit:
+        block = oldest
+        unlink_block(block)
+        free(block)
 
 
 cdef unsigned char *take_block(Py_ssize_t size) except NULL:
-    """Find or allocate ``size`` bytes, aligned to 64. A large block's real size stands in front of it."""
-    global kept_count, kept_bytes
-    cdef unsigned char *block = NULL
-    cdef int i
-    cdef Py_ssize_t front = KEPT_FRONT if size >= KEPT_LEAST else 0
-    if front:
-        for i in range(kept_count - 1, -1, -1):
-            # At most an eighth is wasted.
-            if size <= kept_capacity[i] <= size + (size >> 3):
-                block = kept[i]
-                kept_bytes -= kept_capacity[i]
-                forget_block(i)
-                return block
-    if posix_memalign(<void **> &block, 64, size + front) != 0:
-        raise MemoryError(f"cannot allocate a frame of {size} bytes")
-    if front:
-        (<Py_ssize_t *> block)[0] = size
-    return block + front
-
-
-cdef void give_block(unsigned char *block, Py_ssize_t size) noexcept:
-    """Keep a block that was taken for ``size`` bytes, in place of the oldest ones if need be, or free it."""
-    global kept_count, kept_bytes
-    cdef Py_ssize_t capacity
+    """Find or allocate ``size`` bytes, aligned to 64. A large block has its ``Block`` in front of it."""
+    cdef Block *block
+    cdef unsigned char *small = NULL
     if size < KEPT_LEAST:
+        if posix_memalign(<void **> &small, 64, size) != 0:
+            raise MemoryError(f"cannot allocate a frame of {size} bytes")
+        return small
+    cdef Py_ssize_t capacity = size
+    if size <= KEPT_LARGEST:
+        capacity = capacity_of(size)
+        block = tops[class_of(capacity)]
+        if block != NULL:
+            unlink_block(block)
+            return <unsigned char *> block + FRONT
+    if posix_memalign(<void **> &block, 64, capacity + FRONT) != 0:
+        raise MemoryError(f"cannot allocate a frame of {size} bytes")
+    block.capacity = capacity
+    return <unsigned char *> block + FRONT
+
+
+cdef void give_block(unsigned char *data, Py_ssize_t size) noexcept:
+    """Keep a block that was taken for ``size`` bytes, in place of the oldest ones if need be, or free it."""
+    cdef Block *block
+    if size < KEPT_LEAST:
+        free(data)
+        return
+    block = <Block *> (data - FRONT)
+    if size > KEPT_LARGEST or block.capacity > kept_most:
         free(block)
         return
-    capacity = (<Py_ssize_t *> (block - KEPT_FRONT))[0]
-    if capacity > KEPT_MOST // 4:
-        free(block - KEPT_FRONT)
-        return
-    while kept_count == KEPT_BLOCKS or kept_bytes + capacity > KEPT_MOST:
-        free(kept[0] - KEPT_FRONT)
-        kept_bytes -= kept_capacity[0]
-        forget_block(0)
-    kept[kept_count] = block
-    kept_capacity[kept_count] = capacity
-    kept_bytes += capacity
-    kept_count += 1
+    shrink_to(kept_most - block.capacity)
+    link_block(block)
 
 
-cdef void forget_block(int i) noexcept:
-    """Close the gap at place ``i`` of the kept blocks."""
-    global kept_count
-    kept_count -= 1
-    memmove(&kept[i], &kept[i + 1], (kept_count - i) * sizeof(kept[0]))
-    memmove(&kept_capacity[i], &kept_capacity[i + 1], (kept_count - i) * sizeof(kept_capacity[0]))
+def set_kept_bytes(Py_ssize_t count):
+    """Set how many bytes of freed frames are kept for reuse; all of the process has one such store.
+
+    Raises:
+        ValueError: the number is negative.
+    """
+    global kept_most
+    if count < 0:
+        raise ValueError(f"kept bytes must not be negative: {count}")
+    kept_most = count
+    shrink_to(count)
+
+
+def kept():
+    """Return how many bytes of freed frames are kept."""
+    return kept_bytes
 
 
 cdef class FrameBuffer:

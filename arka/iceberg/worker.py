@@ -38,6 +38,10 @@ from arka.storage.ports import (
     WorkUnfinished,
 )
 
+#: Workers give way to the server's own process: what a client waits for first is there, and a backlog is bounded by the
+#: disk and not by the time that it takes.
+_NICENESS: Final = 10
+
 #: What jobs raise on purpose: crosses to the server as it is.
 _DEFINITE: Final = (ArkaError, CatalogConflict, CatalogUnavailable, TableExists, TableMissing, WorkUnfinished)
 
@@ -60,6 +64,7 @@ def initialise(server_pid: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.nice(_NICENESS)
     threading.Thread(target=_end_with_server, daemon=True).start()
     failpoints.arm(os.environ.get(failpoints.VARIABLE, ""), server_pid=server_pid)
     logging.getLogger("pyiceberg").setLevel(logging.ERROR)

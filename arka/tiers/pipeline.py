@@ -299,14 +299,20 @@ class Pipeline:
         segment = appended.segment
         self._release.note(segment, appended.last_lsn, appended.end - appended.start)
         path = str(segment.path)
+        number, epoch = segment.number, segment.epoch
         touched: dict[Table, None] = {}
+        info, table = None, None
         for frame in appended.frames:
-            if frame.kind == KIND_BATCH and frame.table is not None:
-                table = self.tables.get(frame.table.uuid)
-                if table is not None:
-                    if not table.backlog:
-                        touched[table] = None
-                    table.note_durable(path, segment.number, segment.epoch, frame.lsn, frame.offset, frame.frame_bytes)
+            if frame.kind != KIND_BATCH or frame.table is None:
+                continue
+            if frame.table is not info:
+                # Frames of one table mostly come in a row.
+                info = frame.table
+                table = self.tables.get(info.uuid)
+                if table is not None and not table.backlog:
+                    touched[table] = None
+            if table is not None:
+                table.note_durable(path, number, epoch, frame.lsn, frame.offset, frame.frame_bytes)
         for table in touched:
             table.wake()
 
