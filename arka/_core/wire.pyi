@@ -17,6 +17,7 @@ OVERRUN: Final[int]
 LENGTH: Final[int]
 PADDING: Final[int]
 EMPTY: Final[int]
+WINDOW: Final[int]
 
 INITIAL_WINDOW: Final[int]
 CONNECTION_WINDOW: Final[int]

@@ -44,6 +44,8 @@ LENGTH = 9
 PADDING = 10
 #: A DATA frame without payload that ends nothing.
 EMPTY = 11
+#: A well-formed WINDOW_UPDATE: ``length`` bytes more for ``stream_id``, or for the connection (0).
+WINDOW = 12
 
 cdef enum:
     E_NEED = 0
@@ -58,6 +60,7 @@ cdef enum:
     E_LENGTH = 9
     E_PADDING = 10
     E_EMPTY = 11
+    E_WINDOW = 12
     #: inside this module: look again
     E_AGAIN = 99
 
@@ -89,6 +92,7 @@ cdef enum:
     DATA = 0
     HEADERS = 1
     PUSH_PROMISE = 5
+    WINDOW_UPDATE = 8
     CONTINUATION = 9
     END_STREAM = 0x1
     END_HEADERS = 0x4
@@ -751,6 +755,7 @@ cdef class Splitter:
         return E_AGAIN
 
     cdef int _control_frame(self, const unsigned char *head, int64_t length) except -1:
+        cdef int64_t increment
         if length > CONTROL_LIMIT:
             raise WireError(
                 ENHANCE_YOUR_CALM, f"frame of type {self.frame_type} with {length} bytes, accepted are {CONTROL_LIMIT}"
@@ -761,6 +766,17 @@ cdef class Splitter:
             raise WireError(ENHANCE_YOUR_CALM, f"header block over {BLOCK_LIMIT} bytes")
         if self.end - self.start < FRAME_HEADER + length:
             return E_NEED
+        if self.frame_type == WINDOW_UPDATE and length == 4:
+            increment = (
+                <int64_t> (head[9] & 0x7F) << 24
+                | <int64_t> head[10] << 16
+                | <int64_t> head[11] << 8
+                | <int64_t> head[12]
+            )
+            if increment:
+                self.length = increment
+                self.start += FRAME_HEADER + length
+                return E_WINDOW
         if self.frame_type in (HEADERS, PUSH_PROMISE, CONTINUATION):
             self.block_bytes += length
             self.block_stream = 0 if self.flags & END_HEADERS else self.stream_id

@@ -26,6 +26,11 @@ _MOST_PARTS: Final = 1024
 class Channel(Protocol):
     """Moves one connection's bytes. One task receives, one task sends."""
 
+    @property
+    def expects_more(self) -> bool:
+        """Whether the last receive left bytes behind, as far as one can tell: the next will not wait."""
+        ...
+
     async def receive_into(self, buffers: Sequence[memoryview]) -> int:
         """Receive at least one byte, filling ``buffers`` in order.
 
@@ -37,6 +42,14 @@ class Channel(Protocol):
             trio.ClosedResourceError: the stream was closed by this process.
 
         Cancellation: nothing was received.
+        """
+        ...
+
+    def send_now(self, parts: Sequence[bytes | memoryview]) -> Sequence[bytes | memoryview]:
+        """Send what goes without waiting; not while ``send_all`` runs.
+
+        Returns:
+            What is left, all of it if the stream cannot do this or is broken: it is ``send_all`` that says so.
         """
         ...
 
@@ -63,6 +76,11 @@ class SocketChannel:
         # Whether the last call took all there was, so that the next one has to wait.
         self._drained = False
 
+    @property
+    def expects_more(self) -> bool:
+        """See Channel."""
+        return not self._drained
+
     async def receive_into(self, buffers: Sequence[memoryview]) -> int:
         """See Channel. Not always a checkpoint: in the middle of a body nobody waits for what was received."""
         if self._drained:
@@ -85,31 +103,43 @@ class SocketChannel:
                 self._drained = 0 < size < sum(map(len, buffers))
                 return size
 
+    def send_now(self, parts: Sequence[bytes | memoryview]) -> Sequence[bytes | memoryview]:
+        """See Channel."""
+        left = _join(parts)
+        try:
+            if left:
+                self._send_some(left)
+        except OSError:
+            # Nothing of it was sent, and the next attempt meets the error again.
+            pass
+        return left
+
     async def send_all(self, parts: Sequence[bytes | memoryview]) -> None:
         """See Channel. A checkpoint when it waits, and every few calls."""
-        # Many small parts are joined: that costs less than a vector of them.
-        whole = sum(map(len, parts)) <= _JOINED_BYTES
-        left: list[bytes | memoryview] = [b"".join(parts)] if whole else [part for part in parts if part]
+        left = _join(parts)
         while left:
             try:
-                sent = os.writev(self._descriptor, left[:_MOST_PARTS])
+                self._send_some(left)
             except BlockingIOError:
                 self._sends_in_a_row = 0
                 await trio.lowlevel.wait_writable(self._socket)
-                continue
             except OSError as error:
                 raise _translate(error, "send") from error
-            done = 0
-            while done < len(left) and sent >= len(left[done]):
-                sent -= len(left[done])
-                done += 1
-            del left[:done]
-            if sent:
-                left[0] = memoryview(left[0])[sent:]
         self._sends_in_a_row += 1
         if self._sends_in_a_row >= _MOST_IN_A_ROW:
             self._sends_in_a_row = 0
             await trio.lowlevel.checkpoint()
+
+    def _send_some(self, left: list[bytes | memoryview]) -> None:
+        """Send what the socket takes at once, and remove it from ``left``."""
+        sent = os.writev(self._descriptor, left if len(left) <= _MOST_PARTS else left[:_MOST_PARTS])
+        done = 0
+        while done < len(left) and sent >= len(left[done]):
+            sent -= len(left[done])
+            done += 1
+        del left[:done]
+        if sent:
+            left[0] = memoryview(left[0])[sent:]
 
 
 class StreamChannel:
@@ -128,9 +158,27 @@ class StreamChannel:
             at += len(part)
         return at
 
+    @property
+    def expects_more(self) -> bool:
+        """See Channel: nothing is known."""
+        return False
+
+    def send_now(self, parts: Sequence[bytes | memoryview]) -> Sequence[bytes | memoryview]:
+        """See Channel: these streams may always have to wait."""
+        return parts
+
     async def send_all(self, parts: Sequence[bytes | memoryview]) -> None:
         """See Channel."""
         await self._stream.send_all(b"".join(parts))
+
+
+def _join(parts: Sequence[bytes | memoryview]) -> list[bytes | memoryview]:
+    """Make the parts of a write few, and none of them empty."""
+    if sum(map(len, parts)) > _JOINED_BYTES:
+        return [part for part in parts if part]
+    # Many small parts are joined: that costs less than a vector of them.
+    data = b"".join(parts)
+    return [data] if data else []
 
 
 def _translate(error: OSError, what: str) -> trio.BrokenResourceError | trio.ClosedResourceError:

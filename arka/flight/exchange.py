@@ -297,29 +297,67 @@ class Exchange:
             decoder.check_operation(self._defaults.operation)
         number, self._key_next = self._key_next, self._key_next + 1
         try:
-            options = self._write_options(message.app_metadata, number)
-            decoded = await self._decode(decoder, message, options.operation)
+            options = self._check_write(decoder, message, number)
+            if decoder.needs_thread(message, options.operation):
+                decoded = await run_compute(decoder.decode, message, options.operation)
+            else:
+                decoded = decoder.decode(message, options.operation)
             self._accept(decoded, options, message)
         except (Unavailable, trio.Cancelled):
             raise
         except ArkaError as error:
-            self.acks.reject(error.code, error.detail)
-            self._outbound.wake()
+            self._reject(error)
             return False
         self._outbound.wake()
         return True
 
-    async def _decode(self, decoder: BatchDecoder, message: FlightMessage, operation: Operation) -> DecodedBatch:
+    def handle_at_once(self, message: FlightMessage) -> bool:
+        """Take one message of the stream without waiting, if it is a batch like those before it.
+
+        Called instead of ``handle``, and only while no call of ``handle`` is under way.
+
+        Returns:
+            Whether it was taken. If not nothing was done, and it is for ``handle``, which also raises what ends
+            the stream.
+        """
+        decoder, header = self._decoder, message.header
+        if decoder is None or not header or not self.acks.writes or self._schema_metadata is not None:
+            return False
+        if self.acks.unsent >= self._limits.unread_acks:
+            return False
+        try:
+            if ipc.message_type(header) != ipc.RECORD_BATCH:
+                return False
+            options = self._check_write(decoder, message, self._key_next)
+            if decoder.needs_thread(message, options.operation):
+                return False
+            self._accept(decoder.decode(message, options.operation), options, message)
+        except (Unavailable, ValueError):
+            return False
+        except ArkaError as error:
+            self._reject(error)
+            message.charge.release()
+        else:
+            self._outbound.wake()
+        self._key_next += 1
+        return True
+
+    def _check_write(self, decoder: BatchDecoder, message: FlightMessage, number: int) -> _WriteOptions:
+        """Check what can be said of a write before its batch is read; returns what holds for it."""
+        options = self._write_options(message.app_metadata, number)
         if message.oversized:
             raise ArkaError(
                 f"The batch's body has {message.body_bytes} bytes, the limit is {self._limits.batch_bytes} "
                 "(limits.batch_bytes): send smaller batches",
                 code=ErrorCode.TOO_LARGE,
             )
-        decoder.check_operation(operation)
-        if decoder.needs_thread(message, operation):
-            return await run_compute(decoder.decode, message, operation)
-        return decoder.decode(message, operation)
+        decoder.check_operation(options.operation)
+        return options
+
+    def _reject(self, error: ArkaError) -> None:
+        """Note a write that was refused."""
+        self.acks.reject(error.code, error.detail)
+        self._outbound.wake()
 
     def _accept(self, decoded: DecodedBatch, options: _WriteOptions, message: FlightMessage) -> None:
         appended = self._pipeline.append(

@@ -35,8 +35,10 @@ END_STREAM: Final = 0x1
 #: Flag of HEADERS and CONTINUATION.
 END_HEADERS: Final = 0x4
 
-#: Largest stream identifier, and the largest window.
+#: Largest stream identifier.
 MAX_STREAM_ID: Final = 2**31 - 1
+#: Largest window, bytes.
+MAX_WINDOW: Final = 2**31 - 1
 
 _HEADER: Final = struct.Struct(">HBBBI")
 _WINDOW_UPDATE: Final = struct.Struct(">HBBBII")
@@ -57,6 +59,15 @@ def window_update(stream_id: int, increment: int) -> bytes:
         increment: bytes, 1 to 2**31-1.
     """
     return _WINDOW_UPDATE.pack(0, 4, FrameType.WINDOW_UPDATE, 0, stream_id, increment)
+
+
+def ping_ack(data: bytes) -> bytes:
+    """Encode the answer to a PING.
+
+    Args:
+        data: the eight bytes that it carried.
+    """
+    return frame_header(8, FrameType.PING, ACK, 0) + data
 
 
 def rst_stream(stream_id: int, error_code: int) -> bytes:
@@ -95,10 +106,13 @@ __all__ = [
     "END_HEADERS",
     "END_STREAM",
     "MAX_STREAM_ID",
+    "MAX_WINDOW",
     "FrameType",
     "end_of_stream",
     "frame_header",
     "goaway",
+    "ping_ack",
+    "rst_stream",
     "settings",
     "window_update",
 ]

@@ -21,7 +21,7 @@ import trio
 
 from arka._core.wire import FlightMessage, read_fields
 from arka.errors import ArkaError, InvalidRequest
-from arka.flight.flow import StreamIntake
+from arka.flight.flow import StreamIntake, Taker
 from arka.flight.outbound import Outbox, StreamOutput
 from arka.flight.status import OK, RpcError, RpcStatus, Status, status_of
 
@@ -74,6 +74,15 @@ class Call:
         Cancellation: no message is lost.
         """
         return await self._intake.receive()
+
+    def set_taker(self, taker: Taker) -> None:
+        """Let ``taker`` have messages as they come, without a task switch, while ``receive`` waits.
+
+        Args:
+            taker: takes a message at once and returns True, or does nothing and returns False: then ``receive``
+                returns it. What it raises, ``receive`` raises.
+        """
+        self._intake.set_taker(taker)
 
     async def send(self, *parts: bytes | memoryview) -> None:
         """Send one message, made of ``parts``; waits while the stream's send buffer is full.

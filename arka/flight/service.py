@@ -147,6 +147,7 @@ class FlightService:
             if self._draining:
                 return False
             self._readers[reading] = None
+            call.set_taker(exchange.handle_at_once)
             try:
                 while True:
                     await exchange.wait_readable()

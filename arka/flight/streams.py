@@ -13,6 +13,7 @@ from uuid import uuid4
 
 import h2.connection
 import h2.events
+import h2.stream
 import structlog
 import trio
 from h2.errors import ErrorCodes
@@ -309,6 +310,30 @@ class Streams:
         stream = self._open.get(stream_id)
         if stream is not None:
             self._forget(stream)
+
+    def enlarge(self, stream_id: int, increment: int) -> bool:
+        """Enlarge an outbound window as a WINDOW_UPDATE says, as h2 would.
+
+        Args:
+            stream_id: 0 for the connection.
+            increment: bytes, 1 to 2**31-1.
+
+        Returns:
+            Whether that was done; if not, the frame is for h2 to judge: its stream is not open, or the window would
+            be larger than is legal.
+        """
+        owner: h2.connection.H2Connection | h2.stream.H2Stream
+        if stream_id == 0:
+            owner = self._h2
+        elif stream_id in self._open and stream_id in self._h2.streams:
+            owner = self._h2.streams[stream_id]
+        else:
+            return False
+        window = owner.outbound_flow_control_window + increment
+        if window > frames.MAX_WINDOW:
+            return False
+        owner.outbound_flow_control_window = window
+        return True
 
     def widen(self, stream_id: int) -> None:
         """Give a turn to a stream whose outbound window has grown; 0: to all of them."""

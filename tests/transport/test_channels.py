@@ -154,6 +154,48 @@ async def test_send_waits_for_a_slow_reader():
     assert got == payload
 
 
+async def test_send_now_takes_what_goes():
+    """What the kernel takes at once is sent, the rest is given back for ``send_all``, and the order is kept."""
+    left, right = socket_pair()
+    payload = bytes(range(251)) * 40_000
+    got = bytearray()
+    async with left, right, trio.open_nursery() as nursery:
+        channel = SocketChannel(right)
+        assert not channel.send_now([b"", b"first"])
+        rest = channel.send_now([payload[:7], b"", memoryview(payload)[7:]])
+        assert 0 < sum(map(len, rest)) < len(payload)
+        assert list(channel.send_now(rest)) == rest
+        nursery.start_soon(channel.send_all, rest)
+        while len(got) < len(payload) + 5:
+            await trio.testing.wait_all_tasks_blocked()
+            got += await left.receive_some(100_000)
+    assert got == b"first" + payload
+
+
+async def test_send_now_leaves_errors_to_send_all():
+    """On a broken socket, and on a stream that may have to wait, nothing was sent."""
+    left, right = socket_pair()
+    channel = SocketChannel(right)
+    await left.aclose()
+    await right.aclose()
+    assert list(channel.send_now([b"a", b"b"])) == [b"ab"]
+    with pytest.raises(trio.ClosedResourceError):
+        await channel.send_all([b"ab"])
+    assert StreamChannel(trio.testing.memory_stream_pair()[0]).send_now([b"a"]) == [b"a"]
+
+
+async def test_expects_more():
+    """A receive that filled its buffers expects more, one that did not took all there was."""
+    left, right = socket_pair()
+    async with left, right:
+        channel = SocketChannel(right)
+        await left.send_all(b"12345")
+        await channel.receive_into(buffers(3))
+        assert channel.expects_more
+        await channel.receive_into(buffers(3))
+        assert not channel.expects_more
+
+
 async def test_busy_socket_lets_others_run():
     """A socket that is always ready does not keep other tasks from running."""
     left, right = socket_pair()

@@ -379,6 +379,105 @@ class TestReadAhead:
         assert take_now(made).charge.amount == 900_000
 
 
+class TestPadding:
+    """Padding takes window that no message needs."""
+
+    def test_inside_a_message(self):
+        """Padding that comes inside a message which the window just covered does not stop the message for ever."""
+        state = Flow()
+        client = state.clients[0]
+        client.send(1, 255)
+        client.write(5_000)
+        client.write(60_000)
+        for most, padding in ((16_384, None), (5, None), (1, 255)):
+            client.send(most, padding)
+        state.teardown()
+
+
+class TestTaker:
+    """Messages that are taken in the reader's own turn."""
+
+    async def test_only_while_receive_waits(self):
+        """What comes while the RPC is at work waits for it, in order; so does what the taker leaves."""
+        made, _, _ = intake()
+        taken: list[bytes | None] = []
+
+        def take(message: FlightMessage) -> bool:
+            if message.header == b"not now":
+                return False
+            assert message.charge.granted
+            message.charge.release()
+            taken.append(message.header)
+            return True
+
+        received: list[bytes | None] = []
+        go_on = trio.Event()
+
+        async def rpc() -> None:
+            while (message := await made.receive()) is not None:
+                received.append(message.header)
+                if message.header == b"not now":
+                    await go_on.wait()
+
+        made.set_taker(take)
+        async with trio.open_nursery() as nursery:
+            made.complete(FlightMessage(header=b"early"), 10)
+            nursery.start_soon(rpc)
+            await trio.testing.wait_all_tasks_blocked()
+            for header in (b"at once", b"not now", b"behind it"):
+                made.complete(FlightMessage(header=header), 10)
+            assert taken == [b"at once"]
+            await trio.testing.wait_all_tasks_blocked()
+            made.complete(FlightMessage(header=b"while it works"), 10)
+            go_on.set()
+            await trio.testing.wait_all_tasks_blocked()
+            made.complete(FlightMessage(header=b"at once again"), 10)
+            made.end()
+        assert taken == [b"at once", b"at once again"]
+        assert received == [b"early", b"not now", b"behind it", b"while it works"]
+
+    async def test_not_before_its_charge(self):
+        """A message that the ledger has no room for waits for it as ever."""
+        ledger = Ledger(MIB)
+        made, _, _ = intake(ledger)
+        hog = ledger.request(MIB - INITIAL_WINDOW)
+        taken: list[FlightMessage] = []
+        made.set_taker(lambda message: not taken.append(message))
+        async with trio.open_nursery() as nursery:
+
+            async def rpc() -> None:
+                assert (await made.receive()).header == b"1"
+
+            nursery.start_soon(rpc)
+            await trio.testing.wait_all_tasks_blocked()
+            made.complete(FlightMessage(header=b"1"), 1000)
+            await trio.testing.wait_all_tasks_blocked()
+            assert not taken
+            hog.release()
+        assert not taken
+
+    async def test_failure_is_the_rpcs(self):
+        """What the taker raises is raised where the RPC receives, and the charge is given back."""
+        ledger = Ledger(MIB)
+        made, _, _ = intake(ledger)
+
+        def take(_: FlightMessage) -> bool:
+            raise RuntimeError("a bug")
+
+        made.set_taker(take)
+        async with trio.open_nursery() as nursery:
+
+            async def rpc() -> None:
+                with pytest.raises(RuntimeError, match="a bug"):
+                    await made.receive()
+
+            nursery.start_soon(rpc)
+            await trio.testing.wait_all_tasks_blocked()
+            made.complete(FlightMessage(header=b"1"), 1000)
+        made.abandon()
+        assert ledger.statistics().charged_bytes == 0
+
+
 class TestWakeup:
     """The one-task event."""
 

@@ -15,12 +15,14 @@ from tests.transport.peer import (
     HEADERS,
     PING,
     PREFACE,
+    WINDOW_UPDATE,
     data,
     flight_data,
     frame,
     grpc_message,
     proto_field,
     varint,
+    window_update,
 )
 
 LIMIT = 1024 * 1024
@@ -475,3 +477,26 @@ def test_small_ring_is_refused():
     """The receive buffer has to hold the largest control frame."""
     with pytest.raises(ValueError, match="at least"):
         Splitter(LIMIT, 1024)
+
+
+class TestWindowUpdates:
+    """WINDOW_UPDATE is read here, as far as it is well formed."""
+
+    def test_well_formed(self):
+        """The increment of a stream or the connection, without the reserved bit."""
+        splitter = Splitter(LIMIT)
+        list(receive(splitter, PREFACE))
+        for stream_id, increment in [(0, 1), (5, 2**31 - 1), (2**31 - 1, 70_000)]:
+            raw = bytearray(window_update(stream_id, increment))
+            raw[9] |= 0x80
+            for chunk in (raw[:12], raw[12:]):
+                kinds = [event[0] for event in receive(splitter, bytes(chunk))]
+            assert kinds == [wire.WINDOW]
+            assert (splitter.stream_id, splitter.length) == (stream_id, increment)
+
+    @pytest.mark.parametrize(
+        "raw", [window_update(1, 0), frame(WINDOW_UPDATE, 0, 1, bytes(3)), frame(WINDOW_UPDATE, 0, 1, bytes(5))]
+    )
+    def test_malformed(self, raw):
+        """Anything else is a frame like others, for h2 to judge."""
+        assert run([raw], {}) == [("frame", raw)]
