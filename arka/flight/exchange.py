@@ -40,20 +40,12 @@ class Outbound(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Defaults:
-    """What holds for a write that says nothing itself."""
+class _WriteOptions:
+    """What holds for one write, or for those that say nothing themselves."""
 
     requested: Tier = Tier.DISK
     operation: Operation = Operation.UPSERT
-
-
-@dataclass(frozen=True, slots=True)
-class _WriteOptions:
-    """What holds for one write."""
-
-    requested: Tier
-    operation: Operation
-    key: bytes
+    key: bytes = b""
 
 
 class Exchange:
@@ -72,7 +64,7 @@ class Exchange:
         self._decoder: BatchDecoder | None = None
         self._schema_header: bytes | None = None
         self._schema_metadata: bytes | None = None
-        self._defaults = _Defaults()
+        self._defaults = _WriteOptions()
         self._key_prefix: str | None = None
         self._key_next = 0
         self.acks = AckQueue()
@@ -83,11 +75,14 @@ class Exchange:
         pipeline.listen_failure(self._on_failure)
         # Bytes of acks that the transport has taken so far.
         self._taken = 0
+        # Whether the transport was told that acks may be due, and has not asked for them since.
+        self._told = False
 
     # -- the transport's side ---------------------------------------------------------------------
 
     def take(self, budget: int) -> bytes:
         """Give acks that are due, about ``budget`` bytes of them (see ``AckQueue.take``)."""
+        self._told = False
         out = self.acks.take(budget)
         self._taken += len(out)
         if out or self.acks.settled:
@@ -98,8 +93,14 @@ class Exchange:
         """Wait until every write has had its last ack. Cancellation: nothing changes."""
         while not self.acks.settled:
             self._moved = trio.Event()
-            self._outbound.wake()
+            self._tell()
             await self._moved.wait()
+
+    def _tell(self) -> None:
+        """Let the transport ask for acks."""
+        if not self._told:
+            self._told = True
+            self._outbound.wake()
 
     async def wait_readable(self) -> None:
         """Wait until the client has few enough unread acks to send more (T6).
@@ -113,7 +114,7 @@ class Exchange:
         timeout_s = self._limits.unread_acks_timeout_s
         deadline: float | None = None
         taken = self._taken
-        while self.acks.unsent >= limit:
+        while not self.acks.fewer_than(limit):
             self._moved = trio.Event()
             # Only a client that does not read is timed; one that waits for a slow tier is merely held back.
             if not self.acks.due or self._taken != taken:
@@ -226,7 +227,7 @@ class Exchange:
             self._key_next = request.key_start or 0
         if request.resume_after_lsn is not None:
             self.acks.handshake(self._pipeline.resume_marks(self._bound_table(), request.resume_after_lsn))
-            self._outbound.wake()
+            self._tell()
 
     def _take_ack_form(self, request: WriteRequest) -> None:
         """Choose how acks travel; it belongs to the stream, so it cannot change after the first write."""
@@ -308,7 +309,7 @@ class Exchange:
         except ArkaError as error:
             self._reject(error)
             return False
-        self._outbound.wake()
+        self._tell()
         return True
 
     def handle_at_once(self, message: FlightMessage) -> bool:
@@ -323,7 +324,7 @@ class Exchange:
         decoder, header = self._decoder, message.header
         if decoder is None or not header or not self.acks.writes or self._schema_metadata is not None:
             return False
-        if self.acks.unsent >= self._limits.unread_acks:
+        if not self.acks.fewer_than(self._limits.unread_acks):
             return False
         try:
             if ipc.message_type(header) != ipc.RECORD_BATCH:
@@ -338,7 +339,7 @@ class Exchange:
             self._reject(error)
             message.charge.release()
         else:
-            self._outbound.wake()
+            self._tell()
         self._key_next += 1
         return True
 
@@ -357,7 +358,7 @@ class Exchange:
     def _reject(self, error: ArkaError) -> None:
         """Note a write that was refused."""
         self.acks.reject(error.code, error.detail)
-        self._outbound.wake()
+        self._tell()
 
     def _accept(self, decoded: DecodedBatch, options: _WriteOptions, message: FlightMessage) -> None:
         appended = self._pipeline.append(
@@ -378,6 +379,8 @@ class Exchange:
 
     def _write_options(self, metadata: bytes | None, number: int) -> _WriteOptions:
         """Resolve what holds for one write from its own WriteRequest and the stream's defaults."""
+        if not metadata and self._key_prefix is None:
+            return self._defaults
         requested, operation = self._defaults.requested, self._defaults.operation
         key = "" if self._key_prefix is None else f"{self._key_prefix}#{number}"
         if metadata:
@@ -428,17 +431,17 @@ class Exchange:
         self.acks.advance(advance)
         if self.acks.unsent:
             self._moved.set()
-            self._outbound.wake()
+            self._tell()
 
     def _on_end(self, ending: Ending) -> None:
         self.acks.fail(ending.code, ending.detail)
-        self._outbound.wake()
+        self._tell()
 
     def _on_failure(self, code: ErrorCode, detail: str) -> None:
         if code is ErrorCode.OUTCOME_UNKNOWN:
             # Else the log is another process's now, and the stream ends with a status (protocol 3.4).
             self.acks.fail(code, detail)
-            self._outbound.wake()
+            self._tell()
 
 
 def _check_key(key: str) -> None:
