@@ -42,6 +42,8 @@ T = TypeVar("T")
 
 #: A commit may cost at most this share of the interval before commits are spread out.
 _COST_SHARE = 0.5
+#: A commit of so much of iceberg.commit_bytes is full: frames are not cut in pieces.
+_FULL_SHARE = 0.9
 #: Consecutive definite failures (not outages) after which a table is stopped.
 _MAX_FAILURES = 5
 
@@ -290,11 +292,22 @@ class TableCommitter:
             return False
         if table.hurried_lsn >= first and self._failures == 0:
             return True
+        if trio.current_time() < earliest and self._failures == 0 and self._has_full_commit():
+            # Spreading commits out is for their number; these are as large as they may be.
+            return True
         if trio.current_time() < earliest:
             with trio.move_on_at(earliest):
                 await changed.wait()
             return False
         return True
+
+    def _has_full_commit(self) -> bool:
+        """Whether there is as much to commit as one commit may take."""
+        limit = self._options.commit_bytes
+        if self._table.backlog.frame_bytes < limit:
+            return False
+        cut = self._table.backlog.cut(self._objects.lsn, limit)
+        return cut is not None and cut.frame_bytes >= limit * _FULL_SHARE
 
     async def _encode(self, cut: Cut) -> CommitJob:
         """Have a cut's rows written as Parquet, for as long as it takes."""
