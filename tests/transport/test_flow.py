@@ -361,6 +361,21 @@ class TestReadAhead:
         assert assembler.ahead == 400_000
         assert ledger.statistics().charged_bytes == INITIAL_WINDOW + 400_000
 
+    def test_wide_where_there_is_plenty(self):
+        """A stream of large messages may have megabytes ahead; the more streams there are, the less each has."""
+        ledger = Ledger(1024 * MIB)
+        shared = ReadAhead(ledger)
+        ahead = []
+        for _ in range(100):
+            assembler = MessageAssembler(True, MIB, MIB)
+            made = StreamIntake(assembler, ledger, shared, lambda _: None)
+            made.begin(200_000, 200_000 - INITIAL_WINDOW)
+            ahead.append(assembler.ahead)
+        assert ahead[0] == 4 * MIB
+        assert ahead == sorted(ahead, reverse=True)
+        assert ahead[-1] >= 400_000
+        assert sum(ahead) <= 128 * MIB
+
     def test_reservation_is_given_up_before_waiting(self):
         """R22: a stream that has to wait for a message holds nothing but its initial window meanwhile."""
         ledger = Ledger(4 * MIB)
