@@ -143,7 +143,9 @@ class IcebergOptions:
     commit_bytes: int = option(256 * MIB, "Most Arrow bytes of one commit.", at_least=MIB)
     target_file_bytes: int = option(64 * MIB, "Arrow bytes after which an encoder starts a new file.", at_least=MIB)
     job_deadline_s: float = option(120.0, "Longest time of one job in a worker.", at_least=1)
-    encode_workers: int = option(1, "Worker processes that encode Parquet.", at_least=1, at_most=64)
+    encode_workers: int = option(
+        2, "Worker processes that encode Parquet; a large commit is divided among them.", at_least=1, at_most=64
+    )
     commit_workers: int = option(1, "Worker processes that commit.", at_least=1, at_most=64)
     retry_s: float = option(0.2, "First pause after a failed commit; doubles up to 5 s.", at_least=0.001)
     keep_snapshots: int = option(100, "Snapshots kept by the expiry inside each commit.", at_least=2)

@@ -5,7 +5,7 @@ jobs do (``arka.iceberg``).
 
 Encoding, commits and everything else each have processes of their own (R19). A table's encode jobs go to
 one single-worker context and its commits to another, chosen by its UUID, so that parsed metadata and
-manifests stay warm in one process.
+manifests stay warm in one process. A large encode job is divided among the contexts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import trio
 from arka.iceberg import worker
 from arka.iceberg.config import CatalogConfig
 from arka.options import INDEX_BYTES, IcebergOptions
-from arka.records import TableDefinition, TableInfo, TableName
+from arka.records import TableDefinition, TableInfo, TableName, TableType
 from arka.storage.ports import (
     CatalogListing,
     CatalogTable,
@@ -31,6 +31,7 @@ from arka.storage.ports import (
     CommitJob,
     CommitResult,
     ReadJob,
+    SegmentSlice,
     StagedFiles,
     TableFrames,
     WorkUnfinished,
@@ -39,6 +40,9 @@ from arka.storage.workers import DeadlineMissed, Template, WorkerPool, open_pool
 
 #: Control calls at a time; scans may take all of them but one, so that a long one does not stop CreateTable.
 _CONTROL_WORKERS: Final = 2
+
+#: Of an offset in a slice.
+_OFFSET_BYTES: Final = 8
 
 _log = structlog.get_logger(__name__)
 
@@ -54,11 +58,11 @@ class _Shards:
         self._quarantine = quarantine
         self._quarantined: set[UUID] = set()
 
-    async def run(self, table: TableInfo, job: Callable[[*Ts], T | Exception], *args: *Ts) -> T:
-        """Run a table's job where that table's jobs run."""
+    async def run(self, table: TableInfo, job: Callable[[*Ts], T | Exception], *args: *Ts, beside: int = 0) -> T:
+        """Run a table's job where that table's jobs run, or so many pools beside that."""
         uuid = table.uuid
         slow = uuid in self._quarantined
-        pool = self._quarantine if slow else self.pools[uuid.int % len(self.pools)]
+        pool = self._quarantine if slow else self.pools[(uuid.int + beside) % len(self.pools)]
         try:
             result = await pool.run(job, *args)
         except DeadlineMissed:
@@ -147,8 +151,25 @@ class IcebergCatalog:
         return await self._control.run(worker.list_tables, self._config)
 
     async def encode(self, job: TableFrames) -> StagedFiles:
-        """See ``ports.Catalog.encode``."""
-        return await self._encode.run(job.table, worker.encode, self._config, job)
+        """See ``ports.Catalog.encode``; a large job is divided among the workers."""
+        parts = divide(job, len(self._encode.pools), self._config.target_file_bytes)
+        staged: list[StagedFiles | None] = [None] * len(parts)
+        errors: list[Exception] = []
+
+        async def run(number: int, part: TableFrames) -> None:
+            try:
+                staged[number] = await self._encode.run(job.table, worker.encode, self._config, part, beside=number)
+            except Exception as error:
+                errors.append(error)
+                nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            for number, part in enumerate(parts[1:], 1):
+                nursery.start_soon(run, number, part)
+            await run(0, parts[0])
+        if errors:
+            raise errors[0]
+        return _join([part for part in staged if part is not None])
 
     async def commit(self, job: CommitJob) -> CommitResult:
         """See ``ports.Catalog.commit``.
@@ -171,6 +192,44 @@ class IcebergCatalog:
         """See ``ports.Catalog.scan``."""
         async with self._scans:
             return await self._control.run(worker.scan, self._config, job, path)
+
+
+def divide(job: TableFrames, most: int, file_bytes: int) -> list[TableFrames]:
+    """Divide an encode job into consecutive parts that fill at least a file each.
+
+    Only of tables where that makes no more files: not of partitioned ones, and not of those with a key, whose rows are
+    settled together.
+
+    Args:
+        job: the whole.
+        most: how many parts at most.
+        file_bytes: of a file.
+    """
+    count = min(most, job.size // file_bytes)
+    if count < 2 or job.table.partition or job.table.table_type is TableType.PRIMARY_KEY:
+        return [job]
+    frames = sum(len(piece.offsets) for piece in job.slices) // _OFFSET_BYTES
+    count = max(1, min(count, frames))
+    ends = [frames * (number + 1) // count for number in range(count)]
+    parts: list[list[SegmentSlice]] = [[] for _ in range(count)]
+    at = number = 0
+    for piece in job.slices:
+        left = memoryview(piece.offsets)
+        while left:
+            taken = min(len(left) // _OFFSET_BYTES, ends[number] - at)
+            parts[number].append(replace(piece, offsets=bytes(left[: taken * _OFFSET_BYTES])))
+            left = left[taken * _OFFSET_BYTES :]
+            at += taken
+            number += at == ends[number]
+    return [replace(job, slices=tuple(slices), size=job.size // count) for slices in parts]
+
+
+def _join(parts: list[StagedFiles]) -> StagedFiles:
+    """Make one of what became of a job's parts."""
+    if len(parts) == 1:
+        return parts[0]
+    files = tuple(file for part in parts for file in part.files)
+    return replace(parts[0], files=files, rows=sum(part.rows for part in parts))
 
 
 @asynccontextmanager
@@ -211,4 +270,4 @@ async def open_catalog(
         )
 
 
-__all__ = ["IcebergCatalog", "open_catalog"]
+__all__ = ["IcebergCatalog", "divide", "open_catalog"]

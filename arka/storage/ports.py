@@ -174,6 +174,7 @@ class TableFrames:
         after_lsn: no frame has it or a lower one.
         through_lsn: none has a higher one.
         slices: where they are, in LSN order.
+        size: their bytes in the log; 0 where nobody has counted.
     """
 
     table: TableInfo
@@ -182,6 +183,7 @@ class TableFrames:
     after_lsn: int
     through_lsn: int
     slices: tuple[SegmentSlice, ...]
+    size: int = 0
 
 
 @dataclass(frozen=True, slots=True)

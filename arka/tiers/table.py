@@ -163,6 +163,7 @@ class Table:
             after_lsn=self.committed.lsn,
             through_lsn=cut.through_lsn,
             slices=cut.slices,
+            size=cut.frame_bytes,
         )
 
     def note_durable(self, path: str, segment: int, epoch: int, lsn: int, offset: int, frame_bytes: int) -> None:

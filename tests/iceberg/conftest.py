@@ -73,11 +73,22 @@ class Lake:
         deletes: Container[int] = (),
     ) -> StagedFiles:
         """Encode batches as the LSNs from ``after + 1``; those of ``deletes`` delete."""
+        return encode.encode(self.config, self.frames(info, batches, after, through, deletes))
+
+    def frames(
+        self,
+        info: TableInfo,
+        batches: Sequence[pa.RecordBatch],
+        after: int,
+        through: int | None = None,
+        deletes: Container[int] = (),
+    ) -> TableFrames:
+        """Put batches into the log; returns what is to be encoded."""
         frames = [(after + 1 + index, batch) for index, batch in enumerate(batches)]
         schemas = {info.schema_id: info.schema.serialize().to_pybytes()}
         slices = (self.write(info, frames, deletes),) if frames else ()
         end = after + len(frames) if through is None else through
-        return encode.encode(self.config, TableFrames(info, schemas, LOG, after, end, slices))
+        return TableFrames(info, schemas, LOG, after, end, slices)
 
     def job(self, info: TableInfo, staged: StagedFiles, *, epoch: int = 1) -> CommitJob:
         return CommitJob(info, LOG, epoch, uuid4(), staged)

@@ -12,12 +12,14 @@ import textwrap
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 from uuid import UUID
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import trio
 import trio._core._thread_cache as thread_cache
@@ -27,7 +29,7 @@ from arka.iceberg import worker
 from arka.iceberg.config import CatalogConfig
 from arka.options import IcebergOptions
 from arka.records import TableInfo, TableName, TableType
-from arka.storage.catalog import IcebergCatalog, open_catalog
+from arka.storage.catalog import IcebergCatalog, divide, open_catalog
 from arka.storage.ports import (
     CatalogListing,
     CatalogUnavailable,
@@ -38,6 +40,8 @@ from arka.storage.ports import (
     WorkUnfinished,
 )
 from arka.storage.workers import WorkerPool
+
+from .conftest import Lake
 
 INFO = TableInfo(
     uuid=UUID(int=4),
@@ -258,7 +262,7 @@ def test_killed_server_leaves_no_worker(tmp_path: Path) -> None:
     assert server.stdout is not None
     with server.stdout:
         pids = [int(pid) for pid in server.stdout.readline().split()]
-        assert len(pids) == 3
+        assert len(pids) == 4
         assert all(map(_alive, pids))
         server.kill()
         server.wait()
@@ -284,7 +288,7 @@ async def test_start_warms_every_pool(tmp_path: Path) -> None:
     async with open_catalog(IcebergOptions(), tmp_path) as catalog:
         await catalog.start()
         pools = [*catalog._encode.pools, *catalog._commit.pools, catalog._control]
-        assert [pool._context.statistics().idle_workers for pool in pools] == [1, 1, 1]
+        assert [pool._context.statistics().idle_workers for pool in pools] == [1, 1, 1, 1]
         assert (tmp_path / "catalog.db").exists()
         assert await catalog.list_tables() == CatalogListing(())
 
@@ -350,3 +354,51 @@ def test_jobs_are_importable_by_name() -> None:
     for name in worker.__all__:
         job = getattr(worker, name)
         assert pickle.loads(pickle.dumps(job)) is job
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 8])
+@pytest.mark.parametrize("pieces", [[1], [5], [3, 4], [1, 1, 1, 1], [10, 1, 7]])
+def test_parts_of_a_job_are_the_job(most: int, pieces: list[int]) -> None:
+    """However a job is divided, its frames stay in order, and no part is empty."""
+    offsets = iter(range(1_000))
+    slices = tuple(
+        SegmentSlice(f"s{number}", number, 1, b"".join(next(offsets).to_bytes(8, "little") for _ in range(count)))
+        for number, count in enumerate(pieces)
+    )
+    job = TableFrames(INFO, {}, UUID(int=1), 0, 99, slices, 4 << 20)
+    parts = divide(job, most, 1 << 20)
+    assert len(parts) == min(most, 4, sum(pieces))
+    assert all(piece.offsets for part in parts for piece in part.slices)
+    for number, piece in enumerate(slices):
+        found = [made.offsets for part in parts for made in part.slices if made.path == f"s{number}"]
+        assert b"".join(found) == piece.offsets
+    assert [piece.segment for part in parts for piece in part.slices] == sorted(
+        piece.segment for part in parts for piece in part.slices
+    )
+    assert divide(replace(job, size=(2 << 20) - 1), 8, 1 << 20) == [replace(job, size=(2 << 20) - 1)]
+    keyed = replace(job, table=replace(INFO, table_type=TableType.PRIMARY_KEY))
+    assert divide(keyed, 8, 1 << 20) == [keyed]
+
+
+async def test_a_large_job_is_encoded_by_several_workers(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files come in the order of the LSNs; a part that fails is the whole job's failure."""
+    schema = pa.schema([pa.field("n", pa.int64())])
+    info = lake.create(schema)
+    batches = [
+        pa.RecordBatch.from_arrays([pa.array(range(number * 100, number * 100 + 100))], schema=schema)
+        for number in range(9)
+    ]
+    job = replace(lake.frames(info, batches, 0), size=64 << 20)
+    options = IcebergOptions(encode_workers=4, target_file_bytes=16 << 20)
+    async with open_catalog(options, lake.directory) as catalog:
+        staged = await catalog.encode(job)
+        assert [file.rows for file in staged.files] == [200, 200, 200, 300]
+        assert (staged.after_lsn, staged.through_lsn, staged.rows) == (0, 9, 900)
+        lake.commit(info, staged)
+        files = [Path(file.path.removeprefix("file://")) for file in staged.files]
+        read = [number for path in files for number in pq.read_table(path).column("n").to_pylist()]
+        assert read == list(range(900))
+        wrong = replace(job.slices[0], offsets=job.slices[0].offsets[:-8] + (1 << 40).to_bytes(8, "little"))
+        with pytest.raises(DataCorruption):
+            await catalog.encode(replace(job, slices=(wrong,)))
+        assert (await catalog.encode(job)).rows == 900
