@@ -40,7 +40,7 @@ from arka.storage.ports import (
 
 #: Workers give way to the server's own process: what a client waits for first is there, and a backlog is bounded by the
 #: disk and not by the time that it takes.
-_NICENESS: Final = 10
+_NICENESS: Final = 5
 
 #: What jobs raise on purpose: crosses to the server as it is.
 _DEFINITE: Final = (ArkaError, CatalogConflict, CatalogUnavailable, TableExists, TableMissing, WorkUnfinished)
