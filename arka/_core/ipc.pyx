@@ -63,6 +63,10 @@ MAX_DEPTH = 64
 MAX_FIELDS = 100_000
 
 cdef enum:
+    #: Body, bytes, below which the GIL is kept: the check takes less time than giving it up and asking for it again.
+    GIL_BYTES = 65536
+
+cdef enum:
     C_NULL = 0
     C_BOOL = 1
     C_FIXED = 2
@@ -689,8 +693,11 @@ cdef class BatchLayout:
             return FOUND_LENGTH, -1, plan.node_count, self.node_count
         # SAFETY: ``self``, ``plan`` and ``frame`` are held by the caller's arguments; each read of the
         # body lies in a buffer that __cinit__ checked, and is bounded by that buffer's own length.
-        with nogil:
+        if self.body_bytes < GIL_BYTES:
             self._check(plan, frame.data + frame.body_offset, max_length, &found, &node, &expected, &actual)
+        else:
+            with nogil:
+                self._check(plan, frame.data + frame.body_offset, max_length, &found, &node, &expected, &actual)
         return (found, node, expected, actual) if found else None
 
     cdef void _check(

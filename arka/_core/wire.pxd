@@ -83,6 +83,9 @@ cdef class Splitter:
     # The header block that is open: its stream and its bytes so far.
     cdef uint32_t block_stream
     cdef int64_t block_bytes
+    cdef readonly bint drained
+    # An event that `receive` has met; `next` says it first.
+    cdef int pending
     # What `next` says beside its kind.
     cdef readonly MessageAssembler assembler
     cdef readonly object message
@@ -92,6 +95,8 @@ cdef class Splitter:
     cdef readonly uint32_t stream_id
     cdef readonly int64_t length
 
+    cdef int64_t _make_room(self) noexcept
+    cdef int _next(self) except -1
     cdef int _frame_header(self) except -1
     cdef int _data_header(self, const unsigned char *head, int64_t length) except -1
     cdef int _control_frame(self, const unsigned char *head, int64_t length) except -1

@@ -3,7 +3,8 @@
 
 Owns: frame headers, padding, both inbound windows' arithmetic, gRPC prefixes and FlightData's protobuf. Does
 not own sockets, stream states, who may send how much (``arka.flight.flow``) nor any other frame's meaning
-(h2). No I/O: bytes go in through ``Splitter.targets`` and ``received``, events come out of ``next``.
+(h2). Bytes go in through ``Splitter.targets`` and ``received``, or by ``receive`` from a descriptor that never
+waits; events come out of ``next``.
 
 One module, long as it is: the splitter feeds the assemblers without leaving C.
 
@@ -11,13 +12,22 @@ Source: RFC 9113 sections 4.1, 6.1, 6.9; gRPC over HTTP/2 "Length-Prefixed-Messa
 encoding; Flight.proto's FlightData (fields 1, 2, 3 and 1000).
 """
 
+import os
+
 from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from libc.errno cimport EINTR, errno
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memmove
 
 from arka._core.buffers cimport FrameBuffer
+
+cdef extern from "sys/uio.h" nogil:
+    cdef struct iovec:
+        void *iov_base
+        size_t iov_len
+    ssize_t readv(int descriptor, const iovec *parts, int count)
 
 # What `Splitter.next` found.
 #: No complete event in the bytes so far.
@@ -119,6 +129,10 @@ cdef enum:
     DIRECT_TAIL = 4096
     #: DATA frame, bytes, after which another large one is expected.
     BULK_FRAME = 65536
+    #: Room for received bytes from which on the GIL is given up while they are copied.
+    GIL_BYTES = 65536
+    #: Bytes after which ``receive`` ends: some 100 us of copying, before anything else has its turn.
+    TURN_BYTES = 524288
 
 #: The inbound window of a stream, bytes: its INITIAL_WINDOW_SIZE (T4).
 INITIAL_WINDOW = 65536
@@ -568,6 +582,10 @@ cdef class Splitter:
         ring_bytes: size of the receive buffer; at least 32 KiB, so that any frame but DATA fits.
 
     Use: receive into ``targets()``, tell ``received(n)``, then call ``next()`` until it is NEED_BYTES.
+
+    Attributes:
+        drained: whether the last ``receive`` took all that there was.
+        in_body: whether a body is being received in place.
     """
 
     def __cinit__(self, int64_t frame_limit, int64_t ring_bytes=131072):
@@ -588,6 +606,10 @@ cdef class Splitter:
     def __getbuffer__(self, Py_buffer *view, int flags):
         # The receive buffer itself, for `targets` alone.
         PyBuffer_FillInfo(view, self, self.ring, self.ring_bytes, 0, flags)
+
+    @property
+    def in_body(self):
+        return self.in_data and self.current is not None and self.current.state == S_BODY and self.start == self.end
 
     def open(self, uint32_t stream_id, MessageAssembler assembler not None):
         """Make a stream live: its DATA goes to ``assembler``."""
@@ -623,7 +645,20 @@ cdef class Splitter:
         Returns:
             One or two writable memoryviews, valid until ``received``; never empty.
         """
-        cdef int64_t room = 0, place, stop = self.ring_bytes
+        cdef int64_t place, stop = self._make_room()
+        ring = memoryview(self)[self.end:stop]
+        if not self.direct:
+            return [ring]
+        place = self.direct_assembler.frame.body_offset + self.direct_assembler.filled
+        return [memoryview(self.direct_assembler.frame)[place:place + self.direct], ring]
+
+    cdef int64_t _make_room(self) noexcept:
+        """Choose where the next bytes go: ``direct`` of them into the body in progress, the others into the ring.
+
+        Returns:
+            Where the ring's free part is to end; it begins at ``end``.
+        """
+        cdef int64_t room = 0
         if self.start:
             if self.end > self.start:
                 memmove(self.ring, self.ring + self.start, self.end - self.start)
@@ -637,12 +672,68 @@ cdef class Splitter:
             if room >= DIRECT_MIN:
                 self.direct = room
                 self.direct_assembler = self.current
-                place = self.current.frame.body_offset + self.current.filled
-                return [memoryview(self.current.frame)[place:place + room], memoryview(self)[:DIRECT_TAIL]]
-        if self.bulk:
-            # The next body shall be received in place, so take little more than what comes before it.
-            stop = min(stop, self.end + DIRECT_TAIL)
-        return [memoryview(self)[self.end:stop]]
+                return DIRECT_TAIL
+        # With another body to come that shall be received in place, take little more than what comes before it.
+        return min(self.ring_bytes, self.end + DIRECT_TAIL) if self.bulk else self.ring_bytes
+
+    def receive(self, int descriptor):
+        """Receive until there is an event, nothing more to read for now, or the turn has been long enough.
+
+        Args:
+            descriptor: of a socket that does not block.
+
+        Returns:
+            How many bytes were received; 0 when the peer sends no more.
+
+        Raises:
+            OSError: nothing was received; BlockingIOError if there is nothing yet.
+            WireError: as ``next``.
+        """
+        cdef int64_t stop, total = 0
+        cdef ssize_t size
+        cdef iovec parts[2]
+        cdef int count, error = 0
+        cdef size_t room
+        cdef FrameBuffer frame
+        while total < TURN_BYTES:
+            stop = self._make_room()
+            count = 0
+            if self.direct:
+                frame = self.direct_assembler.frame
+                parts[0].iov_base = frame.data + frame.body_offset + self.direct_assembler.filled
+                parts[0].iov_len = self.direct
+                count = 1
+            parts[count].iov_base = self.ring + self.end
+            parts[count].iov_len = stop - self.end
+            room = self.direct + stop - self.end
+            size = -1
+            while size < 0:
+                # SAFETY: this call holds the ring's owner and the frame; nothing else writes to them, since a
+                # Splitter is used by one task, and nothing frees them before the call returns.
+                if room < GIL_BYTES:
+                    size = readv(descriptor, parts, count + 1)
+                    error = errno
+                else:
+                    with nogil:
+                        size = readv(descriptor, parts, count + 1)
+                        error = errno
+                if size < 0 and error != EINTR:
+                    break
+            if size <= 0:
+                # What has come first is dealt with first: the next call meets the end, or the error, again.
+                self.drained = size < 0
+                if total or size == 0:
+                    return total
+                raise OSError(error, os.strerror(error))
+            self.received(size)
+            total += size
+            self.drained = <size_t> size < room
+            if self.drained:
+                break
+            self.pending = self._next()
+            if self.pending:
+                break
+        return total
 
     def received(self, int64_t size):
         """Account for ``size`` bytes that were received into ``targets()``."""
@@ -667,6 +758,13 @@ cdef class Splitter:
         Raises:
             WireError: the connection is over.
         """
+        cdef int event = self.pending
+        if event:
+            self.pending = E_NEED
+            return event
+        return self._next()
+
+    cdef int _next(self) except -1:
         cdef int event
         while True:
             if self.preface_left:

@@ -15,6 +15,8 @@ from typing import Final, Protocol
 
 import trio
 
+from arka._core.wire import Splitter
+
 #: Calls that find the socket ready, before other tasks get to run.
 _MOST_IN_A_ROW: Final = 4
 #: Bytes up to which the parts of a write are joined.
@@ -29,6 +31,10 @@ class Channel(Protocol):
     @property
     def expects_more(self) -> bool:
         """Whether the last receive left bytes behind, as far as one can tell: the next will not wait."""
+        ...
+
+    async def receive(self, splitter: Splitter) -> int:
+        """Receive at least one byte for ``splitter``; as ``receive_into``, and may raise what ``splitter`` raises."""
         ...
 
     async def receive_into(self, buffers: Sequence[memoryview]) -> int:
@@ -81,17 +87,23 @@ class SocketChannel:
         """See Channel."""
         return not self._drained
 
-    async def receive_into(self, buffers: Sequence[memoryview]) -> int:
+    async def receive(self, splitter: Splitter) -> int:
         """See Channel. Not always a checkpoint: in the middle of a body nobody waits for what was received."""
-        if self._drained:
-            self._drained = False
-            self._receives_in_a_row = 0
-            await trio.lowlevel.wait_readable(self._socket)
-        elif len(buffers) > 1 and self._receives_in_a_row < _MOST_IN_A_ROW:
-            self._receives_in_a_row += 1
-        else:
-            self._receives_in_a_row = 0
-            await trio.lowlevel.checkpoint()
+        await self._take_turn(in_body=splitter.in_body)
+        while True:
+            try:
+                size = splitter.receive(self._descriptor)
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(self._socket)
+            except OSError as error:
+                raise _translate(error, "receive") from error
+            else:
+                self._drained = splitter.drained
+                return size
+
+    async def receive_into(self, buffers: Sequence[memoryview]) -> int:
+        """See Channel; a checkpoint as for ``receive``."""
+        await self._take_turn(in_body=len(buffers) > 1)
         while True:
             try:
                 size = os.readv(self._descriptor, buffers)
@@ -102,6 +114,18 @@ class SocketChannel:
             else:
                 self._drained = 0 < size < sum(map(len, buffers))
                 return size
+
+    async def _take_turn(self, *, in_body: bool) -> None:
+        """Wait if nothing is there, and let others run every few calls."""
+        if self._drained:
+            self._drained = False
+            self._receives_in_a_row = 0
+            await trio.lowlevel.wait_readable(self._socket)
+        elif in_body and self._receives_in_a_row < _MOST_IN_A_ROW:
+            self._receives_in_a_row += 1
+        else:
+            self._receives_in_a_row = 0
+            await trio.lowlevel.checkpoint()
 
     def send_now(self, parts: Sequence[bytes | memoryview]) -> Sequence[bytes | memoryview]:
         """See Channel."""
@@ -147,6 +171,12 @@ class StreamChannel:
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self._stream = stream
+
+    async def receive(self, splitter: Splitter) -> int:
+        """See Channel."""
+        size = await self.receive_into(splitter.targets())
+        splitter.received(size)
+        return size
 
     async def receive_into(self, buffers: Sequence[memoryview]) -> int:
         """See Channel."""

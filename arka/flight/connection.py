@@ -147,11 +147,10 @@ class Connection:
         """Take bytes in and act on them until the connection ends."""
         splitter = self._splitter
         try:
-            while size := await self._channel.receive_into(splitter.targets()):
+            while size := await self._channel.receive(splitter):
                 self._now = now = trio.current_time()
                 self._deadlines.heard(now)
                 self._bytes_in += size
-                splitter.received(size)
                 self._in_turn = True
                 while event := splitter.next():
                     self._handle(event, nursery)

@@ -31,6 +31,8 @@ from arka.records import Operation, TableInfo
 THREAD_BYTES: Final = 1024 * 1024
 #: The same for batches that are rewritten: casts and copies are several times slower.
 THREAD_REWRITE_BYTES: Final = 256 * 1024
+#: Longest header of a batch that is remembered, to be recognised: a batch of some hundred columns has so much.
+_REMEMBERED_BYTES: Final = 64 * 1024
 #: Longest schema message: one of 10,000 columns has about 2 MiB.
 MAX_SCHEMA_BYTES: Final = 16 * 1024 * 1024
 
@@ -54,16 +56,21 @@ class DecodedBatch:
     """A batch that the table can hold.
 
     Attributes:
-        batch: in the table's schema, or its key's for a delete; a view of ``buffer``, which it keeps alive.
         buffer: the frame that goes to the log.
         rows: row count.
         fast: whether ``buffer`` is the frame that the message came in.
+        schema: the table's, or its key's for a delete.
     """
 
-    batch: pa.RecordBatch
     buffer: FrameBuffer
     rows: int
     fast: bool
+    schema: pa.Schema
+
+    @property
+    def batch(self) -> pa.RecordBatch:
+        """The rows: a view of ``buffer``, which it keeps alive."""
+        return pa.ipc.read_record_batch(_ipc_message(self.buffer), self.schema)
 
 
 class _Target:
@@ -73,12 +80,15 @@ class _Target:
         conformance: the way there.
         layout: what the frames look like on the wire.
         storable: what their values must be like.
+        plain: whether no bytes of a body can be wrong but those that the layout's check looks at: columns of
+            numbers and times alone. What else Arrow would refuse is then in the header.
     """
 
     def __init__(self, conformance: Conformance, table: TableInfo) -> None:
         self.conformance = conformance
         self.storable = Storable(conformance.schema, table)
         self.layout = plan_layout(conformance.schema, required=True, ranges=self.storable.ranges)
+        self.plain = not self.storable.always and all(_is_plain(field.type) for field in conformance.schema)
 
 
 class BatchDecoder:
@@ -102,8 +112,11 @@ class BatchDecoder:
         self._wire_layout: Layout | None = None
         self._dictionary_ids: tuple[int, ...] = ()
         self._dictionaries: StreamDictionaries | None = None
-        # The layout of the message that was looked at last: needs_thread and decode share it.
+        # The layout of the message that was looked at last: needs_thread and decode share it, and so do batches with
+        # the same header, as those of one row count have without strings.
         self._parsed: tuple[bytes, ipc.BatchLayout] | None = None
+        # The layout that Arrow took last for a plain target: it says the same of each batch that has it.
+        self._taken: tuple[ipc.BatchLayout, _Target] | None = None
 
     @property
     def dictionary_bytes(self) -> int:
@@ -114,7 +127,7 @@ class BatchDecoder:
         """Forget the dictionaries. May be called more than once."""
         if self._dictionaries is not None:
             self._dictionaries.clear()
-        self._parsed = None
+        self._parsed = self._taken = None
 
     # -- schema -----------------------------------------------------------------------------------
 
@@ -240,7 +253,6 @@ class BatchDecoder:
             layout = self._layout(header)
         except ValueError as error:
             raise InvalidRequest(f"Invalid batch: {error}", code=ErrorCode.INVALID_BATCH) from error
-        self._parsed = None
         if layout.body_bytes != frame.body_bytes:
             raise InvalidRequest(
                 f"Invalid batch: a body of {frame.body_bytes} bytes, its header says {layout.body_bytes}",
@@ -252,32 +264,35 @@ class BatchDecoder:
                 "(limits.batch_rows); send smaller batches",
                 code=ErrorCode.INVALID_BATCH,
             )
-        if target.conformance.identical and layout.codec == ipc.CODEC_NONE:
-            batch = self._accept(target, layout, frame)
-            if batch is not None:
-                return DecodedBatch(batch, frame, layout.rows, fast=True)
+        as_stored = target.conformance.identical and layout.codec == ipc.CODEC_NONE
+        if as_stored and self._accept(target, layout, frame):
+            return DecodedBatch(frame, layout.rows, True, target.conformance.schema)
         return self._rewrite(target, layout, frame)
 
     def _layout(self, header: bytes) -> ipc.BatchLayout:
-        if self._parsed is not None and self._parsed[0] is header:
+        if self._parsed is not None and self._parsed[0] == header:
             return self._parsed[1]
         layout = ipc.BatchLayout(header)
-        self._parsed = header, layout
+        self._parsed = (header, layout) if len(header) <= _REMEMBERED_BYTES else None
         return layout
 
-    def _accept(self, target: _Target, layout: ipc.BatchLayout, frame: FrameBuffer) -> pa.RecordBatch | None:
-        """Check a frame in the log's own layout; None: a required field's nulls must be hidden first."""
+    def _accept(self, target: _Target, layout: ipc.BatchLayout, frame: FrameBuffer) -> bool:
+        """Check a frame in the log's own layout; False: a required field's nulls must be hidden first."""
         finding = layout.check(target.layout.plan, frame, self._longest())
         if finding is not None and finding[0] == ipc.FOUND_REQUIRED_NULLS:
             if target.layout.is_column(finding[1]):
                 self._refuse(finding, target.layout)
-            return None
+            return False
+        if finding is None and self._taken is not None and self._taken[0] is layout and self._taken[1] is target:
+            return True
         if finding is not None and finding[0] != ipc.FOUND_OUT_OF_RANGE:
             self._refuse(finding, target.layout)
         batch = _read(frame, target.conformance.schema)
         if finding is not None or target.storable.always:
             target.storable.check(batch)
-        return batch
+        if target.plain:
+            self._taken = layout, target
+        return True
 
     def _longest(self) -> int:
         """The longest that a nested field may be: an element takes a byte, booleans and nulls less."""
@@ -314,10 +329,26 @@ class BatchDecoder:
         dictionaries = self._dictionaries.values if self._dictionaries is not None else None
         made = target.conformance.apply(batch, limit_bytes=limit, dictionaries=dictionaries)
         rewritten = write_frame(made)
-        accepted = self._accept(target, ipc.BatchLayout(rewritten.header), rewritten.frame)
-        if accepted is None:
+        if not self._accept(target, ipc.BatchLayout(rewritten.header), rewritten.frame):
             raise InternalError("A rewritten batch still has nulls in a required field")
-        return DecodedBatch(accepted, rewritten.frame, layout.rows, fast=False)
+        return DecodedBatch(rewritten.frame, layout.rows, False, target.conformance.schema)
+
+
+def _ipc_message(frame: FrameBuffer) -> pa.Buffer:
+    """The IPC message in a frame, without a copy."""
+    return pa.py_buffer(frame).slice(FRAME_HEADER_BYTES)
+
+
+def _is_plain(type_: pa.DataType) -> bool:
+    """Whether any bits are a value of the type: Arrow's own validation looks at lengths and null counts alone."""
+    types = pa.types
+    return bool(
+        types.is_integer(type_)
+        or types.is_floating(type_)
+        or types.is_boolean(type_)
+        or types.is_date32(type_)
+        or types.is_timestamp(type_)
+    )
 
 
 def _read(frame: FrameBuffer, schema: pa.Schema) -> pa.RecordBatch:
@@ -327,7 +358,7 @@ def _read(frame: FrameBuffer, schema: pa.Schema) -> pa.RecordBatch:
         InvalidRequest: ``invalid_batch``, naming the column.
     """
     try:
-        batch = pa.ipc.read_record_batch(pa.py_buffer(frame).slice(FRAME_HEADER_BYTES), schema)
+        batch = pa.ipc.read_record_batch(_ipc_message(frame), schema)
     except REFUSALS as error:
         raise InvalidRequest(f"Invalid batch: {error}", code=ErrorCode.INVALID_BATCH) from error
     try:

@@ -177,7 +177,8 @@ class StreamOutput:
             parts: frames that go before these.
         """
         turn = _TURN_BYTES
-        window = connection.local_flow_control_window(self.stream_id)
+        stream = connection.streams[self.stream_id]
+        window = min(connection.outbound_flow_control_window, stream.outbound_flow_control_window)
         while turn > 0:
             if not self._buffered and not self._refill(min(turn, max(window, 1))):
                 break
@@ -187,7 +188,7 @@ class StreamOutput:
             parts.append(frame_header(size, FrameType.DATA, 0, self.stream_id))
             self._cut(size, parts)
             connection.outbound_flow_control_window -= size
-            connection.streams[self.stream_id].outbound_flow_control_window -= size
+            stream.outbound_flow_control_window -= size
             self.last_progress = now
             window -= size
             turn -= size

@@ -312,3 +312,76 @@ def test_closing_twice_is_nothing() -> None:
     decoder.close()
     assert decoder.dictionary_bytes == 0
     BatchDecoder(TABLE, Limits()).close()
+
+
+class TestSameHeader:
+    """Batches with one header: Arrow reads the first of them, what may still be wrong with the others is found."""
+
+    SCHEMA = pa.schema([("id", pa.int64()), ("ok", pa.bool_()), ("at", pa.timestamp("us"))])
+
+    def decoder(self, schema: pa.Schema) -> BatchDecoder:
+        decoder = BatchDecoder(make_table(schema), Limits())
+        decoder.set_schema(write_stream(schema, [])[0].header)
+        return decoder
+
+    def batch(self, number: int, at: int = 0) -> pa.RecordBatch:
+        columns = [pa.array([number, None, 3]), pa.array([True, False, None]), pa.array([at, 1, 2], pa.timestamp("us"))]
+        return pa.record_batch(columns, schema=self.SCHEMA)
+
+    def test_accepted(self) -> None:
+        """Each has its own values."""
+        decoder = self.decoder(self.SCHEMA)
+        for number in range(3):
+            decoded = decoder.decode(one_batch(self.batch(number)))
+            decoded.batch.validate(full=True)
+            assert decoded.batch.to_pydict() == self.batch(number).to_pydict()
+
+    def test_nulls_that_the_header_denies(self) -> None:
+        """The null count stands in the header, the bitmap in the body."""
+        decoder, message = self.decoder(self.SCHEMA), one_batch(self.batch(1))
+        decoder.decode(message)
+        again = StreamMessage.build(message.header, b"\xff" + message.body[1:])
+        assert "null count" in refused(decoder, again)
+        decoder.decode(message)
+
+    def test_values_out_of_range(self) -> None:
+        """A timestamp that no calendar knows is refused behind one that is fine."""
+        decoder = self.decoder(self.SCHEMA)
+        decoder.decode(one_batch(self.batch(1)))
+        assert "expected a time" in refused(decoder, one_batch(self.batch(1, at=2**62)))
+        decoder.decode(one_batch(self.batch(1)))
+
+    def test_another_body(self) -> None:
+        """A body of another length does not go with the header."""
+        decoder, message = self.decoder(self.SCHEMA), one_batch(self.batch(1))
+        decoder.decode(message)
+        refused(decoder, StreamMessage.build(message.header, message.body[:-8]))
+        refused(decoder, StreamMessage.build(message.header, message.body + bytes(8)))
+
+    @pytest.mark.parametrize(
+        ("type_", "good", "bad"),
+        [
+            (pa.string(), b"abc", b"a\xffc"),
+            (pa.decimal128(3, 0), (999).to_bytes(16, "little"), (1000).to_bytes(16, "little")),
+            (pa.time64("us"), (1).to_bytes(8, "little"), (2**40).to_bytes(8, "little")),
+        ],
+    )
+    def test_what_only_arrow_sees(self, type_: pa.DataType, good: bytes, bad: bytes) -> None:
+        """With types of which not all bits are a value, Arrow reads every batch."""
+        schema = pa.schema([("a", type_)])
+        value = {pa.string(): "abc", pa.decimal128(3, 0): 999, pa.time64("us"): 1}[type_]
+        decoder, message = self.decoder(schema), one_batch(pa.record_batch([pa.array([value], type_)], schema=schema))
+        decoder.decode(message)
+        assert message.body.count(good) == 1
+        refused(decoder, StreamMessage.build(message.header, message.body.replace(good, bad)))
+
+    def test_another_operation(self) -> None:
+        """What was found for one operation's columns says nothing about another's."""
+        schema = pa.schema([pa.field("id", pa.int64(), nullable=False), ("n", pa.int32())])
+        table = make_table(schema, name="users", key_columns=("id",))
+        decoder = BatchDecoder(table, Limits())
+        decoder.set_schema(write_stream(schema, [])[0].header)
+        message = one_batch(pa.record_batch([pa.array([1]), pa.array([2], pa.int32())], schema=schema))
+        for operation in (Operation.UPSERT, Operation.DELETE, Operation.UPSERT):
+            decoded = decoder.decode(StreamMessage.build(message.header, message.body), operation)
+            assert decoded.batch.num_columns == (1 if operation is Operation.DELETE else 2)

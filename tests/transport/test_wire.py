@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -500,3 +502,47 @@ class TestWindowUpdates:
     def test_malformed(self, raw):
         """Anything else is a frame like others, for h2 to judge."""
         assert run([raw], {}) == [("frame", raw)]
+
+
+SIZES = (0, 1, 5_000, 9_000, 400_000, 600_000, 100, 400_000)
+
+
+class TestDescriptor:
+    """Receiving from a descriptor instead of by way of memoryviews."""
+
+    @pytest.mark.parametrize("chunk", [1, 1000, 70_000, 10**7])
+    def test_same_events(self, chunk):
+        """Whatever the sizes in which bytes come, the events are those of the other way."""
+        messages = [grpc_message(flight_data(header=b"h", body=bytes([n]) * size)) for n, size in enumerate(SIZES)]
+        whole = PREFACE + b"".join(
+            data(1, part) + frame(PING, 0, 0, b"12345678")
+            for message in messages
+            for part in (message[:300_000], message[300_000:])
+        )
+        parts = [whole[at : at + chunk] for at in range(0, len(whole), chunk)][:5000]
+        expected = run(parts, {1: assembler()}, preface=True)
+        splitter = Splitter(LIMIT)
+        splitter.open(1, assembler())
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            ours.setblocking(False)
+            theirs.setblocking(False)
+            events = []
+            for part in parts:
+                left = memoryview(part)
+                while left:
+                    left = left[theirs.send(left) :]
+                    while True:
+                        try:
+                            splitter.receive(ours.fileno())
+                        except BlockingIOError:
+                            break
+                        events += drain(splitter)
+            assert events == expected
+            theirs.close()
+            assert splitter.receive(ours.fileno()) == 0
+
+    def test_errors(self):
+        """A descriptor that cannot be read is the caller's error, and what was received stays."""
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            Splitter(LIMIT).receive(-1)
