@@ -6,7 +6,7 @@ rejected and repeated writes, which are rare and made there.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from libc.stdint cimport int64_t
+from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memcpy
 
 #: A bit of a write's tier: its ack is not of the common form, and no run goes beyond it.
@@ -28,8 +28,8 @@ cdef inline unsigned char *put_bytes(unsigned char *at, bytes text) noexcept:
     return at + PyBytes_GET_SIZE(text)
 
 
-cdef inline unsigned char *put_number(unsigned char *at, int64_t number) noexcept nogil:
-    """Write a number that is not negative in decimal."""
+cdef inline unsigned char *put_number(unsigned char *at, uint64_t number) noexcept nogil:
+    """Write a number in decimal."""
     cdef unsigned char digits[NUMBER]
     cdef int count = 0
     while True:

@@ -332,15 +332,29 @@ class Exchange:
             options = self._check_write(decoder, message, self._key_next)
             if decoder.needs_thread(message, options.operation):
                 return False
-            self._accept(decoder.decode(message, options.operation), options, message)
-        except (Unavailable, ValueError):
+            decoded = decoder.decode(message, options.operation)
+        except ValueError:
             return False
         except ArkaError as error:
-            self._reject(error)
-            message.charge.release()
-        else:
-            self._tell()
+            return self._reject_at_once(message, error)
+        try:
+            self._accept(decoded, options, message)
+        except Unavailable:
+            # Nothing has an LSN yet.
+            return False
+        except ArkaError as error:
+            return self._reject_at_once(message, error)
         self._key_next += 1
+        self._tell()
+        return True
+
+    def _reject_at_once(self, message: FlightMessage, error: ArkaError) -> bool:
+        """Note a write that ``handle_at_once`` refused; returns whether it was taken."""
+        if isinstance(error, Unavailable):
+            return False
+        self._key_next += 1
+        self._reject(error)
+        message.charge.release()
         return True
 
     def _check_write(self, decoder: BatchDecoder, message: FlightMessage, number: int) -> _WriteOptions:

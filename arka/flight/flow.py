@@ -28,6 +28,8 @@ _CREDIT_BYTES: Final = INITIAL_WINDOW // 4
 _INBOX_BYTES: Final = 4 * 1024 * 1024
 #: What a message in the inbox costs beside its bytes, in bytes: objects and the frame's header.
 _MESSAGE_OVERHEAD: Final = 512
+#: Of a gRPC message: what has to come before anybody knows its size.
+_PREFIX_BYTES: Final = 5
 #: Messages from this size on are worth a reservation ahead, bytes: smaller ones flow within the initial window.
 _AHEAD_LEAST: Final = INITIAL_WINDOW // 4
 #: Most bytes reserved ahead for one stream: more hides no round trip, and window once given cannot be taken back.
@@ -236,6 +238,7 @@ class StreamIntake:
             shortfall: how many of them the window does not cover; <= 0 if it does.
         """
         ahead = self.assembler.ahead
+        untold = self.increment
         if ahead >= total and self._reserve is not None:
             self._current = self._reserve.split(total)
             self._read_ahead.give_back(total)
@@ -246,6 +249,10 @@ class StreamIntake:
                 self._deferred = total
             else:
                 self._request(total)
+        if self.increment and -shortfall - untold < max(total, self._recent) + _PREFIX_BYTES:
+            # Nothing else may bring the peer the update: its messages need not cause acks, and it need not read those.
+            # Invariant: by what it was told, it gets as far as the prefix behind another message like these.
+            self._on_credit(True)
 
     def complete(self, message: FlightMessage | bytes, total: int) -> None:
         """Hand over a message; it reaches the RPC when it is paid for, in order."""

@@ -460,6 +460,9 @@ class Streams:
         if stream.id not in self._blocked:
             self._ready.setdefault(stream.id, stream)
             self._wake()
+        elif stream.id in self._owed:
+            # It has no window for what it would say, and what it is owed does not need any.
+            self._wake()
 
     def _owe(self, stream: Stream, urgent: bool) -> None:
         self._owed.setdefault(stream.id, stream)

@@ -15,9 +15,10 @@ from arka._core import wire
 from arka._core.wire import INITIAL_WINDOW, FlightMessage, MessageAssembler, Splitter
 from arka.errors import InvalidRequest, Unavailable
 from arka.flight.flow import ReadAhead, StreamIntake, Wakeup
-from arka.options import MIB
+from arka.flight.grpc import Route
+from arka.options import MIB, Limits
 from arka.tiers.admission import Charge, Ledger
-from tests.transport.peer import PREFACE, data, flight_data, grpc_message
+from tests.transport.peer import PREFACE, Writes, data, flight_data, grpc_message, served
 
 LEDGER_BYTES = 2 * MIB
 
@@ -522,3 +523,33 @@ class TestWakeup:
         wakeup.set()
         await waiter()
         assert woken == [1]
+
+
+WRITES = "/arrow.flight.protocol.FlightService/DoExchange"
+
+
+@pytest.mark.parametrize("limit_mib", [64, 128, 160, 192])
+@pytest.mark.parametrize("size", [20_000, 28_000, 40_000, 55_000, 75_000, 100_000])
+async def test_a_client_that_hears_of_nothing_but_window(limit_mib: int, size: int) -> None:
+    """Messages that cause no ack go on for as long as the client uses the window it was told of, and no more (T4)."""
+    writes = Writes()
+    limit = limit_mib * MIB
+    first, other = (grpc_message(flight_data(header=b"h" * 50, body=bytes(length))) for length in (70_000, size))
+    async with served(
+        {WRITES: Route(writes, flight_data=True)}, limits=Limits(memory_bytes=limit), ledger=Ledger(limit)
+    ) as shared:
+        peer = shared.peer
+        await peer.send(peer.request(1, WRITES))
+        sent = 0
+        for number in range(60):
+            left = other if number else first
+            while left:
+                room = min(peer.granted[0], peer.granted.get(1, INITIAL_WINDOW)) - sent
+                if room <= 0:
+                    await trio.testing.wait_all_tasks_blocked()
+                    room = min(peer.granted[0], peer.granted.get(1, INITIAL_WINDOW)) - sent
+                    assert room > 0, f"the client waits in message {number}, {len(left)} bytes before its end"
+                part, left = left[: min(room, 16_384)], left[min(room, 16_384) :]
+                await peer.send(data(1, part))
+                sent += len(part)
+                await trio.lowlevel.checkpoint()
