@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
@@ -114,7 +115,14 @@ def main() -> None:
     few = loads.numbers(DIFFERENT_ROWS)
     table = pa.Table.from_batches([few] * (ROWS // DIFFERENT_ROWS)).combine_chunks()
     (batch,) = table.to_batches()
-    with arka_server() as server, connect(server.location) as client:
+    with (
+        # On the disk: half an hour of uncommitted writes would not fit into memory, should commits fall behind.
+        tempfile.TemporaryDirectory(prefix="arka-bench-") as folder,
+        arka_server(
+            object_store__url=f"file://{folder}/objects", iceberg__warehouse=f"file://{folder}/warehouse"
+        ) as server,
+        connect(server.location) as client,
+    ):
         create_table(client, loads.TABLE, batch.schema)
         most = maximum(client, batch)
         action(client, "Flush", name=loads.TABLE)
