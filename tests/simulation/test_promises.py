@@ -128,6 +128,11 @@ def test_catches_epoch_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_catches_retention_by_the_wall_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An engine that keeps keys and lost ranges by the wall clock is caught once that has jumped (R3, R21)."""
-    monkeypatch.setattr(LogClock, "now_us", lambda self: now_us())
+    """An engine that keeps keys and lost ranges by the wall clock is caught where that jumps between lives (R3, R21)."""
+    hours = count()
+
+    def start(self: LogClock, recorded_us: int) -> None:
+        monkeypatch.setattr(LogClock, "now_us", lambda self, ahead_us=next(hours) * 3_600_000_000: now_us() + ahead_us)
+
+    monkeypatch.setattr(LogClock, "__init__", start)
     assert catch()
