@@ -13,7 +13,7 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 DEBUG = os.environ.get("ARKA_DEBUG") == "1"
-MODULES = ("acks", "buffers", "framing", "ipc", "keys", "lsn", "rowkeys", "runs", "transforms", "wire")
+MODULES = ("acks", "buffers", "framing", "ipc", "keys", "logthread", "lsn", "rowkeys", "runs", "transforms", "wire")
 chosen = os.environ.get("ARKA_EXT")
 modules = tuple(chosen.split(",")) if chosen else MODULES
 

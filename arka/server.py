@@ -94,6 +94,7 @@ class Server:
         self._connections = connections
         self._listeners = listeners
         self._drain_s = drain_s
+        self._pipeline.tell_in(connections.round)
 
     async def run(
         self,

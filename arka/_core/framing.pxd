@@ -29,3 +29,38 @@ cdef class FrameHeader:
     cdef readonly uint64_t payload_bytes
     cdef readonly uint64_t rows
     cdef readonly bytes table_uuid
+
+
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+
+
+cdef struct Item:
+    uint8_t *payload        # of a frame buffer: from its header on
+    size_t payload_bytes
+    const uint8_t *key
+    size_t key_bytes
+    size_t frame_bytes
+    uint8_t *arena          # where this frame's copied part goes
+    bint in_buffer          # the header stands before the payload
+    bint copied             # all of the frame goes through the arena
+
+
+cdef class Group:
+    cdef readonly list frames
+    cdef readonly uint64_t offset
+    cdef readonly uint64_t size
+    cdef uint32_t seed
+    cdef bint sealed
+    cdef Py_ssize_t count
+    cdef Item *items
+    cdef uint8_t *arena
+    cdef iovec *iov
+    cdef Py_ssize_t iov_count
+    cdef size_t describe(self, Item *item, Frame frame) except? 0
+    cdef void add_iovec(self, uint8_t *data, size_t size) noexcept nogil
+    cdef void seal_nogil(self) noexcept nogil
+    cdef int write_nogil(self, int fd) noexcept nogil
+    cdef int commit_nogil(self, int fd) noexcept nogil

@@ -45,9 +45,6 @@ cdef extern from *:
     }
     """
     int IOV_MAX
-    struct iovec:
-        void *iov_base
-        size_t iov_len
     ctypedef Py_ssize_t ssize_t
     ctypedef long long off_t
     ssize_t pwritev(int fd, const iovec *iov, int count, off_t offset) noexcept nogil
@@ -474,17 +471,6 @@ def last_nonzero(buffer, Py_ssize_t start):
 # -- writing ------------------------------------------------------------------------------------------
 
 
-cdef struct Item:
-    uint8_t *payload        # of a frame buffer: from its header on
-    size_t payload_bytes
-    const uint8_t *key
-    size_t key_bytes
-    size_t frame_bytes
-    uint8_t *arena          # where this frame's copied part goes
-    bint in_buffer          # the header stands before the payload
-    bint copied             # all of the frame goes through the arena
-
-
 cdef class Group:
     """Frames that are written together: laid out at an offset, sealed, written and fsynced as one.
 
@@ -496,17 +482,6 @@ cdef class Group:
     Small frames are copied into one allocation so that neighbours leave as one iovec; of large ones only
     key and padding are. The headers of frame buffers are written in place.
     """
-
-    cdef readonly list frames
-    cdef readonly uint64_t offset
-    cdef readonly uint64_t size
-    cdef uint32_t seed
-    cdef bint sealed
-    cdef Py_ssize_t count
-    cdef Item *items
-    cdef uint8_t *arena
-    cdef iovec *iov
-    cdef Py_ssize_t iov_count
 
     def __cinit__(self, list frames not None, uint64_t offset, uint32_t seed):
         cdef Py_ssize_t i
@@ -636,6 +611,16 @@ cdef class Group:
                     left -= 1
         return 0
 
+    cdef int commit_nogil(self, int fd) noexcept nogil:
+        """Seal the group, write it and fsync the file's data; returns 0 or an errno."""
+        cdef int error
+        self.seal_nogil()
+        error = self.write_nogil(fd)
+        while error == 0 and fdatasync(fd) != 0:
+            if errno != EINTR:
+                error = errno
+        return error
+
     def seal(self):
         """Compute every frame's CRC, and lay the group out for writing."""
         # SAFETY: ``frames`` holds the frames, they hold payloads and keys, and nobody changes those any more.
@@ -668,11 +653,7 @@ cdef class Group:
         cdef int error
         # SAFETY: as in ``seal``; the caller keeps ``fd`` open.
         with nogil:
-            self.seal_nogil()
-            error = self.write_nogil(fd)
-            while error == 0 and fdatasync(fd) != 0:
-                if errno != EINTR:
-                    error = errno
+            error = self.commit_nogil(fd)
         if error:
             raise OSError(error, os.strerror(error))
 

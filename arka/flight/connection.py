@@ -69,6 +69,7 @@ class Connection:
         """Prepare to serve ``stream``; the caller closes it after ``run``."""
         self._stream = stream
         self._limits = shared.limits
+        self._round = shared.round
         self._channel = channel_of(stream)
         self._peer = peer_of(stream)
         self._splitter = Splitter(MAX_FRAME_BYTES)
@@ -288,9 +289,22 @@ class Connection:
             raise WireError(ErrorCodes.ENHANCE_YOUR_CALM, f"too many {kind.value}")
 
     def _wake(self) -> None:
-        """See to it that what is due is written: by the reader at the end of its turn, or else by the writer."""
+        """See to it that what is due is written: at the end of the reader's turn or of the round, or by the writer."""
         self._due = True
-        if not self._in_turn:
+        if not self._in_turn and not self._round.join(self):
+            self._wakeup.set()
+
+    def write_due(self) -> None:
+        """Write what a round has made due; what does not go at once is left to the writer."""
+        if self._due and self._ending is None:
+            try:
+                self._write_now()
+            except Exception:
+                # It is the tiers that call, and none of them is to pay for a bug of a connection's.
+                incident = uuid4().hex[:12]
+                log.exception("connection.failed", peer=self._peer, incident=incident)
+                self._stop(f"incident {incident}")
+        else:
             self._wakeup.set()
 
     def _end_turn(self) -> None:
@@ -309,7 +323,14 @@ class Connection:
         if not control and not self._due:
             return
         # With more bytes at hand, what they cause goes out together with this.
-        if self._wakeup.waiting and not self._channel.expects_more and not self._drain_asked:
+        if self._channel.expects_more:
+            self._wakeup.set()
+        else:
+            self._write_now()
+
+    def _write_now(self) -> None:
+        """Do what the writer would do, unless it is at work; what does not go at once is left to it."""
+        if self._wakeup.waiting and not self._drain_asked:
             parts = self._gather()
             size = sum(map(len, parts))
             if size:

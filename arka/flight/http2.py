@@ -16,6 +16,7 @@ import trio
 from arka.flight.channels import peer_of
 from arka.flight.connection import Connection
 from arka.flight.grpc import Route
+from arka.flight.rounds import Round
 from arka.flight.streams import Shared
 from arka.options import Limits
 from arka.tiers.admission import Ledger
@@ -64,6 +65,11 @@ class ConnectionFactory:
             del self._connections[connection]
             if not self._connections:
                 self._idle.set()
+
+    @property
+    def round(self) -> Round:
+        """For who tells many streams of one thing."""
+        return self._shared.round
 
     @property
     def connections(self) -> int:

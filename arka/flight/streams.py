@@ -25,6 +25,7 @@ from arka.flight.floods import Flood
 from arka.flight.flow import ReadAhead, StreamIntake
 from arka.flight.grpc import Call, Request, Route, parse_metadata, parse_timeout, read_request, run_call
 from arka.flight.outbound import Parts, StreamOutput, Turn
+from arka.flight.rounds import Round
 from arka.flight.status import RpcStatus, Status, status_of
 from arka.options import Limits
 from arka.tiers.admission import Ledger
@@ -61,6 +62,7 @@ class Shared:
         read_ahead: bounds what is granted before it is asked for.
         message_limit: largest message, bytes.
         streams: RPCs that are running.
+        round: on while many streams are told of one thing.
     """
 
     def __init__(self, routes: Mapping[str, Route], ledger: Ledger, limits: Limits) -> None:
@@ -71,6 +73,7 @@ class Shared:
         # What the ledger could never grant beside a stream's own initial window is refused at once.
         self.message_limit = min(limits.message_bytes, ledger.statistics().limit_bytes - 2 * INITIAL_WINDOW)
         self.streams = 0
+        self.round = Round()
 
 
 class Stream:

@@ -414,7 +414,8 @@ class DiskFile(Protocol):
 class Disk(Protocol):
     """The local file system, as far as the log needs it.
 
-    All methods but ``run`` block: they are called only inside a job given to ``run``, and may raise OSError.
+    All methods but ``run`` and ``commit`` block: they are called only inside a job given to ``run``, and may raise
+    OSError.
     """
 
     async def run(self, job: Callable[[], T]) -> T:
@@ -425,6 +426,16 @@ class Disk(Protocol):
 
         Cancellation: before the job begins it does not run; once it runs it is finished first, and its
         result is returned although a cancellation waits.
+        """
+        ...
+
+    async def commit(self, file: DiskFile, group: Group) -> None:
+        """Do what ``file.commit(group)`` does, without holding trio's thread up; one at a time.
+
+        Raises:
+            OSError: it failed.
+
+        Cancellation: before it begins nothing is written; once begun it is finished, and this returns normally.
         """
         ...
 

@@ -7,13 +7,14 @@ can show is checked on the simulated disk alone (tests/wal).
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from uuid import UUID
 
 import trio
 
 from arka._core.framing import KIND_LOST, Frame, Group, crc_seed, verify_frame
-from arka.storage.ports import Disk
+from arka.storage.ports import Disk, DiskFile
 
 Check = Callable[[Disk, Path], Awaitable[None]]
 
@@ -107,6 +108,56 @@ async def check_commit(disk: Disk, directory: Path) -> None:
     await disk.run(job)
 
 
+async def check_commit_apart(disk: Disk, directory: Path) -> None:
+    """``Disk.commit`` does the same, one group after another, and says which file fails."""
+    seed = crc_seed(UUID(int=1), 2, 3)
+    path = directory / "a"
+
+    def create() -> DiskFile:
+        disk.make_directory(directory)
+        return disk.create(path, 8192)
+
+    file = await disk.run(create)
+    offset = 64
+    frames = []
+    for lsn in range(1, 9):
+        frames.append(Frame(KIND_LOST, lsn, payload=b"x" * 100 * lsn, accepted_us=0))
+        group = Group(frames[-1:], offset, seed)
+        await disk.commit(file, group)
+        offset += group.size
+    data = await disk.run(partial(disk.map, path))
+    assert [verify_frame(data, frame.offset, seed).lsn for frame in frames] == list(range(1, 9))
+    file.close()
+    try:
+        await disk.commit(file, Group([Frame(KIND_LOST, 9, payload=b"", accepted_us=0)], offset, seed))
+    except OSError as error:
+        if error.filename != str(path):
+            raise AssertionError(f"expected {path} to be named") from error
+    else:
+        raise AssertionError("expected OSError")
+
+
+async def check_commit_cancelled_before(disk: Disk, directory: Path) -> None:
+    """A commit whose caller is cancelled before it begins writes nothing, and another one works."""
+    seed = crc_seed(UUID(int=1), 2, 3)
+    path = directory / "a"
+
+    def create() -> DiskFile:
+        disk.make_directory(directory)
+        return disk.create(path, 4096)
+
+    file = await disk.run(create)
+    group = Group([Frame(KIND_LOST, 1, payload=b"x", accepted_us=0)], 64, seed)
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await disk.commit(file, group)
+    assert scope.cancelled_caught
+    assert bytes(await disk.run(partial(disk.map, path))) == bytes(4096)
+    await disk.commit(file, group)
+    assert verify_frame(await disk.run(partial(disk.map, path)), 64, seed).lsn == 1
+    file.close()
+
+
 async def check_names(disk: Disk, directory: Path) -> None:
     """Names are listed sorted; renaming replaces; removing twice is no error; what is mapped stays."""
 
@@ -138,7 +189,16 @@ async def check_names(disk: Disk, directory: Path) -> None:
 #: All checks, by name.
 CHECKS: dict[str, Check] = {
     check.__name__.removeprefix("check_"): check
-    for check in (check_run, check_run_cancelled_before, check_create, check_write, check_commit, check_names)
+    for check in (
+        check_run,
+        check_run_cancelled_before,
+        check_create,
+        check_write,
+        check_commit,
+        check_commit_apart,
+        check_commit_cancelled_before,
+        check_names,
+    )
 }
 
 __all__ = ["CHECKS", "Check"]

@@ -15,6 +15,7 @@ import errno
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -251,6 +252,10 @@ class SimDisk:
             with trio.CancelScope(shield=True):
                 await trio.sleep(self.latency_s)
         return result
+
+    async def commit(self, file: DiskFile, group: Group) -> None:
+        """Commit in this task."""
+        await self.run(partial(file.commit, group))
 
     def make_directory(self, directory: Path) -> None:
         """Make a directory; durable at once."""

@@ -26,7 +26,7 @@ import pyarrow as pa
 import structlog
 import trio
 
-from arka._core.framing import KIND_BATCH, FrameError, FrameHeader, verify_frame
+from arka._core.framing import KIND_BATCH, FrameError, FrameHeader, Group, verify_frame
 from arka.errors import DataCorruption
 from arka.iceberg.frames import FrameRows
 from arka.records import TableName
@@ -281,6 +281,10 @@ class ProcessDisk:
             raise
         await self._process.sleep_shielded(self._rng.uniform(0, self._max_delay_s))
         return result
+
+    async def commit(self, file: DiskFile, group: Group) -> None:
+        """See ``Disk``; it takes the time of a job."""
+        await self.run(lambda: file.commit(group))
 
     def make_directory(self, directory: Path) -> None:
         """See ``Disk``."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import trio
 
@@ -36,6 +37,18 @@ class Advance:
 Listener = Callable[[Advance], None]
 
 
+class Round(Protocol):
+    """What is told before and after all listeners are told of one rise; it must not raise or wait."""
+
+    def begin(self) -> None:
+        """Listeners are about to be told."""
+        ...
+
+    def end(self) -> None:
+        """All of them were told."""
+        ...
+
+
 def now_us() -> int:
     """Return the wall clock in microseconds since the Unix epoch."""
     return time.time_ns() // 1000
@@ -55,6 +68,7 @@ class Watermark:
         # A dict, not a set: listeners are told in the order in which they came, the same in each run.
         self._listeners: dict[Listener, None] = {}
         self._risen = trio.Event()
+        self._round: Round | None = None
 
     @property
     def lsn(self) -> int:
@@ -79,8 +93,16 @@ class Watermark:
         self._latest = Advance(self.tier, lsn, now_us(), snapshot_id)
         risen, self._risen = self._risen, trio.Event()
         risen.set()
+        if self._round is not None:
+            self._round.begin()
         for listener in tuple(self._listeners):
             listener(self._latest)
+        if self._round is not None:
+            self._round.end()
+
+    def tell_in(self, around: Round) -> None:
+        """Tell listeners in a round from now on."""
+        self._round = around
 
     def listen(self, listener: Listener) -> None:
         """Call ``listener`` at each rise from now on; it must not raise or wait."""
@@ -100,4 +122,4 @@ class Watermark:
         await self._risen.wait()
 
 
-__all__ = ["Advance", "Listener", "Watermark", "now_us"]
+__all__ = ["Advance", "Listener", "Round", "Watermark", "now_us"]

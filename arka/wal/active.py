@@ -14,7 +14,7 @@ from uuid import UUID
 from arka import failpoints
 from arka._core.framing import KIND_BATCH, KIND_TABLE, MARK_BYTES, Frame, Group
 from arka.records import TableInfo
-from arka.storage.ports import DiskFile
+from arka.storage.ports import Disk, DiskFile
 from arka.wal.segment import HEADER_BYTES, AppendedRange, Footer, GroupMark, SegmentHeader, SegmentRef
 
 #: What a segment's last group must leave free: its own GROUP frame and the footer.
@@ -42,7 +42,14 @@ def table_frame(frame: Frame) -> Frame:
 
 @dataclass(slots=True)
 class Cut:
-    """The part of a group that goes to one segment: TABLE frames included, GROUP frame not."""
+    """The part of a group that goes to one segment: TABLE frames included, GROUP frame not.
+
+    Attributes:
+        frames: as they are written.
+        taken: those of them that were asked for.
+        tables: all that batches in it are of, also those that the segment knows already.
+        size: of ``frames``, in bytes.
+    """
 
     frames: list[Frame] = field(default_factory=list)
     taken: list[Frame] = field(default_factory=list)
@@ -51,7 +58,7 @@ class Cut:
 
 
 class ActiveSegment:
-    """The segment that is written to. Blocking; used by one job at a time."""
+    """The segment that is written to, by one caller at a time. Blocking but for ``commit_in``."""
 
     def __init__(self, ref: SegmentRef, header: SegmentHeader, file: DiskFile) -> None:
         self.ref = ref
@@ -75,12 +82,11 @@ class ActiveSegment:
             record = None
             if frame.kind == KIND_BATCH and frame.table is not None and frame.table is not table:
                 key = (frame.table.uuid, frame.schema_id)
-                if key not in self._known_tables:
+                if key not in self._known_tables and key not in cut.tables:
                     record = table_frame(frame)
                     need += record.frame_bytes
                 if cut.size + need <= room:
                     table = cut.tables[key] = frame.table
-                    self._known_tables.add(key)
             if cut.size + need > room:
                 break
             if record is not None:
@@ -92,18 +98,36 @@ class ActiveSegment:
 
     def commit(self, cut: Cut, *, then_seal: bool) -> AppendedRange:
         """Write and fsync a cut as one group, followed by the footer if the segment is full."""
+        group = self._begin(cut, then_seal=then_seal)
+        failpoints.hit("wal.group_begin")
+        self._file.commit(group)
+        failpoints.hit("wal.group_synced")
+        return self._finish(cut, then_seal=then_seal)
+
+    async def commit_in(self, disk: Disk, cut: Cut) -> AppendedRange:
+        """Write and fsync a cut as one group, without holding trio's thread up; the segment goes on.
+
+        Cancellation: before the write begins, nothing has changed; once begun it is finished.
+        """
+        await disk.commit(self._file, self._begin(cut, then_seal=False))
+        return self._finish(cut, then_seal=False)
+
+    def _begin(self, cut: Cut, *, then_seal: bool) -> Group:
         start = self._offset
         end = start + MARK_BYTES + cut.size
         mark = GroupMark(self._header.nonce, start, start, end - start, len(cut.frames))
         frames = [mark.to_frame(now_us()), *cut.frames]
-        self._frames += len(frames)
-        self._last_lsn = cut.taken[-1].lsn
         if then_seal:
-            frames.append(self._footer(synced_through=start, offset=end))
-        failpoints.hit("wal.group_begin")
-        self._file.commit(Group(frames, start, self._seed))
-        failpoints.hit("wal.group_synced")
-        self._offset = end
+            count = self._frames + len(frames)
+            frames.append(self._footer(synced_through=start, offset=end, last_lsn=cut.taken[-1].lsn, frames=count))
+        return Group(frames, start, self._seed)
+
+    def _finish(self, cut: Cut, *, then_seal: bool) -> AppendedRange:
+        start = self._offset
+        end = self._offset = start + MARK_BYTES + cut.size
+        self._frames += 1 + len(cut.frames)
+        self._last_lsn = cut.taken[-1].lsn
+        self._known_tables.update(cut.tables)
         if then_seal:
             self._release(end + MARK_BYTES)
         for frame in cut.taken:
@@ -114,7 +138,9 @@ class ActiveSegment:
 
     def seal(self) -> None:
         """Write and fsync the footer."""
-        footer = self._footer(synced_through=self._offset, offset=self._offset)
+        footer = self._footer(
+            synced_through=self._offset, offset=self._offset, last_lsn=self._last_lsn, frames=self._frames
+        )
         self._file.commit(Group([footer], self._offset, self._seed))
         self._release(self._offset + MARK_BYTES)
 
@@ -122,10 +148,8 @@ class ActiveSegment:
         """Close the file as it is."""
         self._file.close()
 
-    def _footer(self, *, synced_through: int, offset: int) -> Frame:
-        footer = Footer(
-            self._header.nonce, synced_through, offset, self._header.first_lsn, self._last_lsn, self._frames
-        )
+    def _footer(self, *, synced_through: int, offset: int, last_lsn: int, frames: int) -> Frame:
+        footer = Footer(self._header.nonce, synced_through, offset, self._header.first_lsn, last_lsn, frames)
         return footer.to_frame(now_us())
 
     def _release(self, end: int) -> None:

@@ -19,7 +19,7 @@ from arka._core.framing import KIND_BATCH, Frame
 from arka.errors import Closed, ConfigurationError, DataCorruption, Fenced, InternalError, OutcomeUnknown
 from arka.options import WalOptions
 from arka.storage.ports import Disk, DiskFile
-from arka.wal.active import MARKS_BYTES, ActiveSegment, now_us, table_frame
+from arka.wal.active import MARKS_BYTES, ActiveSegment, Cut, now_us, table_frame
 from arka.wal.seal import SEAL_NAME, SealMark, read_seal, write_seal
 from arka.wal.segment import (
     CONTROL_KINDS,
@@ -147,15 +147,23 @@ class WalWriter:
         Cancellation: before the write begins, nothing is written and the frames may be appended again. Once
         it has begun it is finished, and this returns normally: so a cancelled append wrote nothing.
         """
-        async with self._lock:
+        await self._lock_at_once()
+        try:
             self._check_usable()
             if not frames:
                 return []
             self._check_frames(frames)
+            active = self._active
+            # Failpoints on the way pause and fail, which is for threads.
+            cut = active.cut(frames, 0) if active is not None and not failpoints.armed() else None
+            if active is not None and cut is not None and len(cut.taken) == len(frames):
+                return [await self._commit_at_once(active, cut)]
             ranges = await self._disk.run(partial(self._commit, frames))
             if self._spare is None:
                 self._spare_wanted.set()
             return ranges
+        finally:
+            self._lock.release()
 
     async def keep_spare(self) -> None:
         """Preallocate the next segment ahead of its use, again and again, until cancelled.
@@ -213,6 +221,32 @@ class WalWriter:
             await self._disk.run(self._finish)
             self._closed = True
 
+    async def _lock_at_once(self) -> None:
+        """Lock without a turn of the loop, where nobody else has it: a turn is a tenth of a group commit.
+
+        Cancellation: the lock is not held.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        try:
+            self._lock.acquire_nowait()
+        except trio.WouldBlock:
+            await self._lock.acquire()
+
+    async def _commit_at_once(self, active: ActiveSegment, cut: Cut) -> AppendedRange:
+        """Commit what fits into the active segment: nothing but one write and one fsync, for which no job is needed."""
+        try:
+            appended = await active.commit_in(self._disk, cut)
+        except trio.Cancelled:
+            raise
+        except BaseException as error:
+            raise self._poisoned_by(error) from error
+        self._last_lsn = appended.last_lsn
+        return appended
+
+    def _poisoned_by(self, error: BaseException) -> WalPoisoned:
+        self._poison = error
+        return WalPoisoned(f"{self._directory}: the log cannot be written: {error}; restart the server")
+
     # -- jobs: run in the disk's thread -----------------------------------------------------------
 
     def _commit(self, frames: Sequence[Frame]) -> list[AppendedRange]:
@@ -234,8 +268,7 @@ class WalWriter:
                 if full:
                     self._active = None
         except BaseException as error:
-            self._poison = error
-            raise WalPoisoned(f"{self._directory}: the log cannot be written: {error}; restart the server") from error
+            raise self._poisoned_by(error) from error
         return ranges
 
     def _start_segment(self, first: Frame) -> ActiveSegment:
