@@ -208,6 +208,7 @@ class Connection:
         if not self._settings_seen:
             raise WireError(ErrorCodes.PROTOCOL_ERROR, _NOT_SETTINGS)
         if not self._streams.enlarge(stream_id, increment):
+            self._count(Flood.STRAY_WINDOW)
             for event in self._h2.receive_data(frames.window_update(stream_id, increment)):
                 self._handle_h2(event, nursery)
         elif stream_id:

@@ -29,6 +29,7 @@ class Flood(Enum):
     PING = "PING frames"
     EMPTY_DATA = "DATA frames without payload"
     STRAY_DATA = "DATA frames on streams that are over"
+    STRAY_WINDOW = "WINDOW_UPDATE frames on streams that are over"
     OTHER = "PRIORITY or unknown frames"
 
 
@@ -41,6 +42,8 @@ RATES: Final = {
     Flood.PING: Rate(1_000, 100.0),
     Flood.EMPTY_DATA: Rate(1_000, 100.0),
     Flood.STRAY_DATA: Rate(10_000, 1_000.0),
+    # A client that reads at once may owe one for each of thousands of streams that ended meanwhile.
+    Flood.STRAY_WINDOW: Rate(10_000, 1_000.0),
     Flood.OTHER: Rate(5_000, 500.0),
 }
 

@@ -824,6 +824,17 @@ class TestLimits:
             await s.peer.send(flood * 100)
             assert (await s.peer.wait_closed())[0] == ENHANCE_YOUR_CALM
 
+    async def test_windows_of_streams_that_are_over(self, autojump_clock):
+        """T9: WINDOW_UPDATE on a stream that has ended is no error, and a flood of them ends the connection."""
+        async with served() as s:
+            await s.peer.send(s.peer.request(1, end=True))
+            await s.peer.response(1)
+            burst = RATES[Flood.STRAY_WINDOW].burst - 5
+            await s.peer.send(window_update(1, 1) * burst)
+            await s.peer.settle()
+            await s.peer.send(window_update(1, 1) * 100)
+            assert (await s.peer.wait_closed())[0] == ENHANCE_YOUR_CALM
+
     async def test_rapid_reset(self, autojump_clock):
         """T9: opening and resetting streams in masses ends the connection (CVE-2023-44487)."""
         async with served() as s:
