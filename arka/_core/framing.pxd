@@ -61,6 +61,6 @@ cdef class Group:
     cdef Py_ssize_t iov_count
     cdef size_t describe(self, Item *item, Frame frame) except? 0
     cdef void add_iovec(self, uint8_t *data, size_t size) noexcept nogil
-    cdef void seal_nogil(self) noexcept nogil
-    cdef int write_nogil(self, int fd) noexcept nogil
+    cdef void seal_nogil(self, Py_ssize_t first, Py_ssize_t last) noexcept nogil
+    cdef int write_nogil(self, int fd, uint64_t offset) noexcept nogil
     cdef int commit_nogil(self, int fd) noexcept nogil

@@ -25,6 +25,7 @@ cdef extern from *:
     #ifndef _GNU_SOURCE
     #define _GNU_SOURCE
     #endif
+    #include <errno.h>
     #include <fcntl.h>
     #include <limits.h>
     #include <sys/types.h>
@@ -43,12 +44,26 @@ cdef extern from *:
         return -1;
     #endif
     }
+
+    /* Have the kernel begin to write a range back; returns 0 or an errno. Errors of the disk also reach fdatasync. */
+    static int arka_begin_writeback(int fd, unsigned long long offset, unsigned long long size) {
+    #ifdef SYNC_FILE_RANGE_WRITE
+        if (sync_file_range(fd, (off_t)offset, (off_t)size, SYNC_FILE_RANGE_WRITE) != 0
+            && (errno == EIO || errno == ENOSPC)) {
+            return errno;
+        }
+    #else
+        (void)fd; (void)offset; (void)size;
+    #endif
+        return 0;
+    }
     """
     int IOV_MAX
     ctypedef Py_ssize_t ssize_t
     ctypedef long long off_t
     ssize_t pwritev(int fd, const iovec *iov, int count, off_t offset) noexcept nogil
     int fdatasync(int fd) noexcept nogil
+    int arka_begin_writeback(int fd, unsigned long long offset, unsigned long long size) noexcept nogil
     int arka_punch_hole(int fd, long long offset, long long size) noexcept nogil
 
 cdef enum:
@@ -68,6 +83,8 @@ cdef enum:
     COALESCE = 16384
     #: Checksums of less than this keep the GIL: giving it away costs more.
     KEEP_GIL = 16384
+    #: The disk begins with so many bytes of a group while the next ones are sealed and copied.
+    WRITE_STEP = 4194304
 
 KIND_BATCH = BATCH
 KIND_TABLE = TABLE
@@ -552,14 +569,15 @@ cdef class Group:
         self.iov[self.iov_count].iov_len = size
         self.iov_count += 1
 
-    cdef void seal_nogil(self) noexcept nogil:
+    cdef void seal_nogil(self, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
+        """Seal the frames ``[first, last)``, and lay them out for writing in place of what was laid out before."""
         cdef Py_ssize_t i
         cdef Item *item
         cdef uint8_t *tail
         cdef size_t tail_bytes
         cdef uint32_t crc
         self.iov_count = 0
-        for i in range(self.count):
+        for i in range(first, last):
             item = &self.items[i]
             tail = item.arena
             if item.copied:
@@ -582,13 +600,12 @@ cdef class Group:
                 put32(item.payload + 4, crc32c_update(crc, tail, tail_bytes))
                 self.add_iovec(item.payload, item.payload_bytes)
                 self.add_iovec(tail, tail_bytes)
-        self.sealed = True
+        self.sealed = last - first == self.count
 
-    cdef int write_nogil(self, int fd) noexcept nogil:
-        """Write all of it; returns 0 or an errno. Consumes the iovecs."""
+    cdef int write_nogil(self, int fd, uint64_t offset) noexcept nogil:
+        """Write what is laid out; returns 0 or an errno. Consumes the iovecs."""
         cdef iovec *iov = self.iov
         cdef Py_ssize_t left = self.iov_count
-        cdef uint64_t offset = self.offset
         cdef ssize_t written
         cdef size_t step
         self.sealed = False
@@ -613,9 +630,22 @@ cdef class Group:
 
     cdef int commit_nogil(self, int fd) noexcept nogil:
         """Seal the group, write it and fsync the file's data; returns 0 or an errno."""
-        cdef int error
-        self.seal_nogil()
-        error = self.write_nogil(fd)
+        cdef Py_ssize_t first = 0
+        cdef Py_ssize_t last = 0
+        cdef uint64_t offset = self.offset
+        cdef uint64_t size
+        cdef int error = 0
+        while first < self.count and error == 0:
+            size = 0
+            while last < self.count and size < WRITE_STEP:
+                size += self.items[last].frame_bytes
+                last += 1
+            self.seal_nogil(first, last)
+            error = self.write_nogil(fd, offset)
+            if error == 0 and last < self.count:
+                error = arka_begin_writeback(fd, offset, size)
+            offset += size
+            first = last
         while error == 0 and fdatasync(fd) != 0:
             if errno != EINTR:
                 error = errno
@@ -625,7 +655,7 @@ cdef class Group:
         """Compute every frame's CRC, and lay the group out for writing."""
         # SAFETY: ``frames`` holds the frames, they hold payloads and keys, and nobody changes those any more.
         with nogil:
-            self.seal_nogil()
+            self.seal_nogil(0, self.count)
 
     def to_bytes(self):
         """Return the group's bytes as they go to the file."""

@@ -188,7 +188,8 @@ class Promises:
         """Check that a tier's promise is true of one write, and remember that it was made."""
         if lsn:
             self._told.setdefault(node.name, {})[write.number] = lsn
-        if lsn and not node.superseded:
+        # What is in the store is the log's, whoever says so; below that, a superseded node's LSNs are void.
+        if lsn and (not node.superseded or tier > Tier.DISK):
             self._check_lsn(node, write, lsn, duplicate=ack.duplicate)
         elif not lsn and write.reached < Tier.DISK:
             # A coalesced ack names its last write's LSN only; what an earlier life gave may be void.

@@ -301,13 +301,15 @@ def test_group_is_written_as_it_is_sealed(tmp_path: Path) -> None:
 
 
 def test_group_of_more_pieces_than_one_call_takes(tmp_path: Path) -> None:
-    """A group of more iovecs than IOV_MAX is written whole."""
+    """A group of more iovecs than IOV_MAX, and of more bytes than one step, is written whole."""
     body = bytes(17_000)
     frames = [Frame(KIND_BATCH, lsn, payload=make_buffer(b"m", body), accepted_us=0) for lsn in range(1, 1200)]
     path = tmp_path / "segment"
+    group = Group(frames, 0, SEED)
     with path.open("wb") as file:
-        Group(frames, 0, SEED).commit(file.fileno())
+        group.commit(file.fileno())
     data = path.read_bytes()
+    assert data == group.to_bytes()
     assert [verify_frame(data, frame.offset, SEED).lsn for frame in frames] == list(range(1, 1200))
 
 
