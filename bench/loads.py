@@ -32,6 +32,13 @@ def numbers(rows: int, seed: int = 0) -> pa.RecordBatch:
     )
 
 
+def repeating(rows: int, different: int) -> pa.RecordBatch:
+    """``numbers`` whose rows repeat, so that a long run of them is small in the warehouse."""
+    few = numbers(different)
+    (batch,) = pa.Table.from_batches([few] * (rows // different)).combine_chunks().to_batches()
+    return batch
+
+
 @dataclass
 class Pumped:
     """How one stream went.

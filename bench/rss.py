@@ -43,11 +43,13 @@ class Samples:
         seconds: since the first.
         resident: bytes.
         anonymous: bytes, without mapped files.
+        own: of those, the server's own, without its workers.
     """
 
     seconds: list[float] = field(default_factory=list)
     resident: list[int] = field(default_factory=list)
     anonymous: list[int] = field(default_factory=list)
+    own: list[int] = field(default_factory=list)
 
     def slope(self, values: list[int]) -> float:
         """How fast values grow over the last two thirds: kB a minute."""
@@ -72,6 +74,7 @@ def watch(server: ServerProcess, stop: threading.Event) -> Samples:
         samples.seconds.append(time.perf_counter() - started)
         samples.resident.append(resident)
         samples.anonymous.append(anonymous)
+        samples.own.append(server.memory(workers=False)[0])
     return samples
 
 
@@ -112,9 +115,7 @@ def paced(client: flight.FlightClient, batch: pa.RecordBatch, rate: float, secon
 
 def main() -> None:
     """Measure, print the line, write the result."""
-    few = loads.numbers(DIFFERENT_ROWS)
-    table = pa.Table.from_batches([few] * (ROWS // DIFFERENT_ROWS)).combine_chunks()
-    (batch,) = table.to_batches()
+    batch = loads.repeating(ROWS, DIFFERENT_ROWS)
     with (
         # On the disk: half an hour of uncommitted writes would not fit into memory, should commits fall behind.
         tempfile.TemporaryDirectory(prefix="arka-bench-") as folder,
@@ -141,6 +142,7 @@ def main() -> None:
     third = len(samples.resident) // 3
     result.notes = {
         "anonymous, kB/min": round(samples.slope(samples.anonymous), 1),
+        "anonymous of the server alone, kB/min": round(samples.slope(samples.own), 1),
         "MiB after a third": round(samples.resident[third] / 2**20, 1),
         "MiB at the end": round(samples.resident[-1] / 2**20, 1),
         "most MiB": round(max(samples.resident) / 2**20, 1),
