@@ -14,7 +14,7 @@ cdef class Frame:
     cdef readonly object payload
     cdef readonly bytes key
     cdef uint64_t payload_bytes
-    cdef void write_header(self, uint8_t *header) except *
+    cdef void write_header(self, uint8_t *header, bytes identity)
 
 
 cdef class FrameHeader:

@@ -11,7 +11,7 @@ another module's pointer for each of a million small frames would show.
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.errno cimport EINTR, EIO, errno
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
@@ -247,9 +247,8 @@ cdef class Frame:
         """Let the payload's bytes go: they are in the segment. The frame cannot be written again."""
         self.payload = None
 
-    cdef void write_header(self, uint8_t *header) except *:
-        """Write all of the header but its CRC."""
-        cdef bytes identity
+    cdef void write_header(self, uint8_t *header, bytes identity):
+        """Write all of the header but its CRC; ``identity`` is the table's UUID, None for no table."""
         memset(header, 0, HEADER)
         put32(header, MAGIC)
         put64(header + 8, self.frame_bytes)
@@ -261,8 +260,7 @@ cdef class Frame:
         header[49] = self.operation
         put16(header + 50, <uint16_t> PyBytes_GET_SIZE(self.key))
         put32(header + 52, self.schema_id)
-        if self.table is not None:
-            identity = self.table.uuid.bytes
+        if identity is not None:
             memcpy(header + 56, PyBytes_AS_STRING(identity), 16)
 
 
@@ -485,6 +483,102 @@ def last_nonzero(buffer, Py_ssize_t start):
         PyBuffer_Release(&view)
 
 
+# -- many frames --------------------------------------------------------------------------------------
+
+
+def first_out_of_order(list frames not None, uint64_t last_lsn):
+    """Find the first frame whose LSN is not above the one before it.
+
+    Args:
+        frames: to be in LSN order.
+        last_lsn: what the first one's has to be above.
+
+    Returns:
+        Its index; -1 when the order holds.
+    """
+    cdef Py_ssize_t i
+    cdef Frame frame
+    for i in range(len(frames)):
+        frame = <Frame?> frames[i]
+        if frame.lsn <= last_lsn:
+            return i
+        last_lsn = frame.lsn
+    return -1
+
+
+def run_end(list frames not None, Py_ssize_t start):
+    """Find the end of the run of batches of one table, at one schema, that begins with ``frames[start]``.
+
+    Args:
+        start: an index of the list; not checked.
+
+    Returns:
+        The index behind the run; ``start + 1`` if the frame is no batch.
+    """
+    cdef Frame first = <Frame?> frames[start]
+    cdef Frame frame
+    cdef Py_ssize_t end = start + 1
+    if first.kind == BATCH:
+        while end < len(frames):
+            frame = <Frame?> frames[end]
+            if frame.kind != BATCH or frame.table is not first.table or frame.schema_id != first.schema_id:
+                break
+            end += 1
+    return end
+
+
+def fit(list frames not None, Py_ssize_t start, Py_ssize_t end, int64_t room):
+    """Find how many of ``frames[start:end]`` fit into so many bytes; the indexes are not checked.
+
+    Returns:
+        The index behind the last one that does, and the bytes of those that do.
+    """
+    cdef int64_t size = 0
+    cdef Frame frame
+    cdef Py_ssize_t i = start
+    while i < end:
+        frame = <Frame?> frames[i]
+        if size + <int64_t> frame.frame_bytes > room:
+            break
+        size += frame.frame_bytes
+        i += 1
+    return i, size
+
+
+def places(list frames not None, Py_ssize_t start, Py_ssize_t end, uint64_t base):
+    """Describe ``frames[start:end]``, of which a Group was made, as arrays of native-endian 64-bit integers.
+
+    Args:
+        start: first index; not checked, as the next.
+        end: the index behind the last.
+        base: what the sum of sizes begins with.
+
+    Returns:
+        Bytes of the LSNs, of the file offsets, and of the running sums of the sizes.
+    """
+    cdef Py_ssize_t count = max(end - start, 0)
+    cdef bytes lsns = PyBytes_FromStringAndSize(NULL, count * sizeof(uint64_t))
+    cdef bytes offsets = PyBytes_FromStringAndSize(NULL, count * sizeof(uint64_t))
+    cdef bytes ends = PyBytes_FromStringAndSize(NULL, count * sizeof(uint64_t))
+    cdef uint64_t *lsn = <uint64_t *> PyBytes_AS_STRING(lsns)
+    cdef uint64_t *offset = <uint64_t *> PyBytes_AS_STRING(offsets)
+    cdef uint64_t *sum_ = <uint64_t *> PyBytes_AS_STRING(ends)
+    cdef Py_ssize_t i
+    cdef Frame frame
+    for i in range(count):
+        frame = <Frame?> frames[start + i]
+        base += frame.frame_bytes
+        lsn[i], offset[i], sum_[i] = frame.lsn, frame.offset, base
+    return lsns, offsets, ends
+
+
+def drop_payloads(list frames not None):
+    """``Frame.drop_payload`` of each."""
+    cdef object frame
+    for frame in frames:
+        (<Frame?> frame).payload = None
+
+
 # -- writing ------------------------------------------------------------------------------------------
 
 
@@ -505,6 +599,8 @@ cdef class Group:
         cdef Frame frame
         cdef size_t arena_bytes = 0
         cdef uint8_t *arena
+        cdef object table = None
+        cdef bytes identity = None
         self.frames = frames
         self.offset = offset
         self.seed = seed
@@ -525,7 +621,11 @@ cdef class Group:
         for i in range(self.count):
             frame = <Frame> frames[i]
             self.items[i].arena = arena
-            frame.write_header(self.items[i].payload if self.items[i].in_buffer else arena)
+            if frame.table is not table:
+                # Frames of one table mostly come in a row.
+                table = frame.table
+                identity = None if table is None else table.uuid.bytes
+            frame.write_header(self.items[i].payload if self.items[i].in_buffer else arena, identity)
             if self.items[i].copied:
                 arena += self.items[i].frame_bytes
             else:

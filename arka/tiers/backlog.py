@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass
 
+from arka._core.framing import Frame, places
 from arka.errors import InternalError
 from arka.storage.ports import SegmentSlice
 
@@ -69,12 +70,27 @@ class Backlog:
         if lsn <= self._last_lsn:
             raise InternalError(f"frame {lsn} came to the backlog after {self._last_lsn}")
         self._last_lsn = lsn
-        if not self._chunks or self._chunks[-1].path != path:
-            self._chunks.append(_Chunk(path, segment, epoch, array("q"), array("Q"), array("Q")))
-        chunk = self._chunks[-1]
+        chunk = self._chunk(path, segment, epoch)
         chunk.lsns.append(lsn)
         chunk.offsets.append(offset)
         chunk.ends.append((chunk.ends[-1] if chunk.ends else 0) + frame_bytes)
+
+    def add_frames(self, path: str, segment: int, epoch: int, frames: list[Frame], start: int, end: int) -> None:
+        """Note ``frames[start:end]``, which are in a segment; LSN order, at least one."""
+        if frames[start].lsn <= self._last_lsn:
+            raise InternalError(f"frame {frames[start].lsn} came to the backlog after {self._last_lsn}")
+        self._last_lsn = frames[end - 1].lsn
+        chunk = self._chunk(path, segment, epoch)
+        lsns, offsets, ends = places(frames, start, end, chunk.ends[-1] if chunk.ends else 0)
+        chunk.lsns.frombytes(lsns)
+        chunk.offsets.frombytes(offsets)
+        chunk.ends.frombytes(ends)
+
+    def _chunk(self, path: str, segment: int, epoch: int) -> _Chunk:
+        """Return the chunk of a segment, which is the last one there is or a new one."""
+        if not self._chunks or self._chunks[-1].path != path:
+            self._chunks.append(_Chunk(path, segment, epoch, array("q"), array("Q"), array("Q")))
+        return self._chunks[-1]
 
     def put_before(self, earlier: Backlog) -> None:
         """Take in frames that lie before all of this backlog's, and leave ``earlier`` empty.

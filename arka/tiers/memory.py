@@ -8,7 +8,6 @@ the message before it invited it).
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -62,7 +61,9 @@ class MemoryTier:
     def __init__(self, allocator: LsnAllocator, keys: KeyIndex) -> None:
         self._allocator = allocator
         self._keys = keys
-        self._frames: deque[tuple[Frame, Releasable | None]] = deque()
+        # Invariant: as many charges as frames, each at its frame's place.
+        self._frames: list[Frame] = []
+        self._charges: list[Releasable | None] = []
         self._queued_bytes = 0
         self._arrived = trio.Event()
         # Whether somebody waits until a queued frame is on disk.
@@ -142,18 +143,19 @@ class MemoryTier:
 
     def take_group(self, group_bytes: int) -> Group:
         """Take what waits, in order: at least one frame if any waits, about ``group_bytes`` at most."""
-        frames: list[Frame] = []
-        charges: list[Releasable] = []
-        taken = 0
-        while self._frames and taken < group_bytes:
-            frame, charge = self._frames.popleft()
-            taken += frame.frame_bytes
-            frames.append(frame)
-            if charge is not None:
-                charges.append(charge)
+        if self._queued_bytes <= group_bytes:
+            frames, charges, taken = self._frames, self._charges, self._queued_bytes
+            self._frames, self._charges = [], []
+        else:
+            count = taken = 0
+            while taken < group_bytes:
+                taken += self._frames[count].frame_bytes
+                count += 1
+            frames, charges = self._frames[:count], self._charges[:count]
+            del self._frames[:count], self._charges[:count]
         self._queued_bytes -= taken
         self._urgent = self._urgent and bool(self._frames)
-        return Group(frames, charges, taken)
+        return Group(frames, [charge for charge in charges if charge is not None], taken)
 
     async def wait_pending(self) -> bool:
         """Wait until frames wait, or until the tier is closed and empty.
@@ -193,7 +195,8 @@ class MemoryTier:
         self._hurry.set()
 
     def _push(self, frame: Frame, charge: Releasable | None, *, urgent: bool) -> None:
-        self._frames.append((frame, charge))
+        self._frames.append(frame)
+        self._charges.append(charge)
         self._queued_bytes += frame.frame_bytes
         self._arrived.set()
         self._urgent |= urgent

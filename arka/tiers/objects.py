@@ -147,7 +147,7 @@ class ObjectTier:
             )
         else:
             # Without its frames: only bytes are uploaded.
-            self._pending.append(replace(appended, frames=()))
+            self._pending.append(replace(appended, frames=[]))
             if last is not None:
                 # What was last can grow no more: there is nothing to wait for.
                 self._hurried.set()

@@ -19,7 +19,7 @@ import structlog
 import trio
 
 from arka._core.buffers import FrameBuffer
-from arka._core.framing import KIND_BATCH, crc32c
+from arka._core.framing import KIND_BATCH, crc32c, run_end
 from arka.errors import ArkaError, Closed, ErrorCode, Fenced, OutcomeUnknown, Unavailable
 from arka.options import Settings
 from arka.records import Operation, Tier
@@ -301,18 +301,16 @@ class Pipeline:
         path = str(segment.path)
         number, epoch = segment.number, segment.epoch
         touched: dict[Table, None] = {}
-        info, table = None, None
-        for frame in appended.frames:
-            if frame.kind != KIND_BATCH or frame.table is None:
-                continue
-            if frame.table is not info:
-                # Frames of one table mostly come in a row.
-                info = frame.table
-                table = self.tables.get(info.uuid)
-                if table is not None and not table.backlog:
-                    touched[table] = None
+        frames, start = appended.frames, 0
+        while start < len(frames):
+            # Frames of one table mostly come in a row.
+            first, end = frames[start], run_end(frames, start)
+            table = None if first.kind != KIND_BATCH or first.table is None else self.tables.get(first.table.uuid)
             if table is not None:
-                table.note_durable(path, number, epoch, frame.lsn, frame.offset, frame.frame_bytes)
+                if not table.backlog:
+                    touched[table] = None
+                table.note_durable(path, number, epoch, frames, start, end)
+            start = end
         for table in touched:
             table.wake()
 

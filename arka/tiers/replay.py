@@ -81,7 +81,7 @@ class TableFrames:
             index, lsn, offset, frame_bytes = places[at : at + 4]
             if lsn > committed:
                 path, number, epoch = self._paths[index]
-                table.note_durable(path, number, epoch, lsn, offset, frame_bytes)
+                table.note_recovered(path, number, epoch, lsn, offset, frame_bytes)
         table.last_lsn = max(table.last_lsn, self.last_lsn)
         if self._keys:
             keys.load(table.info.uuid, self._keys)

@@ -19,6 +19,7 @@ import structlog
 import trio
 
 from arka import failpoints
+from arka._core.framing import Frame
 from arka.errors import ArkaError, ErrorCode, Fenced
 from arka.options import IcebergOptions
 from arka.records import TableInfo, Tier
@@ -166,8 +167,13 @@ class Table:
             size=cut.frame_bytes,
         )
 
-    def note_durable(self, path: str, segment: int, epoch: int, lsn: int, offset: int, frame_bytes: int) -> None:
-        """Take a frame that is on disk into the backlog."""
+    def note_durable(self, path: str, segment: int, epoch: int, frames: list[Frame], start: int, end: int) -> None:
+        """Take ``frames[start:end]``, which are on disk, into the backlog."""
+        if self.state is not TableState.DROPPED:
+            self.backlog.add_frames(path, segment, epoch, frames, start, end)
+
+    def note_recovered(self, path: str, segment: int, epoch: int, lsn: int, offset: int, frame_bytes: int) -> None:
+        """Take a frame that was found on the disk into the backlog."""
         if self.state is not TableState.DROPPED:
             self.backlog.add(path, segment, epoch, lsn, offset, frame_bytes)
 

@@ -6,13 +6,12 @@ Owns: one segment file from its header to its footer. Does not own which segment
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 from uuid import UUID
 
 from arka import failpoints
-from arka._core.framing import KIND_BATCH, KIND_TABLE, MARK_BYTES, Frame, Group
+from arka._core.framing import KIND_BATCH, KIND_TABLE, MARK_BYTES, Frame, Group, drop_payloads, fit, run_end
 from arka.records import TableInfo
 from arka.storage.ports import Disk, DiskFile
 from arka.wal.segment import HEADER_BYTES, AppendedRange, Footer, GroupMark, SegmentHeader, SegmentRef
@@ -71,29 +70,33 @@ class ActiveSegment:
         self._last_lsn = 0
         self._known_tables: set[tuple[UUID, int]] = set()
 
-    def cut(self, frames: Sequence[Frame], start: int) -> Cut:
+    def cut(self, frames: list[Frame], start: int) -> Cut:
         """Take as many frames from ``start`` on as fit, with the TABLE frames that they need."""
         cut = Cut()
         room = self._header.capacity - self._offset - MARKS_BYTES
-        table: TableInfo | None = None
-        for index in range(start, len(frames)):
-            frame = frames[index]
-            need = frame.frame_bytes
+        while start < len(frames):
+            first = frames[start]
+            table = first.table if first.kind == KIND_BATCH else None
             record = None
-            if frame.kind == KIND_BATCH and frame.table is not None and frame.table is not table:
-                key = (frame.table.uuid, frame.schema_id)
+            if table is not None:
+                key = (table.uuid, first.schema_id)
                 if key not in self._known_tables and key not in cut.tables:
-                    record = table_frame(frame)
-                    need += record.frame_bytes
-                if cut.size + need <= room:
-                    table = cut.tables[key] = frame.table
-            if cut.size + need > room:
+                    record = table_frame(first)
+            need = 0 if record is None else record.frame_bytes
+            run = run_end(frames, start)
+            end, size = fit(frames, start, run, room - cut.size - need)
+            if end == start:
                 break
+            if table is not None:
+                cut.tables[key] = table
             if record is not None:
                 cut.frames.append(record)
-            cut.frames.append(frame)
-            cut.taken.append(frame)
-            cut.size += need
+            cut.frames += frames[start:end]
+            cut.taken += frames[start:end]
+            cut.size += need + size
+            if end < run:
+                break
+            start = end
         return cut
 
     def commit(self, cut: Cut, *, then_seal: bool) -> AppendedRange:
@@ -130,8 +133,7 @@ class ActiveSegment:
         self._known_tables.update(cut.tables)
         if then_seal:
             self._release(end + MARK_BYTES)
-        for frame in cut.taken:
-            frame.drop_payload()
+        drop_payloads(cut.taken)
         return AppendedRange(
             self.ref, start, end, cut.taken[0].lsn, self._last_lsn, tuple(cut.tables.values()), cut.taken
         )

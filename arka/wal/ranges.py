@@ -91,7 +91,7 @@ class RangeCutter:
         if self._first_lsn:
             tables = tuple(self._tables.values())
             self._ranges.append(
-                AppendedRange(self._segment, self._start, end, self._first_lsn, self._last_lsn, tables, ())
+                AppendedRange(self._segment, self._start, end, self._first_lsn, self._last_lsn, tables, [])
             )
         self._start = end
         self._first_lsn = 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -97,7 +97,7 @@ class AppendedRange:
     first_lsn: int
     last_lsn: int
     tables: tuple[TableInfo, ...]
-    frames: Sequence[Frame]
+    frames: list[Frame]
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from uuid import UUID
 import trio
 
 from arka import failpoints
-from arka._core.framing import KIND_BATCH, Frame
+from arka._core.framing import KIND_BATCH, Frame, first_out_of_order, run_end
 from arka.errors import Closed, ConfigurationError, DataCorruption, Fenced, InternalError, OutcomeUnknown
 from arka.options import WalOptions
 from arka.storage.ports import Disk, DiskFile
@@ -125,7 +125,7 @@ class WalWriter:
         """Whether a write or fsync has failed."""
         return self._poison is not None
 
-    async def append(self, frames: Sequence[Frame]) -> list[AppendedRange]:
+    async def append(self, frames: list[Frame]) -> list[AppendedRange]:
         """Write frames as one group commit.
 
         Args:
@@ -249,7 +249,7 @@ class WalWriter:
 
     # -- jobs: run in the disk's thread -----------------------------------------------------------
 
-    def _commit(self, frames: Sequence[Frame]) -> list[AppendedRange]:
+    def _commit(self, frames: list[Frame]) -> list[AppendedRange]:
         ranges: list[AppendedRange] = []
         done = 0
         try:
@@ -364,16 +364,19 @@ class WalWriter:
         if self._closed:
             raise Closed(f"{self._directory}: the log was closed")
 
-    def _check_frames(self, frames: Sequence[Frame]) -> None:
-        last_lsn = self._last_lsn
-        for frame in frames:
-            if frame.lsn <= last_lsn:
-                raise InternalError(f"LSN {frame.lsn} was to be written after LSN {last_lsn}")
-            last_lsn = frame.lsn
+    def _check_frames(self, frames: list[Frame]) -> None:
+        wrong = first_out_of_order(frames, self._last_lsn)
+        if wrong >= 0:
+            before = frames[wrong - 1].lsn if wrong else self._last_lsn
+            raise InternalError(f"LSN {frames[wrong].lsn} was to be written after LSN {before}")
+        start = 0
+        while start < len(frames):
+            frame = frames[start]
             if frame.kind in CONTROL_KINDS:
                 raise InternalError(f"frames of kind {frame.kind} are the writer's own")
             if frame.kind == KIND_BATCH and (frame.table is None or frame.table.schema_id != frame.schema_id):
                 raise InternalError(f"the batch with LSN {frame.lsn} needs its table at schema {frame.schema_id}")
+            start = run_end(frames, start)
 
 
 def _segment_numbers(disk: Disk, directory: Path) -> list[int]:

@@ -6,9 +6,11 @@ import errno
 import os
 import random
 import struct
+from array import array
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 from hypothesis import given
@@ -29,11 +31,16 @@ from arka._core.framing import (
     crc32c,
     crc32c_portable,
     crc_seed,
+    drop_payloads,
     find_mark,
     first_nonzero,
+    first_out_of_order,
+    fit,
     last_nonzero,
     parse_header,
+    places,
     reseal_header,
+    run_end,
     verify_frame,
 )
 
@@ -397,3 +404,81 @@ def test_nonzero_bytes_are_found(size: int, places: set[int], start: int) -> Non
 def test_hardware_is_reported() -> None:
     """Whether the processor's instruction is used can be asked, for the status and for this test's meaning."""
     assert isinstance(framing.CRC32C_HARDWARE, bool)
+
+
+# -- many frames --------------------------------------------------------------------------------------
+
+
+def many(rng: random.Random, count: int) -> list[Frame]:
+    """Frames of two tables at two schemas, and others between them, in LSN order."""
+    infos = [SimpleNamespace(uuid=uuid4()) for _ in range(2)]
+    frames: list[Frame] = []
+    lsn = 0
+    while len(frames) < count:
+        lsn += rng.randint(1, 3)
+        table = rng.choice(infos)
+        kind = rng.choice((KIND_BATCH, KIND_BATCH, KIND_BATCH, KIND_LOST))
+        frames.append(
+            Frame(
+                kind,
+                lsn,
+                table=table if kind == KIND_BATCH else None,  # type: ignore[arg-type]
+                schema_id=rng.randrange(2),
+                payload=bytes(rng.randrange(300)),
+                accepted_us=0,
+            )
+        )
+    return frames
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_runs_places_and_room_as_one_by_one(seed: int) -> None:
+    """What is said of many frames at once is what a look at each says."""
+    rng = random.Random(seed)
+    frames = many(rng, 60)
+
+    def alike(one: Frame, other: Frame) -> bool:
+        return one.kind == other.kind == KIND_BATCH and (one.table, one.schema_id) == (other.table, other.schema_id)
+
+    start = 0
+    while start < len(frames):
+        end = start + 1
+        while end < len(frames) and alike(frames[start], frames[end]):
+            end += 1
+        assert run_end(frames, start) == end
+        start = end
+
+    start, end = sorted(rng.sample(range(60), 2))
+    sizes = [frame.frame_bytes for frame in frames[start:end]]
+    for room in (-1, 0, sizes[0] - 1, sizes[0], sum(sizes) // 2, sum(sizes) - 1, sum(sizes), 1 << 60):
+        fitting = [count for count in range(len(sizes) + 1) if sum(sizes[:count]) <= room]
+        count = max(fitting, default=0)
+        assert fit(frames, start, end, room) == (start + count, sum(sizes[:count]))
+
+    Group(frames, 4096, SEED)
+    lsns, offsets, ends = (array("Q", data) for data in places(frames, start, end, 17))
+    assert list(lsns) == [frame.lsn for frame in frames[start:end]]
+    assert list(offsets) == [frame.offset for frame in frames[start:end]]
+    assert list(ends) == list(accumulate(sizes, initial=17))[1:]
+    assert places(frames, end, end, 17) == (b"", b"", b"")
+
+    assert first_out_of_order(frames, 0) == -1
+    assert first_out_of_order(frames, frames[0].lsn) == 0
+    assert first_out_of_order([*frames, frames[30]], 0) == 60
+    assert first_out_of_order([*frames[:7], frames[6], *frames[7:]], 0) == 7
+    drop_payloads(frames[:5])
+    assert [frame.payload is None for frame in frames] == [True] * 5 + [False] * 55
+
+
+def test_many_of_something_else_is_refused() -> None:
+    """What is no frame is a TypeError, not a crash."""
+    with pytest.raises(TypeError):
+        run_end([1], 0)  # type: ignore[list-item]
+    with pytest.raises(TypeError):
+        first_out_of_order([1], 0)  # type: ignore[list-item]
+    with pytest.raises(TypeError):
+        fit(["x"], 0, 1, 1)  # type: ignore[list-item]
+    with pytest.raises(TypeError):
+        places([object()], 0, 1, 0)  # type: ignore[list-item]
+    with pytest.raises(TypeError):
+        drop_payloads([b""])  # type: ignore[list-item]

@@ -77,7 +77,7 @@ class Bench:
         for _ in range(count):
             self.lsn += 1
             self.table.last_lsn = self.lsn
-            self.table.note_durable("segment", 1, 3, self.lsn, self.lsn * 64, frame_bytes)
+            self.table.note_recovered("segment", 1, 3, self.lsn, self.lsn * 64, frame_bytes)
         self.table.wake()
 
 
