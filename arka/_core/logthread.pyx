@@ -8,6 +8,7 @@ A Python thread would need the GIL twice for each group commit, and get it, wher
 interpreter's switch interval: milliseconds around an fsync of a fifth of one, in which the loop has to give way too.
 """
 
+from cpython.ref cimport Py_DECREF, Py_INCREF
 from posix.unistd cimport close
 
 import os
@@ -20,6 +21,7 @@ cdef extern from *:
     #define _GNU_SOURCE
     #endif
     #include <errno.h>
+    #include <poll.h>
     #include <pthread.h>
     #include <signal.h>
     #include <stdint.h>
@@ -46,13 +48,20 @@ cdef extern from *:
         }
     }
 
-    /* Whether there was one. */
+    /* Whether there is one already. */
     static int arka_take_event(int fd) {
         uint64_t count;
         ssize_t taken;
         while ((taken = read(fd, &count, sizeof count)) < 0 && errno == EINTR) {
         }
         return taken > 0;
+    }
+
+    static void arka_wait_event(int fd) {
+        struct pollfd asked = {fd, POLLIN, 0};
+        while (!arka_take_event(fd)) {
+            poll(&asked, 1, -1);
+        }
     }
     """
     ctypedef struct pthread_t:
@@ -76,9 +85,11 @@ cdef extern from *:
     int arka_start_thread(pthread_t *thread, void *(*run)(void *) noexcept nogil, void *argument) noexcept nogil
     void arka_signal_event(int fd) noexcept nogil
     bint arka_take_event(int fd) noexcept nogil
+    void arka_wait_event(int fd) noexcept nogil
 
 cdef struct Desk:
-    # What loop and thread share, under its mutex. The group is kept alive by the LogThread that it was given to.
+    # What loop and thread share, under its mutex. The desk holds a reference of its own to the group, which the garbage
+    # collector knows nothing of: it may clear a LogThread, and a group, that nobody refers to any more.
     pthread_mutex_t mutex
     pthread_cond_t changed
     bint begun
@@ -99,7 +110,7 @@ cdef void *serve(void *argument) noexcept nogil:
         if desk.ending:
             break
         pthread_mutex_unlock(&desk.mutex)
-        # SAFETY: group and fd do not change between ``begin`` and ``finish``, and the LogThread refers to the group.
+        # SAFETY: group and fd do not change between ``begin`` and ``finish``, and the desk refers to the group.
         error = (<Group> desk.group).commit_nogil(desk.fd)
         pthread_mutex_lock(&desk.mutex)
         desk.error = error
@@ -113,7 +124,7 @@ cdef void *serve(void *argument) noexcept nogil:
 
 
 cdef class LogThread:
-    """One thread and one group at a time: ``begin``, wait until ``event_fd`` can be read, ``finish``.
+    """One thread and one group at a time: ``begin``, wait until ``event_fd`` can be read, ``finish`` whatever happened.
 
     Made and used by one thread; it ends with the object.
 
@@ -125,7 +136,6 @@ cdef class LogThread:
     cdef readonly int event_fd
     cdef Desk desk
     cdef pthread_t thread
-    cdef Group group
     #: The process that has the thread: a fork has not.
     cdef int pid
 
@@ -150,10 +160,17 @@ cdef class LogThread:
                 pthread_cond_signal(&self.desk.changed)
                 pthread_mutex_unlock(&self.desk.mutex)
                 pthread_join(self.thread, NULL)
+            self.drop_group()
             pthread_cond_destroy(&self.desk.changed)
             pthread_mutex_destroy(&self.desk.mutex)
         if self.event_fd >= 0:
             close(self.event_fd)
+
+    cdef void drop_group(self):
+        cdef void *group = self.desk.group
+        self.desk.group = NULL
+        if group != NULL:
+            Py_DECREF(<object> group)
 
     def begin(self, Group group not None, int fd):
         """Hand a group over: it is sealed, written to ``fd`` at its offset and fsynced.
@@ -165,9 +182,9 @@ cdef class LogThread:
         Raises:
             RuntimeError: another group was begun and is not finished.
         """
-        if self.group is not None:
+        if self.desk.group != NULL:
             raise RuntimeError("a group commit is under way: finish it first")
-        self.group = group
+        Py_INCREF(group)
         pthread_mutex_lock(&self.desk.mutex)
         self.desk.group = <void *> group
         self.desk.fd = fd
@@ -176,23 +193,24 @@ cdef class LogThread:
         pthread_cond_signal(&self.desk.changed)
 
     def finish(self):
-        """Take the group back.
+        """Take the group back; waits for it, without the GIL, if it is not done yet.
 
         Raises:
-            RuntimeError: none was begun, or it is not done yet.
+            RuntimeError: none was begun.
             OSError: writing or fsyncing failed; what the file holds is unknown (R6).
 
         Durability: on return the group is on disk.
         """
         cdef int error
-        if self.group is None:
+        if self.desk.group == NULL:
             raise RuntimeError("no group commit is under way")
         # The event comes after all else that the thread does with the group.
         if not arka_take_event(self.event_fd):
-            raise RuntimeError("the group commit is not done")
+            with nogil:
+                arka_wait_event(self.desk.event_fd)
         pthread_mutex_lock(&self.desk.mutex)
         error = self.desk.error
         pthread_mutex_unlock(&self.desk.mutex)
-        self.group = None
+        self.drop_group()
         if error:
             raise OSError(error, os.strerror(error))

@@ -26,7 +26,7 @@ _MOST_PARTS: Final = 1024
 
 
 class Channel(Protocol):
-    """Moves one connection's bytes. One task receives, one task sends."""
+    """Moves one connection's bytes. One task receives; one waits to send, while it rests others ``send_now``."""
 
     @property
     def expects_more(self) -> bool:

@@ -9,7 +9,8 @@ receive buffer to its stream's assembler; GOAWAY would close h2 for good while t
 almost every ack that they read: h2 took a tenth of a round trip for them, and holds no state of a PING.
 
 What the reader's turn makes due is written at its end if the writer rests and the socket takes it: that saves a
-task switch for each ack. The writer does the rest, whatever has to wait first.
+task switch for each ack. So is what a tier's rise makes due (``rounds``), in that tier's task. The writer does the
+rest, whatever has to wait first.
 """
 
 from __future__ import annotations
@@ -295,9 +296,9 @@ class Connection:
         if not self._in_turn and not self._round.join(self):
             self._wakeup.set()
 
-    def write_due(self) -> None:
+    def write_due(self, *, at_once: bool) -> None:
         """Write what a round has made due; what does not go at once is left to the writer."""
-        if self._due and self._ending is None:
+        if at_once and self._due and self._ending is None:
             try:
                 self._write_now()
             except Exception:
@@ -330,7 +331,7 @@ class Connection:
             self._write_now()
 
     def _write_now(self) -> None:
-        """Do what the writer would do, unless it is at work; what does not go at once is left to it."""
+        """Do what the writer would do, unless it is at work or drains; what does not go at once is left to it."""
         if self._wakeup.waiting and not self._drain_asked:
             parts = self._gather()
             size = sum(map(len, parts))

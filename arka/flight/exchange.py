@@ -35,7 +35,7 @@ class Outbound(Protocol):
     """What a stream needs of its RPC: a way to say that acks may be due."""
 
     def wake(self) -> None:
-        """Let the connection's writer ask for acks."""
+        """Let the connection ask for acks."""
         ...
 
 
@@ -51,7 +51,8 @@ class _WriteOptions:
 class Exchange:
     """The state machine of one write stream. Used from trio's thread only, by one task.
 
-    ``take`` is called by the connection's writer between the steps of that task.
+    ``take`` is called by whoever writes for the connection (its writer, its reader, a tier that has risen), between the
+    steps of that task.
     """
 
     def __init__(self, pipeline: Pipeline, limits: Limits, outbound: Outbound, *, form: AckForm) -> None:

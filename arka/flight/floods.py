@@ -43,7 +43,7 @@ RATES: Final = {
     Flood.EMPTY_DATA: Rate(1_000, 100.0),
     Flood.STRAY_DATA: Rate(10_000, 1_000.0),
     # A client that reads at once may owe one for each of thousands of streams that ended meanwhile.
-    Flood.STRAY_WINDOW: Rate(10_000, 1_000.0),
+    Flood.STRAY_WINDOW: Rate(10_000, 5_000.0),
     Flood.OTHER: Rate(5_000, 500.0),
 }
 

@@ -120,22 +120,35 @@ class PosixDisk:
         return await trio.to_thread.run_sync(job, abandon_on_cancel=False, limiter=self._limiter)
 
     async def commit(self, file: DiskFile, group: Group) -> None:
-        """Have the log's own thread do it, which never takes the GIL.
+        """Have the log's own thread do it, which never takes the GIL; without one, a thread of Python's.
 
         Cancellation: before it begins nothing is written; once begun it is finished, and this returns normally.
         """
-        if failpoints.armed() or not isinstance(file, PosixFile):
-            # Failpoints pause and fail: that is for a thread of Python's.
+        thread = self._log_thread()
+        if thread is None or not isinstance(file, PosixFile):
             await self.run(partial(file.commit, group))
             return
         await trio.lowlevel.checkpoint_if_cancelled()
-        if self._thread is None:
-            self._thread = LogThread()
-        thread = self._thread
         thread.begin(group, file.fileno())
         with trio.CancelScope(shield=True), _naming(file.path):
-            await trio.lowlevel.wait_readable(thread.event_fd)
-            thread.finish()
+            try:
+                await trio.lowlevel.wait_readable(thread.event_fd)
+            finally:
+                # Also where trio itself has failed: nobody may close the file under the thread.
+                thread.finish()
+
+    def _log_thread(self) -> LogThread | None:
+        """Return the log's thread; None where failpoints are armed, or nothing can be had to make it of."""
+        if failpoints.armed():
+            # They pause and fail: that is for a thread of Python's.
+            return None
+        if self._thread is None:
+            try:
+                self._thread = LogThread()
+            except OSError:
+                # No descriptor or thread is left now. Nothing was written, and another commit may be luckier.
+                return None
+        return self._thread
 
     def make_directory(self, directory: Path) -> None:
         """Make a directory and its missing parents, each one's name fsynced in its parent."""

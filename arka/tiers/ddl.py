@@ -247,30 +247,16 @@ async def create_table(
         raise Unavailable(f"The catalog does not answer, so {definition.name} may not exist: {error}") from error
 
 
-async def drop_table(catalog: Catalog, info: TableInfo, *, purge: bool) -> None:
-    """Drop a table from the catalog; one that is gone is no error.
+async def drop_table(catalog: Catalog, name: TableName, table: UUID, *, purge: bool) -> None:
+    """Drop a table that was just seen under a name.
 
     Raises:
-        Unavailable: the catalog does not answer.
-    """
-    try:
-        await catalog.drop_table(info.name, info.uuid, purge=purge)
-    except TableMissing:
-        return
-    except CatalogUnavailable as error:
-        raise Unavailable(f"The catalog does not answer, so {info.name} may still be there: {error}") from error
-
-
-async def finish_drop(catalog: Catalog, name: TableName, table: UUID, *, purge: bool) -> None:
-    """Do a drop that an earlier process did not finish; a table that is gone is no error.
-
-    Raises:
-        CatalogUnavailable: ask again.
+        CatalogUnavailable: ask again, and look for it again: it may be gone, or have another name.
     """
     try:
         await catalog.drop_table(name, table, purge=purge)
-    except TableMissing:
-        return
+    except TableMissing as error:
+        raise CatalogUnavailable(f"{name} was renamed or dropped by others meanwhile") from error
     except (ArkaError, CatalogConflict) as error:
         # Of what lies there nothing can be made: others may mend it.
         raise CatalogUnavailable(f"{name} cannot be dropped: {error}") from error
@@ -289,7 +275,6 @@ __all__ = [
     "create_table",
     "drop_table",
     "dropped",
-    "finish_drop",
     "load_table",
     "log_create",
     "log_created",

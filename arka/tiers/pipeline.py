@@ -32,7 +32,7 @@ from arka.tiers.space import DiskSpace, SharedRoom
 from arka.tiers.table import Table
 from arka.tiers.tables import Tables
 from arka.tiers.uplink import Taken, Uplink
-from arka.tiers.watermarks import Round, Watermark
+from arka.tiers.watermarks import Bracket, Watermark
 from arka.wal.logstate import LogStateFile
 from arka.wal.writer import AppendedRange, WalPoisoned, WalWriter
 
@@ -350,10 +350,10 @@ class Pipeline:
         """The watermarks below memory that a write to ``table`` goes through."""
         return (self._marks.disk, self._marks.objects, table.committed)
 
-    def tell_in(self, around: Round) -> None:
-        """Tell streams of what all of them may wait for, disk and object storage, in rounds."""
-        self._marks.disk.tell_in(around)
-        self._marks.objects.tell_in(around)
+    def tell_in(self, bracket: Bracket) -> None:
+        """Call ``bracket`` before and after streams are told of what all may wait for: disk and object storage."""
+        self._marks.disk.tell_in(bracket)
+        self._marks.objects.tell_in(bracket)
 
     def listen_failure(self, listener: FailureListener) -> None:
         """Call ``listener`` if the log fails; it must not raise or wait."""

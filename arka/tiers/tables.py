@@ -24,8 +24,8 @@ import trio
 
 from arka import failpoints
 from arka.errors import ArkaError, ErrorCode, Unavailable
-from arka.records import KnownTable, TableDefinition, TableName, owner_property
-from arka.storage.ports import Catalog, CatalogListing, CatalogTable, CatalogUnavailable
+from arka.records import KnownTable, TableDefinition, TableInfo, TableName, owner_property
+from arka.storage.ports import Catalog, CatalogListing, CatalogTable, CatalogUnavailable, TableMissing
 from arka.tiers import ddl
 from arka.tiers.keys import KeyIndex
 from arka.tiers.logclock import LogClock
@@ -556,7 +556,10 @@ class Tables:
             await failpoints.reach("drop.recorded")
             await self._end_tending(info.uuid)
             try:
-                await ddl.drop_table(self.catalog, info, purge=purge)
+                await self._drop_in_catalog(info, purge=purge)
+            except CatalogUnavailable as error:
+                done.set(Unavailable(f"The catalog does not answer, so {info.name} may still be there: {error}"))
+                return
             except ArkaError as error:
                 done.set(error)
                 return
@@ -577,19 +580,41 @@ class Tables:
         else:
             self._orphans.add(info.uuid)
 
-    async def _finish_drop(self, uuid: UUID, listing: CatalogListing) -> None:
-        """Do a drop that an earlier process wrote into the log.
+    async def _drop_in_catalog(self, info: TableInfo, *, purge: bool) -> None:
+        """Drop a table that may have got another name since it was looked up; one that is gone is no error (R5).
 
         Raises:
             CatalogUnavailable: ask again.
+        """
+        try:
+            await self.catalog.drop_table(info.name, info.uuid, purge=purge)
+        except TableMissing:
+            name = self._name_of(info.uuid, await self.catalog.list_tables())
+            if name is not None:
+                await ddl.drop_table(self.catalog, name, info.uuid, purge=purge)
+
+    def _name_of(self, uuid: UUID, listing: CatalogListing) -> TableName | None:
+        """Find a table by its UUID, also one that Arka cannot write; None when it is gone.
+
+        Raises:
+            CatalogUnavailable: it may be one that cannot be read.
         """
         loaded = next((table.info.name for table in listing.tables if table.info.uuid == uuid), None)
         unusable = listing.unusable.get(uuid)
         name = loaded if unusable is None else unusable.name
         if name is None and (strangers := listing.unread - {known.info.name for known in self.all()}):
             raise CatalogUnavailable(f"it may be one of {sorted(map(str, strangers))}, which cannot be read")
+        return name
+
+    async def _finish_drop(self, uuid: UUID, listing: CatalogListing) -> None:
+        """Do a drop that an earlier process wrote into the log.
+
+        Raises:
+            CatalogUnavailable: ask again.
+        """
+        name = self._name_of(uuid, listing)
         if name is not None:
-            await ddl.finish_drop(self.catalog, name, uuid, purge=self._pending_drops[uuid].purge)
+            await ddl.drop_table(self.catalog, name, uuid, purge=self._pending_drops[uuid].purge)
             log.info("table.drop_finished", table=str(name))
         # Also of one that was gone: whoever registers it again does not mean it to be dropped again.
         ddl.log_drop_done(self._memory, uuid)

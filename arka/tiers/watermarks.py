@@ -37,7 +37,7 @@ class Advance:
 Listener = Callable[[Advance], None]
 
 
-class Round(Protocol):
+class Bracket(Protocol):
     """What is told before and after all listeners are told of one rise; it must not raise or wait."""
 
     def begin(self) -> None:
@@ -68,7 +68,7 @@ class Watermark:
         # A dict, not a set: listeners are told in the order in which they came, the same in each run.
         self._listeners: dict[Listener, None] = {}
         self._risen = trio.Event()
-        self._round: Round | None = None
+        self._bracket: Bracket | None = None
 
     @property
     def lsn(self) -> int:
@@ -93,16 +93,22 @@ class Watermark:
         self._latest = Advance(self.tier, lsn, now_us(), snapshot_id)
         risen, self._risen = self._risen, trio.Event()
         risen.set()
-        if self._round is not None:
-            self._round.begin()
+        if self._bracket is None:
+            self._tell()
+            return
+        self._bracket.begin()
+        try:
+            self._tell()
+        finally:
+            self._bracket.end()
+
+    def _tell(self) -> None:
         for listener in tuple(self._listeners):
             listener(self._latest)
-        if self._round is not None:
-            self._round.end()
 
-    def tell_in(self, around: Round) -> None:
-        """Tell listeners in a round from now on."""
-        self._round = around
+    def tell_in(self, bracket: Bracket) -> None:
+        """Call ``bracket`` before and after listeners are told, from now on."""
+        self._bracket = bracket
 
     def listen(self, listener: Listener) -> None:
         """Call ``listener`` at each rise from now on; it must not raise or wait."""
@@ -122,4 +128,4 @@ class Watermark:
         await self._risen.wait()
 
 
-__all__ = ["Advance", "Listener", "Round", "Watermark", "now_us"]
+__all__ = ["Advance", "Bracket", "Listener", "Watermark", "now_us"]

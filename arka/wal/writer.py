@@ -63,7 +63,8 @@ class WalWriter:
         self._active: ActiveSegment | None = None
         self._poison: BaseException | None = None
         self._closed = False
-        # Invariant: at most one job touches _active, _next_segment and _last_lsn: the one under the lock.
+        # Invariant: whoever touches _active, _next_segment and _last_lsn holds the lock, or is the job that its holder
+        # waits for.
         self._lock = trio.Lock()
         self._spare: DiskFile | None = None
         self._spares = 0
@@ -153,11 +154,14 @@ class WalWriter:
             if not frames:
                 return []
             self._check_frames(frames)
+            if self._spare is None:
+                self._spare_wanted.set()
             active = self._active
             # Failpoints on the way pause and fail, which is for threads.
-            cut = active.cut(frames, 0) if active is not None and not failpoints.armed() else None
-            if active is not None and cut is not None and len(cut.taken) == len(frames):
-                return [await self._commit_at_once(active, cut)]
+            if active is not None and not failpoints.armed():
+                cut = active.cut(frames, 0)
+                if len(cut.taken) == len(frames):
+                    return [await self._commit_at_once(active, cut)]
             ranges = await self._disk.run(partial(self._commit, frames))
             if self._spare is None:
                 self._spare_wanted.set()

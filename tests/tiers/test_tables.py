@@ -15,6 +15,7 @@ from arka.errors import ArkaError, ErrorCode, Fenced, InternalError, Unavailable
 from arka.options import KIB
 from arka.records import TableDefinition, TableName, Tier
 from arka.storage.ports import CatalogUnavailable, CommitMark
+from arka.testing.simcatalog import SimCatalog
 from arka.testing.simnode import NAME, SimNode, create_table, with_options, write, write_all
 from arka.testing.simstore import Fault, Outcome
 from arka.testing.simworld import ProcessCatalog
@@ -177,6 +178,43 @@ async def test_drop_of_a_table_that_others_renamed_is_finished(autojump_clock: M
         await trio.sleep(100)
         assert pipeline.tables.listed() == []
         assert OTHER not in node.catalog._tables
+
+
+@pytest.mark.parametrize("became", ["renamed", "unusable", "renamed again", "unreadable", "gone"])
+async def test_drop_of_a_table_that_others_rename_meanwhile(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, became: str
+) -> None:
+    """A table that gets another name between the look at it and the catalog's drop is dropped under that name (R5)."""
+    node = SimNode()
+    forward, names = SimCatalog._drop, iter((OTHER, TableName("default", "third")))
+
+    def rename_before(self: SimCatalog, name: TableName, uuid: UUID) -> None:
+        if name == NAME or became == "renamed again":
+            found = self._tables.pop(name, None)
+            new = next(names, None)
+            if found is not None and new is not None and became != "gone":
+                found.info = replace(found.info, name=new)
+                self._tables[new] = found
+                if became == "unusable":
+                    self.unusable[new] = "it has format version 3"
+                elif became == "unreadable":
+                    self.unreadable.add(new)
+            elif found is not None and became != "gone":
+                self._tables[name] = found
+        forward(self, name, uuid)
+
+    async with node.run() as pipeline:
+        table = await create_table(pipeline)
+        await write_all(pipeline, table, range(5), Tier.ICEBERG_COMMITTED)
+        monkeypatch.setattr(SimCatalog, "_drop", rename_before)
+        if became in ("unreadable", "renamed again"):
+            with pytest.raises(Unavailable, match="may still be there"):
+                await pipeline.tables.drop(NAME, purge=False)
+            assert table.state is TableState.ACTIVE
+            node.catalog.unreadable.clear()
+        await pipeline.tables.drop(NAME, purge=False)
+        assert table.state is TableState.DROPPED
+        assert node.catalog._tables == {}
 
 
 @pytest.mark.parametrize("what", ["drop_table", "forget_others"])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import socket
 
+import pytest
 import structlog.testing
 import trio
 
 from arka.flight.grpc import Call, Route
 from arka.flight.http2 import ConnectionFactory
-from arka.flight.rounds import Round
+from arka.flight.rounds import AT_ONCE, Round
 from arka.options import MIB, Limits
 from arka.records import Tier
 from arka.tiers.admission import Ledger
@@ -37,8 +38,8 @@ class Told:
     def __init__(self, name: str, heard: list[str]) -> None:
         self.name, self.heard = name, heard
 
-    def write_due(self) -> None:
-        self.heard.append(self.name)
+    def write_due(self, *, at_once: bool) -> None:
+        self.heard.append(self.name if at_once else f"{self.name} later")
 
 
 def test_members_write_once_in_the_order_in_which_they_joined() -> None:
@@ -57,6 +58,36 @@ def test_members_write_once_in_the_order_in_which_they_joined() -> None:
         assert heard == ["second", "first"]
         heard.clear()
         assert not told.join(first)
+
+
+def test_only_some_write_before_the_tier_goes_on() -> None:
+    """The others are left to their writers, and all of them in the end of one round."""
+    heard: list[str] = []
+    told = Round()
+    told.begin()
+    for number in range(AT_ONCE + 2):
+        told.join(Told(f"{number}", heard))
+    told.begin()
+    told.end()
+    assert heard == [*map(str, range(AT_ONCE)), f"{AT_ONCE} later", f"{AT_ONCE + 1} later"]
+
+
+def test_a_listener_that_fails_ends_the_round() -> None:
+    """Else nobody would ever write again what is due: the last acks of a log that has failed, say (R6)."""
+    heard: list[str] = []
+    told = Round()
+    mark = Watermark(Tier.DISK)
+    mark.tell_in(told)
+
+    def join_and_fail(_: object) -> None:
+        told.join(Told("member", heard))
+        raise ValueError("a bug")
+
+    mark.listen(join_and_fail)
+    with pytest.raises(ValueError, match="a bug"):
+        mark.advance(1)
+    assert heard == ["member"]
+    assert not told.join(Told("late", heard))
 
 
 def test_a_mark_tells_its_listeners_in_a_round() -> None:

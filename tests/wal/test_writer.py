@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from dataclasses import replace
 from pathlib import Path
 from uuid import UUID
@@ -176,6 +177,44 @@ async def test_sealed_segment_keeps_its_length(tmp_path: Path) -> None:
     await writer.close()
     assert part.segment.path.stat().st_size == 2**20
     assert part.segment.path.stat().st_blocks * 512 < 2**20
+
+
+async def test_commits_without_a_thread_of_the_logs_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where none can be had (no descriptor is left, say) a thread of Python's commits: nothing was written yet."""
+
+    def refuse() -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    disk = PosixDisk()
+    writer = await open_log(disk, directory=tmp_path)
+    await writer.append([batch_frame(1)])
+    with monkeypatch.context() as patch:
+        patch.setattr("arka.storage.disk.LogThread", refuse)
+        await writer.append([batch_frame(2)])
+    assert not writer.poisoned
+    await writer.append([batch_frame(3)])
+    await writer.close()
+    assert (await recover_log(disk, directory=tmp_path)).lsns == [1, 2, 3]
+
+
+async def test_spare_is_asked_for_again_when_there_was_no_room(autojump_clock: trio.testing.MockClock) -> None:
+    """A spare that could not be allocated is tried again by the appends that follow, not by the next roll alone."""
+    disk = make_disk()
+    writer = await open_log(disk)
+    async with trio.open_nursery() as nursery:
+        disk.fail_next("create", errno.ENOSPC)
+        nursery.start_soon(writer.keep_spare)
+        await trio.sleep(1)
+        await writer.append([batch_frame(1)])
+        await trio.sleep(1)
+        disk.remove(DIRECTORY / "spare-2.new")
+        writer._spare = None
+        disk.fail_next("create", errno.ENOSPC)
+        for lsn in (2, 3):
+            await writer.append([batch_frame(lsn)])
+            await trio.sleep(1)
+        assert [name for name in disk.list_names(DIRECTORY) if name.startswith("spare")] == ["spare-4.new"]
+        nursery.cancel_scope.cancel()
 
 
 async def test_spare_is_used_for_the_next_segment() -> None:
