@@ -82,7 +82,7 @@ def page(records: list[Record]) -> str:
         "the ratio is the median of the pairs' ratios, n is the number of our runs, p99 theirs. A target is for the "
         "ratio where there is a floor, and for our figure where there is none. All sides share the machine. What waits "
         "for the disk depends on what else does: an fsync for each message costs peers more on a busy disk, and then "
-        "their rows flatter us (`nats-messages-1` was 3.5 and 4.4 on quiet machines and 5.9 on a busy one). Why "
+        "their rows flatter us (`nats-messages-1` was between 3.5 and 6.6 on one machine and another). Why "
         "targets are missed stands in [docs/performance.md](../docs/performance.md).",
         "",
         f"Machine: {'; '.join(machines)}. Commit{'s' if len(commits) > 1 else ''}: {', '.join(commits)}.",
