@@ -27,6 +27,14 @@ def _expect(error: type[BaseException], call: Callable[[], object]) -> None:
     raise AssertionError(f"expected {error.__name__}")
 
 
+async def _create(disk: Disk, path: Path) -> DiskFile:
+    def job() -> DiskFile:
+        disk.make_directory(path.parent)
+        return disk.create(path, 8192)
+
+    return await disk.run(job)
+
+
 async def check_run(disk: Disk, directory: Path) -> None:
     """``run`` returns what the job returns and raises what it raises."""
     assert await disk.run(lambda: 7) == 7
@@ -112,12 +120,7 @@ async def check_commit_apart(disk: Disk, directory: Path) -> None:
     """``Disk.commit`` does the same, one group after another, and says which file fails."""
     seed = crc_seed(UUID(int=1), 2, 3)
     path = directory / "a"
-
-    def create() -> DiskFile:
-        disk.make_directory(directory)
-        return disk.create(path, 8192)
-
-    file = await disk.run(create)
+    file = await _create(disk, path)
     offset = 64
     frames = []
     for lsn in range(1, 9):
@@ -141,18 +144,13 @@ async def check_commit_cancelled_before(disk: Disk, directory: Path) -> None:
     """A commit whose caller is cancelled before it begins writes nothing, and another one works."""
     seed = crc_seed(UUID(int=1), 2, 3)
     path = directory / "a"
-
-    def create() -> DiskFile:
-        disk.make_directory(directory)
-        return disk.create(path, 4096)
-
-    file = await disk.run(create)
+    file = await _create(disk, path)
     group = Group([Frame(KIND_LOST, 1, payload=b"x", accepted_us=0)], 64, seed)
     with trio.CancelScope() as scope:
         scope.cancel()
         await disk.commit(file, group)
     assert scope.cancelled_caught
-    assert bytes(await disk.run(partial(disk.map, path))) == bytes(4096)
+    assert bytes(await disk.run(partial(disk.map, path))) == bytes(8192)
     await disk.commit(file, group)
     assert verify_frame(await disk.run(partial(disk.map, path)), 64, seed).lsn == 1
     file.close()
