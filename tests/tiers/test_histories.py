@@ -15,9 +15,10 @@ from trio.testing import MockClock
 from arka.errors import ArkaError, ConfigurationError, Fenced, Unavailable
 from arka.records import TableDefinition, TableName, Tier
 from arka.server import _register_demo_tables
-from arka.storage.ports import CatalogTable
+from arka.storage.ports import CatalogTable, CatalogUnavailable
 from arka.testing.simnode import NAME, SimNode, create_table, with_options, write, write_all
 from arka.testing.simstore import Fault, Outcome
+from arka.testing.simworld import ProcessCatalog
 from arka.testing.simwriters import SCHEMA
 from arka.tiers.demo import demo_definitions
 from arka.tiers.pipeline import Pipeline
@@ -513,13 +514,13 @@ async def test_node_loss_before_a_drop_is_in_the_store(
 
     async def go_away(*_: object, **__: object) -> None:
         node.weather.away = True
-        raise Unavailable("the catalog is away")
+        raise CatalogUnavailable("the catalog is away")
 
     async with node.run() as pipeline:
         table = await create_table(pipeline)
         await write_all(pipeline, table, range(60), Tier.OBJECT_STORAGE)
         with monkeypatch.context() as patched:
-            patched.setattr("arka.tiers.ddl.drop_table", go_away)
+            patched.setattr(ProcessCatalog, "drop_table", go_away)
             node.store.plan("put_new", *[Fault(Outcome.REFUSED)] * 10_000, key="/wal/")
             with pytest.raises(Unavailable):
                 await pipeline.tables.drop(NAME, purge=False)
