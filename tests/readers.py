@@ -154,4 +154,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    # Without Python's own end, in which threads of an engine's may still ask for the GIL and abort (daft 0.6.14 does at
+    # times). What was read is in closed files; an error has ended the process before.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
