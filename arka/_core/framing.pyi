@@ -60,7 +60,6 @@ class Frame:
         rows: int = 0,
         key: bytes = b"",
     ) -> Frame: ...
-    def drop_payload(self) -> None: ...
 
 @disjoint_base
 class FrameHeader:

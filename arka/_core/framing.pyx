@@ -208,7 +208,7 @@ cdef class Frame:
         key: idempotency key, at most 65535 bytes.
 
     ``offset`` is the place in the segment file once a Group was made of it. ``payload`` is None after
-    ``drop_payload``.
+    ``drop_payloads``.
     """
 
     def __cinit__(
@@ -242,10 +242,6 @@ cdef class Frame:
         else:
             raise TypeError(f"payload must be a FrameBuffer or bytes, found {type(payload).__name__}")
         self.frame_bytes = (HEADER + self.payload_bytes + PyBytes_GET_SIZE(key) + 63) & ~(<uint64_t> 63)
-
-    def drop_payload(self):
-        """Let the payload's bytes go: they are in the segment. The frame cannot be written again."""
-        self.payload = None
 
     cdef void write_header(self, uint8_t *header, bytes identity):
         """Write all of the header but its CRC; ``identity`` is the table's UUID, None for no table."""
@@ -573,7 +569,7 @@ def places(list frames not None, Py_ssize_t start, Py_ssize_t end, uint64_t base
 
 
 def drop_payloads(list frames not None):
-    """``Frame.drop_payload`` of each."""
+    """Let the payloads' bytes go: they are in the segment. The frames cannot be written again."""
     cdef object frame
     for frame in frames:
         (<Frame?> frame).payload = None

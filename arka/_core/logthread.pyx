@@ -81,7 +81,6 @@ cdef extern from *:
     int pthread_join(pthread_t thread, void **result) noexcept nogil
     int EFD_CLOEXEC
     int EFD_NONBLOCK
-    int eventfd(unsigned int count, int flags) noexcept nogil
     int arka_start_thread(pthread_t *thread, void *(*run)(void *) noexcept nogil, void *argument) noexcept nogil
     void arka_signal_event(int fd) noexcept nogil
     bint arka_take_event(int fd) noexcept nogil

@@ -49,4 +49,4 @@ class Round:
             member.write_due(at_once=number < AT_ONCE)
 
 
-__all__ = ["Member", "Round"]
+__all__ = ["AT_ONCE", "Member", "Round"]

@@ -1,6 +1,6 @@
 """The seal mark: the file that says that a log was closed, and where.
 
-Owns: the file ``sealed`` in the log's directory. Does not own segments' footers.
+Owns: the file ``sealed`` in the log's directory, and whether a log may be gone on with. Does not own segments' footers.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from typing import Final
 from uuid import UUID
 
 from arka import failpoints
+from arka.errors import ConfigurationError, DataCorruption, Fenced
 from arka.storage.ports import Buffer, Disk
 from arka.wal.blocks import FORMAT_VERSION, check_block, magic, seal_block
+from arka.wal.walk import list_segments
 
 SEAL_NAME: Final = "sealed"
 
@@ -107,4 +109,42 @@ def write_whole(disk: Disk, path: Path, parts: Sequence[Buffer]) -> None:
     disk.sync_directory(path.parent)
 
 
-__all__ = ["SEAL_NAME", "SealMark", "read_seal", "write_seal", "write_whole"]
+def check_sealed(disk: Disk, directory: Path, log_uuid: UUID, epoch: int, first_segment: int) -> SealMark:
+    """Check that a log may be gone on with: it was recovered, closed, or is empty. Blocking.
+
+    Args:
+        disk: the file system.
+        directory: where the segments are.
+        log_uuid: the log.
+        epoch: in which it is to go on.
+        first_segment: number of the next segment.
+
+    Returns:
+        The mark of the open log.
+
+    Raises:
+        ConfigurationError: the log has to be recovered first, or ``first_segment`` is used up.
+        DataCorruption: the directory belongs to another log, or its seal mark is damaged.
+        Fenced: a higher epoch has written here.
+        OSError: the directory or the mark cannot be read.
+    """
+    seal = read_seal(disk, directory)
+    last_segment = max((number for number, _ in list_segments(directory, disk)), default=0)
+    if seal is None:
+        if last_segment:
+            raise ConfigurationError(f"{directory} holds segments but no seal: recover the log first")
+        return SealMark(log_uuid, epoch, max(first_segment - 1, 0), 0, closed=False)
+    if seal.log_uuid != log_uuid:
+        raise DataCorruption(str(directory / SEAL_NAME), 16, f"log {log_uuid}", f"log {seal.log_uuid}")
+    if seal.segment < last_segment:
+        raise ConfigurationError(
+            f"{directory} was sealed at segment {seal.segment}, goes on to {last_segment}: recover it first"
+        )
+    if seal.epoch > epoch:
+        raise Fenced(f"{directory} was written in epoch {seal.epoch}: epoch {epoch} is over")
+    if first_segment <= seal.segment:
+        raise ConfigurationError(f"segment {first_segment} is used up in {directory}: the next is {seal.segment + 1}")
+    return SealMark(log_uuid, epoch, first_segment - 1, seal.last_lsn, closed=False)
+
+
+__all__ = ["SEAL_NAME", "SealMark", "check_sealed", "read_seal", "write_seal", "write_whole"]

@@ -16,11 +16,11 @@ import trio
 
 from arka import failpoints
 from arka._core.framing import KIND_BATCH, Frame, first_out_of_order, run_end
-from arka.errors import Closed, ConfigurationError, DataCorruption, Fenced, InternalError, OutcomeUnknown
+from arka.errors import Closed, InternalError, OutcomeUnknown
 from arka.options import WalOptions
 from arka.storage.ports import Disk, DiskFile
-from arka.wal.active import MARKS_BYTES, ActiveSegment, Cut, now_us, table_frame
-from arka.wal.seal import SEAL_NAME, SealMark, read_seal, write_seal
+from arka.wal.active import MARKS_BYTES, ActiveSegment, now_us, table_frame
+from arka.wal.seal import SealMark, check_sealed, write_seal
 from arka.wal.segment import (
     CONTROL_KINDS,
     HEADER_BYTES,
@@ -28,9 +28,9 @@ from arka.wal.segment import (
     AppendedRange,
     SegmentHeader,
     SegmentRef,
-    parse_segment_name,
     segment_name,
 )
+from arka.wal.walk import list_segments
 
 
 class WalPoisoned(OutcomeUnknown):
@@ -108,7 +108,7 @@ class WalWriter:
 
         def prepare() -> SealMark:
             disk.make_directory(directory)
-            seal = _check_sealed(disk, directory, log_uuid, epoch, first_segment)
+            seal = check_sealed(disk, directory, log_uuid, epoch, first_segment)
             write_seal(disk, directory, seal)
             failpoints.hit("wal.opened")
             return seal
@@ -154,15 +154,9 @@ class WalWriter:
             if not frames:
                 return []
             self._check_frames(frames)
-            if self._spare is None:
-                self._spare_wanted.set()
-            active = self._active
-            # Failpoints on the way pause and fail, which is for threads.
-            if active is not None and not failpoints.armed():
-                cut = active.cut(frames, 0)
-                if len(cut.taken) == len(frames):
-                    return [await self._commit_at_once(active, cut)]
-            ranges = await self._disk.run(partial(self._commit, frames))
+            ranges = await self._commit_at_once(frames)
+            if ranges is None:
+                ranges = await self._disk.run(partial(self._commit, frames))
             if self._spare is None:
                 self._spare_wanted.set()
             return ranges
@@ -236,8 +230,19 @@ class WalWriter:
         except trio.WouldBlock:
             await self._lock.acquire()
 
-    async def _commit_at_once(self, active: ActiveSegment, cut: Cut) -> AppendedRange:
-        """Commit what fits into the active segment: nothing but one write and one fsync, for which no job is needed."""
+    async def _commit_at_once(self, frames: list[Frame]) -> list[AppendedRange] | None:
+        """Commit what fits into the active segment: one write and one fsync, for which no job is needed.
+
+        Returns:
+            As ``append``; None if a job is needed: nothing was done.
+        """
+        active = self._active
+        # Failpoints on the way pause and fail, which is for threads.
+        if active is None or failpoints.armed():
+            return None
+        cut = active.cut(frames, 0)
+        if len(cut.taken) < len(frames):
+            return None
         try:
             appended = await active.commit_in(self._disk, cut)
         except trio.Cancelled:
@@ -245,7 +250,7 @@ class WalWriter:
         except BaseException as error:
             raise self._poisoned_by(error) from error
         self._last_lsn = appended.last_lsn
-        return appended
+        return [appended]
 
     def _poisoned_by(self, error: BaseException) -> WalPoisoned:
         self._poison = error
@@ -325,7 +330,7 @@ class WalWriter:
         return spare
 
     def _remove(self, numbers: Sequence[int]) -> None:
-        found = sorted(_segment_numbers(self._disk, self._directory))
+        found = [number for number, _ in list_segments(self._directory, self._disk)]
         present = [number for number in numbers if number in found]
         if found[: len(present)] != present:
             raise InternalError(f"segments {present} are not the oldest ones of {found}: they cannot be retired")
@@ -381,32 +386,6 @@ class WalWriter:
             if frame.kind == KIND_BATCH and (frame.table is None or frame.table.schema_id != frame.schema_id):
                 raise InternalError(f"the batch with LSN {frame.lsn} needs its table at schema {frame.schema_id}")
             start = run_end(frames, start)
-
-
-def _segment_numbers(disk: Disk, directory: Path) -> list[int]:
-    numbers = (parse_segment_name(name) for name in disk.list_names(directory))
-    return [number for number in numbers if number is not None]
-
-
-def _check_sealed(disk: Disk, directory: Path, log_uuid: UUID, epoch: int, first_segment: int) -> SealMark:
-    """Find where the log stands, and the mark of an open one; one that may have a tail is not written to. Blocking."""
-    seal = read_seal(disk, directory)
-    last_segment = max(_segment_numbers(disk, directory), default=0)
-    if seal is None:
-        if last_segment:
-            raise ConfigurationError(f"{directory} holds segments but no seal: recover the log first")
-        return SealMark(log_uuid, epoch, max(first_segment - 1, 0), 0, closed=False)
-    if seal.log_uuid != log_uuid:
-        raise DataCorruption(str(directory / SEAL_NAME), 16, f"log {log_uuid}", f"log {seal.log_uuid}")
-    if seal.segment < last_segment:
-        raise ConfigurationError(
-            f"{directory} was sealed at segment {seal.segment}, goes on to {last_segment}: recover it first"
-        )
-    if seal.epoch > epoch:
-        raise Fenced(f"{directory} was written in epoch {seal.epoch}: epoch {epoch} is over")
-    if first_segment <= seal.segment:
-        raise ConfigurationError(f"segment {first_segment} is used up in {directory}: the next is {seal.segment + 1}")
-    return SealMark(log_uuid, epoch, first_segment - 1, seal.last_lsn, closed=False)
 
 
 __all__ = ["AppendedRange", "WalPoisoned", "WalWriter"]

@@ -267,7 +267,7 @@ def test_frames_refuse_what_they_cannot_hold() -> None:
         with pytest.raises(TypeError):
             Frame(KIND_BATCH, 1, payload=payload, accepted_us=0)
     frame = Frame(KIND_BATCH, 1, payload=b"x", accepted_us=0)
-    frame.drop_payload()
+    drop_payloads([frame])
     assert frame.payload is None
     with pytest.raises(ValueError, match="LSN 1"):
         Group([frame], 0, SEED)
