@@ -19,6 +19,7 @@ from arka.options import Settings
 from arka.records import LsnRange, Tier
 from arka.storage.ports import Catalog, Disk, ObjectStore
 from arka.storage.threads import run_compute
+from arka.tiers.committer import TableCommitter
 from arka.tiers.keys import KeyIndex
 from arka.tiers.logclock import LogClock
 from arka.tiers.memory import MemoryTier
@@ -30,7 +31,7 @@ from arka.tiers.release import LoadedCheckpoints, LogRelease, LostRange, merge_l
 from arka.tiers.replay import Replay
 from arka.tiers.reservation import LsnReservation
 from arka.tiers.space import NOT_SHARED, DiskSpace, SharedRoom
-from arka.tiers.table import Table, TableCommitter
+from arka.tiers.table import Table
 from arka.tiers.tables import Tables
 from arka.tiers.uplink import Uplink
 from arka.tiers.watermarks import Watermark

@@ -1,52 +1,24 @@
-"""One table's way from the log into Iceberg: its state, its backlog and its committer.
+"""One table's way from the log into Iceberg: its state and its backlog.
 
-Owns: the table's ``iceberg_committed`` watermark and the cutting of commits ``(after, through]``. Does
-not own the compare-and-swap (``arka.iceberg.commit``, in a worker) nor the log. A table's trouble stays
-in the table: outages are waited for, a table that cannot be committed for good is stopped (R18).
+Owns: what streams, the log's tiers and the committer share about a table, and how it ends. Does not own
+its commits (``arka.tiers.committer``) nor the log.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from functools import partial
-from typing import TypeVar
-from uuid import UUID, uuid4
+from uuid import UUID
 
-import structlog
 import trio
 
-from arka import failpoints
 from arka._core.framing import Frame
-from arka.errors import ArkaError, ErrorCode, Fenced
-from arka.options import IcebergOptions
+from arka.errors import ArkaError, ErrorCode
 from arka.records import TableInfo, Tier
-from arka.storage.ports import (
-    Catalog,
-    CatalogConflict,
-    CatalogTable,
-    CatalogUnavailable,
-    CommitJob,
-    CommitOutcome,
-    CommitResult,
-    TableFrames,
-)
+from arka.storage.ports import CatalogTable, TableFrames
 from arka.tiers.backlog import Backlog, Cut
-from arka.tiers.retry import MAX_RETRY_S, persist
 from arka.tiers.watermarks import Watermark
-
-log = structlog.get_logger(__name__)
-
-T = TypeVar("T")
-
-#: A commit may cost at most this share of the interval before commits are spread out.
-_COST_SHARE = 0.5
-#: A commit of so much of iceberg.commit_bytes is full: frames are not cut in pieces.
-_FULL_SHARE = 0.9
-#: Consecutive definite failures (not outages) after which a table is stopped.
-_MAX_FAILURES = 5
 
 
 class TableState(Enum):
@@ -149,7 +121,7 @@ class Table:
         self.schemas.setdefault(found.info.schema_id, found.info.schema)
         committed_lsn = found.committed_lsn(log_uuid)
         if committed_lsn < max(self.committed.lsn, self.recorded_lsn):
-            self.stop(_fell(self, committed_lsn))
+            self.stop(rollback_detail(self, committed_lsn))
             return
         self.backlog.discard_through(committed_lsn)
         self.last_lsn = max(self.last_lsn, committed_lsn)
@@ -209,187 +181,8 @@ class Table:
         self._end_listeners.pop(listener, None)
 
 
-class TableCommitter:
-    """Brings one table's frames into Iceberg, in LSN order, one commit at a time."""
-
-    def __init__(
-        self,
-        table: Table,
-        catalog: Catalog,
-        objects: Watermark,
-        *,
-        log_uuid: UUID,
-        epoch: Callable[[], int],
-        options: IcebergOptions,
-        rng: random.Random,
-        on_committed: Callable[[Table], None],
-    ) -> None:
-        """Join a table to the catalog.
-
-        Args:
-            table: the table; this committer alone raises its ``committed`` mark.
-            catalog: encodes and commits in worker processes.
-            objects: the ``object_storage`` mark; a commit holds nothing above it (R4).
-            log_uuid: the log whose mark the table keeps (R15).
-            epoch: returns this process's epoch of it; asked when there is something to commit, since nothing is in
-                the object store before there is an epoch.
-            options: cadence and sizes.
-            rng: for the jitter of retries.
-            on_committed: told after the mark rose.
-        """
-        self._table = table
-        self._catalog = catalog
-        self._objects = objects
-        self._log_uuid = log_uuid
-        self._epoch = epoch
-        self._options = options
-        self._rng = rng
-        self._on_committed = on_committed
-        self._failures = 0
-
-    async def run(self) -> bool:
-        """Commit until the table is dropped or stopped, or is no longer under its name.
-
-        Returns:
-            Whether the table is not under its name any more: it may have been renamed.
-
-        Raises:
-            Fenced: a newer epoch of the log has committed to the table.
-
-        Cancellation: a commit that is under way may or may not land; the table's own mark says which (R16).
-        """
-        table = self._table
-        earliest = trio.current_time()
-        while table.state is TableState.ACTIVE:
-            if not await self._wait_work(earliest):
-                continue
-            cut = table.backlog.cut(self._objects.lsn, self._options.commit_bytes)
-            if cut is None:
-                continue
-            started = trio.current_time()
-            try:
-                job = await self._encode(cut)
-                result = await self._commit(job)
-            except Fenced:
-                raise
-            except (ArkaError, CatalogConflict) as error:
-                earliest = trio.current_time() + self._note_failure(str(error))
-                continue
-            self._failures = 0
-            await failpoints.reach("commit.answered")
-            if result.outcome is CommitOutcome.TABLE_GONE:
-                return table.state is TableState.ACTIVE
-            self._apply(cut, result)
-            await failpoints.reach("commit.advanced")
-            now = trio.current_time()
-            earliest = max(started + self._options.commit_interval_s, now + (now - started) * (1 / _COST_SHARE - 1) / 2)
-        return False
-
-    async def _wait_work(self, earliest: float) -> bool:
-        """Wait until there is something to commit and it is time; False: look at the state again."""
-        table = self._table
-        changed = table.changed
-        first = table.backlog.first_lsn
-        if first is None:
-            await changed.wait()
-            return False
-        if first > self._objects.lsn:
-            with trio.move_on_after(self._options.commit_interval_s):
-                await self._objects.wait_reached(first)
-            return False
-        if table.hurried_lsn >= first and self._failures == 0:
-            return True
-        if trio.current_time() < earliest and self._failures == 0 and self._has_full_commit():
-            # Spreading commits out is for their number; these are as large as they may be.
-            return True
-        if trio.current_time() < earliest:
-            with trio.move_on_at(earliest):
-                await changed.wait()
-            return False
-        return True
-
-    def _has_full_commit(self) -> bool:
-        """Whether there is as much to commit as one commit may take."""
-        limit = self._options.commit_bytes
-        if self._table.backlog.frame_bytes < limit:
-            return False
-        cut = self._table.backlog.cut(self._objects.lsn, limit)
-        return cut is not None and cut.frame_bytes >= limit * _FULL_SHARE
-
-    async def _encode(self, cut: Cut) -> CommitJob:
-        """Have a cut's rows written as Parquet, for as long as it takes."""
-        table = self._table
-        job = table.frames(self._log_uuid, cut)
-        staged = await self._persist(partial(self._catalog.encode, job))
-        return CommitJob(
-            table=table.info, log_uuid=self._log_uuid, epoch=self._epoch(), commit_id=uuid4(), staged=staged
-        )
-
-    async def _commit(self, job: CommitJob) -> CommitResult:
-        """Commit staged files, for as long as it takes.
-
-        The same job again after an unknown outcome: the table's own mark says whether it had landed (R16), and
-        no file is written twice.
-        """
-        return await self._persist(partial(self._catalog.commit, job))
-
-    async def _persist(self, request: Callable[[], Awaitable[T]]) -> T:
-        """Repeat a request until the catalog answers it or the table ends."""
-        table = self._table
-        stalled = False
-
-        def note_stalled(error: Exception) -> None:
-            nonlocal stalled
-            if not stalled:
-                stalled = True
-                log.warning("iceberg.stalled", table=str(table.info.name), reason=str(error))
-            if table.state is not TableState.ACTIVE:
-                raise ArkaError(f"{table.info.name} ended while the catalog was away") from error
-
-        result = await persist(request, CatalogUnavailable, note_stalled, retry_s=self._options.retry_s, rng=self._rng)
-        if stalled:
-            log.info("iceberg.recovered", table=str(table.info.name))
-        return result
-
-    def _apply(self, cut: Cut, result: CommitResult) -> None:
-        """Act on a definite outcome."""
-        table = self._table
-        match result.outcome:
-            case CommitOutcome.COMMITTED:
-                self._advance(max(result.committed_lsn, cut.through_lsn), result.snapshot_id)
-                log.info(
-                    "iceberg.committed",
-                    table=str(table.info.name),
-                    through_lsn=cut.through_lsn,
-                    frames=cut.frames,
-                    frame_bytes=cut.frame_bytes,
-                    snapshot_id=result.snapshot_id,
-                )
-            case CommitOutcome.RECUT if result.committed_lsn > table.committed.lsn:
-                # An attempt whose response was lost has landed: the table itself says how far it is (R16).
-                self._advance(result.committed_lsn, result.snapshot_id)
-            case CommitOutcome.RECUT:
-                table.stop(_fell(table, result.committed_lsn))
-            case CommitOutcome.FENCED:
-                raise Fenced(
-                    f"a newer epoch than {self._epoch()} has committed to {table.info.name}: this process is fenced"
-                )
-
-    def _advance(self, lsn: int, snapshot_id: int | None) -> None:
-        self._table.backlog.discard_through(lsn)
-        self._table.committed.advance(lsn, snapshot_id=snapshot_id)
-        self._on_committed(self._table)
-
-    def _note_failure(self, reason: str) -> float:
-        """Count a definite failure; stops the table when it does not pass. Returns the pause in seconds."""
-        self._failures += 1
-        log.error("iceberg.failed", table=str(self._table.info.name), failures=self._failures, reason=reason)
-        if self._failures >= _MAX_FAILURES:
-            self._table.stop(f"Table {self._table.info.name} cannot be committed: {reason}")
-        return min(self._options.retry_s * float(2**self._failures), MAX_RETRY_S)
-
-
-def _fell(table: Table, found_lsn: int) -> str:
+def rollback_detail(table: Table, found_lsn: int) -> str:
+    """Say that a table stands below what was committed, with both numbers (R20)."""
     known_lsn = max(table.committed.lsn, table.recorded_lsn)
     return (
         f"Table {table.info.name} stands at LSN {found_lsn}, but {known_lsn} was committed: it was rolled back or "
@@ -397,4 +190,4 @@ def _fell(table: Table, found_lsn: int) -> str:
     )
 
 
-__all__ = ["Ending", "Table", "TableCommitter", "TableState"]
+__all__ = ["Ending", "Table", "TableState", "rollback_detail"]

@@ -27,11 +27,12 @@ from arka.errors import ArkaError, ErrorCode, Unavailable
 from arka.records import KnownTable, TableDefinition, TableInfo, TableName, owner_property
 from arka.storage.ports import Catalog, CatalogListing, CatalogTable, CatalogUnavailable, TableMissing
 from arka.tiers import ddl
+from arka.tiers.committer import TableCommitter
 from arka.tiers.keys import KeyIndex
 from arka.tiers.logclock import LogClock
 from arka.tiers.memory import MemoryTier
 from arka.tiers.parking import Parking
-from arka.tiers.table import Ending, Table, TableCommitter, TableState
+from arka.tiers.table import Ending, Table, TableState
 from arka.tiers.watermarks import Watermark
 
 log = structlog.get_logger(__name__)

@@ -21,7 +21,8 @@ from arka.storage.ports import (
     StagedFiles,
     TableFrames,
 )
-from arka.tiers.table import Table, TableCommitter, TableState
+from arka.tiers.committer import TableCommitter
+from arka.tiers.table import Table, TableState
 from arka.tiers.watermarks import Watermark
 
 LOG = UUID(int=7)
