@@ -16,6 +16,7 @@ import msgspec
 import pyarrow as pa
 
 from arka.errors import ArkaError, ErrorCode, InvalidRequest
+from arka.tableproperties import OWNER
 
 #: LSNs are JSON integers for JavaScript clients too: below 2**53 (protocol 3.1).
 MAX_LSN: Final = 2**53 - 1
@@ -72,13 +73,6 @@ class LsnRange(NamedTuple):
 
     after: int
     through: int
-
-
-#: The table property that names the one log whose node writes to a primary-key table (R26).
-OWNER: Final = "arka.owner"
-#: The table property that says which upsert of a key stands: the last, or the first.
-MERGE: Final = "arka.merge"
-MERGE_FIRST: Final = "first"
 
 
 def owner_property(node_id: str, log_uuid: UUID) -> str:

@@ -16,8 +16,8 @@ from arka.flight.canonical import UnsupportedType, canonical_type, widens
 from arka.flight.convert import Converter, Dictionaries, How, Step, invalid_batch
 from arka.flight.datatypes import type_name
 from arka.flight.layout import wire_type
-from arka.flight.properties import PARTIAL, PARTIAL_NULL
 from arka.records import Operation, TableInfo, TableName, TableType
+from arka.tableproperties import PARTIAL, PARTIAL_NULL
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from arka._core.transforms import parse_transform
 from arka.errors import InvalidRequest
 from arka.flight.canonical import UnsupportedType, canonical_type, check_field_name
 from arka.flight.datatypes import TypeSpelling, parse_type, type_name
-from arka.flight.properties import KEYED_ONLY, check_properties
+from arka.flight.properties import check_properties
 from arka.records import (
     FIELD_ID_KEY,
     PartitionRequest,
@@ -28,6 +28,7 @@ from arka.records import (
     TableName,
     TableType,
 )
+from arka.tableproperties import KEYED_ONLY
 
 #: Most fields of a table, nested ones included: each costs some 20 us of each commit's statistics.
 MAX_FIELDS: Final = 10_000

@@ -7,6 +7,7 @@ what a snapshot consists of (``producer``) nor how a catalog swaps metadata (``s
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from typing import Final, cast
 
 from pyiceberg.catalog import Catalog
@@ -26,7 +27,7 @@ from arka.iceberg.garbage import Garbage
 from arka.iceberg.keybuild import BuildTerms
 from arka.iceberg.keyindex import IndexUnusable
 from arka.iceberg.manifests import ManifestMemory
-from arka.iceberg.marks import committed_lsn_property, epoch_property, mark_of
+from arka.iceberg.marks import mark_of
 from arka.iceberg.producer import (
     data_file,
     discard,
@@ -37,6 +38,17 @@ from arka.iceberg.producer import (
 from arka.iceberg.rowdelta import Delta, KeyedTables
 from arka.records import FIELD_ID_KEY, TableInfo, TableType
 from arka.storage.ports import CatalogUnavailable, CommitJob, CommitOutcome, CommitResult
+from arka.tableproperties import (
+    CLEANED,
+    CLEANED_VALUE,
+    SUMMARY_COMMIT_ID,
+    SUMMARY_FIRST_LSN,
+    SUMMARY_LAST_LSN,
+    SUMMARY_LOG,
+    cleaning,
+    committed_lsn_property,
+    epoch_property,
+)
 
 #: Attempts against other writers before the table's committer pauses and asks again.
 _ATTEMPTS: Final = 5
@@ -167,7 +179,8 @@ def _commit_own(config: CatalogConfig, opened: Catalog, table: Table, job: Commi
         discard(table.io, written)
         raise
     failpoints.hit("commit.manifests")
-    updates = snapshot_updates(base, staged, _mark_properties(job), config.keep_snapshots)
+    properties, removed = _property_changes(job, base.properties)
+    updates = snapshot_updates(base, staged, properties, config.keep_snapshots, removed)
     requirements: tuple[TableRequirement, ...] = (
         AssertTableUUID(uuid=base.table_uuid),
         AssertRefSnapshotId(ref=MAIN_BRANCH, snapshot_id=base.current_snapshot_id),  # type: ignore[call-arg]
@@ -224,7 +237,9 @@ def _check_key(info: TableInfo, metadata: TableMetadata) -> None:
 
 
 def _stock_append(config: CatalogConfig, table: Table, job: CommitJob) -> int:
-    # pyiceberg's retry stages the same files again on other metadata without our checks: never.
+    base = table.metadata
+    # pyiceberg's retry stages the same files again on other metadata without our checks: never. The setting is in this
+    # process's copy alone (R30).
     table.metadata = table.metadata.model_copy(
         update={"properties": {**table.metadata.properties, TableProperties.COMMIT_NUM_RETRIES: "0"}}
     )
@@ -232,7 +247,10 @@ def _stock_append(config: CatalogConfig, table: Table, job: CommitJob) -> int:
     with transaction.update_snapshot(snapshot_properties=_notes(job)).fast_append() as append:
         for file in job.staged.files:
             append.append_data_file(data_file(file))
-    transaction.set_properties(_mark_properties(job))
+    properties, removed = _property_changes(job, base.properties)
+    transaction.set_properties(properties)
+    if removed:
+        transaction.remove_properties(*removed)
     expired = expired_ids(table.metadata, config.keep_snapshots)
     try:
         transaction.commit_transaction()
@@ -268,24 +286,29 @@ def _resolve(opened: Catalog, identifier: tuple[str, ...], job: CommitJob, error
 
 def _notes(job: CommitJob) -> dict[str, str]:
     return {
-        "arka.log": str(job.log_uuid),
-        "arka.lsn-first": str(job.staged.after_lsn + 1),
-        "arka.lsn-last": str(job.staged.through_lsn),
-        "arka.commit-id": str(job.commit_id),
+        SUMMARY_LOG: str(job.log_uuid),
+        SUMMARY_FIRST_LSN: str(job.staged.after_lsn + 1),
+        SUMMARY_LAST_LSN: str(job.staged.through_lsn),
+        SUMMARY_COMMIT_ID: str(job.commit_id),
     }
 
 
-def _mark_properties(job: CommitJob) -> dict[str, str]:
-    return {
+def _property_changes(job: CommitJob, properties: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Return what a commit sets and what it removes: the mark, and once what older releases wrote (R15, R30)."""
+    made = {
         committed_lsn_property(job.log_uuid): str(job.staged.through_lsn),
         epoch_property(job.log_uuid): str(job.epoch),
     }
+    removed = cleaning(properties)
+    if removed is None:
+        return made, ()
+    return {**made, CLEANED: CLEANED_VALUE}, removed
 
 
 def _snapshot_of(metadata: TableMetadata, job: CommitJob) -> int | None:
     """Find the snapshot that an earlier attempt of this job made; else the current one holds its rows."""
     for snapshot in reversed(metadata.snapshots):
-        if snapshot.summary is not None and snapshot.summary.get("arka.commit-id") == str(job.commit_id):
+        if snapshot.summary is not None and snapshot.summary.get(SUMMARY_COMMIT_ID) == str(job.commit_id):
             return snapshot.snapshot_id
     return metadata.current_snapshot_id
 

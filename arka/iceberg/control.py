@@ -40,22 +40,10 @@ from arka.storage.ports import (
     TableMissing,
     Unusable,
 )
-
-TABLE_TYPE: Final = "arka.table-type"
-PRIMARY_KEY: Final = "arka.primary-key"
+from arka.tableproperties import CLEANED, CLEANED_VALUE, PRIMARY_KEY, TABLE_TYPE, is_reserved
 
 #: Only version 2 has delete files that every reader knows, and pyiceberg cannot write version 3.
 _FORMAT_VERSION: Final = 2
-
-#: What a table gets unless its definition says otherwise.
-_DEFAULTS: Final = {
-    TableProperties.PARQUET_COMPRESSION: "zstd",
-    # Each commit writes a metadata file; without these two they stay for ever.
-    TableProperties.METADATA_DELETE_AFTER_COMMIT_ENABLED: "true",
-    TableProperties.METADATA_PREVIOUS_VERSIONS_MAX: "20",
-    # pyiceberg's own retry stages the same rows again without looking at the mark (R15).
-    TableProperties.COMMIT_NUM_RETRIES: "0",
-}
 
 _log = logging.getLogger(__name__)
 
@@ -249,6 +237,8 @@ def _load_same(opened: Catalog, name: TableName, uuid: UUID) -> Table:
 def new_properties(definition: TableDefinition) -> dict[str, str]:
     """Return the properties of a table that does not exist yet: what was asked for, and ours.
 
+    Nothing here changes what other writers of the table do (R30).
+
     Raises:
         CatalogConflict: a property is reserved, or its value cannot be.
     """
@@ -256,11 +246,10 @@ def new_properties(definition: TableDefinition) -> dict[str, str]:
     version = asked.pop(TableProperties.FORMAT_VERSION, str(_FORMAT_VERSION))
     if version != str(_FORMAT_VERSION):
         raise CatalogConflict(f"Unsupported format-version {version!r}: expected {_FORMAT_VERSION}")
-    reserved = sorted(key for key in asked if is_mark(key) or key in (TABLE_TYPE, PRIMARY_KEY))
+    reserved = sorted(key for key in asked if is_reserved(key))
     if reserved:
         raise CatalogConflict(f"Reserved table properties: {', '.join(reserved)}")
-    made = {**_DEFAULTS, **asked, TableProperties.COMMIT_NUM_RETRIES: "0"}
-    made[TABLE_TYPE] = definition.table_type.value
+    made = {**asked, TABLE_TYPE: definition.table_type.value, CLEANED: CLEANED_VALUE}
     if definition.key_columns:
         made[PRIMARY_KEY] = json.dumps(definition.key_columns)
     return made
@@ -278,8 +267,6 @@ def _remove_folder(table: Table) -> None:
 
 
 __all__ = [
-    "PRIMARY_KEY",
-    "TABLE_TYPE",
     "check_format",
     "create_table",
     "describe",

@@ -42,6 +42,7 @@ from pyiceberg.table.snapshots import (
 )
 from pyiceberg.table.update import (
     AddSnapshotUpdate,
+    RemovePropertiesUpdate,
     RemoveSnapshotsUpdate,
     SetPropertiesUpdate,
     SetSnapshotRefUpdate,
@@ -181,7 +182,11 @@ def stage_snapshot(
 
 
 def snapshot_updates(
-    metadata: TableMetadata, staged: StagedSnapshot, properties: Mapping[str, str], keep_snapshots: int
+    metadata: TableMetadata,
+    staged: StagedSnapshot,
+    properties: Mapping[str, str],
+    keep_snapshots: int,
+    removed_properties: Sequence[str] = (),
 ) -> tuple[TableUpdate, ...]:
     """List what the catalog must apply, in one transaction: snapshot, branch, properties, expiry."""
     main = metadata.refs.get(MAIN_BRANCH)
@@ -197,6 +202,8 @@ def snapshot_updates(
         ),
         SetPropertiesUpdate(updates=dict(properties)),
     )
+    if removed_properties:
+        updates += (RemovePropertiesUpdate(removals=list(removed_properties)),)
     expired = expired_ids(metadata, keep_snapshots)
     if expired:
         updates += (RemoveSnapshotsUpdate(snapshot_ids=expired),)  # type: ignore[call-arg]

@@ -39,6 +39,7 @@ from arka.iceberg.producer import StagedSnapshot, data_file, discard
 from arka.iceberg.runfiles import check_of, map_run, numbers_of, table_secret
 from arka.records import TableInfo
 from arka.storage.ports import CatalogUnavailable, CommitJob, StagedFile, StagedFiles
+from arka.tableproperties import SUMMARY_COMMIT_ID
 
 #: What a live file's entries take in memory.
 _FILE_BYTES: Final = 1_000
@@ -419,7 +420,7 @@ def _lineage(metadata: TableMetadata) -> _Lineage:
     current = metadata.current_snapshot()
     if current is None:
         return None, None, None
-    commit_id = None if current.summary is None else current.summary.get("arka.commit-id")
+    commit_id = None if current.summary is None else current.summary.get(SUMMARY_COMMIT_ID)
     return current.snapshot_id, current.parent_snapshot_id, commit_id
 
 

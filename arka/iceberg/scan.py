@@ -26,11 +26,12 @@ from arka.iceberg.catalogs import catalog
 from arka.iceberg.config import CatalogConfig
 from arka.iceberg.control import key_columns
 from arka.iceberg.deletes import live_rows
-from arka.iceberg.marks import committed_lsn_property, mark_of, marks_of
+from arka.iceberg.marks import mark_of, marks_of
 from arka.iceberg.schema import UnsupportedType, arrow_schema, field_id
 from arka.iceberg.tail import open_tail
 from arka.records import FIELD_ID_KEY, TableName
 from arka.storage.ports import CommitMark, ReadJob, TableMissing
+from arka.tableproperties import SUMMARY_LAST_LSN, SUMMARY_LOG, committed_lsn_property
 
 #: Schema metadata of the file: the snapshot it holds, absent for a table without one.
 SNAPSHOT_KEY = "arka.snapshot-id"
@@ -128,7 +129,7 @@ def _base_of(table: Table, job: ReadJob) -> _Base:
     snapshot = metadata.current_snapshot()
     while snapshot is not None:
         notes = {} if snapshot.summary is None else snapshot.summary.additional_properties
-        if (notes.get("arka.log"), notes.get("arka.lsn-last")) == (str(job.log_uuid), str(job.at_lsn)):
+        if (notes.get(SUMMARY_LOG), notes.get(SUMMARY_LAST_LSN)) == (str(job.log_uuid), str(job.at_lsn)):
             then = [replace(m, committed_lsn=job.at_lsn) for m in marks if m.log_uuid == job.log_uuid]
             return _Base(snapshot.snapshot_id, job.at_lsn, then, takes_frames=False)
         parent_id = snapshot.parent_snapshot_id

@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 from arka._core.rowkeys import DROPPED, IF_ABSENT, REMOVES, REPLACES, hash_keys, settle
 from arka.iceberg.frames import FrameRows
 from arka.iceberg.runfiles import hashes_of
-from arka.records import MERGE, MERGE_FIRST, Operation, TableInfo
+from arka.records import Operation, TableInfo
+from arka.tableproperties import MERGE, MERGE_FIRST
 
 
 class StandingRows(NamedTuple):

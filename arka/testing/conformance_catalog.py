@@ -18,7 +18,6 @@ import pyarrow as pa
 from arka.errors import ArkaError, DataCorruption, ErrorCode, InvalidRequest
 from arka.records import (
     FIELD_ID_KEY,
-    OWNER,
     PartitionRequest,
     TableDefinition,
     TableInfo,
@@ -40,6 +39,7 @@ from arka.storage.ports import (
     TableFrames,
     TableMissing,
 )
+from arka.tableproperties import OWNER
 
 SUFFIX: Final = "0123abcd"
 
@@ -169,7 +169,7 @@ async def created_table_is_described_whole(subject: Subject) -> None:
         table_type=TableType.PRIMARY_KEY,
         key_columns=("id",),
         partition=(PartitionRequest(0, None, "b", "bucket[4]"),),
-        properties={"owner": "me"},
+        properties={"comment": "mine"},
     )
     assert info.schema.equals(SCHEMA)
     ids = [number for field in info.schema for number in _nested_ids(field)]
@@ -178,7 +178,7 @@ async def created_table_is_described_whole(subject: Subject) -> None:
     assert info.table_type is TableType.PRIMARY_KEY
     assert info.key_columns == ("id",)
     assert [(f.source_id, f.field_id, f.name, f.transform) for f in info.partition] == [(1, 1000, "b", "bucket[4]")]
-    assert info.properties["owner"] == "me"
+    assert info.properties["comment"] == "mine"
     loaded = await subject.catalog.load_table(info.name)
     assert loaded.info == info
     assert loaded.info.schema.equals(info.schema, check_metadata=True)

@@ -26,7 +26,7 @@ from arka.iceberg.frames import FrameRows
 from arka.iceberg.partition import new_partition_spec, partition_fields
 from arka.iceberg.scan import check_columns, scan_notes
 from arka.iceberg.schema import arrow_schema, new_iceberg_schema
-from arka.records import MERGE, MERGE_FIRST, Operation, TableDefinition, TableInfo, TableName, TableType
+from arka.records import Operation, TableDefinition, TableInfo, TableName, TableType
 from arka.storage.ports import (
     CatalogConflict,
     CatalogListing,
@@ -45,6 +45,7 @@ from arka.storage.ports import (
     TableMissing,
     Unusable,
 )
+from arka.tableproperties import MERGE, MERGE_FIRST
 
 
 class BatchFrame(Protocol):

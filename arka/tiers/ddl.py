@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from arka._core.framing import KIND_CREATE, KIND_DROP
 from arka.errors import ArkaError, ErrorCode, InvalidRequest, Unavailable
-from arka.records import OWNER, TableDefinition, TableInfo, TableName, TableType
+from arka.records import TableDefinition, TableInfo, TableName, TableType
 from arka.storage.ports import (
     Catalog,
     CatalogConflict,
@@ -24,6 +24,7 @@ from arka.storage.ports import (
     TableExists,
     TableMissing,
 )
+from arka.tableproperties import OWNER
 from arka.tiers.memory import MemoryTier
 from arka.tiers.table import Ending, TableState
 

@@ -19,8 +19,9 @@ from arka.iceberg.garbage import Garbage
 from arka.iceberg.manifests import ManifestMemory
 from arka.iceberg.rowdelta import KeyedTables
 from arka.options import IcebergOptions
-from arka.records import OWNER, PartitionRequest, TableDefinition, TableInfo, TableName, TableType, owner_property
+from arka.records import PartitionRequest, TableDefinition, TableInfo, TableName, TableType, owner_property
 from arka.storage.ports import CommitJob, CommitResult, SegmentSlice, StagedFiles, TableFrames
+from arka.tableproperties import OWNER
 from arka.testing.segmentfile import write_segment_file
 from tests.readers import open_duckdb
 

@@ -15,7 +15,6 @@ import trio
 from pyiceberg.catalog.sql import SqlCatalog
 
 from arka.iceberg.config import CATALOG_NAME
-from arka.iceberg.marks import committed_lsn_property, epoch_property
 from arka.options import IcebergOptions
 from arka.records import TableInfo
 from arka.storage.catalog import open_catalog
@@ -28,6 +27,7 @@ from arka.storage.ports import (
     SegmentSlice,
     TableFrames,
 )
+from arka.tableproperties import committed_lsn_property, epoch_property
 from arka.testing.conformance_catalog import CHECKS, SCHEMA, Check, rows_of
 from arka.testing.segmentfile import write_segment_file
 from arka.testing.simcatalog import Fault, FaultKind, SimCatalog

@@ -24,8 +24,9 @@ from arka.iceberg.keyindex import KeyIndex
 from arka.iceberg.manifests import ManifestMemory
 from arka.iceberg.rowdelta import KeyedTable, KeyedTables
 from arka.iceberg.sqlcatalog import LeanSqlCatalog
-from arka.records import OWNER, TableInfo, owner_property
+from arka.records import TableInfo, owner_property
 from arka.storage.ports import CatalogUnavailable, CommitOutcome
+from arka.tableproperties import OWNER
 from tests import readers
 
 from .conftest import Lake

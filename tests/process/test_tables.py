@@ -74,7 +74,7 @@ def test_create_again(client: flight.FlightClient, table: str) -> None:
     [
         ({"partition_spec": None}, "partition"),
         ({"schema_json": {"fields": [{"name": "id", "type": "int64"}]}}, "schema"),
-        ({"properties": {"owner": "me"}}, "owner"),
+        ({"properties": {"comment": "me"}}, "comment"),
     ],
 )
 def test_create_a_different_one(
@@ -138,14 +138,14 @@ def test_namespaces_are_apart(client: flight.FlightClient, table: str) -> None:
 
 def test_describe_table(client: flight.FlightClient, table: str) -> None:
     """DescribeTable says what the table is, where it lies, and how far each tier has come."""
-    made = action(client, "CreateTable", name=table, **SEED | {"properties": {"owner": "me"}})
+    made = action(client, "CreateTable", name=table, **SEED | {"properties": {"comment": "me"}})
     empty = action(client, "DescribeTable", name=table)
     assert empty["name"] == f"default.{table}"
     assert empty["table_uuid"] == made["table_uuid"]
     assert empty["table_type"] == "append_only"
     assert empty["primary_key"] == []
     assert empty["snapshot_id"] is None
-    assert empty["properties"]["owner"] == "me"
+    assert empty["properties"]["comment"] == "me"
     assert [(f["name"], f["type"], f["nullable"]) for f in empty["schema"]["fields"]] == [
         ("id", "int64", False),
         ("name", "utf8", True),
