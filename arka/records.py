@@ -324,6 +324,7 @@ class WriteRequest(msgspec.Struct, frozen=True):
     operation: str | None = None
     ack_as: str | None = None
     acks: str | None = None
+    ordered: bool | None = None
     resume_after_lsn: int | None = None
 
 

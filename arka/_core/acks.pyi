@@ -18,5 +18,6 @@ def encode_run(
     middle: bytes,
     tail: bytes,
     last_only: bool,
+    exact: bool,
     budget: int,
 ) -> tuple[bytes, int]: ...

@@ -68,6 +68,7 @@ def encode_run(
     bytes middle,
     bytes tail,
     bint last_only,
+    bint exact,
     Py_ssize_t budget,
 ):
     """Encode the acks of writes ``start`` to ``stop`` at one tier, until one that is not due or not of the common form.
@@ -85,6 +86,7 @@ def encode_run(
         middle: the JSON text between LSN and sequence.
         tail: the JSON text behind the number of rows.
         last_only: encode the last one alone, which stands for all of them.
+        exact: skip those that asked for more, too.
         budget: no other ack is encoded once there are so many bytes.
 
     Returns:
@@ -103,13 +105,15 @@ def encode_run(
     cdef bytes made
     cdef unsigned char *at
     cdef unsigned char *begin
+    cdef int asked
     if not 0 <= start <= stop <= lsns.shape[0] or stop > rows.shape[0] or stop > tiers.shape[0]:
         raise ValueError(f"writes {start} to {stop} of {lsns.shape[0]}")
     room = 1 if last_only else min(stop - start, max(budget, 0) // (least + PREFIX) + 1)
     made = PyBytes_FromStringAndSize(NULL, room * most)
     begin = at = <unsigned char *> PyBytes_AS_STRING(made)
     while index < stop:
-        if tiers[index] & (C_SPECIAL - 1) < tier:
+        asked = tiers[index] & (C_SPECIAL - 1)
+        if asked < tier or (exact and asked > tier):
             index += 1
             continue
         if tiers[index] & C_SPECIAL or lsns[index] > through_lsn:

@@ -94,6 +94,8 @@ class AckQueue:
         """Start empty, and without knowing how far any tier is: ``advance`` says so."""
         self.form = AckForm.METADATA
         self.coalesce = False
+        #: Of each write, tell the tier that it asked for alone.
+        self.requested_only = False
         # Invariant: _lsns[i] belongs to sequence _base + i; 0 marks a rejection. A tier has the bit SPECIAL where the
         # sequence is, or was, in _special.
         self._base = 0
@@ -138,7 +140,7 @@ class AckQueue:
         for tier in _TIERS[1:]:
             risen = self._rises[tier][-1].lsn
             for sequence in range(self._cursor[tier], self._cursor[tier - 1]):
-                if self._tier_of(sequence) >= tier:
+                if self._tells(sequence, tier):
                     if self._lsns[sequence - self._base] <= risen:
                         return True
                     break
@@ -237,6 +239,11 @@ class AckQueue:
         """The tier that a write asked for."""
         return self._requested[sequence - self._base] & ~SPECIAL
 
+    def _tells(self, sequence: int, tier: Tier) -> bool:
+        """Whether a write's client is told of this tier."""
+        asked = self._tier_of(sequence)
+        return asked == tier if self.requested_only else asked >= tier
+
     def _take_tier(self, tier: Tier, left: int, out: list[bytes]) -> int:
         """Encode what is due for one tier; returns what is left of the budget."""
         sequence = self._cursor[tier]
@@ -244,7 +251,7 @@ class AckQueue:
         rises = self._rises[tier]
         pending = b""  # a coalesced ack that is not out yet
         while sequence < limit and left > 0:
-            special = self._requested[sequence - self._base] & SPECIAL and self._tier_of(sequence) >= tier
+            special = self._requested[sequence - self._base] & SPECIAL and self._tells(sequence, tier)
             rise = self._rise_for(tier, sequence) if special else rises[0]
             if rise is None:
                 break
@@ -297,6 +304,7 @@ class AckQueue:
             middle=_middle(tier, timestamp_us, "null").encode(),
             tail=tail.encode(),
             last_only=self.coalesce,
+            exact=self.requested_only,
             budget=budget,
         )
 

@@ -19,6 +19,7 @@ from arka.errors import ArkaError, ErrorCode, InvalidRequest, Unavailable
 from arka.flight import messages
 from arka.flight.acks import AckForm, AckQueue
 from arka.flight.decode import BatchDecoder, DecodedBatch
+from arka.flight.ordering import StreamOrder
 from arka.options import Limits
 from arka.records import Operation, TableName, TableType, Tier, WriteRequest, parse_write_request
 from arka.storage.threads import run_compute
@@ -28,6 +29,7 @@ from arka.tiers.watermarks import Advance
 
 #: Longest idempotency key in UTF-8 bytes (protocol 3).
 _MAX_KEY_BYTES: Final = 256
+_ACKS: Final = ("each", "requested", "watermark")
 _FORMS: Final = {"metadata": AckForm.METADATA, "batch": AckForm.BATCH}
 
 
@@ -70,6 +72,7 @@ class Exchange:
         self._key_next = 0
         self.acks = AckQueue()
         self.acks.form = form
+        self._order = StreamOrder()
         self._form_fixed = form is AckForm.PUT_RESULT
         self._moved = trio.Event()
         self._attending = False
@@ -86,7 +89,8 @@ class Exchange:
         self._told = False
         out = self.acks.take(budget)
         self._taken += len(out)
-        if out or self.acks.settled:
+        if out or self.acks.settled or self.acks.requested_only:
+            # Of writes that wait for a later tier nothing is told, and they count as read.
             self._moved.set()
         return out
 
@@ -217,35 +221,57 @@ class Exchange:
         if request.operation is not None:
             defaults = replace(defaults, operation=self._parse_operation(request.operation))
         self._defaults = defaults
-        self._take_ack_form(request)
+        self._take_stream_options(request)
         if request.idempotency_key is not None:
             _check_key(request.idempotency_key)
-            if request.resume_after_lsn is not None and request.key_start is None:
+            self._key_prefix = request.idempotency_key
+            self._key_next = 0
+        if request.resume_after_lsn is not None:
+            self._resume(request)
+        elif request.idempotency_key is not None:
+            self._key_next = request.key_start or 0
+
+    def _resume(self, request: WriteRequest) -> None:
+        """Answer a handshake, and take writes again behind a refusal (R36); the numbers of keys go on where it says."""
+        assert request.resume_after_lsn is not None
+        if self._key_prefix is not None:
+            if request.key_start is None:
                 raise InvalidRequest(
                     "resume_after_lsn with an idempotency_key needs key_start: the next batch's number"
                 )
-            self._key_prefix = request.idempotency_key
-            self._key_next = request.key_start or 0
-        if request.resume_after_lsn is not None:
-            self.acks.handshake(self._pipeline.resume_marks(self._bound_table(), request.resume_after_lsn))
-            self._tell()
+            self._key_next = request.key_start
+        self.acks.handshake(self._pipeline.resume_marks(self._bound_table(), request.resume_after_lsn))
+        self._order.resume()
+        self._tell()
 
-    def _take_ack_form(self, request: WriteRequest) -> None:
-        """Choose how acks travel; it belongs to the stream, so it cannot change after the first write."""
-        form, coalesce = self.acks.form, self.acks.coalesce
+    def _resume_with_batch(self, metadata: bytes | None) -> None:
+        """Take a resume_after_lsn that came with a batch: it holds for this batch and those behind it."""
+        request = parse_write_request(metadata or b"{}")
+        if request.resume_after_lsn is not None:
+            self._resume(request)
+
+    def _take_stream_options(self, request: WriteRequest) -> None:
+        """Take what belongs to the whole stream, so that it cannot change after the first write."""
+        if request.ordered is not None and request.ordered != self._order.requested:
+            if self.acks.writes and request.ordered != self._order.is_ordered(self._bound_table().info.table_type):
+                raise InvalidRequest("ordered belongs to the whole stream: send it before the first batch")
+            self._order.requested = request.ordered
+        form, coalesce, requested_only = self.acks.form, self.acks.coalesce, self.acks.requested_only
         if request.ack_as is not None:
             if request.ack_as.lower() not in _FORMS:
                 raise InvalidRequest(f"Unknown ack_as {request.ack_as!r}: expected metadata or batch")
             if not self._form_fixed:
                 form = _FORMS[request.ack_as.lower()]
         if request.acks is not None:
-            if request.acks.lower() not in ("each", "watermark"):
-                raise InvalidRequest(f"Unknown acks {request.acks!r}: expected each or watermark")
+            if request.acks.lower() not in _ACKS:
+                raise InvalidRequest(f"Unknown acks {request.acks!r}: expected {', '.join(_ACKS)}")
             coalesce = request.acks.lower() == "watermark"
-        if (form, coalesce) != (self.acks.form, self.acks.coalesce):
+            requested_only = request.acks.lower() == "requested"
+        wanted = (form, coalesce, requested_only)
+        if wanted != (self.acks.form, self.acks.coalesce, self.acks.requested_only):
             if self.acks.writes:
                 raise InvalidRequest("ack_as and acks belong to the whole stream: send them before the first batch")
-            self.acks.form, self.acks.coalesce = form, coalesce
+            self.acks.form, self.acks.coalesce, self.acks.requested_only = wanted
 
     # -- the table --------------------------------------------------------------------------------
 
@@ -297,6 +323,8 @@ class Exchange:
         if not self.acks.writes:
             # Keys alone, and not for deletes: no data of this stream is accepted (protocol 3).
             decoder.check_operation(self._defaults.operation)
+        if _resumes(message.app_metadata):
+            self._resume_with_batch(message.app_metadata)
         number, self._key_next = self._key_next, self._key_next + 1
         try:
             options = self._check_write(decoder, message, number)
@@ -325,7 +353,7 @@ class Exchange:
         decoder, header = self._decoder, message.header
         if decoder is None or not header or not self.acks.writes or self._schema_metadata is not None:
             return False
-        if not self.acks.fewer_than(self._limits.unread_acks):
+        if not self.acks.fewer_than(self._limits.unread_acks) or _resumes(message.app_metadata):
             return False
         try:
             if ipc.message_type(header) != ipc.RECORD_BATCH:
@@ -361,6 +389,8 @@ class Exchange:
     def _check_write(self, decoder: BatchDecoder, message: FlightMessage, number: int) -> _WriteOptions:
         """Check what can be said of a write before its batch is read; returns what holds for it."""
         options = self._write_options(message.app_metadata, number)
+        if self._order.refusal is not None and not self._pipeline.knows(self._bound_table(), options.key):
+            raise self._order.refusal.with_traceback(None)
         if message.oversized:
             raise ArkaError(
                 f"The batch's body has {message.body_bytes} bytes, the limit is {self._limits.batch_bytes} "
@@ -372,6 +402,7 @@ class Exchange:
 
     def _reject(self, error: ArkaError) -> None:
         """Note a write that was refused."""
+        error = self._order.note_refused(error, self._bound_table().info.table_type)
         self.acks.reject(error.code, error.detail)
         self._tell()
 
@@ -412,7 +443,7 @@ class Exchange:
             if request.idempotency_key is not None:
                 _check_key(request.idempotency_key)
                 key = request.idempotency_key
-            self._take_ack_form(request)
+            self._take_stream_options(request)
         return _WriteOptions(requested, operation, key.encode())
 
     def _parse_operation(self, word: str) -> Operation:
@@ -457,6 +488,11 @@ class Exchange:
             # Else the log is another process's now, and the stream ends with a status (protocol 3.4).
             self.acks.fail(code, detail)
             self._tell()
+
+
+def _resumes(metadata: bytes | None) -> bool:
+    """Whether a batch's WriteRequest may hold a handshake: rare enough to be looked at by itself."""
+    return bool(metadata) and b"resume_after_lsn" in metadata  # type: ignore[operator]
 
 
 def _check_key(key: str) -> None:

@@ -275,6 +275,10 @@ class Pipeline:
             self._space.note_accepted(payload.size)
         return appended
 
+    def knows(self, table: Table, key: bytes) -> bool:
+        """Whether a write with this key was accepted: sent again, it is answered and adds nothing."""
+        return bool(key) and self._keys.find(table.info.uuid, key) is not None
+
     def _check_open(self, table: Table) -> None:
         """Refuse a new write where none is taken."""
         if self._failure is not None:

@@ -206,13 +206,15 @@ def test_handshake_stands_outside_the_order() -> None:
     assert [(a["sequence"], a["lsn"]) for a in drain(queue)] == [(-1, 8), (-1, 7), (-1, 6), (-1, 0), (0, 9)]
 
 
+@pytest.mark.parametrize("requested_only", [False, True], ids=["each", "requested"])
 @pytest.mark.parametrize("form", [AckForm.METADATA, AckForm.PUT_RESULT])
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
-def test_any_interleaving_keeps_the_order_rules(form: AckForm, data: st.DataObject) -> None:
+def test_any_interleaving_keeps_the_order_rules(form: AckForm, requested_only: bool, data: st.DataObject) -> None:
     """Each write gets each of its acks exactly once, never skipped, never out of order, never early."""
     queue = AckQueue()
     queue.form = form
+    queue.requested_only = requested_only
     number = 3 if form is AckForm.METADATA else 1
     marks = dict.fromkeys(Tier, 0)
     writes: list[tuple[str, int, Tier]] = []
@@ -258,14 +260,56 @@ def test_any_interleaving_keeps_the_order_rules(form: AckForm, data: st.DataObje
     while not queue.settled:
         before = len(seen)
         look(100)
-        assert len(seen) > before
+        assert len(seen) > before or (requested_only and not queue.due)
     for sequence, (kind, _, requested) in enumerate(writes):
         own = [a["durability_level"] for a in seen if a["sequence"] == sequence]
-        expected = ["memory"] if kind == "reject" else [tier.word for tier in Tier if tier <= requested]
+        told = [tier.word for tier in Tier if tier == requested or (tier < requested and not requested_only)]
+        expected = ["memory"] if kind == "reject" else told
         assert own == expected
     for tier in Tier:
         order = [a["sequence"] for a in seen if a["durability_level"] == tier.word]
         assert order == sorted(order)
+
+
+def test_requested_mode_tells_the_requested_tier_alone() -> None:
+    """Of each write one ack; a duplicate has its own at its tier, a rejection at once."""
+    queue = AckQueue()
+    queue.requested_only = True
+    queue.accept(4, 1, Tier.ICEBERG_COMMITTED)
+    queue.accept(5, 1, Tier.MEMORY)
+    queue.duplicate(2, 1, Tier.DISK, None)
+    queue.reject(ErrorCode.INVALID_BATCH, "no")
+    queue.accept(6, 1, Tier.DISK)
+    queue.accept(7, 1, Tier.OBJECT_STORAGE)
+
+    def told() -> list[tuple[object, object]]:
+        return [(ack["sequence"], ack["durability_level"]) for ack in drain(queue)]
+
+    assert told() == [(1, "memory"), (3, "memory")]
+    queue.advance(Advance(Tier.DISK, 6, 1))
+    assert told() == [(2, "disk"), (4, "disk")]
+    queue.advance(Advance(Tier.DISK, 7, 1))
+    assert told() == []
+    assert not queue.due
+    queue.advance(Advance(Tier.ICEBERG_COMMITTED, 5, 2, 77))
+    assert told() == [(0, "iceberg_committed")]
+    queue.advance(Advance(Tier.OBJECT_STORAGE, 7, 3))
+    assert told() == [(5, "object_storage")]
+    assert queue.settled
+
+
+def test_requested_mode_ends_open_writes_with_an_error() -> None:
+    """An error reaches each write that has not had its one ack, and no other."""
+    queue = AckQueue()
+    queue.requested_only = True
+    queue.accept(1, 1, Tier.MEMORY)
+    queue.accept(2, 1, Tier.DISK)
+    queue.accept(3, 1, Tier.ICEBERG_COMMITTED)
+    queue.advance(Advance(Tier.DISK, 3, 1))
+    assert [ack["sequence"] for ack in drain(queue)] == [0, 1]
+    queue.fail(ErrorCode.TABLE_DROPPED, "gone")
+    assert [(ack["sequence"], ack["code"]) for ack in drain(queue)] == [(2, "table_dropped")]
+    assert queue.settled
 
 
 def test_a_million_unread_acks_stay_small() -> None:
