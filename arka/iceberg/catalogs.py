@@ -10,6 +10,8 @@ from typing import Any, Final
 
 from pyiceberg.catalog import Catalog
 from pyiceberg.catalog.sql import SqlCatalog
+from pyiceberg.io import FileIO
+from pyiceberg.table.metadata import TableMetadata
 from sqlalchemy import event, make_url
 from sqlalchemy.exc import DatabaseError
 
@@ -22,6 +24,11 @@ from arka.iceberg.sqlcatalog import LeanSqlCatalog
 _SQLITE_BUSY_MS: Final = 30_000
 
 _opened: dict[CatalogConfig, Catalog] = {}
+
+
+def _keep_old_metadata(io: FileIO, base: TableMetadata, metadata: TableMetadata) -> None:
+    """Stand in for pyiceberg's deletion at once: superseded metadata files have a grace (``garbage``)."""
+    del io, base, metadata
 
 
 def _set_pragmas(connection: Any, _record: Any) -> None:
@@ -53,7 +60,9 @@ def connect(config: CatalogConfig) -> Catalog:
         # Only here: the REST client's imports cost a worker 100 ms that most never need.
         from pyiceberg.catalog.rest import RestCatalog
 
-        return RestCatalog(CATALOG_NAME, **properties)
+        rest = RestCatalog(CATALOG_NAME, **properties)
+        rest._delete_old_metadata = _keep_old_metadata  # type: ignore[method-assign]
+        return rest
     url = make_url(config.uri)
     if url.get_backend_name() == "sqlite":
         if url.database in (None, "", ":memory:"):
@@ -68,6 +77,7 @@ def connect(config: CatalogConfig) -> Catalog:
     except DatabaseError:
         # Two processes that make the catalog's own tables at once: one of them fails, and finds them now.
         made = kind(CATALOG_NAME, **properties)
+    made._delete_old_metadata = _keep_old_metadata  # type: ignore[method-assign]
     if made.engine.dialect.name == "sqlite":
         event.listen(made.engine, "connect", _set_pragmas)
         # Connections from before the listener are not used again.

@@ -16,7 +16,6 @@ from pyiceberg.table import Table, TableProperties
 from pyiceberg.table.metadata import TableMetadata
 from pyiceberg.table.refs import MAIN_BRANCH
 from pyiceberg.table.update import AssertRefSnapshotId, AssertTableUUID, TableRequirement
-from pyiceberg.utils.properties import property_as_bool
 
 from arka import failpoints
 from arka.errors import ArkaError, ErrorCode
@@ -211,7 +210,7 @@ def _commit_own(config: CatalogConfig, opened: Catalog, table: Table, job: Commi
             _keyed.forget(config, job.table)
     _garbage.landed(base, response.metadata, staged.merged_away, consecutive=consecutive)
     _garbage.collect(base.table_uuid, table.io)
-    _delete_old_metadata(table, response.metadata)
+    _garbage.replaced(base, response.metadata, response.metadata_location, table.io)
     failpoints.hit("commit.response")
     return staged.snapshot.snapshot_id
 
@@ -259,10 +258,13 @@ def _stock_append(config: CatalogConfig, table: Table, job: CommitJob) -> int:
     except Exception as error:
         raise _UnknownOutcome(_describe(error)) from error
     snapshot_id = cast(int, table.metadata.current_snapshot_id)
+    _garbage.replaced(base, table.metadata, table.metadata_location, table.io)
     if expired:
         # A commit of its own; the next one tries again.
         with contextlib.suppress(CommitFailedException):
+            committed = table.metadata
             table.maintenance.expire_snapshots().by_ids(expired).commit()
+            _garbage.replaced(committed, table.metadata, table.metadata_location, table.io)
     return snapshot_id
 
 
@@ -311,18 +313,6 @@ def _snapshot_of(metadata: TableMetadata, job: CommitJob) -> int | None:
         if snapshot.summary is not None and snapshot.summary.get(SUMMARY_COMMIT_ID) == str(job.commit_id):
             return snapshot.snapshot_id
     return metadata.current_snapshot_id
-
-
-def _delete_old_metadata(table: Table, metadata: TableMetadata) -> None:
-    """Remove metadata files that have left the metadata log, if the table says so; failures leave garbage."""
-    if property_as_bool(
-        metadata.properties,
-        TableProperties.METADATA_DELETE_AFTER_COMMIT_ENABLED,
-        TableProperties.METADATA_DELETE_AFTER_COMMIT_ENABLED_DEFAULT,
-    ):
-        kept = {entry.metadata_file for entry in metadata.metadata_log}
-        gone = [e.metadata_file for e in table.metadata.metadata_log if e.metadata_file not in kept]
-        discard(table.io, gone)
 
 
 def _describe(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Final
 
 import pyarrow as pa
-from pyarrow.fs import FileSystem, S3FileSystem
+from pyarrow.fs import FileSelector, FileSystem, FileType, S3FileSystem
 from pyiceberg.io import (
     S3_ENDPOINT,
     S3_REGION,
@@ -310,6 +310,17 @@ class WarehouseFileIO(FileIO):
         path = local_path(location)
         return self._other().new_output(location) if path is None else LocalFile(location, path, self._batch)
 
+    def list_remote(self, location: str) -> dict[str, float]:
+        """See ``list_folder``; one LIST (or its pages) of a folder that is not local.
+
+        Raises:
+            OSError: the warehouse did not answer.
+        """
+        other = self._other()
+        scheme, netloc, path = other.parse_location(location, other.properties)
+        found = other.fs_by_scheme(scheme, netloc).get_file_info(FileSelector(path, allow_not_found=True))
+        return {info.base_name: (info.mtime_ns or 0) / 1e9 for info in found if info.type is FileType.File}
+
     def delete(self, location: str | InputFile | OutputFile) -> None:
         """Delete a file.
 
@@ -327,6 +338,24 @@ class WarehouseFileIO(FileIO):
 def batch_of(io_: FileIO) -> contextlib.AbstractContextManager[None]:
     """Return a batch of a warehouse whose files can be made durable together (``WarehouseFileIO.batch``)."""
     return io_.batch() if isinstance(io_, WarehouseFileIO) else contextlib.nullcontext()
+
+
+def list_folder(io_: FileIO, location: str) -> dict[str, float]:
+    """List the files of one folder of a warehouse: their names, and when each was written (seconds since 1970).
+
+    Folders in it are left out. A folder that is not there is empty.
+
+    Raises:
+        OSError: the warehouse did not answer.
+    """
+    path = local_path(location)
+    if path is not None:
+        try:
+            with os.scandir(path) as entries:
+                return {entry.name: entry.stat().st_mtime for entry in entries if entry.is_file()}
+        except FileNotFoundError:
+            return {}
+    return io_.list_remote(location) if isinstance(io_, WarehouseFileIO) else {}
 
 
 def write_file(io_: FileIO, location: str, data: pa.Buffer) -> int:
@@ -348,6 +377,7 @@ __all__ = [
     "LocalFile",
     "WarehouseFileIO",
     "batch_of",
+    "list_folder",
     "local_path",
     "make_directory",
     "sync_directory",

@@ -402,6 +402,84 @@ def test_expired_files_outlive_their_snapshot_by_the_grace_period(
     assert _numbers(lake, info) == list(range(56))
 
 
+def _metadata_files(lake: Any, info: Any) -> set[str]:
+    return {path.name for path in lake.files(info, ".metadata.json")}
+
+
+@pytest.mark.parametrize("stock", [False, True])
+@pytest.mark.parametrize("key", [(), ("n",)])
+def test_superseded_metadata_outlives_its_log_by_the_grace_period(
+    make_lake: Any, monkeypatch: pytest.MonkeyPatch, stock: bool, key: tuple[str, ...]
+) -> None:
+    """A copy of the catalog names metadata files that are there for ten minutes, whatever the table's properties say.
+
+    After that they go, also those that other writers' commits pushed out of the log.
+    """
+    now = [0.0]
+    monkeypatch.setattr(commit, "_garbage", Garbage(clock=lambda: now[0]))
+    lake = make_lake(keep_snapshots=2, stock_commit=stock)
+    schema = pa.schema([pa.field("n", pa.int64(), nullable=not key), SCHEMA.field("day")])
+    properties = {"write.metadata.delete-after-commit.enabled": "true", "write.metadata.previous-versions-max": "2"}
+    info = lake.create(schema, properties=properties, key=key)
+    every = _metadata_files(lake, info)
+    for lsn in range(6):
+        lake.append(info, [_rows(lsn).cast(schema)], lsn)
+        every |= _metadata_files(lake, info)
+    catalog = lake.foreign()
+    table = catalog.load_table(tuple(info.name))
+    monkeypatch.setattr(catalog, "_delete_old_metadata", lambda *_: None)
+    for number in range(4):
+        table.transaction().set_properties({"by-others": str(number)}).commit_transaction()
+    catalog.close()
+    lake.append(info, [_rows(6).cast(schema)], 6)
+    now[0] = 599
+    lake.append(info, [_rows(7).cast(schema)], 7)
+    assert every <= _metadata_files(lake, info)
+    now[0] = 1300
+    for lsn in range(8, 12):
+        lake.append(info, [_rows(lsn).cast(schema)], lsn)
+    assert len(_metadata_files(lake, info) & every) == 0
+    assert _numbers(lake, info) == list(range(12))
+
+
+def test_metadata_that_others_made_current_again_is_kept(make_lake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A metadata file that had left the log, and that others registered, is not deleted when its grace is over."""
+    now = [0.0]
+    monkeypatch.setattr(commit, "_garbage", Garbage(clock=lambda: now[0]))
+    lake = make_lake()
+    info = lake.create(SCHEMA, properties={"write.metadata.previous-versions-max": "3"})
+    lake.append(info, [_rows(0)], 0)
+    old = lake.table(info).metadata_location
+    for lsn in range(1, 8):
+        lake.append(info, [_rows(lsn)], lsn)
+    catalog = lake.foreign()
+    catalog.drop_table(tuple(info.name))
+    catalog.register_table(tuple(info.name), old)
+    catalog.close()
+    now[0] = 10_000
+    for lsn in range(1, 3):
+        lake.append(info, [_rows(lsn)], lsn)
+    assert Path(local_path(old) or "").exists()
+    assert _numbers(lake, info) == [0, 1, 2]
+
+
+def test_metadata_that_an_earlier_worker_forgot(lake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that is new deletes what earlier ones left, if it is older than the grace and the table's own."""
+    info = lake.create(SCHEMA, properties={"write.metadata.previous-versions-max": "2"})
+    for lsn in range(8):
+        lake.append(info, [_rows(lsn)], lsn)
+    files = sorted(lake.files(info, ".metadata.json"))
+    assert len(files) == 9
+    for path in files[:3]:
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+    (files[0].parent / "notes.metadata.json").write_text("not ours")
+    monkeypatch.setattr(commit, "_garbage", Garbage())
+    lake.append(info, [_rows(8)], 8)
+    left = set(lake.files(info, ".metadata.json"))
+    assert not left & set(files[:3])
+    assert set(files[3:]) | {files[0].parent / "notes.metadata.json"} <= left
+
+
 def test_rollback_keeps_manifests_that_come_back(make_lake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Manifests that a merge replaced are not deleted once a rollback has made them current again."""
     monkeypatch.setattr(commit, "_garbage", Garbage(grace_s=0))

@@ -50,6 +50,7 @@ def test_version_is_the_one_that_was_read() -> None:
         ),
         (MetastoreCatalog._parse_metadata_version, ["metadata_location"]),
         (SqlCatalog._write_metadata, ["metadata", "io", "metadata_path"]),
+        (Catalog._delete_old_metadata, ["io", "base", "metadata"]),
         (SqlCatalog.commit_table, ["self", "table", "requirements", "updates"]),
         (table_update._apply_table_update, ["update", "base_metadata", "context"]),
         (
