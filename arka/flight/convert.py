@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 
 from arka._core import ipc
 from arka.errors import ErrorCode, InvalidRequest
+from arka.nullarrays import null_array
 
 
 class How(Enum):
@@ -126,7 +127,7 @@ class Converter:
     def nulls(self, rows: int, step: Step) -> pa.Array:
         """Make a column of nulls."""
         self._spend(rows * _width(step.target), step)
-        return pa.nulls(rows, step.target)
+        return null_array(rows, step.target)
 
     def _spend(self, size: int, step: Step) -> None:
         self._left -= size

@@ -7,9 +7,15 @@ Owns: the refusals. Does not own which properties there are and what their value
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
 
 from arka.errors import InvalidRequest
 from arka.tableproperties import ALLOWED, MAX_BYTES, rule_of
+
+_CODEC: Final = "write.parquet.compression-codec"
+_LEVEL: Final = "write.parquet.compression-level"
+#: The highest level of each codec that takes fewer than zstd, the default.
+_HIGHEST_LEVEL: Final = {"gzip": 9, "brotli": 11}
 
 
 def check_properties(properties: Mapping[str, str]) -> dict[str, str]:
@@ -35,6 +41,12 @@ def check_properties(properties: Mapping[str, str]) -> dict[str, str]:
             raise InvalidRequest(f"properties: {key!r} cannot be set; expected {ALLOWED}")
         if not rule.pattern.match(value):
             raise InvalidRequest(f"properties: {key!r} is {value!r}, expected {rule.expected}")
+    highest = _HIGHEST_LEVEL.get(properties.get(_CODEC, "").lower())
+    if highest is not None and int(properties.get(_LEVEL, "1")) > highest:
+        raise InvalidRequest(
+            f"properties: {_LEVEL!r} is {properties[_LEVEL]!r}, expected a whole number from 1 to {highest} for "
+            f"{properties[_CODEC]}"
+        )
     return dict(properties)
 
 

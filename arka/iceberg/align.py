@@ -11,6 +11,7 @@ from __future__ import annotations
 import pyarrow as pa
 
 from arka.iceberg.schema import field_id
+from arka.nullarrays import null_array
 
 
 def align_batch(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
@@ -40,7 +41,7 @@ def align_batch(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
 def _missing(target: pa.Field, rows: int) -> pa.Array:
     if not target.nullable and rows:
         raise ValueError(f"required column {target.name!r} is not in the batch")
-    return pa.nulls(rows, target.type)
+    return null_array(rows, target.type)
 
 
 def _align(array: pa.Array, source: pa.Field, target: pa.Field) -> pa.Array:

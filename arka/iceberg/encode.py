@@ -65,7 +65,7 @@ def encode(config: CatalogConfig, job: TableFrames) -> StagedFiles:
         files = sorter.finish()
         failpoints.hit("encode.written")
     failpoints.hit("encode.synced")
-    made = StagedFiles(job.after_lsn, job.through_lsn, tuple(files), rows)
+    made = StagedFiles(job.after_lsn, job.through_lsn, tuple(files), rows, notes=writer.notes)
     return made if keys is None else replace(made, keys=keys.write(stem), key_check=keys.check)
 
 

@@ -28,9 +28,10 @@ from pyiceberg.manifest import (
     ManifestFile,
     ManifestWriterV2,
 )
-from pyiceberg.table import Table, TableProperties
-from pyiceberg.table.locations import load_location_provider
+from pyiceberg.table import Table
 from pyiceberg.table.metadata import TableMetadata
+
+from arka.iceberg.tableoptions import avro_codec_name, locations_of
 
 #: Manifests of one tier, and of one spec, that are merged into one.
 MERGE_AT: Final = 32
@@ -124,7 +125,7 @@ class ManifestBuilder:
         self._snapshot_id = snapshot_id
         self._sequence_number = sequence_number
         self._memory = memory
-        self._provider = load_location_provider(table.metadata.location, table.metadata.properties)
+        self._provider = locations_of(table.metadata.location, table.metadata.properties)
         self._attempt = uuid4()
         self.written: list[str] = []
         self.merged_away: list[ManifestFile] = []
@@ -260,11 +261,7 @@ class DeleteManifestWriter(ManifestWriterV2):
 
 def avro_codec(metadata: TableMetadata) -> AvroCompressionCodec:
     """Return the codec of a table's manifests and manifest lists."""
-    # Iceberg's names for codecs; pyiceberg's writers translate them, whatever their annotations say.
-    codec = metadata.properties.get(
-        TableProperties.WRITE_AVRO_COMPRESSION, TableProperties.WRITE_AVRO_COMPRESSION_DEFAULT
-    )
-    return cast(AvroCompressionCodec, codec)
+    return cast(AvroCompressionCodec, avro_codec_name(metadata.properties))
 
 
 def _entry_count(manifest: ManifestFile) -> int:

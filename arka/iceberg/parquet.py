@@ -16,27 +16,20 @@ from uuid import uuid4
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pyiceberg.io.pyarrow import (
-    DataFileStatistics,
-    compute_statistics_plan,
-    data_file_statistics_from_parquet_metadata,
-    parquet_path_to_id_mapping,
-)
 from pyiceberg.partitioning import PartitionSpec
 from pyiceberg.schema import Schema
-from pyiceberg.table import TableProperties
-from pyiceberg.table.locations import LocationProvider, load_location_provider
+from pyiceberg.table.locations import LocationProvider
 
+from arka.iceberg.bounds import ColumnMetrics
 from arka.iceberg.fileio import WarehouseFileIO, write_file
 from arka.iceberg.partition import PartitionFolder, partition_spec
 from arka.iceberg.schema import iceberg_schema
+from arka.iceberg.tableoptions import SAFE_PARQUET, file_options, locations_of
 from arka.records import TableInfo
 from arka.storage.ports import StagedFile
 
 #: Mean rows per batch below which copying batches together is cheaper than a column chunk for each.
 _SMALL_BATCH_ROWS: Final = 4_096
-#: Rows of a row group; pyiceberg's default.
-_ROW_GROUP_ROWS: Final = 1_048_576
 #: Rows of a file by which its columns' encodings are chosen.
 _SAMPLE_ROWS: Final = 16_384
 #: A column of which a sample has fewer values gets a dictionary: there is little to tell, or to lose.
@@ -45,17 +38,8 @@ _SAMPLE_LEAST: Final = 1_024
 _DICTIONARY_BYTES: Final = 1 << 20
 #: Writers that one worker keeps, each with its statistics plan (about 1 ms to make).
 _REMEMBERED_WRITERS: Final = 256
-#: Table properties that keep counts in manifests and leave bounds out.
-_WITHOUT_BOUNDS: Final = {TableProperties.DEFAULT_WRITE_METRICS_MODE: "counts"}
-#: Codecs that every reader of Iceberg tables has, by Iceberg's name and pyarrow's.
-_CODECS: Final = {
-    "zstd": "zstd",
-    "gzip": "gzip",
-    "snappy": "snappy",
-    "lz4": "lz4",
-    "brotli": "brotli",
-    "uncompressed": "none",
-}
+#: What holds for every file. With the Arrow schema embedded, readers give back Arrow's types instead of the table's.
+_ALWAYS: Final[Mapping[str, Any]] = {"store_schema": False, "store_decimal_as_integer": True}
 
 
 class FileWriter:
@@ -67,6 +51,7 @@ class FileWriter:
 
     Attributes:
         io: the warehouse; a batch of it makes the files written inside durable together.
+        notes: which of the table's properties could not be used, and what is used instead.
     """
 
     def __init__(self, info: TableInfo, io: WarehouseFileIO) -> None:
@@ -75,11 +60,12 @@ class FileWriter:
         self._info = info
         self._schema: Schema = iceberg_schema(info.schema, info.schema_id)
         self._spec: PartitionSpec = partition_spec(info.partition, info.spec_id)
-        self._plan = compute_statistics_plan(self._schema, properties)
-        self._plan_without_bounds = compute_statistics_plan(self._schema, _WITHOUT_BOUNDS)
-        self._ids = parquet_path_to_id_mapping(self._schema)
-        self._locations: LocationProvider = load_location_provider(info.location, properties)
-        self._options = _writer_options(properties)
+        options = file_options(properties)
+        self._metrics = ColumnMetrics(self._schema, options.metrics)
+        self._locations: LocationProvider = locations_of(info.location, properties)
+        self._parquet = options.parquet
+        self._row_group_rows = options.row_group_rows
+        self.notes = options.notes
 
     def write(self, batches: Sequence[pa.RecordBatch], partition: tuple[object, ...], stem: str) -> StagedFile:
         """Write one file.
@@ -97,31 +83,42 @@ class FileWriter:
         table = pa.Table.from_batches(batches, schema=self._info.schema)
         if len(batches) > 1 and table.num_rows < len(batches) * _SMALL_BATCH_ROWS:
             table = table.combine_chunks()
-        sink = pa.BufferOutputStream()
-        dictionaries = _dictionary_columns(table, self._ids)
-        with pq.ParquetWriter(sink, self._info.schema, use_dictionary=dictionaries, **self._options) as writer:
-            writer.write_table(table, row_group_size=_ROW_GROUP_ROWS)
-        stats = self._statistics(writer.writer.metadata)
+        data, footer = self._encode(table)
         folder = PartitionFolder(self._spec, self._schema, partition) if partition else None
         # The provider only asks a partition key for its path.
         location = self._locations.new_data_location(f"{stem}-{uuid4()}.parquet", folder)  # type: ignore[arg-type]
-        size = write_file(self.io, location, sink.getvalue())
+        size = write_file(self.io, location, data)
         return StagedFile(
             path=location,
             partition=partition,
             spec_id=self._info.spec_id,
             rows=table.num_rows,
             size=size,
-            stats=stats.to_serialized_dict(),
+            stats=self._metrics.of(footer),
         )
 
-    def _statistics(self, footer: pq.FileMetaData) -> DataFileStatistics:
+    def _encode(self, table: pa.Table) -> tuple[pa.Buffer, pq.FileMetaData]:
+        """Encode rows; where the table's own options fail, with safe ones (R17)."""
+        dictionaries = _dictionary_columns(table, self._metrics.paths)
         try:
-            return data_file_statistics_from_parquet_metadata(footer, self._plan, self._ids)
-        except UnicodeEncodeError:
-            # pyiceberg cuts an upper bound and adds one to its last character; behind U+D7FF comes what is no
-            # character. The file is as good without bounds: readers open it more often, and find the same rows.
-            return data_file_statistics_from_parquet_metadata(footer, self._plan_without_bounds, self._ids)
+            return self._encode_with(table, dictionaries, self._parquet)
+        except MemoryError:
+            raise
+        except Exception as error:
+            if self._parquet is SAFE_PARQUET:
+                raise
+            made = self._encode_with(table, True, SAFE_PARQUET)
+            self._parquet = SAFE_PARQUET
+            self.notes += (f"the table's Parquet options cannot be used: {error}; zstd and defaults are used instead",)
+            return made
+
+    def _encode_with(
+        self, table: pa.Table, dictionaries: list[str] | bool, options: Mapping[str, Any]
+    ) -> tuple[pa.Buffer, pq.FileMetaData]:
+        sink = pa.BufferOutputStream()
+        with pq.ParquetWriter(sink, self._info.schema, use_dictionary=dictionaries, **_ALWAYS, **options) as writer:
+            writer.write_table(table, row_group_size=self._row_group_rows)
+        return sink.getvalue(), writer.writer.metadata
 
 
 def _dictionary_columns(table: pa.Table, paths: Iterable[str]) -> list[str]:
@@ -157,20 +154,6 @@ def _repeats(sample: pa.ChunkedArray, rows: int) -> bool:
         distinct = max(distinct, count * count / (2 * (count - distinct)) if distinct < count else rows)
     fits: bool = distinct * sample.nbytes <= _DICTIONARY_BYTES * len(sample)
     return fits and 2 * distinct <= rows
-
-
-def _writer_options(properties: Mapping[str, str]) -> dict[str, Any]:
-    name = properties.get(TableProperties.PARQUET_COMPRESSION, TableProperties.PARQUET_COMPRESSION_DEFAULT)
-    # Rows were acknowledged before the codec was looked at: an unknown one must not stop them (R17).
-    codec = _CODECS.get(name.lower(), "zstd")
-    level = properties.get(TableProperties.PARQUET_COMPRESSION_LEVEL, "")
-    return {
-        "compression": codec,
-        "compression_level": int(level) if level.isdigit() and codec in ("zstd", "gzip", "brotli") else None,
-        # With the Arrow schema embedded, readers give back Arrow's types instead of the table's.
-        "store_schema": False,
-        "store_decimal_as_integer": True,
-    }
 
 
 _writers: OrderedDict[tuple[object, ...], FileWriter] = OrderedDict()

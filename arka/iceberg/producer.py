@@ -29,8 +29,7 @@ from pyiceberg.manifest import (
     ManifestFile,
     write_manifest_list,
 )
-from pyiceberg.table import Table, TableProperties
-from pyiceberg.table.locations import load_location_provider
+from pyiceberg.table import Table
 from pyiceberg.table.metadata import TableMetadata
 from pyiceberg.table.refs import MAIN_BRANCH, SnapshotRefType
 from pyiceberg.table.snapshots import (
@@ -53,6 +52,7 @@ from pyiceberg.typedef import Record
 from arka.errors import InternalError
 from arka.iceberg.fileio import batch_of
 from arka.iceberg.manifests import ManifestBuilder, ManifestMemory, avro_codec
+from arka.iceberg.tableoptions import locations_of, min_snapshots
 from arka.storage.ports import StagedFile
 
 
@@ -105,7 +105,7 @@ def expired_ids(metadata: TableMetadata, keep: int) -> list[int]:
     Returns:
         Ids, oldest first. Never the current one, a tag's, nor what a branch other than main can reach.
     """
-    keep = max(keep, int(metadata.properties.get(TableProperties.MIN_SNAPSHOTS_TO_KEEP, "1")))
+    keep = max(keep, min_snapshots(metadata.properties))
     surplus = len(metadata.snapshots) + 1 - keep
     if surplus <= 0:
         return []
@@ -153,7 +153,7 @@ def stage_snapshot(
     try:
         with batch_of(table.io):
             manifests = builder.build(files, memory.manifests(metadata, table.io), removed)
-            provider = load_location_provider(metadata.location, metadata.properties)
+            provider = locations_of(metadata.location, metadata.properties)
             location = provider.new_metadata_location(f"snap-{snapshot_id}-0-{uuid4()}.avro")
             written.append(location)
             with write_manifest_list(

@@ -21,7 +21,6 @@ import pyarrow.compute as pc
 from pyiceberg.io import FileIO
 from pyiceberg.manifest import DataFile, DataFileContent, ManifestContent, ManifestEntry, ManifestFile
 from pyiceberg.table import Table
-from pyiceberg.table.locations import load_location_provider
 from pyiceberg.table.metadata import TableMetadata
 from pyiceberg.typedef import Record
 
@@ -37,6 +36,7 @@ from arka.iceberg.keyscan import KeyScan
 from arka.iceberg.manifests import ManifestMemory
 from arka.iceberg.producer import StagedSnapshot, data_file, discard
 from arka.iceberg.runfiles import check_of, map_run, numbers_of, table_secret
+from arka.iceberg.tableoptions import locations_of
 from arka.records import TableInfo
 from arka.storage.ports import CatalogUnavailable, CommitJob, StagedFile, StagedFiles
 from arka.tableproperties import SUMMARY_COMMIT_ID
@@ -338,7 +338,7 @@ class _Outcome:
 
     def __init__(self, table: Table, files: _Files, dead: DeadRows) -> None:
         self._io = table.io
-        self._locations = load_location_provider(table.metadata.location, table.metadata.properties)
+        self._locations = locations_of(table.metadata.location, table.metadata.properties)
         self._files = files
         self._dead = dead
         self.added: list[DataFile] = []

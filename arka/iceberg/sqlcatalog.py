@@ -9,6 +9,7 @@ Overrides private parts of pyiceberg 0.12.0; ``tests/iceberg/test_pyiceberg_cont
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections import OrderedDict
 from typing import Final
@@ -17,8 +18,7 @@ from pyiceberg.catalog import Catalog
 from pyiceberg.catalog.sql import IcebergTables, SqlCatalog
 from pyiceberg.exceptions import CommitFailedException
 from pyiceberg.io import FileIO
-from pyiceberg.table import CommitTableResponse, StagedTable, Table
-from pyiceberg.table.locations import load_location_provider
+from pyiceberg.table import CommitTableResponse, StagedTable, Table, TableProperties
 from pyiceberg.table.metadata import TableMetadata
 from pyiceberg.table.update import (
     TableRequirement,
@@ -30,9 +30,13 @@ from pyiceberg.table.update import (
 from pyiceberg.typedef import Identifier
 
 from arka import failpoints
+from arka.iceberg.tableoptions import locations_of
 
 #: Parsed metadata files kept by one worker; a few per table of its shard are in use.
 _METADATA_CACHE_ENTRIES: Final = 256
+#: How long a table wants its metadata log to be; pyiceberg raises where it is no number.
+_LOG_LENGTH: Final = TableProperties.METADATA_PREVIOUS_VERSIONS_MAX
+_NUMBER: Final = re.compile(r"-?[0-9]{1,18}\Z")
 
 
 def apply_updates(base: TableMetadata, updates: tuple[TableUpdate, ...], metadata_location: str) -> TableMetadata:
@@ -53,10 +57,21 @@ def apply_updates(base: TableMetadata, updates: tuple[TableUpdate, ...], metadat
     for update in updates:
         made = _apply_table_update(update, made, context)
     if context.has_changes():
-        made = _update_table_metadata_log(made, metadata_location, base.last_updated_ms)
+        made = _log_metadata(made, metadata_location, base.last_updated_ms)
         if made.last_updated_ms == base.last_updated_ms:
             made = made.model_copy(update={"last_updated_ms": int(time.time() * 1000)})
     return made
+
+
+def _log_metadata(made: TableMetadata, location: str, last_updated_ms: int) -> TableMetadata:
+    """Add the metadata file before to the metadata log, whatever others set as the log's length (R17)."""
+    usable = {key: text for key, text in made.properties.items() if key != _LOG_LENGTH or _NUMBER.match(text)}
+    logged = _update_table_metadata_log(
+        made.model_copy(update={"properties": usable}) if len(usable) < len(made.properties) else made,
+        location,
+        last_updated_ms,
+    )
+    return logged.model_copy(update={"properties": made.properties}) if len(usable) < len(made.properties) else logged
 
 
 class LeanSqlCatalog(SqlCatalog):
@@ -102,7 +117,7 @@ class LeanSqlCatalog(SqlCatalog):
             requirement.validate(current_table.metadata)
         metadata = apply_updates(current_table.metadata, updates, current_table.metadata_location)
         version = self._parse_metadata_version(current_table.metadata_location) + 1
-        provider = load_location_provider(metadata.location, metadata.properties)
+        provider = locations_of(metadata.location, metadata.properties)
         location = provider.new_table_metadata_file_location(version)
         self._staged_locations.append(location)
         return StagedTable(

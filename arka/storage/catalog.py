@@ -97,6 +97,8 @@ class IcebergCatalog:
         self._builds = builds
         self._control = control
         self._scans = trio.CapacityLimiter(_CONTROL_WORKERS - 1)
+        # What was last said of each table's properties: once, not with each commit.
+        self._noted: dict[UUID, tuple[str, ...]] = {}
 
     @property
     def warehouse(self) -> str:
@@ -136,6 +138,7 @@ class IcebergCatalog:
         """See ``ports.Catalog.drop_table``."""
         await self._control.run(worker.drop_table, self._config, name, uuid, purge)
         self._encode.forget(uuid)
+        self._noted.pop(uuid, None)
         self._commit.forget(uuid)
 
     async def forget_others(self, tables: frozenset[UUID]) -> None:
@@ -169,7 +172,12 @@ class IcebergCatalog:
             await run(0, parts[0])
         if errors:
             raise errors[0]
-        return _join([part for part in staged if part is not None])
+        made = _join([part for part in staged if part is not None])
+        if made.notes != self._noted.get(job.table.uuid, ()):
+            self._noted[job.table.uuid] = made.notes
+            for note in made.notes:
+                _log.warning("catalog.property_unusable", table=str(job.table.name), detail=note)
+        return made
 
     async def commit(self, job: CommitJob) -> CommitResult:
         """See ``ports.Catalog.commit``.

@@ -215,6 +215,7 @@ class StagedFiles:
         keys: for a primary-key table the path of the run that says where each key's row now is (``arka._core.runs``),
             files by their number in ``files``; on the local disk.
         key_check: tells the secret that its hashes were made with from others.
+        notes: which of the table's properties could not be used for the files, and what was used instead.
     """
 
     after_lsn: int
@@ -223,6 +224,7 @@ class StagedFiles:
     rows: int
     keys: str = ""
     key_check: bytes = b""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

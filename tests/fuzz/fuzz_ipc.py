@@ -28,15 +28,11 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyiceberg.io.pyarrow import (
-    compute_statistics_plan,
-    data_file_statistics_from_parquet_metadata,
-    parquet_path_to_id_mapping,
-)
 
 from arka._core import ipc
 from arka.errors import ErrorCode, InvalidRequest
 from arka.flight.decode import BatchDecoder, DecodedBatch
+from arka.iceberg.bounds import ColumnMetrics
 from arka.iceberg.schema import iceberg_schema
 from arka.options import Limits
 from arka.records import TableInfo
@@ -171,8 +167,7 @@ class Oracle:
     def __init__(self, table: TableInfo) -> None:
         schema = iceberg_schema(table.schema)
         self._schema = table.schema
-        self._plan = compute_statistics_plan(schema, {})
-        self._ids = parquet_path_to_id_mapping(schema)
+        self._metrics = ColumnMetrics(schema, {})
 
     def store(self, batch: pa.RecordBatch) -> None:
         sink = io.BytesIO()
@@ -180,7 +175,7 @@ class Oracle:
             writer.write_batch(batch)
         made = writer.writer.metadata
         if made.num_rows:
-            data_file_statistics_from_parquet_metadata(made, self._plan, self._ids).to_serialized_dict()
+            self._metrics.of(made)
 
 
 def decode_stream(decoder: BatchDecoder, messages: list[StreamMessage]) -> DecodedBatch | None:

@@ -25,14 +25,16 @@ def rows_of(path):
     return pq.read_table(path.removeprefix("file://"), partitioning=None).column("s").to_pylist()
 
 
-def test_a_bound_that_cannot_be_truncated_is_left_out(tmp_path):
-    """A string cut behind U+D7FF has no next character: the file is written, its rows are all there."""
+def test_a_bound_cut_at_the_last_character_before_the_surrogates(tmp_path):
+    """The file's largest string is cut at U+D7FF, behind which stands no character: the file is written with it."""
     info = table(tmp_path)
-    value = "a" * 15 + "\ud7ff" + "x"
-    batch = pa.record_batch([pa.array([value, "b"])], schema=info.schema)
+    # The largest: only its bound is cut and raised.
+    value = "z" * 15 + "\ud7ff" + "x"
+    batch = pa.record_batch([pa.array(["a", value])], schema=info.schema)
     file = FileWriter(info, WarehouseFileIO({})).write([batch], (), "f")
-    assert rows_of(file.path) == [value, "b"]
+    assert rows_of(file.path) == ["a", value]
     assert file.rows == 2
+    assert file.stats["upper_bounds"][1].decode() == "z" * 15 + "\ue000"
 
 
 @pytest.mark.parametrize("value", ["x" * 300, "é" * 60, "/" * 120])

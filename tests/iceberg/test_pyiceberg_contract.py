@@ -19,11 +19,13 @@ from pyiceberg.io import FileIO, InputFile, OutputFile
 from pyiceberg.io import pyarrow as pyiceberg_pyarrow
 from pyiceberg.io.pyarrow import PyArrowFileIO
 from pyiceberg.manifest import DataFile, ManifestFile, ManifestWriterV2, write_manifest_list
+from pyiceberg.schema import pre_order_visit
 from pyiceberg.table import update as table_update
 from pyiceberg.table.locations import LocationProvider, SimpleLocationProvider
 from pyiceberg.table.metadata import TableMetadataV2, new_table_metadata
 from pyiceberg.table.snapshots import Snapshot, SnapshotSummaryCollector, update_snapshot_summaries
 from pyiceberg.table.sorting import UNSORTED_SORT_ORDER
+from pyiceberg.utils.decimal import unscaled_to_decimal
 
 from arka.iceberg import sqlcatalog
 from arka.iceberg.fileio import WarehouseFileIO
@@ -79,11 +81,9 @@ def test_version_is_the_one_that_was_read() -> None:
         (SnapshotSummaryCollector.add_file, ["self", "data_file", "schema", "partition_spec"]),
         (update_snapshot_summaries, ["summary", "previous_summary"]),
         (pyiceberg_pyarrow.compute_statistics_plan, ["schema", "table_properties"]),
-        (pyiceberg_pyarrow.parquet_path_to_id_mapping, ["schema"]),
-        (
-            pyiceberg_pyarrow.data_file_statistics_from_parquet_metadata,
-            ["parquet_metadata", "stats_columns", "parquet_column_mapping"],
-        ),
+        (pyiceberg_pyarrow.ID2ParquetPathVisitor.primitive, ["self", "primitive"]),
+        (pre_order_visit, ["obj", "visitor"]),
+        (unscaled_to_decimal, ["unscaled", "scale"]),
         (LocationProvider.new_data_location, ["self", "data_file_name", "partition_key"]),
         (pyiceberg_table.Table._do_commit, ["self", "updates", "requirements"]),
     ],

@@ -132,3 +132,13 @@ def test_own_properties_that_others_set_are_judged() -> None:
     assert problem_of({"arka.partial": "null", "arka.merge": "first", "x": "y"}, keyed=True) is None
     assert "expected last or first" in (problem_of({"arka.merge": "newest"}, keyed=True) or "")
     assert "primary_key tables only" in (problem_of({"arka.merge": "last"}, keyed=False) or "")
+
+
+@pytest.mark.parametrize(("codec", "level"), [("gzip", "10"), ("GZIP", "22"), ("brotli", "12")])
+def test_a_level_that_the_codec_does_not_have_is_refused(codec: str, level: str) -> None:
+    """Codec and level are checked together: the encoder refuses a level that its codec does not know (R17)."""
+    wanted = {"write.parquet.compression-codec": codec, "write.parquet.compression-level": level}
+    with pytest.raises(InvalidRequest, match=rf"compression-level.*{level}.*{codec}"):
+        check_properties(wanted)
+    assert check_properties(wanted | {"write.parquet.compression-level": "9"})
+    assert check_properties(wanted | {"write.parquet.compression-codec": "zstd"})
