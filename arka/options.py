@@ -75,6 +75,9 @@ class Limits:
     message_bytes: int = option(256 * MIB, "Largest gRPC message; a larger one ends its stream.", at_least=64 * KIB)
     batch_bytes: int = option(128 * MIB, "Largest batch body; a larger one gets an error ack.", at_least=64 * KIB)
     batch_rows: int = option(2**24, "Most rows of one batch.", at_least=1)
+    partitions: int = option(
+        10_000, "Most partitions that one batch may touch; not counted where it has no more rows.", at_least=1
+    )
     dictionary_bytes: int = option(64 * MIB, "Most dictionary bytes held for one stream.", at_least=64 * KIB)
     index_bytes: int = option(
         INDEX_BYTES,

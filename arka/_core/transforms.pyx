@@ -744,6 +744,35 @@ cdef list partition_values(object column, object transform, object rows):
     return results.to_pylist()
 
 
+def count_partitions(batch, fields):
+    """Count the distinct tuples of partition values of a batch.
+
+    Args:
+        batch: as for ``split_batch``.
+        fields: as for ``split_batch``.
+
+    Raises:
+        ValueError: a transform does not take its column's type, or the batch is too long.
+        IndexError: no such column.
+        MemoryError: no room for the row numbers.
+    """
+    cdef Grouping grouping
+    cdef int status
+    if batch.num_rows == 0:
+        return 0
+    if not fields:
+        return 1
+    if batch.num_rows > MAX_SPLIT_ROWS:
+        raise ValueError(f"Cannot split {batch.num_rows} rows at once: at most {MAX_SPLIT_ROWS}")
+    grouping = Grouping(batch, fields)
+    # SAFETY: `grouping` holds the exported arrays and all it writes to.
+    with nogil:
+        status = grouping.number_rows()
+    if status != 0:
+        raise MemoryError(f"cannot split a batch of {batch.num_rows} rows")
+    return int(grouping.count)
+
+
 def split_batch(batch, fields):
     """Split a batch by partition: one batch for each distinct tuple of partition values.
 

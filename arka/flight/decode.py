@@ -23,6 +23,7 @@ from arka.flight.conform import Conformance, StreamPlan, plan_conformance
 from arka.flight.convert import invalid_batch
 from arka.flight.dictionaries import REFUSALS, StreamDictionaries
 from arka.flight.layout import Layout, describe_finding, plan_layout, wire_schema
+from arka.flight.partitions import COUNT_ROWS, PartitionLimit
 from arka.flight.storable import Storable
 from arka.options import Limits
 from arka.records import Operation, TableInfo
@@ -80,12 +81,17 @@ class _Target:
         conformance: the way there.
         layout: what the frames look like on the wire.
         storable: what their values must be like.
+        partitions: how many partitions a batch may touch; None where it makes no files.
         plain: whether no bytes of a body can be wrong but those that the layout's check looks at: columns of
             numbers and times alone. What else Arrow would refuse is then in the header.
     """
 
-    def __init__(self, conformance: Conformance, table: TableInfo) -> None:
+    def __init__(self, conformance: Conformance, table: TableInfo, operation: Operation, limits: Limits) -> None:
         self.conformance = conformance
+        # A delete makes no files of its own.
+        self.partitions = (
+            PartitionLimit(conformance.schema, table, limits.partitions) if operation is Operation.UPSERT else None
+        )
         self.storable = Storable(conformance.schema, table)
         self.layout = plan_layout(conformance.schema, required=True, ranges=self.storable.ranges)
         self.plain = not self.storable.always and all(_is_plain(field.type) for field in conformance.schema)
@@ -187,7 +193,9 @@ class BatchDecoder:
         if target is None:
             if self._plan is None:
                 raise InvalidRequest("A record batch came before the stream's schema: send the schema first")
-            target = self._targets[operation] = _Target(self._plan.conformance(operation), self._table)
+            target = self._targets[operation] = _Target(
+                self._plan.conformance(operation), self._table, operation, self._limits
+            )
         return target
 
     def add_dictionary(self, message: IpcMessage) -> None:
@@ -218,9 +226,12 @@ class BatchDecoder:
         frame = message.buffer
         if frame is None or message.header is None or self._plan is None or self._wire_layout is None:
             return False
-        conformance = self._target(operation).conformance
+        target = self._target(operation)
+        conformance = target.conformance
         try:
             layout = self._layout(message.header)
+            if layout.rows > COUNT_ROWS and target.partitions is not None and target.partitions.concerns(layout.rows):
+                return True
             if conformance.identical and layout.codec == ipc.CODEC_NONE:
                 if frame.body_bytes <= THREAD_BYTES:
                     return False
@@ -266,8 +277,12 @@ class BatchDecoder:
             )
         as_stored = target.conformance.identical and layout.codec == ipc.CODEC_NONE
         if as_stored and self._accept(target, layout, frame):
-            return DecodedBatch(frame, layout.rows, True, target.conformance.schema)
-        return self._rewrite(target, layout, frame)
+            decoded = DecodedBatch(frame, layout.rows, True, target.conformance.schema)
+        else:
+            decoded = self._rewrite(target, layout, frame)
+        if target.partitions is not None and target.partitions.concerns(layout.rows):
+            target.partitions.check(decoded.batch)
+        return decoded
 
     def _layout(self, header: bytes) -> ipc.BatchLayout:
         if self._parsed is not None and self._parsed[0] == header:
