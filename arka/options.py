@@ -90,6 +90,7 @@ class Limits:
     streams: int = option(10_000, "Open RPCs of all connections together.", at_least=1)
     streams_per_connection: int = option(1_000, "Open RPCs of one connection.", at_least=1)
     connections: int = option(10_000, "Open connections.", at_least=1)
+    actions: int = option(64, "Actions that change something, such as CreateTable, at a time.", at_least=1)
     unread_acks: int = option(
         1_000_000, "Acks a client may leave unread before its stream is no longer read.", at_least=1_000
     )

@@ -36,6 +36,7 @@ from arka.storage.ports import CatalogUnavailable
 from arka.tiers.admission import Ledger
 from arka.tiers.assembly import OpenLog, Surroundings
 from arka.tiers.demo import demo_definitions
+from arka.tiers.effects import Effects
 from arka.tiers.pipeline import Pipeline
 from arka.tiers.space import SharedRoom
 from arka.tiers.startup import open_pipeline
@@ -70,6 +71,7 @@ class Server:
     def __init__(
         self,
         opened: OpenLog,
+        effects: Effects,
         service: FlightService,
         health: Health,
         connections: ConnectionFactory,
@@ -81,6 +83,7 @@ class Server:
 
         Args:
             opened: the log's tiers; run by this server.
+            effects: runs the actions that change something; run by this server.
             service: its write streams are told of the drain.
             health: told whether the server serves.
             connections: serves one accepted stream.
@@ -89,6 +92,7 @@ class Server:
         """
         self._pipeline = opened.pipeline
         self._reservation = opened.reservation
+        self._effects = effects
         self._service = service
         self._health = health
         self._connections = connections
@@ -119,6 +123,7 @@ class Server:
         async with trio.open_nursery() as tiers:
             await tiers.start(self._pipeline.run)
             tiers.start_soon(self._pipeline.guard_log, self._reservation.run)
+            await tiers.start(self._effects.run)
             if prepare is not None:
                 await prepare()
             async with trio.open_nursery() as connections:
@@ -150,12 +155,14 @@ class Server:
         log.info("server.draining", drain_s=self._drain_s)
         self._health.set_serving(False)
         accepting.cancel()
+        self._effects.start_drain()
         self._pipeline.start_drain()
         acks_until = started + self._drain_s * _ACK_SHARE
         self._connections.start_drain()
         with trio.move_on_at(acks_until) as scope:
             # Streams end as soon as nothing is on its way any more: idle clients do not hold the process.
             self._service.start_drain(acks_until)
+            await self._effects.wait_idle()
             await self._pipeline.wait_drained()
         if scope.cancelled_caught:
             log.warning("server.drain_incomplete", reason="writes are left for the next start to bring down")
@@ -190,10 +197,11 @@ async def serve(
             set_kept_bytes(settings.limits.memory_bytes // _KEPT_PART)
             spill_dir = data_dir / "spill"
             prepare_spill_dir(spill_dir)
-            service = FlightService(opened.pipeline, settings.limits, spill_dir)
+            effects = Effects(settings.limits.actions)
+            service = FlightService(opened.pipeline, effects, settings.limits, spill_dir)
             health = Health([f"{messages.PACKAGE}.FlightService"])
             connections = ConnectionFactory({**service.routes(), **health.routes()}, ledger, settings.limits)
-            server = Server(opened, service, health, connections, listeners, drain_s=settings.server.drain_s)
+            server = Server(opened, effects, service, health, connections, listeners, drain_s=settings.server.drain_s)
             address = Address(*listeners[0].socket.getsockname()[:2])
             prepare = partial(_register_demo_tables, opened.pipeline) if settings.server.demo_tables else None
             with ExitStack() as announced:

@@ -7,7 +7,7 @@ transport pulls them through ``take``).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
@@ -57,9 +57,18 @@ class Exchange:
     steps of that task.
     """
 
-    def __init__(self, pipeline: Pipeline, limits: Limits, outbound: Outbound, *, form: AckForm) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        limits: Limits,
+        outbound: Outbound,
+        *,
+        find: Callable[[TableName], Awaitable[Table]],
+        form: AckForm,
+    ) -> None:
         self._pipeline = pipeline
         self._limits = limits
+        self._find = find
         self._outbound = outbound
         self._table: Table | None = None
         # Whether table_name chose the table: the descriptor may repeat until the schema (T12) and yields to it.
@@ -282,7 +291,7 @@ class Exchange:
         if self.acks.writes:
             assert self._table is not None
             raise InvalidRequest(f"The stream writes to {self._table.info.name}: {name} needs a stream of its own")
-        table = await self._pipeline.tables.find(name)
+        table = await self._find(name)
         if self._table is not None:
             self._table.unlisten_end(self._on_end)
             if self._decoder is not None:

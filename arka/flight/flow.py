@@ -323,6 +323,11 @@ class StreamIntake:
         increment, self.increment = self.increment, 0
         return 0 if self.ended else increment
 
+    def untaken(self) -> bytes | None:
+        """The first complete message that the RPC did not take, if it is no FlightData; it stays where it is."""
+        message = self._inbox[0][0] if self._inbox else None
+        return message if isinstance(message, bytes) else None
+
     def abandon(self) -> None:
         """Release everything that the RPC did not take. Idempotent."""
         self._drop_partial()

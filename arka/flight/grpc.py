@@ -127,10 +127,13 @@ class Route:
     Attributes:
         handler: runs once for each RPC.
         flight_data: the client's messages are FlightData.
+        adopt: called with a request that was complete when its stream ended, and that no handler had taken (R41); must
+            not raise or wait. None where such a request means nothing.
     """
 
     handler: Handler
     flight_data: bool = False
+    adopt: Callable[[bytes], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)

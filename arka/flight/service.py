@@ -16,6 +16,7 @@ from uuid import uuid4
 
 import msgspec
 import pyarrow as pa
+import structlog
 import trio
 
 from arka.errors import ArkaError, ErrorCode, InvalidRequest, Unavailable
@@ -27,9 +28,12 @@ from arka.flight.schemas import describe_partition, describe_schema, parse_creat
 from arka.options import Limits
 from arka.records import FIELD_ID_KEY, TableName, Tier
 from arka.storage.threads import run_compute
+from arka.tiers.effects import Effects
 from arka.tiers.pipeline import Pipeline
 from arka.tiers.reads import ReadRequest, read_table
 from arka.tiers.table import Table
+
+log = structlog.get_logger(__name__)
 
 #: Longest action body in bytes: a CreateTable of a few thousand columns fits.
 _MAX_TICKET_BYTES: Final = 1 << 20
@@ -42,6 +46,9 @@ _ACTIONS: Final = {
     "Flush": "Wait until all that was accepted has reached a tier. Body: name, durability.",
 }
 
+
+#: How long a list of tables waits for the actions that were asked for before it, in seconds.
+_LIST_PATIENCE_S: Final = 2.0
 
 #: More than any table has.
 _MOST_ROWS: Final = 2**62
@@ -68,14 +75,16 @@ class _Ticket(msgspec.Struct, frozen=True):
 class FlightService:
     """Arrow Flight's RPCs over a pipeline."""
 
-    def __init__(self, pipeline: Pipeline, limits: Limits, spill_dir: Path) -> None:
+    def __init__(self, pipeline: Pipeline, effects: Effects, limits: Limits, spill_dir: Path) -> None:
         """Join the service to the engine.
 
         Args:
             pipeline: where tables are and writes go.
+            effects: runs the actions that change something.
             limits: what one stream may use.
             spill_dir: local directory for the results of DoGet while they are sent.
         """
+        self._effects = effects
         self._pipeline = pipeline
         self._limits = limits
         self._spill_dir = spill_dir
@@ -112,8 +121,9 @@ class FlightService:
             "GetSchema": (self.get_schema, False),
             "Handshake": (self.handshake, False),
         }
+        adopt = {"DoAction": self._adopt_action}
         return {
-            messages.SERVICE + name: Route(handler, flight_data=flight_data)
+            messages.SERVICE + name: Route(handler, flight_data=flight_data, adopt=adopt.get(name))
             for name, (handler, flight_data) in handlers.items()
         }
 
@@ -128,7 +138,7 @@ class FlightService:
         await self._write_stream(call, AckForm.PUT_RESULT)
 
     async def _write_stream(self, call: Call, form: AckForm) -> None:
-        exchange = Exchange(self._pipeline, self._limits, call, form=form)
+        exchange = Exchange(self._pipeline, self._limits, call, find=self._find, form=form)
         call.attach_outbox(exchange)
         try:
             if await self._read_writes(call, exchange):
@@ -165,7 +175,7 @@ class FlightService:
     async def do_get(self, call: Call) -> None:
         """Send a table's rows as record batches: its Iceberg snapshot, and what was accepted since."""
         ticket = _parse_ticket(bytes(messages.parse("Ticket", await _request(call)).ticket))
-        table = await self._pipeline.tables.find(TableName.parse(ticket.table_name))
+        table = await self._find(TableName.parse(ticket.table_name))
         if ticket.limit is not None and ticket.limit < 0:
             raise InvalidRequest(f"limit must not be negative: {ticket.limit}")
         columns = None if ticket.columns is None else tuple(ticket.columns)
@@ -236,7 +246,14 @@ class FlightService:
         descriptor = messages.parse("FlightDescriptor", data)
         if not descriptor.path:
             raise InvalidRequest("The descriptor must be a path that names a table")
-        return await self._pipeline.tables.find(TableName.from_parts(list(descriptor.path)))
+        return await self._find(TableName.from_parts(list(descriptor.path)))
+
+    async def _find(self, name: TableName) -> Table:
+        """Find a table, behind the actions on it that were asked for earlier: their client need not wait for them."""
+        # Such an action may have come in the same bytes: its task has its turn first.
+        await trio.lowlevel.checkpoint()
+        await self._effects.wait_for(str(name))
+        return await self._pipeline.tables.find(name)
 
     async def handshake(self, call: Call) -> None:
         """Answer each handshake request; no credentials are asked for."""
@@ -257,13 +274,16 @@ class FlightService:
         """Run one action; body and result are JSON."""
         action = messages.parse("Action", await _request(call))
         body = bytes(action.body)
+        if (effect := self._effect_of(action.type, body)) is not None:
+            result = await self._effects.do(action.type, *effect)
+            await call.send(messages.build("Result", body=json.dumps(result).encode()))
+            return
         match action.type:
-            case "CreateTable":
-                result = await self._create_table(body)
             case "ListTables":
+                with trio.move_on_after(_LIST_PATIENCE_S):
+                    await trio.lowlevel.checkpoint()
+                    await self._effects.wait_idle()
                 result = [str(table.info.name) for table in self._pipeline.tables.listed()]
-            case "DropTable":
-                result = await self._drop_table(body)
             case "DescribeTable":
                 result = await self._describe_table(body)
             case "Flush":
@@ -275,17 +295,44 @@ class FlightService:
                 )
         await call.send(messages.build("Result", body=json.dumps(result).encode()))
 
-    async def _create_table(self, body: bytes) -> Any:
-        table, created = await self._pipeline.tables.create(parse_create_table(body))
-        return {"name": str(table.info.name), "table_uuid": str(table.info.uuid), "created": created}
+    def _effect_of(self, action: str, body: bytes) -> tuple[str, Callable[[], Awaitable[Any]]] | None:
+        """What an action is to change, with the name of what it is about; None for one that changes nothing.
 
-    async def _drop_table(self, body: bytes) -> Any:
-        request = _parse_body(body)
-        name = await self._pipeline.tables.drop(TableName.parse(request.name), purge=request.purge)
-        return {"name": str(name), "dropped": True}
+        Raises:
+            ArkaError: the body is malformed.
+        """
+        tables = self._pipeline.tables
+        if action == "CreateTable":
+            definition = parse_create_table(body)
+
+            async def create() -> Any:
+                table, created = await tables.create(definition)
+                return {"name": str(table.info.name), "table_uuid": str(table.info.uuid), "created": created}
+
+            return str(definition.name), create
+        if action == "DropTable":
+            request = _parse_body(body)
+            name = TableName.parse(request.name)
+
+            async def drop() -> Any:
+                return {"name": str(await tables.drop(name, purge=request.purge)), "dropped": True}
+
+            return str(name), drop
+        return None
+
+    def _adopt_action(self, request: bytes) -> None:
+        """Carry out an action whose client left as soon as its request was complete (R41)."""
+        try:
+            action = messages.parse("Action", request)
+            effect = self._effect_of(action.type, bytes(action.body))
+        except ArkaError as error:
+            log.info("action.malformed", reason=error.detail)
+            return
+        if effect is not None:
+            self._effects.adopt(action.type, *effect)
 
     async def _describe_table(self, body: bytes) -> Any:
-        table = await self._pipeline.tables.find(TableName.parse(_parse_body(body).name))
+        table = await self._find(TableName.parse(_parse_body(body).name))
         info = table.info
         marks = self._pipeline.table_marks(table)
         return {
@@ -315,7 +362,7 @@ class FlightService:
     async def _flush(self, body: bytes) -> Any:
         request = _parse_body(body)
         tier = Tier.parse(request.durability)
-        table = await self._pipeline.tables.find(TableName.parse(request.name))
+        table = await self._find(TableName.parse(request.name))
         lsn = await self._pipeline.flush(table, tier)
         return {"name": str(table.info.name), "durability": tier.word, "lsn": lsn}
 

@@ -84,13 +84,15 @@ class Stream:
         peer_ended: the peer has half-closed it.
     """
 
-    __slots__ = ("id", "intake", "method", "output", "peer_ended", "scope")
+    __slots__ = ("adopt", "id", "intake", "method", "output", "peer_ended", "scope")
 
     def __init__(self, stream_id: int, method: str, intake: StreamIntake, output: StreamOutput) -> None:
         self.id = stream_id
         self.method = method
         self.intake = intake
         self.output = output
+        # Takes the request of an RPC that is over before its handler took it; see Route.
+        self.adopt: Callable[[bytes], None] | None = None
         self.scope = trio.CancelScope()
         self.peer_ended = False
 
@@ -226,6 +228,7 @@ class Streams:
         self._h2.send_headers(stream.id, _RESPONSE_FIELDS)
         self.calls += 1
         self._shared.streams += 1
+        stream.adopt = route.adopt
         nursery.start_soon(self._serve, stream, route, call)
 
     async def _serve(self, stream: Stream, route: Route, call: Call) -> None:
@@ -448,6 +451,9 @@ class Streams:
             table.pop(stream.id, None)
         self._splitter.close(stream.id)
         stream.output.close()
+        if stream.adopt is not None and (request := stream.intake.untaken()) is not None:
+            # A client may cancel in the turn in which its request comes, as pyarrow does whose result is not read.
+            stream.adopt(request)
         stream.intake.abandon()
         stream.scope.cancel()
         if not self._open:

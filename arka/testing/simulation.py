@@ -60,6 +60,7 @@ from arka.testing.simworld import (
 from arka.testing.simwriters import Writer, definition_of
 from arka.tiers.admission import Ledger
 from arka.tiers.assembly import OpenLog, Surroundings
+from arka.tiers.effects import Effects
 from arka.tiers.pipeline import Pipeline
 from arka.tiers.reads import ReadRequest, read_table
 from arka.tiers.startup import open_pipeline
@@ -113,8 +114,12 @@ class _Life:
         self._rng = world.rng
         self._log: OpenLog | None = None
         self._forked = trio.Event()
-        # Whether a client's DropTable is under way.
-        self._dropping = False
+        # How many DropTables of clients run.
+        self._dropping = 0
+        self._effects = Effects(64)
+        # By number, what those actions are about that were asked for and have no outcome yet (R41).
+        self._owed: dict[int, str] = {}
+        self._asked = 0
 
     @property
     def pipeline(self) -> Pipeline:
@@ -157,6 +162,7 @@ class _Life:
             nursery.start_soon(self._take_epoch, self._log.pipeline)
             await nursery.start(self._log.pipeline.run)
             nursery.start_soon(self._log.reservation.run)
+            await nursery.start(self._effects.run)
             await self._make_tables()
             async with trio.open_nursery() as streams:
                 for writer in writers:
@@ -194,8 +200,13 @@ class _Life:
 
     async def make_table(self, name: TableName) -> None:
         """Create a table, however long that takes; does nothing if there is one of that name."""
+        create = partial(self.pipeline.tables.create, self.world.definition(name))
         try:
-            await self._persist(partial(self.pipeline.tables.create, self.world.definition(name)))
+            # The first client does not wait; what the second one asks for comes behind that.
+            patience_s = self._rng.choice((0.0, 0.001, 0.05))
+            await self._persist(partial(self._ask, "CreateTable", name, create, patience_s=patience_s))
+            await self._persist(partial(self._ask, "CreateTable", name, create))
+            self._check_owed(str(name))
         except ArkaError as error:
             if error.code is not ErrorCode.TABLE_STOPPED:
                 raise
@@ -226,23 +237,57 @@ class _Life:
             name = rng.choice(world.tables)
             try:
                 world.trace.note(f"tables: {self.name} drops {name}")
-                await self._persist(partial(self._drop, name))
-                await self._persist(partial(self.pipeline.tables.create, self.world.definition(name)))
+                patience_s = rng.choice((0.001, 0.05, 1000.0))
+                await self._persist(
+                    partial(self._ask, "DropTable", name, partial(self._drop, name), patience_s=patience_s)
+                )
+                create = partial(self.pipeline.tables.create, self.world.definition(name))
+                await self._persist(partial(self._ask, "CreateTable", name, create))
+                self._check_owed(str(name))
             except ArkaError as error:
                 expected = (ErrorCode.TABLE_NOT_FOUND, ErrorCode.TABLE_STOPPED, ErrorCode.TABLE_DROPPED)
                 if error.code not in expected and not isinstance(error, Unavailable):
                     raise
+
+    async def _ask(
+        self, action: str, name: TableName, effect: Callable[[], Any], *, patience_s: float = 100_000.0
+    ) -> None:
+        """Ask for an action as a client does that leaves after a while, with or without the answer (R41)."""
+        self._asked = number = self._asked + 1
+
+        async def carry_out() -> None:
+            try:
+                await effect()
+            except ArkaError:
+                self._owed.pop(number)
+                raise
+            self._owed.pop(number)
+
+        self._owed[number] = str(name)
+        with trio.move_on_after(patience_s) as patience:
+            try:
+                await self._effects.do(action, str(name), carry_out)
+            except ArkaError:
+                self._owed.pop(number, None)
+                raise
+        if patience.cancelled_caught:
+            self.world.trace.count("action without a client")
+
+    def _check_owed(self, name: str) -> None:
+        """Check that the actions on a table have an outcome; one that was asked for behind them has."""
+        if self.process.alive and name in self._owed.values():
+            self.world.promises.fail(f"{self.name}: an action on {name} has no outcome: its client left")
 
     async def _drop(self, name: TableName) -> None:
         """Drop what has a name: after an outage that may be another table than before it."""
         promises, tables = self.world.promises, self.pipeline.tables
         table = await tables.find(name)
         promises.drop_asked.add(table.info.uuid)
-        self._dropping = True
+        self._dropping += 1
         try:
             await tables.drop(name, purge=False)
         finally:
-            self._dropping = False
+            self._dropping -= 1
             # Also one that took the name since: the next process may finish it.
             promises.drop_asked.update(other.info.uuid for other in tables.all() if other.drop_lsn is not None)
         if table.state is TableState.DROPPED:

@@ -163,7 +163,9 @@ class _Session:
         self._server = server
         self._rng = writer._rng
         self._promises = writer._promises
-        self._exchange = Exchange(server.pipeline, server.limits, self, form=AckForm.METADATA)
+        self._exchange = Exchange(
+            server.pipeline, server.limits, self, find=server.pipeline.tables.find, form=AckForm.METADATA
+        )
         self._acks = StreamAcks(writer._coalesced)
         self._awake = trio.Event()
 

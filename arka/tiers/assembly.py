@@ -223,7 +223,7 @@ def _hand_over(found: Found, tables: Tables, objects: ObjectTier, release: LogRe
     replay, keys = found.replay, found.keys
     for uuid, lsn in replay.dropped.items():
         keys.drop_table(uuid, lsn)
-    tables.restore(replay.known(found.checkpoints.tables), replay.drops, replay.dropped)
+    tables.restore(replay.known(found.checkpoints.tables), replay.drops, replay.dropped, replay.creates.open.values())
     for uuid, frames in replay.tables.items():
         table = tables.get(uuid)
         if table is not None:

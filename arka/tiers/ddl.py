@@ -37,6 +37,10 @@ class CreateRecord(msgspec.Struct, frozen=True):
     location_suffix: str
     #: ``TableInfo.to_bytes``; empty for the intent.
     table: bytes = b""
+    #: Of an intent: what was asked for, as ``arka.tiers.creates`` encodes it. Empty in logs of earlier versions.
+    definition: bytes = b""
+    #: Of an outcome: the intent came to nothing.
+    failed: bool = False
 
 
 class DropRecord(msgspec.Struct, frozen=True):
@@ -64,16 +68,25 @@ class PendingDrop:
     purge: bool
 
 
+def parse_create(payload: bytes) -> CreateRecord:
+    """Read a CREATE record's payload.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    try:
+        return msgspec.msgpack.decode(payload, type=CreateRecord)
+    except msgspec.MsgspecError as error:
+        raise ValueError(f"not a create record: {error}") from error
+
+
 def parse_created(payload: bytes) -> TableInfo | None:
     """Read what a CREATE record's payload says was made; None for an intent.
 
     Raises:
         ValueError: it is none.
     """
-    try:
-        record = msgspec.msgpack.decode(payload, type=CreateRecord)
-    except msgspec.MsgspecError as error:
-        raise ValueError(f"not a create record: {error}") from error
+    record = parse_create(payload)
     return TableInfo.from_bytes(record.table) if record.table else None
 
 
@@ -87,12 +100,6 @@ def parse_drop(payload: bytes) -> DropRecord:
         return msgspec.msgpack.decode(payload, type=DropRecord)
     except msgspec.MsgspecError as error:
         raise ValueError(f"not a drop record: {error}") from error
-
-
-def log_create(memory: MemoryTier, definition: TableDefinition, location_suffix: str) -> int:
-    """Put a CREATE record into the log; returns its LSN."""
-    record = CreateRecord(definition.name.namespace, definition.name.name, location_suffix)
-    return memory.append_control(KIND_CREATE, msgspec.msgpack.encode(record))
 
 
 def log_created(memory: MemoryTier, info: TableInfo, location_suffix: str) -> int:
@@ -277,11 +284,11 @@ __all__ = [
     "drop_table",
     "dropped",
     "load_table",
-    "log_create",
     "log_created",
     "log_drop",
     "log_drop_done",
     "new_location_suffix",
+    "parse_create",
     "parse_created",
     "parse_drop",
     "parse_table_uuid",

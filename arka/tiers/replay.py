@@ -18,6 +18,7 @@ import structlog
 from arka._core.framing import KIND_BATCH, KIND_CREATE, KIND_DROP, KIND_LOST, KIND_TABLE, crc32c
 from arka.records import KnownTable, LsnRange, TableInfo, TableName
 from arka.tiers import ddl
+from arka.tiers.creates import ReplayedCreates
 from arka.tiers.keys import KeyIndex, pack_entry
 from arka.tiers.table import Table
 from arka.wal.recovery import RecoveredFrame
@@ -93,6 +94,8 @@ class Replay:
 
     def __init__(self) -> None:
         self.tables: dict[UUID, TableFrames] = {}
+        # Creates whose outcome the log does not tell.
+        self.creates = ReplayedCreates()
         # Drops that the catalog may not have done yet.
         self.drops: dict[UUID, ddl.PendingDrop] = {}
         # The LSN of each table's last drop record.
@@ -109,7 +112,9 @@ class Replay:
                 info = TableInfo.from_bytes(frame.payload())
                 self._frames(info.uuid).learn(info)
             case kind if kind == KIND_CREATE:
-                created = ddl.parse_created(frame.payload())
+                payload = frame.payload()
+                self.creates.take(header.lsn, ddl.parse_create(payload))
+                created = ddl.parse_created(payload)
                 if created is not None:
                     frames = self._frames(created.uuid)
                     frames.learn(created)

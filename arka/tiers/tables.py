@@ -28,6 +28,7 @@ from arka.records import KnownTable, TableDefinition, TableInfo, TableName, owne
 from arka.storage.ports import Catalog, CatalogListing, CatalogTable, CatalogUnavailable, TableMissing
 from arka.tiers import ddl
 from arka.tiers.committer import TableCommitter
+from arka.tiers.creates import OpenCreates, PendingCreate
 from arka.tiers.keys import KeyIndex
 from arka.tiers.logclock import LogClock
 from arka.tiers.memory import MemoryTier
@@ -121,6 +122,8 @@ class Tables:
         self._make_committer = make_committer
         self._by_uuid: dict[UUID, Table] = {}
         self._by_name: dict[TableName, Table] = {}
+        # Creates whose outcome is not in the log: those of an earlier process are finished here (R41).
+        self._creates = OpenCreates(memory)
         # Tables that this process dropped: whoever loaded one meanwhile must not bring it back.
         self._dropped: set[UUID] = set()
         # Drops that an earlier process wrote into the log, and the catalog may not have done.
@@ -157,6 +160,7 @@ class Tables:
         # A drop that the store does not have is undone by the loss of this disk: its table's frames must be there then.
         needed = [drop.lsn if drop.lsn <= uploaded_lsn else 0 for drop in self._pending_drops.values()]
         needed += self._pinned
+        needed += self._creates.lsns
         for table in self._by_uuid.values():
             # Also those of a table that is to be dropped: until the catalog has done it, a crash may undo that.
             needed += [lsn for lsn in (table.backlog.first_lsn, table.drop_lsn) if lsn is not None]
@@ -237,6 +241,9 @@ class Tables:
                 for uuid in self._pending_drops:
                     retry = partial(self._retry_drop, uuid)
                     nursery.start_soon(partial(self.wait_catalog, retry, retry_s=_DROP_RETRY_S))
+                for pending in self._creates.pending():
+                    retry = partial(self._retry_create, pending)
+                    nursery.start_soon(partial(self.wait_catalog, retry, retry_s=_DROP_RETRY_S))
                 await self._parking.load()
                 for uuid in self._orphans:
                     await self._parking.forget(uuid)
@@ -266,7 +273,11 @@ class Tables:
                 return
 
     def restore(
-        self, known: Iterable[KnownTable], drops: Mapping[UUID, ddl.PendingDrop], dropped: Iterable[UUID]
+        self,
+        known: Iterable[KnownTable],
+        drops: Mapping[UUID, ddl.PendingDrop],
+        dropped: Iterable[UUID],
+        creates: Iterable[PendingCreate],
     ) -> None:
         """Take in what the log knows; to be called once, before ``run``.
 
@@ -274,7 +285,9 @@ class Tables:
             known: the tables that the log and its checkpoints name, each as they knew it last.
             drops: tables that the catalog may not have dropped yet.
             dropped: all tables whose drop is in the log.
+            creates: tables that the log asks for, without an outcome.
         """
+        self._creates.restore(creates)
         self._pending_drops = dict(drops)
         for info, recorded_lsn, known_from_lsn in known:
             if info.uuid not in drops:
@@ -319,6 +332,12 @@ class Tables:
             if not listing.unread:
                 await self._forget_others(listing)
             self._reconciled = True
+        for pending in self._creates.pending():
+            try:
+                await self._finish_create(pending, listing)
+            except CatalogUnavailable as error:
+                # Like a drop that waits: `run` tries again.
+                log.warning("table.create_waits", table=str(pending.definition.name), reason=str(error))
 
     async def _forget_others(self, listing: CatalogListing) -> None:
         """Remove what this node's disk keeps of tables that will not be committed to; a later start does the rest."""
@@ -463,7 +482,10 @@ class Tables:
             ArkaError: ``table_exists`` or ``invalid_request``.
             Unavailable: the catalog does not answer.
 
-        Durability: the request is in the log before the catalog is called (R5).
+        Durability: the request is in the log before the catalog is called (R5). A start finishes one whose outcome the
+            log does not tell (R41).
+
+        Cancellation: as a crash: the next start finishes it. ``arka.tiers.effects`` keeps clients from causing that.
         """
         async with self._ddl_lock:
             try:
@@ -487,14 +509,59 @@ class Tables:
             if self._draining:
                 raise Unavailable("The server is draining")
             suffix = ddl.new_location_suffix()
-            lsn = ddl.log_create(self._memory, definition, suffix)
+            lsn = self._creates.begin(definition, suffix)
             await self._disk.wait_reached(lsn)
             await failpoints.reach("create.recorded")
-            found, created = await ddl.create_table(self.catalog, definition, suffix, owner=self._owner)
-            await failpoints.reach("create.done")
-            # A start that finds the catalog away knows the table from this record.
-            ddl.log_created(self._memory, found.info, suffix)
-            return self.register(found), created
+            try:
+                return await self._carry_out_create(definition, suffix)
+            except ArkaError:
+                self._creates.failed(definition.name, suffix)
+                raise
+
+    async def _carry_out_create(self, definition: TableDefinition, suffix: str) -> tuple[Table, bool]:
+        """Make a table whose intent is in the log, and log what was made.
+
+        Raises:
+            ArkaError: see ``create``.
+
+        Cancellation: the intent stays open: the next start finishes it (R41).
+        """
+        found, created = await ddl.create_table(self.catalog, definition, suffix, owner=self._owner)
+        await failpoints.reach("create.done")
+        self._creates.made(found.info, suffix)
+        return self.register(found), created
+
+    async def _finish_create(self, pending: PendingCreate, listing: CatalogListing) -> None:
+        """Do a create that an earlier process wrote into the log, whose client was told nothing.
+
+        Raises:
+            CatalogUnavailable: ask again.
+        """
+        name, suffix = pending.definition.name, pending.suffix
+        async with self._ddl_lock:
+            made = next((t for t in listing.tables if t.info.location.endswith(f"-{suffix}")), None)
+            if made is not None:
+                self._creates.made(made.info, suffix)
+                return
+            if listing.unread:
+                raise CatalogUnavailable(f"it may be one of {sorted(map(str, listing.unread))}, which cannot be read")
+            try:
+                await self._carry_out_create(pending.definition, suffix)
+            except Unavailable as error:
+                raise CatalogUnavailable(error.detail) from error
+            except ArkaError as error:
+                self._creates.failed(name, suffix)
+                log.warning("table.create_given_up", table=str(name), reason=error.detail)
+            else:
+                log.info("table.create_finished", table=str(name))
+
+    async def _retry_create(self, pending: PendingCreate) -> None:
+        """Finish a create that could not be at the start.
+
+        Raises:
+            CatalogUnavailable: ask again.
+        """
+        await self._finish_create(pending, await self.catalog.list_tables())
 
     async def drop(self, name: TableName, *, purge: bool) -> TableName:
         """Drop a table; its writes in flight end with ``table_dropped``.

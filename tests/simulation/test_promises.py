@@ -16,6 +16,7 @@ from arka.storage.ports import CommitJob, CommitMark, CommitOutcome, CommitResul
 from arka.testing.simcatalog import SimCatalog
 from arka.testing.simulation import Outcome, simulate, simulate_many
 from arka.tiers.disk import DiskTier
+from arka.tiers.effects import Effects
 from arka.tiers.epochs import EpochLease
 from arka.tiers.keys import KeyIndex
 from arka.tiers.logclock import LogClock
@@ -139,3 +140,13 @@ def test_catches_retention_by_the_wall_clock(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(LogClock, "__init__", start)
     monkeypatch.setattr(LogClock, "now_us", lambda self: now_us() + ahead_us)
     assert catch()
+
+
+def test_catches_action_cancelled_with_its_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine whose actions end with the client that asked for them is caught (R41)."""
+
+    async def do(self: Any, action: str, subject: str, effect: Any) -> Any:
+        return await effect()
+
+    monkeypatch.setattr(Effects, "do", do)
+    assert "has no outcome" in catch()

@@ -969,3 +969,48 @@ async def test_whole_or_split_at_each_byte():
     assert len(whole[0]) == 2
     assert await talk(1) == whole
     assert await talk(7) == whole
+
+
+@pytest.mark.parametrize("end", ["reset", "gone", "goaway_and_gone", "read"])
+async def test_request_whose_client_leaves_at_once(end: str) -> None:
+    """A complete request is taken once, by its handler or by ``adopt``, also when its client leaves at once (R41)."""
+    taken: list[tuple[str, bytes]] = []
+
+    async def act(call: Call) -> None:
+        request = await call.receive()
+        assert isinstance(request, bytes)
+        taken.append(("handler", request))
+        await trio.sleep_forever()
+
+    def adopt(request: bytes) -> None:
+        taken.append(("adopt", request))
+
+    async with served({"/act": Route(act, adopt=adopt)}) as s:
+        request = s.peer.request(1, "/act") + data(1, grpc_message(b"drop it"), end=True)
+        if end == "reset":
+            await s.peer.send(request + rst_stream(1))
+        elif end == "gone":
+            await s.peer.send(request)
+            await s.peer.stream.aclose()
+        elif end == "goaway_and_gone":
+            await s.peer.send(request + goaway())
+            await s.peer.stream.aclose()
+        else:
+            await s.peer.send(request)
+            await trio.testing.wait_all_tasks_blocked()
+            await s.peer.send(rst_stream(1))
+        await trio.testing.wait_all_tasks_blocked()
+    assert [request for _, request in taken] == [b"drop it"]
+
+
+async def test_request_that_is_not_complete_is_not_adopted() -> None:
+    """What came of a message that its client broke off means nothing."""
+    taken: list[bytes] = []
+
+    async def act(call: Call) -> None:
+        await call.receive()
+
+    async with served({"/act": Route(act, adopt=taken.append)}) as s:
+        await s.peer.send(s.peer.request(1, "/act") + data(1, grpc_message(b"drop it")[:-1]) + rst_stream(1))
+        await trio.testing.wait_all_tasks_blocked()
+    assert taken == []
