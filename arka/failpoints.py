@@ -94,6 +94,8 @@ ALL: Final = (
     Failpoint("wal.header_synced", _THREAD, "the next segment's header is fsynced, it has no name"),
     Failpoint("wal.segment_renamed", _THREAD, "the next segment has its name, the folder is not fsynced"),
     Failpoint("wal.segment_named", _THREAD, "the next segment is durable and empty"),
+    Failpoint("seal.copy_written", _THREAD, "one copy of the changed seal mark is written, not fsynced"),
+    Failpoint("seal.copy_synced", _THREAD, "one copy of the changed seal mark is fsynced"),
     # The object store; the first three are a folder's.
     Failpoint("store.staged", _THREAD, "an object's bytes are fsynced, without their name"),
     Failpoint("store.linked", _THREAD, "an object has its name, the folder is not fsynced"),
@@ -105,6 +107,7 @@ ALL: Final = (
     # Letting go of the log.
     Failpoint("release.begin", _TRIO, "nothing of a checkpoint: it is about to be put"),
     Failpoint("release.checkpoint", _TRIO, "a checkpoint is in the store, its segments are on disk"),
+    Failpoint("release.segments_forgotten", _THREAD, "the seal mark names the segments that stay, all are there"),
     Failpoint("release.segment_unlinked", _THREAD, "a segment is unlinked, the folder is not fsynced"),
     Failpoint("release.segment_removed", _THREAD, "a segment is gone for good, its objects are there"),
     Failpoint("release.retired", _TRIO, "all segments that may go are gone, their objects are there"),

@@ -82,6 +82,7 @@ def verify(directory: Path) -> None:
     from arka.wal.dump import verify_log
 
     report = verify_log(_log_directory(directory), PosixDisk())
+    headless = _find_headless(_log_directory(directory))
     table = Table(
         Column("segment", no_wrap=True),
         "epoch",
@@ -101,9 +102,9 @@ def verify(directory: Path) -> None:
         click.echo(f"log state: epoch {report.state.epoch}, LSNs below {report.state.lsn_ceiling}")
     for note in report.notes:
         click.echo(f"arka: {note}; the other copy is whole, and the next start mends this one", err=True)
-    for problem in report.problems:
+    for problem in [*report.problems, *headless]:
         click.echo(f"arka: {problem}", err=True)
-    if not report.ok:
+    if headless or not report.ok:
         sys.exit(EXIT_DAMAGED)
 
 
@@ -186,12 +187,14 @@ def _salvage(
 
     disk = PosixDisk()
     survey = survey_log(log_directory, disk)
-    code = EXIT_DAMAGED if survey.missing else 0
+    headless = _find_headless(log_directory)
+    code = EXIT_DAMAGED if survey.missing or headless else 0
     copied = copy_log(survey, disk, out) if out is not None else None
     _show_survey(survey)
+    _list("damaged", headless)
     if copied is not None:
         _show_copied(copied, out)
-        code = 0 if copied.complete else EXIT_DAMAGED
+        code = EXIT_DAMAGED if headless or not copied.complete else 0
     if location is not None:
         from arka.client.resubmit import resubmit
 
@@ -203,6 +206,19 @@ def _salvage(
         if not sent.complete:
             code = EXIT_FAILURE
     return code
+
+
+def _find_headless(log_directory: Path) -> list[str]:
+    """Say that the log's state or its seal mark is gone (R39)."""
+    from arka.storage.disk import PosixDisk
+    from arka.wal.named import find_headless
+
+    try:
+        gone = find_headless(log_directory, PosixDisk())
+    except ArkaError:
+        # It is damaged, which is said with the rest.
+        return []
+    return [] if gone is None else [gone.detail]
 
 
 def _span(span: LsnSpan) -> str:

@@ -13,9 +13,9 @@ from pyiceberg.catalog.sql import SqlCatalog
 from pyiceberg.io import FileIO
 from pyiceberg.table.metadata import TableMetadata
 from sqlalchemy import event, make_url
-from sqlalchemy.exc import DatabaseError
 
 from arka.errors import ConfigurationError
+from arka.iceberg.catalogtables import make_catalog_tables
 from arka.iceberg.config import CATALOG_NAME, CatalogConfig
 from arka.iceberg.fileio import FILE_IO_CLASS
 from arka.iceberg.sqlcatalog import LeanSqlCatalog
@@ -72,11 +72,9 @@ def connect(config: CatalogConfig) -> Catalog:
         # A connection that broke while nobody used it is replaced instead of failing the next request.
         properties.setdefault("pool_pre_ping", "true")
     kind = SqlCatalog if config.stock_commit else LeanSqlCatalog
-    try:
-        made = kind(CATALOG_NAME, **properties)
-    except DatabaseError:
-        # Two processes that make the catalog's own tables at once: one of them fails, and finds them now.
-        made = kind(CATALOG_NAME, **properties)
+    if properties.get("init_catalog_tables", "true").lower() not in ("false", "0", "no", "off"):
+        make_catalog_tables(config.uri, busy_s=_SQLITE_BUSY_MS / 1000)
+    made = kind(CATALOG_NAME, **properties)
     made._delete_old_metadata = _keep_old_metadata  # type: ignore[method-assign]
     if made.engine.dialect.name == "sqlite":
         event.listen(made.engine, "connect", _set_pragmas)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +20,7 @@ import trio
 from arka import failpoints
 from arka._core.framing import Group, punch_hole
 from arka._core.logthread import LogThread
+from arka.errors import DataCorruption
 from arka.storage.ports import Buffer, DiskFile
 
 T = TypeVar("T")
@@ -162,7 +164,8 @@ class PosixDisk:
         """List files by name."""
         try:
             with os.scandir(directory) as entries:
-                return sorted(entry.name for entry in entries if entry.is_file(follow_symlinks=False))
+                # A link to a file is one: segments may be moved to another file system that way (R39).
+                return sorted(entry.name for entry in entries if entry.is_file())
         except FileNotFoundError:
             return []
 
@@ -184,10 +187,17 @@ class PosixDisk:
 
     def map(self, path: Path) -> memoryview:
         """Map a whole file."""
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
+        # Without blocking: opening a fifo would wait for its other end.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            found = os.fstat(fd)
+            if not stat.S_ISREG(found.st_mode):
+                raise DataCorruption(str(path), 0, "a regular file or a link to one", "something else")
+            if found.st_size == 0:
                 return memoryview(b"")
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            mapped = mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
+        finally:
+            os.close(fd)
         mapped.madvise(mmap.MADV_SEQUENTIAL)
         return memoryview(mapped)
 

@@ -446,7 +446,7 @@ class Disk(Protocol):
         ...
 
     def list_names(self, directory: Path) -> list[str]:
-        """List the files of a directory by name, sorted; a missing directory is empty."""
+        """List the regular files of a directory, and links to such, by name, sorted; a missing directory is empty."""
         ...
 
     def create(self, path: Path, size: int) -> DiskFile:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from arka.storage.ports import Buffer, ObjectExists, ObjectMeta, ObjectStore
-from arka.tiers.release import covered_lsn
+from arka.tiers.release import covered_after, covered_lsn
 
 
 class CheckpointStore:
@@ -74,6 +74,21 @@ class CheckpointStore:
             StoreUnavailable: the disk does not answer.
         """
         return max((covered_lsn(meta.key) for meta in await self.local.list_keys(self._prefix)), default=0)
+
+    async def has_gap(self) -> bool:
+        """Whether a copy between the oldest and the newest on the disk is gone: its keys are in the store only (R39).
+
+        Raises:
+            DataCorruption: a copy is damaged.
+            StoreUnavailable: the disk does not answer.
+        """
+        through_lsn = -1
+        for meta in await self.local.list_keys(self._prefix):
+            after_lsn = covered_after(f"{self.local.url}/{meta.key}", await self.local.get(meta.key))
+            if 0 <= through_lsn < after_lsn:
+                return True
+            through_lsn = max(through_lsn, covered_lsn(meta.key))
+        return False
 
     async def mirror(self) -> int:
         """Make the local folder hold what the store holds.

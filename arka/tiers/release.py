@@ -358,6 +358,15 @@ def covered_lsn(key: str) -> int:
     return int(key.rpartition("/")[2])
 
 
+def covered_after(path: str, data: bytes) -> int:
+    """The LSN above which a checkpoint covers.
+
+    Raises:
+        DataCorruption: it is damaged.
+    """
+    return _parse_any(path, data).after_lsn
+
+
 def _take_keys(path: str, record: _Checkpoint, keys: KeyIndex, clock_us: int) -> None:
     """Take a checkpoint's keys, and what was committed when it was written: not those of parked writes (R18, R21)."""
     for table_bytes, packed in record.keys:
@@ -372,6 +381,13 @@ def _take_keys(path: str, record: _Checkpoint, keys: KeyIndex, clock_us: int) ->
 
 def _parse(url: str, key: str, data: bytes, log_uuid: UUID) -> _Checkpoint:
     path = f"{url}/{key}"
+    record = _parse_any(path, data)
+    if record.log_uuid != str(log_uuid):
+        raise DataCorruption(path, _CRC_BYTES, f"log {log_uuid}", f"log {record.log_uuid}")
+    return record
+
+
+def _parse_any(path: str, data: bytes) -> _Checkpoint:
     body = data[_CRC_BYTES:]
     found, expected = int.from_bytes(data[:_CRC_BYTES], "little"), crc32c(body)
     if len(data) < _CRC_BYTES or found != expected:
@@ -380,8 +396,6 @@ def _parse(url: str, key: str, data: bytes, log_uuid: UUID) -> _Checkpoint:
         record = msgspec.msgpack.decode(body, type=_Checkpoint)
     except msgspec.MsgspecError as error:
         raise DataCorruption(path, _CRC_BYTES, "a checkpoint", str(error)) from error
-    if record.log_uuid != str(log_uuid):
-        raise DataCorruption(path, _CRC_BYTES, f"log {log_uuid}", f"log {record.log_uuid}")
     return record
 
 
@@ -396,4 +410,12 @@ def merge_lost(groups: Sequence[Iterable[LostRange]]) -> list[LostRange]:
     return [merged[key] for key in sorted(merged)]
 
 
-__all__ = ["LoadedCheckpoints", "LogRelease", "LostRange", "covered_lsn", "load_checkpoints", "merge_lost"]
+__all__ = [
+    "LoadedCheckpoints",
+    "LogRelease",
+    "LostRange",
+    "covered_after",
+    "covered_lsn",
+    "load_checkpoints",
+    "merge_lost",
+]

@@ -19,9 +19,10 @@ from arka._core.framing import KIND_BATCH, KIND_FOOTER, KIND_GROUP, KIND_TABLE, 
 from arka.storage.ports import Disk
 from arka.tiers.chain import Chain
 from arka.wal.logstate import STATE_NAME
+from arka.wal.named import RESTORING_NAME
 from arka.wal.objectfile import ObjectRef, WalObject
 from arka.wal.rewrite import SegmentBuilder
-from arka.wal.seal import SealMark, write_seal
+from arka.wal.seal import Kept, SealMark, write_seal
 from arka.wal.segment import segment_name
 
 log = structlog.get_logger(__name__)
@@ -102,6 +103,8 @@ class _Restore:
         self._tables: dict[tuple[bytes, int], tuple[bytes, FrameHeader]] = {}
         self._written: set[tuple[bytes, int]] = set()
         self._first_lsn = 0
+        # The last LSN before the first segment.
+        self._base_lsn = 0
         self.last_lsn = released_lsn
         self.segments = 0
         self.bytes = 0
@@ -114,9 +117,14 @@ class _Restore:
         """Make the directory, and remove what an earlier attempt left."""
         self._disk.make_directory(self._directory)
         names = self._disk.list_names(self._directory)
+        if RESTORING_NAME not in names:
+            # Until the log has a state, this says that segments without one are no damage (R39).
+            self._disk.create(self._directory / RESTORING_NAME, 0).close()
+            self._disk.sync_directory(self._directory)
         for name in sorted(names, key=lambda name: name != STATE_NAME):
             # The log state first: without it the rest is nothing.
-            self._disk.remove(self._directory / name)
+            if name != RESTORING_NAME:
+                self._disk.remove(self._directory / name)
         self._disk.sync_directory(self._directory)
 
     def add(self, found: WalObject) -> None:
@@ -148,7 +156,8 @@ class _Restore:
     def finish(self) -> None:
         """Seal what is there, and say that nothing comes after."""
         self._end_segment()
-        mark = SealMark(self._log_uuid, self._epoch, self.segments, self.last_lsn, closed=False)
+        kept = Kept(1, self.segments, self._base_lsn) if self.segments else Kept(0, 0, self.last_lsn)
+        mark = SealMark(self._log_uuid, self._epoch, self.segments, self.last_lsn, closed=False, kept=kept)
         write_seal(self._disk, self._directory, mark)
 
     def close(self) -> None:
@@ -158,6 +167,8 @@ class _Restore:
 
     def _begin_segment(self, first_lsn: int) -> SegmentBuilder:
         self.segments += 1
+        if self.segments == 1:
+            self._base_lsn = self.last_lsn
         self._written.clear()
         self._builder = SegmentBuilder(
             self._disk,

@@ -31,6 +31,7 @@ from arka.tiers.restore import restore_log
 from arka.tiers.tables import Tables
 from arka.tiers.uplink import Taken, Uplink, ask_store
 from arka.wal.logstate import LogState, LogStateFile
+from arka.wal.named import find_headless
 from arka.wal.recovery import RecoveredLog, recover
 
 log = structlog.get_logger(__name__)
@@ -86,6 +87,9 @@ class _Start:
     async def run(self) -> OpenLog:
         """Do all of it."""
         state = await LogState.read(self._wal_dir, self._world.disk)
+        gone = await self._world.disk.run(partial(find_headless, self._wal_dir, self._world.disk))
+        if gone is not None:
+            raise gone
         if state is not None and not state.started_epoch:
             # A disk that was being made or restored, and never served: another one may have been since. Anew.
             state = None
@@ -138,6 +142,9 @@ class _Start:
         """Whether the disk knows all that a start needs: reserved LSNs, and the keys of what was released (R13)."""
         if await self._checkpoint_store.covered_here() < recovered.base_lsn:
             log.warning("objects.needed", reason="the disk lacks checkpoints of released segments")
+            return False
+        if await self._checkpoint_store.has_gap():
+            log.warning("objects.needed", reason="a copy of a checkpoint on the disk is gone")
             return False
         if max(state.lsn_ceiling, recovered.last_lsn + 1) >= state.store_ceiling:
             log.warning("objects.needed", reason="every LSN that was reserved in the object store is used up")

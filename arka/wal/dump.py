@@ -22,10 +22,11 @@ from arka._core.framing import (
     KIND_TABLE,
     FrameHeader,
 )
-from arka.errors import ArkaError, ConfigurationError, DataCorruption
+from arka.errors import ArkaError, DataCorruption
 from arka.records import TableInfo
 from arka.storage.ports import Disk
 from arka.wal.logstate import LogState, newest_slot, read_slots
+from arka.wal.named import find_unnamed
 from arka.wal.scan import SegmentScan, TornBytes, may_have_tail
 from arka.wal.seal import SEAL_NAME, SealMark, read_seal
 from arka.wal.segment import FRAME_HEADER_BYTES, HEADER_BYTES, SegmentHeader, parse_mark
@@ -141,14 +142,19 @@ def dump_log(directory: Path, disk: Disk) -> Iterator[DumpedFrame]:
         if isinstance(slot, DataCorruption):
             yield _damaged_file(slot, "state")
     sealed_through = 0
+    seal, sealed = None, True
     try:
         seal = read_seal(disk, directory)
         sealed_through = seal.segment if seal is not None else 0
     except DataCorruption as error:
+        sealed = False
         yield _damaged_file(error, "seal")
     segments = list_segments(directory, disk)
     replaced = {header.replaces for _, path in segments if (header := _header_of(path, disk)) is not None}
     base: int | None = None
+    if sealed:
+        for gone in find_unnamed(directory, seal, {number for number, _ in segments} | replaced):
+            yield _damaged_file(gone, "segment")
     for number, path in segments:
         may_be_tail = number in replaced or (number == segments[-1][0] and number > sealed_through)
         dump = _SegmentDump(path, disk.map(path), number)
@@ -265,11 +271,13 @@ def verify_log(directory: Path, disk: Disk) -> LogReport:
         else:
             # The other slot says the same or is a write behind: a start goes on and writes both.
             notes = tuple(damaged)
-    except ConfigurationError as error:
+    except ArkaError as error:
         problems.append(error.detail)
+    sealed = True
     try:
         seal = read_seal(disk, directory)
     except ArkaError as error:
+        sealed = False
         problems.append(error.detail)
     headers: dict[int, SegmentHeader] = {}
     unreadable: dict[int, SegmentReport] = {}
@@ -288,8 +296,15 @@ def verify_log(directory: Path, disk: Disk) -> LogReport:
             unreadable[number] = SegmentReport(path.name, number, 0, "sealed", 0, 0, 0, None, error.detail)
             continue
         headers[number] = header
+    replaced = {header.replaces for header in headers.values()}
+    # The next start finishes the removal of what is forgotten.
+    forgotten = {number for number in paths if seal is not None and seal.forgets(number)} - replaced
+    headers = {number: header for number, header in headers.items() if number not in forgotten}
     reports = _judge_segments(paths, disk, headers, unreadable, seal)
     problems.extend(report.problem for report in reports if report.problem is not None)
+    if sealed:
+        present = paths.keys() | replaced
+        problems.extend(error.detail for error in find_unnamed(directory, seal, present))
     if seal is not None and not unreadable and seal.segment >= max(headers, default=0):
         last_lsn = max((report.last_lsn for report in reports), default=0)
         if last_lsn not in (0, seal.last_lsn):

@@ -23,10 +23,11 @@ from arka._core.framing import (
 from arka.errors import DataCorruption, Fenced
 from arka.records import LsnRange, TableInfo
 from arka.storage.ports import Disk
+from arka.wal.named import find_gone
 from arka.wal.ranges import RangeCutter, RecoveredFrame
 from arka.wal.rewrite import copy_segment
 from arka.wal.scan import SegmentScan, may_have_tail
-from arka.wal.seal import SEAL_NAME, SealMark, read_seal, write_seal, write_whole
+from arka.wal.seal import SEAL_NAME, SealMark, kept_of, read_seal, write_seal, write_whole
 from arka.wal.segment import (
     UNFINISHED_SUFFIX,
     AppendedRange,
@@ -36,6 +37,7 @@ from arka.wal.segment import (
     parse_segment_name,
     segment_name,
 )
+from arka.wal.walk import list_segments
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +183,10 @@ class _Recovery:
         self._remove_unfinished()
         failpoints.hit("recovery.cleaned")
         seal = read_seal(self._disk, self._directory)
-        headers = self._drop_replaced(self._read_headers())
+        headers = self._read_headers()
+        for error in find_gone(self._directory, seal, headers):
+            raise error
+        headers = self._drop_forgotten(seal, self._drop_replaced(headers))
         self._check_identity(seal, headers)
         numbers = sorted(headers)
         sealed_through = seal.segment if seal is not None else 0
@@ -196,8 +201,7 @@ class _Recovery:
         if seal is not None and sealed_through == newest:
             self._check_seal(seal, bool(numbers))
         elif numbers:
-            mark = SealMark(self._log_uuid, self._epoch, newest, self._last_lsn, closed=False)
-            write_seal(self._disk, self._directory, mark)
+            self._write_mark(newest)
             failpoints.hit("recovery.marked")
         return RecoveredLog(
             segments=tuple(self._segments),
@@ -231,6 +235,21 @@ class _Recovery:
                 headers[number].check_is(path, self._log_uuid, number)
                 self._all_bytes += len(data)
         return headers
+
+    def _drop_forgotten(self, seal: SealMark | None, headers: dict[int, SegmentHeader]) -> dict[int, SegmentHeader]:
+        """Finish the removal of segments that the log no longer names (R39)."""
+        forgotten = [number for number in sorted(headers) if seal is not None and seal.forgets(number)]
+        for number in forgotten:
+            self._disk.remove(self._path(number))
+            self._disk.sync_directory(self._directory)
+        return {number: header for number, header in headers.items() if number not in forgotten}
+
+    def _write_mark(self, segment: int, *, without: int = 0) -> None:
+        """Say that the log ends here, and name its segments but for one that is about to be removed."""
+        listed = [found for found in list_segments(self._directory, self._disk) if found[0] != without]
+        kept = kept_of(self._disk, listed, self._last_lsn)
+        mark = SealMark(self._log_uuid, self._epoch, segment, self._last_lsn, closed=False, kept=kept)
+        write_seal(self._disk, self._directory, mark)
 
     def _drop_replaced(self, headers: dict[int, SegmentHeader]) -> dict[int, SegmentHeader]:
         """Finish an earlier recovery that was killed between a copy's rename and the original's removal."""
@@ -343,6 +362,8 @@ class _Recovery:
             )
         if scan.first_lsn:
             copy_segment(self._disk, self._path(copy_number), scan, data, number=copy_number, epoch=self._epoch)
+        else:
+            self._write_mark(copy_number - 1, without=number)
         del data
         self._disk.remove(ref.path)
         failpoints.hit("recovery.original_unlinked")

@@ -17,9 +17,18 @@ from arka.errors import DataCorruption
 from arka.records import TableInfo
 from arka.storage.ports import Disk
 from arka.wal.logstate import LogState, newest_slot, read_slots
+from arka.wal.named import find_unnamed
 from arka.wal.scan import marks_behind, may_have_tail
 from arka.wal.seal import SEAL_NAME, SealMark, read_seal
-from arka.wal.segment import FRAME_HEADER_BYTES, Footer, SegmentHeader, corruption, parse_mark
+from arka.wal.segment import (
+    FRAME_HEADER_BYTES,
+    Footer,
+    SegmentHeader,
+    corruption,
+    parse_mark,
+    parse_segment_name,
+    segment_name,
+)
 from arka.wal.spans import LsnSpan, append_lsn, merge_spans, subtract_spans
 from arka.wal.walk import DamagedStretch, FoundFrame, guess_header, list_segments, walk_frames
 
@@ -130,6 +139,8 @@ class _Surveyor:
         # Why LSNs above _last_lsn may be missing; None when nothing speaks for it.
         self._suspicion: str | None = None
         self._seal_unreadable = False
+        # Why LSNs may be missing at the log's end, whatever is intact before; empty for no reason.
+        self._newest_gone = ""
         # LSNs of writes whose table no frame has described so far.
         self._undescribed: dict[TableKey, list[LsnSpan]] = {}
 
@@ -137,6 +148,7 @@ class _Surveyor:
         survey = self._survey
         self._read_state()
         found = self._find_segments()
+        self._note_gone(found)
         replaced = {segment.header.replaces for _, segment in found if segment is not None}
         ordinary = [segment for _, segment in found if segment is None or segment.header.number not in replaced]
         last = ordinary[-1] if ordinary else None
@@ -165,7 +177,7 @@ class _Surveyor:
 
     def _read_state(self) -> None:
         survey = self._survey
-        slots = read_slots(survey.directory, self._disk) or []
+        slots = self._read_slots()
         survey.damaged.extend(slot for slot in slots if isinstance(slot, DataCorruption))
         survey.state = newest_slot(slots)
         try:
@@ -177,6 +189,28 @@ class _Surveyor:
             survey.log_uuid = survey.state.log_uuid
         elif survey.seal is not None:
             survey.log_uuid = survey.seal.log_uuid
+
+    def _read_slots(self) -> list[LogState | DataCorruption]:
+        directory = self._survey.directory
+        try:
+            slots = read_slots(directory, self._disk)
+        except DataCorruption as error:
+            return [error]
+        return slots or []
+
+    def _note_gone(self, found: list[tuple[Path, IntactSegment | None]]) -> None:
+        """Note what the seal mark names and is not there, and from where on the log must hold its LSNs (R39)."""
+        seal = self._survey.seal
+        present = {segment.header.replaces for _, segment in found if segment is not None}
+        present |= {number for path, _ in found if (number := parse_segment_name(path.name)) is not None}
+        if not self._seal_unreadable:
+            self._survey.damaged.extend(find_unnamed(self._survey.directory, seal, present))
+        if seal is None or seal.kept is None:
+            return
+        # Segments before that one are released.
+        self._last_lsn = seal.kept.base_lsn
+        if seal.kept.newest and seal.kept.newest not in present and seal.kept.newest > seal.segment:
+            self._newest_gone = f"{segment_name(seal.kept.newest)} is gone"
 
     def _find_segments(self) -> list[tuple[Path, IntactSegment | None]]:
         """Read the headers, or tell what they must have said; by number, None for what nothing tells."""
@@ -208,7 +242,11 @@ class _Surveyor:
             numbers = [number, *free] if number in free else free or [number]
             segment = self._guess(path, numbers, found)
             found[segment.header.number if segment is not None else numbers[0], number] = path, segment
-        return [found[key] for key in sorted(found)]
+        replaced = {segment.header.replaces for _, segment in found.values() if segment is not None}
+        # The next start finishes the removal of what is forgotten.
+        seal = survey.seal
+        forgotten = {number for number, _ in listed if seal is not None and seal.forgets(number)} - replaced
+        return [found[key] for key in sorted(found) if key[0] not in forgotten]
 
     def _guess(
         self, path: Path, numbers: list[int], found: dict[tuple[int, int], tuple[Path, IntactSegment | None]]
@@ -341,12 +379,15 @@ class _Surveyor:
     def _read_end(self, last_number: int, *, has_segments: bool) -> None:
         """Account for what should stand behind the last segment."""
         seal, state = self._survey.seal, self._survey.state
-        if seal is not None and seal.segment >= last_number and has_segments:
+        named = seal is not None and seal.kept is not None
+        if seal is not None and seal.segment >= last_number and (has_segments or named):
             if seal.last_lsn != self._last_lsn and self._suspicion is None:
                 path = str(self._survey.directory / SEAL_NAME)
                 self._survey.damaged.append(DataCorruption(path, 48, f"last LSN {self._last_lsn}", f"{seal.last_lsn}"))
             self._account(seal.last_lsn, "the newest segments are gone")
-        elif self._suspicion is not None:
+        if self._newest_gone:
+            self._suspect(self._newest_gone)
+        if self._suspicion is not None:
             last = state.lsn_ceiling - 1 if state is not None else None
             first = (self._last_lsn or 0) + 1
             if last is None or last >= first:

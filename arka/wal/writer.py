@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from uuid import UUID
@@ -20,7 +21,7 @@ from arka.errors import Closed, InternalError, OutcomeUnknown
 from arka.options import WalOptions
 from arka.storage.ports import Disk, DiskFile
 from arka.wal.active import MARKS_BYTES, ActiveSegment, now_us, table_frame
-from arka.wal.seal import SealMark, check_sealed, write_seal
+from arka.wal.seal import Kept, SealMark, change_seal, check_sealed, kept_of, write_seal
 from arka.wal.segment import (
     CONTROL_KINDS,
     HEADER_BYTES,
@@ -60,11 +61,13 @@ class WalWriter:
         self._options = options
         self._next_segment = seal.segment + 1
         self._last_lsn = seal.last_lsn
+        # Invariant: the mark on disk. It names every segment that was ever acked from and is not released (R39).
+        self._mark = seal
         self._active: ActiveSegment | None = None
         self._poison: BaseException | None = None
         self._closed = False
-        # Invariant: whoever touches _active, _next_segment and _last_lsn holds the lock, or is the job that its holder
-        # waits for.
+        # Invariant: whoever touches _active, _next_segment, _last_lsn and _mark holds the lock, or is the job that its
+        # holder waits for.
         self._lock = trio.Lock()
         self._spare: DiskFile | None = None
         self._spares = 0
@@ -185,14 +188,16 @@ class WalWriter:
                     continue
 
     async def retire(self, segments: Sequence[SegmentRef]) -> None:
-        """Unlink the log's oldest segments. Processes that have them mapped keep what they have (R9).
+        """Forget the log's oldest segments, then unlink them. Processes that have them mapped keep what they have (R9).
+
+        The order matters: what the seal mark names and is not there is damage (R39).
 
         Args:
             segments: sealed segments; with them go all frames in them, so R12 must hold for each.
 
         Raises:
             InternalError: an older segment would be left, or one is active: recovery would find a hole.
-            OSError: some of them are left.
+            OSError: some of them are left; the same call may be made again.
 
         Durability: they are gone for good on return.
 
@@ -201,7 +206,10 @@ class WalWriter:
         active = self._active
         if active is not None and any(ref.number >= active.ref.number for ref in segments):
             raise InternalError(f"segment {active.ref.number} is active: it cannot be retired")
-        await self._disk.run(partial(self._remove, sorted(ref.number for ref in segments)))
+        numbers = sorted(ref.number for ref in segments)
+        async with self._lock:
+            await self._disk.run(partial(self._forget, numbers))
+        await self._disk.run(partial(self._remove, numbers))
 
     async def close(self) -> None:
         """Seal the active segment and mark the log as closed. A poisoned log is only let go of.
@@ -316,6 +324,8 @@ class WalWriter:
         failpoints.hit("wal.segment_renamed")
         self._disk.sync_directory(self._directory)
         failpoints.hit("wal.segment_named")
+        # Named before anything in it is acked, and once it is there: never a name without a file.
+        self._write_mark(self._kept.with_newest(number, header.base_lsn))
         self._next_segment += 1
         return ActiveSegment(ref, header, file)
 
@@ -329,12 +339,29 @@ class WalWriter:
             raise
         return spare
 
+    @property
+    def _kept(self) -> Kept:
+        assert self._mark.kept is not None, "an open log names its segments"
+        return self._mark.kept
+
+    def _write_mark(self, kept: Kept) -> None:
+        mark = replace(self._mark, kept=kept)
+        change_seal(self._disk, self._directory, mark)
+        self._mark = mark
+
+    def _forget(self, numbers: Sequence[int]) -> None:
+        """Name the segments that stay, and no others."""
+        found = list_segments(self._directory, self._disk)
+        listed = [number for number, _ in found]
+        present = [number for number in numbers if number in listed]
+        if listed[: len(present)] != present:
+            raise InternalError(f"segments {present} are not the oldest ones of {listed}: they cannot be retired")
+        left = found[len(present) :]
+        self._write_mark(kept_of(self._disk, left, self._last_lsn))
+        failpoints.hit("release.segments_forgotten")
+
     def _remove(self, numbers: Sequence[int]) -> None:
-        found = [number for number, _ in list_segments(self._directory, self._disk)]
-        present = [number for number in numbers if number in found]
-        if found[: len(present)] != present:
-            raise InternalError(f"segments {present} are not the oldest ones of {found}: they cannot be retired")
-        for number in present:
+        for number in numbers:
             # One at a time: whatever a crash undoes, no hole is left.
             self._disk.remove(self._directory / segment_name(number))
             failpoints.hit("release.segment_unlinked")
@@ -356,8 +383,11 @@ class WalWriter:
                 active.seal()
             if spare is not None:
                 self._disk.remove(spare.path)
-            mark = SealMark(self._log_uuid, self._epoch, self._next_segment - 1, self._last_lsn, closed=True)
+            kept = self._kept if self._kept.oldest else Kept(0, 0, self._last_lsn)
+            last = self._next_segment - 1
+            mark = SealMark(self._log_uuid, self._epoch, last, self._last_lsn, closed=True, kept=kept)
             write_seal(self._disk, self._directory, mark)
+            self._mark = mark
             failpoints.hit("stop.marked")
         except BaseException as error:
             self._poison = error

@@ -327,7 +327,7 @@ async def test_old_disk_after_a_new_one_gave_lsns(autojump_clock: MockClock) -> 
 
 async def test_answer_to_a_drop_comes_after_its_last_record(autojump_clock: MockClock) -> None:
     """A drop is answered when a start cannot do it once more, to what a person has registered since (R5)."""
-    node = SimNode()
+    node = SimNode(with_options(wal__release_grace_s=1e6))
     opened = await node.open()
     answered = False
     with contextlib.suppress(BaseExceptionGroup), trio.move_on_after(60):

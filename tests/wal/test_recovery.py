@@ -13,7 +13,7 @@ from arka.errors import ConfigurationError, DataCorruption, Fenced
 from arka.storage.disk import PosixDisk
 from arka.testing.simdisk import PowerCut, SimDisk
 from arka.wal.recovery import recover
-from arka.wal.seal import SEAL_NAME
+from arka.wal.seal import SEAL_NAME, SealMark, read_seal
 from arka.wal.segment import HEADER_BYTES, AppendedRange, GroupMark, SegmentHeader, segment_name
 from arka.wal.writer import WalPoisoned
 
@@ -350,12 +350,20 @@ async def test_damaged_seal_is_refused() -> None:
     await writer.append(batch_frames([1]))
     await writer.close()
     content = disk.read(DIRECTORY / SEAL_NAME)
-    for at in range(len(content)):
+    size, copy = 80, 4096
+    assert len(content) == copy + size
+    for at in range(size):
         damaged = bytearray(content)
         damaged[at] ^= 0x21
+        damaged[copy + at] ^= 0x21
         disk.damage(DIRECTORY / SEAL_NAME, bytes(damaged))
         with pytest.raises(DataCorruption):
             await recover_log(disk)
+        for whole in (at, copy + at):
+            one = bytearray(content)
+            one[whole] ^= 0x21
+            disk.damage(DIRECTORY / SEAL_NAME, bytes(one))
+            assert read_seal(disk, DIRECTORY) == SealMark.from_bytes("", memoryview(content))
 
 
 @pytest.mark.parametrize("torn", [False, True])
