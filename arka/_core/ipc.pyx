@@ -41,6 +41,10 @@ KIND_VARIABLE = 3       # validity, offsets of ``width`` bytes, data
 KIND_LIST = 4           # validity, offsets of ``width`` bytes
 KIND_STRUCT = 5         # validity
 KIND_VIEW = 6           # validity, 16-byte views, any number of data buffers
+KIND_LIST_VIEW = 7      # validity, offsets and sizes of ``width`` bytes
+KIND_RUNS = 8           # no buffers: run ends and values are children
+KIND_UNION = 9          # type ids, no validity
+KIND_DENSE_UNION = 10   # type ids, offsets, no validity
 
 #: What holds for a node, ored together.
 FLAG_REQUIRED = 1       # nulls are a suspicion: a null parent may hide them
@@ -74,6 +78,10 @@ cdef enum:
     C_LIST = 4
     C_STRUCT = 5
     C_VIEW = 6
+    C_LIST_VIEW = 7
+    C_RUNS = 8
+    C_UNION = 9
+    C_DENSE_UNION = 10
     F_REQUIRED = 1
     F_NEVER_NULL = 2
     F_TOP = 4
@@ -487,17 +495,11 @@ cdef class LayoutPlan:
             self.rules[i].flags = flags
             self.rules[i].lowest = lowest
             self.rules[i].highest = highest
-            if kind in (KIND_BOOL, KIND_FIXED, KIND_LIST):
-                self.fixed_buffers += 2
-            elif kind == KIND_VARIABLE:
-                self.fixed_buffers += 3
-            elif kind == KIND_STRUCT:
-                self.fixed_buffers += 1
-            elif kind == KIND_VIEW:
-                self.fixed_buffers += 2
-                self.view_count += 1
-            elif kind != KIND_NULL:
+            if not KIND_NULL <= kind <= KIND_DENSE_UNION:
                 raise ValueError(f"unknown node kind {kind}")
+            self.fixed_buffers += _buffers_of(kind)
+            if kind == KIND_VIEW:
+                self.view_count += 1
             i += 1
 
     def __dealloc__(self):
@@ -650,6 +652,10 @@ cdef class BatchLayout:
                 buffer += _buffers_of(plan.rules[i].kind)
         return total
 
+    def fits(self, LayoutPlan plan not None):
+        """Tell whether the message has the field nodes and buffers of the plan, whatever is in them."""
+        return self._fits(plan)
+
     cdef bint _fits(self, LayoutPlan plan) noexcept:
         cdef Py_ssize_t i
         cdef int64_t count
@@ -739,7 +745,13 @@ cdef class BatchLayout:
                 suspect = i
                 expected[0] = 0
                 actual[0] = nulls
-            if self.codec == -1 and kind != C_NULL:
+            if nulls and (kind == C_RUNS or kind == C_UNION or kind == C_DENSE_UNION):
+                # They have no validity: their nulls are those of their children.
+                found[0] = 2
+                expected[0] = 0
+                actual[0] = nulls
+                return
+            if self.codec == -1 and kind != C_NULL and kind < C_RUNS:
                 have = self._load(self.buffers_at + 16 * buffer + 8)
                 validity = body + self._load(self.buffers_at + 16 * buffer)
                 need = (length + 7) >> 3
@@ -792,11 +804,12 @@ cdef class BatchLayout:
 
 
 cdef inline int _buffers_of(int32_t kind) noexcept nogil:
-    if kind == C_NULL:
+    """How many buffers a node has; of a view column, beside its data buffers."""
+    if kind == C_NULL or kind == C_RUNS:
         return 0
-    if kind == C_STRUCT:
+    if kind == C_STRUCT or kind == C_UNION:
         return 1
-    if kind == C_VARIABLE:
+    if kind == C_VARIABLE or kind == C_LIST_VIEW:
         return 3
     return 2
 

@@ -8,11 +8,15 @@ Source: Iceberg table spec, "Schemas and Data Types"; protocol 6.
 
 from __future__ import annotations
 
+import re
+from functools import cache
 from typing import Final
+from zoneinfo import available_timezones
 
 import pyarrow as pa
 
 from arka.flight.datatypes import type_name
+from arka.flight.layout import is_list_like
 
 _UTC_MICROS: Final = pa.timestamp("us", tz="UTC")
 
@@ -21,6 +25,10 @@ _DIGITS: Final[dict[pa.DataType, int]] = {pa.int32(): 10, pa.int64(): 19}
 
 #: Most digits of an Iceberg decimal.
 _MAX_PRECISION: Final = 38
+
+
+#: A zone that is an offset from UTC, as Arrow has them.
+_OFFSET: Final = re.compile(r"[+-]([0-9]{2}):?([0-9]{2})\Z")
 
 
 class UnsupportedType(ValueError):
@@ -32,7 +40,8 @@ def canonical_type(type_: pa.DataType) -> pa.DataType:
 
     int32, int64, float32, float64, bool, utf8, binary, fixed_size_binary(n), uuid, decimal128(p, s),
     date32, time64[us], timestamp[us], timestamp[us, UTC] stand for themselves; lists, structs and maps of
-    canonical types likewise, with the child names ``element``, ``key`` and ``value``.
+    canonical types likewise, with the child names ``element``, ``key`` and ``value``. An instant is UTC whatever
+    zone it is shown in; the zone itself is not kept.
 
     Args:
         type_: any Arrow type.
@@ -60,7 +69,9 @@ def canonical_type(type_: pa.DataType) -> pa.DataType:
         if type_.byte_width < 1:
             raise UnsupportedType(f"{type_name(type_)}: must be at least 1 byte wide")
         return type_
-    if types.is_list(type_) or types.is_large_list(type_) or types.is_fixed_size_list(type_):
+    if types.is_run_end_encoded(type_):
+        return canonical_type(type_.value_type)
+    if is_list_like(type_):
         if types.is_fixed_size_list(type_) and type_.list_size < 1:
             raise UnsupportedType(f"{type_name(type_)}: the size must be at least 1")
         return pa.list_(_canonical_child(type_.value_field, "element"))
@@ -93,8 +104,62 @@ def _canonical_scalar(type_: pa.DataType) -> pa.DataType | None:
     if types.is_time(type_):
         return pa.time64("us")
     if types.is_timestamp(type_):
-        return pa.timestamp("us") if type_.tz is None else _UTC_MICROS
+        if type_.tz is None:
+            return pa.timestamp("us")
+        _check_zone(type_)
+        return _UTC_MICROS
     return None
+
+
+def _check_zone(type_: pa.DataType) -> None:
+    """Check that a timestamp's zone exists: values are instants whatever it is, but no reader could show them in it."""
+    offset = _OFFSET.match(type_.tz)
+    known = int(offset[1]) < 24 and int(offset[2]) < 60 if offset else type_.tz in _zones()
+    if not known:
+        raise UnsupportedType(
+            f"{type_name(type_)}: unknown time zone {type_.tz[:80]!r}: expected UTC, an offset such as +05:30, or a "
+            "name of the IANA time zone database such as Europe/Paris; a table holds and returns timestamp[us, tz=UTC]"
+        )
+
+
+@cache
+def _zones() -> frozenset[str]:
+    return frozenset(available_timezones()) | {"UTC", "Etc/UTC", "GMT", "Z"}
+
+
+def declared_type(type_: pa.DataType) -> pa.DataType:
+    """Return the canonical type of a column that a client asks for: one that loses nothing of any value.
+
+    Streams may send finer types: there each value can be looked at.
+
+    Raises:
+        UnsupportedType: there is none; it says what to use instead.
+    """
+    canonical = canonical_type(type_)
+    _check_units(type_)
+    return canonical
+
+
+def _check_units(type_: pa.DataType) -> None:
+    types = pa.types
+    if isinstance(type_, pa.BaseExtensionType):
+        type_ = type_.storage_type
+    if (types.is_timestamp(type_) or types.is_time64(type_)) and type_.unit == "ns":
+        micros = pa.time64("us") if types.is_time64(type_) else pa.timestamp("us", type_.tz)
+        raise UnsupportedType(
+            f"{type_name(type_)}: a table of format version 2 holds microseconds, which would cut nanoseconds off; use "
+            f"{type_name(micros)}, or int64 for nanoseconds since 1970"
+        )
+    if types.is_dictionary(type_) or types.is_run_end_encoded(type_):
+        _check_units(type_.value_type)
+    elif types.is_map(type_):
+        _check_units(type_.key_type)
+        _check_units(type_.item_type)
+    elif types.is_struct(type_):
+        for child in type_:
+            _check_units(child.type)
+    elif is_list_like(type_):
+        _check_units(type_.value_type)
 
 
 def _canonical_decimal(type_: pa.DataType) -> pa.DataType:
@@ -146,15 +211,25 @@ def _advice(type_: pa.DataType) -> str:
         return "use int64 with microseconds"
     if types.is_null(type_):
         return "name the type of the values to come, such as utf8"
-    if types.is_interval(type_):
+    if types.is_interval(type_) or "interval" in str(type_):
         return "use int64, or a struct of months, days and microseconds"
-    if types.is_list_view(type_) or types.is_large_list_view(type_):
-        return "use list"
     if types.is_union(type_):
         return "use a struct with one nullable field per member"
-    if types.is_run_end_encoded(type_):
-        return "send the values plain"
     return "use one of int32, int64, float32, float64, bool, utf8, binary, date32, time64[us], timestamp[us]"
+
+
+def by_value(source: pa.DataType, target: pa.DataType) -> bool:
+    """Tell whether numbers are taken batch by batch, where every one is exact: integers as float64, floats as int64.
+
+    Args:
+        source: as sent, not nested. What widens to int64 or float64 goes where these go.
+        target: canonical.
+    """
+    types = pa.types
+    if types.is_integer(source) and source != pa.uint64():
+        # Up to 16 bits all are exact in a float32, which has 24.
+        return bool(target == pa.float64() or (target == pa.float32() and source.bit_width <= 16))
+    return bool(types.is_floating(source) and target == pa.int64())
 
 
 def widens(source: pa.DataType, target: pa.DataType) -> bool:
@@ -175,4 +250,4 @@ def widens(source: pa.DataType, target: pa.DataType) -> bool:
     return {source, target} == {sixteen, pa.uuid()}
 
 
-__all__ = ["MAX_NAME", "UnsupportedType", "canonical_type", "check_field_name", "widens"]
+__all__ = ["MAX_NAME", "UnsupportedType", "by_value", "canonical_type", "check_field_name", "declared_type", "widens"]

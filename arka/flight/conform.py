@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from arka.errors import ErrorCode, InvalidRequest
-from arka.flight.canonical import UnsupportedType, canonical_type, widens
+from arka.flight.canonical import UnsupportedType, by_value, canonical_type, widens
 from arka.flight.convert import Converter, Dictionaries, How, Step, invalid_batch
 from arka.flight.datatypes import type_name
-from arka.flight.layout import wire_type
+from arka.flight.layout import is_list_like, wire_type
+from arka.flight.plain import plain_array, plain_type
 from arka.records import Operation, TableInfo, TableName, TableType
 from arka.tableproperties import PARTIAL, PARTIAL_NULL
 
@@ -45,8 +46,8 @@ class Conformance:
         """Convert one batch.
 
         Args:
-            batch: in the stream's schema, or with indices in the place of dictionary-encoded columns;
-                valid in Arrow's sense. Buffers are shared where nothing changes.
+            batch: in the stream's schema, or with indices in the place of dictionary-encoded columns; valid in
+                Arrow's sense, and what it refers to is counted (``plain``). Buffers are shared where nothing changes.
             limit_bytes: most bytes that the result may have.
             dictionaries: by slot, the values of dictionary-encoded columns of which only indices are here.
 
@@ -60,7 +61,7 @@ class Conformance:
             if index is None:
                 column = converter.nulls(batch.num_rows, step)
             else:
-                column = converter.convert(batch.column(index), step)
+                column = converter.convert(plain_array(batch.column(index)), step)
                 if not field.nullable and column.null_count:
                     raise invalid_batch(field.name, f"is required but {column.null_count} of its values are null")
             columns.append(column)
@@ -73,32 +74,41 @@ class StreamPlan:
 
     Attributes:
         name: the table's name, for messages.
-        upserts: whole rows; None where the stream has the key columns alone.
+        upserts: whole rows; None where the stream fits deletes alone.
         deletes: keys; None for append-only tables.
-        missing: what the stream lacks for upserts.
-        dictionary_types: the value type of each dictionary-encoded field of the stream, depth first.
+        keys: the same, of batches that hold ``key_columns`` alone.
+        differences: what keeps the stream from upserts.
+        key_columns: which of the stream's columns a delete looks at, in the stream's order.
+        dictionary_types: the value type of each dictionary-encoded field of the stream, depth first; None where nothing
+            ever looks at it.
     """
 
     name: TableName
     upserts: Conformance | None
     deletes: Conformance | None
-    missing: tuple[str, ...]
-    dictionary_types: tuple[pa.DataType, ...]
+    keys: Conformance | None
+    differences: tuple[str, ...]
+    key_columns: tuple[int, ...]
+    dictionary_types: tuple[pa.DataType | None, ...]
 
     def conformance(self, operation: Operation) -> Conformance:
         """Return the way of one operation's batches.
 
         Raises:
-            InvalidRequest: the table has no keys to delete by; or ``schema_mismatch``: the stream has the key columns
-                alone, which only deletes may.
+            InvalidRequest: the table has no keys to delete by; or ``schema_mismatch``: the stream fits deletes alone.
         """
         if operation is Operation.DELETE:
             if self.deletes is None:
                 raise InvalidRequest(f"operation delete needs a primary-key table; {self.name} is append-only")
             return self.deletes
         if self.upserts is None:
-            raise _mismatch(self.name, self.missing)
+            raise _mismatch(self.name, (*self.differences, "the stream fits deletes alone"))
         return self.upserts
+
+    def selected(self) -> Conformance:
+        """Return the way of a delete's batches that hold ``key_columns`` alone; ``conformance`` comes first."""
+        assert self.keys is not None
+        return self.keys
 
 
 def _mismatch(name: TableName, differences: Sequence[str]) -> InvalidRequest:
@@ -109,15 +119,15 @@ def plan_conformance(stream: pa.Schema, table: TableInfo) -> StreamPlan:
     """Hold a stream's schema against a table's.
 
     A stream may have fewer nullable columns (of a primary-key table only if its property ``arka.partial``
-    is ``null``), another order, and types whose values all fit the table's. One that has exactly the key
-    columns of a primary-key table is taken as well, for deletes.
+    is ``null``), another order, and types whose values fit the table's. One whose key columns fit those of a
+    primary-key table is taken for deletes, whatever the others are: a delete looks at no other column (protocol 3).
 
     Args:
         stream: as the client sent it.
         table: canonical types.
 
     Raises:
-        InvalidRequest: ``schema_mismatch``, with every difference.
+        InvalidRequest: ``schema_mismatch``, with every difference: the stream fits neither.
     """
     return _Planner(stream, table).plan()
 
@@ -129,7 +139,8 @@ class _Planner:
         self._stream = stream
         self._table = table
         self._differences: list[str] = []
-        self._dictionary_types: list[pa.DataType] = []
+        # The number of the dictionary-encoded field that is met next.
+        self._slot = 0
 
     def plan(self) -> StreamPlan:
         schema = self._table.schema
@@ -138,44 +149,55 @@ class _Planner:
         if not names:
             self._differences.append("the stream has no columns, expected at least one")
         steps: dict[int, tuple[int, Step]] = {}
-        # In the stream's order: dictionary-encoded fields are numbered as they are met.
+        unfit: set[str] = set()
+        slots: list[tuple[int, list[pa.DataType]]] = []
         for index, field in enumerate(self._stream):
             place = places.get(field.name)
+            below = dictionary_value_types(field.type)
+            first_slot, found = self._slot, len(self._differences)
             if place is None:
                 self._differences.append(f"column {field.name!r} is not in the table{_near(field.name, places)}")
             elif place in steps:
                 self._differences.append(f"column {field.name!r} appears twice")
             else:
                 steps[place] = index, self._step(field.type, schema.field(place), field.name)
-        missing = self._lacking([place for place in range(len(schema)) if place not in steps])
-        keys = self._table.key_columns
-        keys_alone = bool(keys) and sorted(names) == sorted(keys)
-        if not keys_alone:
-            self._differences += missing
-        if self._differences:
+            if len(self._differences) > found:
+                unfit.add(field.name)
+            slots.append((index, below))
+            self._slot = first_slot + len(below)
+        self._differences += self._lacking([place for place in range(len(schema)) if place not in steps])
+        keys = self._table.key_schema().names if self._table.key_columns else []
+        deletes = bool(keys) and all(name in names and name not in unfit for name in keys)
+        if self._differences and not deletes:
             raise _mismatch(self._table.name, self._differences)
+        key_places = [places[name] for name in keys] if deletes else []
+        key_columns = sorted(steps[place][0] for place in key_places)
+        wanted = key_columns if self._differences else range(len(names))
         return StreamPlan(
             name=self._table.name,
-            upserts=None if missing else self._conformance(range(len(schema)), steps),
-            deletes=self._conformance([places[name] for name in self._table.key_schema().names], steps)
-            if keys
-            else None,
-            missing=tuple(missing),
-            dictionary_types=tuple(self._dictionary_types),
+            upserts=None if self._differences else self._conformance(range(len(schema)), steps, range(len(names))),
+            deletes=self._conformance(key_places, steps, range(len(names))) if deletes else None,
+            keys=self._conformance(key_places, steps, key_columns) if deletes else None,
+            differences=tuple(self._differences),
+            key_columns=tuple(key_columns),
+            dictionary_types=tuple(type_ if index in wanted else None for index, below in slots for type_ in below),
         )
 
-    def _conformance(self, places: Sequence[int], steps: Mapping[int, tuple[int, Step]]) -> Conformance:
-        """The way to these columns of the table."""
+    def _conformance(
+        self, places: Sequence[int], steps: Mapping[int, tuple[int, Step]], held: Sequence[int]
+    ) -> Conformance:
+        """The way to these columns of the table, of batches that hold these columns of the stream."""
+        positions = {index: position for position, index in enumerate(held)}
         fields = [self._table.schema.field(place) for place in places]
         columns: list[tuple[int | None, Step]] = []
         for place, field in zip(places, fields, strict=True):
-            columns.append(steps.get(place, (None, Step(How.NULLS, field.type, field.name))))
+            index, step = steps.get(place, (None, Step(How.NULLS, field.type, field.name)))
+            columns.append((None if index is None else positions[index], step))
         return Conformance(
             schema=pa.schema(fields),
-            identical=[index for index, _ in columns] == list(range(len(self._stream)))
+            identical=[index for index, _ in columns] == list(range(len(held)))
             and all(
-                same_bytes(theirs.type, ours.type)
-                for theirs, ours in zip((self._stream.field(index) for index, _ in columns), fields, strict=True)
+                same_bytes(self._stream.field(index).type, ours.type) for index, ours in zip(held, fields, strict=True)
             ),
             columns=tuple(columns),
         )
@@ -198,10 +220,13 @@ class _Planner:
         return found
 
     def _step(self, source: pa.DataType, target: pa.Field, path: str) -> Step:
-        """Plan one field; what cannot be is noted as a difference."""
+        """Plan one field; what cannot be is recorded as a difference."""
         types = pa.types
         if isinstance(source, pa.BaseExtensionType) and source != target.type:
             source = source.storage_type
+        if types.is_run_end_encoded(source):
+            # Only what stands in them is to be converted: they are written out before (``plain``).
+            return self._step(source.value_type, target, path)
         if types.is_dictionary(source):
             return self._dictionary_step(source, target, path)
         if types.is_null(source):
@@ -210,9 +235,7 @@ class _Planner:
             return Step(How.NULLS, target.type, path)
         if types.is_struct(target.type) and types.is_struct(source):
             return self._struct_step(source, target, path)
-        if types.is_list(target.type) and (
-            types.is_list(source) or types.is_large_list(source) or types.is_fixed_size_list(source)
-        ):
+        if types.is_list(target.type) and is_list_like(source):
             element = self._step(source.value_type, target.type.value_field, f"{path}.element")
             return self._nested(How.LIST, source, target, path, ((0, element),))
         if types.is_map(target.type) and types.is_map(source):
@@ -220,22 +243,23 @@ class _Planner:
             value = self._step(source.item_type, target.type.item_field, f"{path}.value")
             return self._nested(How.MAP, source, target, path, ((0, key), (1, value)))
         self._check_scalar(source, source, target.type, path)
-        return Step(How.KEEP if wire_type(source) == target.type else How.CAST, target.type, path)
+        return Step(How.KEEP if wire_type(plain_type(source)) == target.type else How.CAST, target.type, path)
 
     def _dictionary_step(self, source: pa.DataType, target: pa.Field, path: str) -> Step:
-        slot = len(self._dictionary_types)
-        self._dictionary_types.append(source.value_type)
+        slot = self._slot
+        self._slot += len(dictionary_value_types(source))
         self._check_scalar(source, source.value_type, target.type, path)
         return Step(How.DICTIONARY, target.type, path, slot=slot)
 
     def _check_scalar(self, source: pa.DataType, values: pa.DataType, target: pa.DataType, path: str) -> None:
         try:
             canonical = canonical_type(source)
-        except UnsupportedType:
-            self._differ(path, source, target)
+        except UnsupportedType as error:
+            unknown_zone = pa.types.is_timestamp(values) and pa.types.is_timestamp(target)
+            self._differ(path, source, target, f" ({error})" if unknown_zone else "")
             return
         nested = pa.types.is_nested(values) or pa.types.is_nested(target)
-        if nested or not widens(canonical, target):
+        if nested or not (widens(canonical, target) or by_value(values, target)):
             self._differ(path, source, target)
 
     def _struct_step(self, source: pa.DataType, target: pa.Field, path: str) -> Step:
@@ -268,17 +292,32 @@ class _Planner:
         children: tuple[tuple[int | None, Step], ...],
     ) -> Step:
         """Make a nested field's step: kept whole only where nothing below can need a change."""
-        kept = wire_type(source) == target.type and not _has_required(target.type)
+        kept = wire_type(plain_type(source)) == target.type and not _has_required(target.type)
         return Step(How.KEEP if kept else how, target.type, path, children)
 
-    def _differ(self, path: str, source: pa.DataType, target: pa.DataType) -> None:
-        self._differences.append(f"column {path!r} is {type_name(source)}, expected {type_name(target)}")
+    def _differ(self, path: str, source: pa.DataType, target: pa.DataType, why: str = "") -> None:
+        self._differences.append(f"column {path!r} is {type_name(source)}, expected {type_name(target)}{why}")
 
 
 def _near(name: str, places: dict[str, int]) -> str:
     """Name the column that differs in case alone, if there is one."""
     same = [other for other in places if other.lower() == name.lower()]
     return f" (names are case-sensitive: expected {same[0]!r})" if same else ""
+
+
+def dictionary_value_types(type_: pa.DataType) -> list[pa.DataType]:
+    """Return the value types of the dictionary-encoded fields of a type, depth first, a field before its children."""
+    types = pa.types
+    if isinstance(type_, pa.BaseExtensionType):
+        return dictionary_value_types(type_.storage_type)
+    if types.is_dictionary(type_):
+        return [type_.value_type, *dictionary_value_types(type_.value_type)]
+    if types.is_map(type_):
+        return [*dictionary_value_types(type_.key_type), *dictionary_value_types(type_.item_type)]
+    if types.is_run_end_encoded(type_) or is_list_like(type_):
+        return dictionary_value_types(type_.value_type)
+    children = range(type_.num_fields) if types.is_struct(type_) or types.is_union(type_) else ()
+    return [found for index in children for found in dictionary_value_types(type_.field(index).type)]
 
 
 def _has_required(type_: pa.DataType) -> bool:

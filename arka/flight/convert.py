@@ -1,10 +1,11 @@
 """Arrays as clients send them, turned into arrays as tables hold them.
 
 Owns: casts, decoded dictionaries, rebuilt nested arrays, and a limit on what they may grow to (T14). Does
-not own which conversions are legal (``conform``).
+not own which conversions are legal (``conform``) nor arrays that name one value many times (``plain``).
 
-Everything here is safe in Arrow's sense: a value that would change is an error. What stands under a null
-parent is no value: it is neither cast nor counted.
+Each conversion is done here and nowhere else. Everything here is safe in Arrow's sense: a value that would change is
+an error, which names the row. Between integers and floats more is asked for: a whole number of at most 53 bits. What
+stands under a null parent is no value: it is neither cast nor counted.
 """
 
 from __future__ import annotations
@@ -12,14 +13,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any, Final, NoReturn
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from arka._core import ipc
 from arka.errors import ErrorCode, InvalidRequest
+from arka.flight.datatypes import type_name
+from arka.flight.plain import plain_array
 from arka.nullarrays import null_array
+
+#: Integers up to here, and down to its negative, are float64 values each (protocol 6).
+EXACT_MOST: Final = 2**53
 
 
 class How(Enum):
@@ -62,7 +68,12 @@ class DictionaryValues:
     """A dictionary's values, with what is found out about them once for many batches."""
 
     def __init__(self, values: pa.Array) -> None:
-        self._values = values
+        """Hold values.
+
+        Args:
+            values: plain (``plain_array``), not nested.
+        """
+        self.raw = values
         self._known: dict[pa.DataType, tuple[pa.Array, pa.Array | None, int]] = {}
 
     def as_type(self, target: pa.DataType, cast: Callable[[pa.Array], pa.Array]) -> tuple[pa.Array, int]:
@@ -74,12 +85,17 @@ class DictionaryValues:
         """
         known = self._known.get(target)
         if known is None:
-            values = self._values if self._values.type == target else cast(self._values)
+            values = self.raw if self.raw.type == target else cast(self.raw)
             varies = pa.types.is_string(target) or pa.types.is_binary(target)
             lengths = pc.binary_length(values).cast(pa.int64()) if varies else None
             known = values, lengths, (pc.max(lengths).as_py() or 0) if varies else 0
             self._known[target] = known
         return known[0], known[2]
+
+    @property
+    def fixed_width(self) -> bool:
+        """Whether each value takes the same bytes: numbers and times."""
+        return bool(pa.types.is_primitive(self.raw.type))
 
     def total_length(self, target: pa.DataType, indices: pa.Array) -> int:
         """Sum the bytes of the values that indices name; ``as_type`` comes first."""
@@ -111,6 +127,10 @@ class Converter:
         self._limit = limit_bytes
         self._left = limit_bytes
         self._dictionaries = dictionaries
+        # The offsets of the lists around what is being converted, outermost first: they lead back to the row.
+        self._lists_above: list[pa.Array] = []
+        # The column that is being converted.
+        self._column = ""
 
     def convert(self, array: pa.Array, step: Step) -> pa.Array:
         """Convert one column.
@@ -119,6 +139,7 @@ class Converter:
             InvalidRequest: ``invalid_batch``: a value does not fit, a required field is null, or the
                 results would grow over the limit.
         """
+        self._column = step.path
         try:
             return self._convert(array, step)
         except (pa.ArrowException, ValueError, IndexError, OverflowError) as error:
@@ -158,52 +179,95 @@ class Converter:
             case How.LIST:
                 lists, offsets, mask = self._lists(array, step)
                 element = step.children[0][1]
-                values = self._required(self._convert(lists, element), step.target.value_field, element)
+                values = self._below(lists, offsets, element, step.target.value_field)
                 return pa.ListArray.from_arrays(offsets, values, type=step.target, mask=mask)
             case How.MAP:
                 entries, offsets, mask = self._lists(map_as_list(array), step)
                 (_, key), (_, value) = step.children
-                keys = self._required(self._convert(entries.field(0), key), step.target.key_field, key)
-                items = self._required(self._convert(entries.field(1), value), step.target.item_field, value)
+                keys = self._below(entries.field(0), offsets, key, step.target.key_field)
+                items = self._below(entries.field(1), offsets, value, step.target.item_field)
                 return pa.MapArray.from_arrays(offsets, keys, items, type=step.target, mask=mask)
+
+    def _below(self, values: pa.Array, offsets: pa.Array, step: Step, field: pa.Field) -> pa.Array:
+        """Convert the children of lists, all of which can be seen."""
+        self._lists_above.append(offsets)
+        made = self._convert(values, step)
+        if not field.nullable and made.null_count:
+            raise invalid_batch(
+                step.path,
+                f"is required but {made.null_count} of its values are null, "
+                f"row {self._row(pc.index(made.is_null(), True).as_py())} the first",
+            )
+        self._lists_above.pop()
+        return made
+
+    def _row(self, place: int) -> int:
+        """The batch's row in which a value stands, by its place in the array that is being converted."""
+        for offsets in reversed(self._lists_above):
+            place = pc.sum(pc.less_equal(offsets, place)).as_py() - 1
+        return place
 
     def _cast(self, array: pa.Array, step: Step) -> pa.Array:
         types = pa.types
         target = step.target
-        if types.is_string_view(array.type) or types.is_binary_view(array.type):
-            array = self._clean_views(array, step)
-        elif types.is_large_string(array.type) or types.is_large_binary(array.type):
+        if types.is_large_string(array.type) or types.is_large_binary(array.type):
             self._spend(array.nbytes, step)
         self._spend(len(array) * _width(target), step)
         if isinstance(target, pa.BaseExtensionType):
             return pa.ExtensionArray.from_storage(target, array)
-        return array if array.type == target else pc.cast(array, target, safe=True)
+        if types.is_floating(array.type) != types.is_floating(target):
+            self._check_whole(array, step)
+        if array.type == target:
+            return array
+        try:
+            return pc.cast(array, target, safe=True)
+        except pa.ArrowInvalid as error:
+            self._refuse(array, _first_refused(array, target), step, str(error), error)
 
-    def _clean_views(self, array: pa.Array, step: Step) -> pa.Array:
-        """Make a view array that a cast can follow, once it is known how long it becomes.
+    def _refuse(
+        self, array: pa.Array, place: int, step: Step, problem: str, cause: Exception | None = None
+    ) -> NoReturn:
+        """Name the row and the value that cannot be converted."""
+        where = "" if step.path == self._column else f" in {step.path!r}"
+        raise invalid_batch(
+            self._column or step.path, f"row {self._row(place)} holds {_spell(array, place)}{where}: {problem}"
+        ) from cause
 
-        Views may name the same bytes over and over, and those in a null's place anything at all.
-        """
-        validity, views, *data = array.buffers()
-        bits = validity if array.null_count else None
-        cleaned, size = ipc.clean_views(views or b"", bits, array.offset, len(array))
-        self._spend(size, step)
-        mask = array.is_valid().buffers()[1] if bits is not None else None
-        return pa.Array.from_buffers(array.type, len(array), [mask, pa.py_buffer(cleaned), *data], array.null_count)
+    def _check_whole(self, array: pa.Array, step: Step) -> None:
+        """Check that numbers are the same as integers and as floats."""
+        floating = pa.types.is_floating(array.type)
+        if not floating and array.type.bit_width <= 32:
+            return
+        numbers = array.cast(pa.float64()) if floating else array
+        limit = float(EXACT_MOST) if floating else EXACT_MOST
+        within = pc.and_(pc.greater_equal(numbers, -limit), pc.less_equal(numbers, limit))
+        if floating:
+            # NaN and infinities are within nothing.
+            within = pc.and_(within, pc.equal(numbers, pc.trunc(numbers)))
+        place = pc.index(pc.fill_null(within, True), False).as_py()
+        if place >= 0:
+            problem = f"not the same as {type_name(step.target)}: expected a whole number from -2^53 to 2^53"
+            self._refuse(array, place, step, problem)
 
     def _decode(self, array: pa.Array, step: Step) -> pa.Array:
         """Replace indices by their values, once it is known how long those are together."""
         held: DictionaryValues | None
         if isinstance(array, pa.DictionaryArray):
-            indices, held = array.indices, DictionaryValues(array.dictionary)
+            indices, held = array.indices, DictionaryValues(plain_array(array.dictionary))
         else:
             indices, held = array, self._dictionaries(step.slot)
         if indices.null_count == len(indices):
             return self.nulls(len(indices), step)
         if held is None:
             raise invalid_batch(step.path, "its dictionary has not been sent")
-        # The values' own conversion has the limit to itself: it is done once for many batches.
-        values, longest = held.as_type(step.target, lambda it: Converter(self._limit)._cast(it, step))
+        try:
+            # The values' own conversion has the limit to itself: it is done once for many batches.
+            values, longest = held.as_type(step.target, partial(Converter(self._limit)._cast, step=step))
+        except InvalidRequest:
+            if not held.fixed_width:
+                raise
+            # One of the values does not fit; what no row names is of no account.
+            return self._cast(held.raw.take(indices), step)
         self._spend(len(indices) * _width(step.target), step)
         most = len(indices) * longest
         if most > self._left:
@@ -236,11 +300,29 @@ class Converter:
         offsets = pa.concat_arrays([pa.array([0], pa.int64()), sums]).cast(pa.int32())
         return array.flatten(), offsets, array.is_null() if array.null_count else None
 
-    def _required(self, values: pa.Array, field: pa.Field, step: Step) -> pa.Array:
-        """Check the children of lists, all of which can be seen."""
-        if not field.nullable and values.null_count:
-            raise invalid_batch(step.path, f"is required but {values.null_count} of its values are null")
-        return values
+
+def _spell(array: pa.Array, place: int) -> str:
+    """Spell a value for a person: nanoseconds, which Python has not, included."""
+    one = array.slice(place, 1)
+    if pa.types.is_timestamp(array.type):
+        one = one.cast(pa.timestamp(array.type.unit))
+    try:
+        return str(pc.cast(one, pa.string())[0].as_py())[:80]
+    except pa.ArrowException:
+        return str(one.to_pylist()[0])[:80]
+
+
+def _first_refused(array: pa.Array, target: pa.DataType) -> int:
+    """Find the first value that a safe cast refuses, of an array that has one."""
+    low, high = 0, len(array)
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            pc.cast(array.slice(low, middle - low), target, safe=True)
+            low = middle
+        except pa.ArrowInvalid:
+            high = middle
+    return low
 
 
 def _width(type_: pa.DataType) -> int:
@@ -299,6 +381,7 @@ def without_nulls(array: pa.Array) -> pa.Array:
 
 
 __all__ = [
+    "EXACT_MOST",
     "Converter",
     "Dictionaries",
     "DictionaryValues",

@@ -24,6 +24,8 @@ from arka.flight.convert import invalid_batch
 from arka.flight.dictionaries import REFUSALS, StreamDictionaries
 from arka.flight.layout import Layout, describe_finding, plan_layout, wire_schema
 from arka.flight.partitions import COUNT_ROWS, PartitionLimit
+from arka.flight.plain import is_plain, referred_bytes
+from arka.flight.selection import select_columns
 from arka.flight.storable import Storable
 from arka.options import Limits
 from arka.records import Operation, TableInfo
@@ -80,18 +82,30 @@ class _Target:
     Attributes:
         conformance: the way there.
         layout: what the frames look like on the wire.
+        columns: the stream's columns that are looked at; None for all.
+        wire: with which schema these are read.
+        wire_layout: what they look like on the wire.
+        rewrites_rows: whether rows may name more than the message holds (``plain``).
         storable: what their values must be like.
         partitions: how many partitions a batch may touch; None where it makes no files.
         plain: whether no bytes of a body can be wrong but those that the layout's check looks at: columns of
             numbers and times alone. What else Arrow would refuse is then in the header.
     """
 
-    def __init__(self, conformance: Conformance, table: TableInfo, operation: Operation, limits: Limits) -> None:
+    def __init__(
+        self,
+        conformance: Conformance,
+        table: TableInfo,
+        wire: pa.Schema,
+        columns: tuple[int, ...] | None,
+        partitions: PartitionLimit | None,
+    ) -> None:
         self.conformance = conformance
-        # A delete makes no files of its own.
-        self.partitions = (
-            PartitionLimit(conformance.schema, table, limits.partitions) if operation is Operation.UPSERT else None
-        )
+        self.partitions = partitions
+        self.columns = columns
+        self.wire = wire if columns is None else pa.schema([wire.field(index) for index in columns])
+        self.wire_layout = plan_layout(self.wire)
+        self.rewrites_rows = not all(is_plain(field.type) for field in self.wire)
         self.storable = Storable(conformance.schema, table)
         self.layout = plan_layout(conformance.schema, required=True, ranges=self.storable.ranges)
         self.plain = not self.storable.always and all(_is_plain(field.type) for field in conformance.schema)
@@ -145,11 +159,11 @@ class BatchDecoder:
 
         Raises:
             InvalidRequest: not a schema, big-endian, or a second, different one; ``schema_mismatch`` with
-                every difference where the table does not take it. The decoder stays as it was.
+                every difference where the table takes it for no operation. The decoder stays as it was.
         """
         if header == self._header:
             return
-        stream, ids = self._read_schema(header)
+        stream, ids = read_schema(header)
         if self._stream is not None:
             if not stream.equals(self._stream) or ids != self._dictionary_ids:
                 raise InvalidRequest("A second, different schema came on this stream: open another stream for it")
@@ -166,20 +180,6 @@ class BatchDecoder:
         self._dictionary_ids, self._dictionaries = ids, dictionaries
         self._plan = plan
 
-    def _read_schema(self, header: bytes) -> tuple[pa.Schema, tuple[int, ...]]:
-        """Read a schema message; an unknown header type would skip Arrow's verifier (T13)."""
-        if len(header) > MAX_SCHEMA_BYTES:
-            raise InvalidRequest(f"The stream's schema has {len(header)} bytes, at most {MAX_SCHEMA_BYTES} are legal")
-        try:
-            if ipc.message_type(header) != ipc.SCHEMA:
-                raise InvalidRequest(f"IPC message of type {ipc.message_type(header)}, expected a schema")
-            if ipc.schema_endianness(header) != 0:
-                raise InvalidRequest("The stream is big-endian: send little-endian Arrow data")
-            stream = pa.ipc.read_schema(pa.py_buffer(FrameBuffer(header, 0)).slice(FRAME_HEADER_BYTES))
-            return stream, tuple(ipc.schema_dictionary_ids(header))
-        except REFUSALS as error:
-            raise InvalidRequest(f"Malformed schema message: {error}") from error
-
     def check_operation(self, operation: Operation) -> None:
         """Check that the stream's columns suffice for an operation.
 
@@ -193,9 +193,15 @@ class BatchDecoder:
         if target is None:
             if self._plan is None:
                 raise InvalidRequest("A record batch came before the stream's schema: send the schema first")
-            target = self._targets[operation] = _Target(
-                self._plan.conformance(operation), self._table, operation, self._limits
-            )
+            assert self._wire is not None
+            conformance, columns, partitions = self._plan.conformance(operation), None, None
+            if operation is Operation.UPSERT:
+                # A delete makes no files of its own.
+                partitions = PartitionLimit(conformance.schema, self._table, self._limits.partitions)
+            elif len(self._plan.key_columns) < len(self._wire):
+                conformance, columns = self._plan.selected(), self._plan.key_columns
+            target = _Target(conformance, self._table, self._wire, columns, partitions)
+            self._targets[operation] = target
         return target
 
     def add_dictionary(self, message: IpcMessage) -> None:
@@ -227,20 +233,23 @@ class BatchDecoder:
         if frame is None or message.header is None or self._plan is None or self._wire_layout is None:
             return False
         target = self._target(operation)
-        conformance = target.conformance
         try:
             layout = self._layout(message.header)
             if layout.rows > COUNT_ROWS and target.partitions is not None and target.partitions.concerns(layout.rows):
                 return True
-            if conformance.identical and layout.codec == ipc.CODEC_NONE:
+            if target.conformance.identical and target.columns is None and layout.codec == ipc.CODEC_NONE:
                 if frame.body_bytes <= THREAD_BYTES:
                     return False
                 return layout.variable_bytes(self._wire_layout.plan) > THREAD_BYTES
             if self._plan.dictionary_types and layout.rows * 16 > THREAD_REWRITE_BYTES:
                 return True
-            return layout.uncompressed_bytes(frame) > THREAD_REWRITE_BYTES
+            size = layout.uncompressed_bytes(frame)
+            if target.rewrites_rows:
+                # Each row, and each element below, may name all of the message.
+                size *= max((length for length, _ in layout.nodes), default=0)
         except ValueError:
             return False
+        return size > THREAD_REWRITE_BYTES
 
     def decode(self, message: IpcMessage, operation: Operation = Operation.UPSERT) -> DecodedBatch:
         """Decode, check and, where need be, rewrite one batch.
@@ -248,7 +257,7 @@ class BatchDecoder:
         Args:
             message: a RecordBatch. On the fast path its frame becomes the result's and must not be written
                 to any more.
-            operation: what is done with its rows: of a delete, the key's columns alone are kept.
+            operation: what is done with its rows: of a delete, the key's columns alone are looked at and kept.
 
         Returns:
             The batch and its frame. Nothing in its values can be refused later (see ``storable``).
@@ -275,9 +284,17 @@ class BatchDecoder:
                 "(limits.batch_rows); send smaller batches",
                 code=ErrorCode.INVALID_BATCH,
             )
+        if target.columns is not None:
+            assert self._wire_layout is not None
+            if not layout.fits(self._wire_layout.plan):
+                self._refuse(
+                    (ipc.FOUND_LENGTH, -1, self._wire_layout.plan.node_count, layout.node_count), target.layout
+                )
+            header, frame = select_columns(header, layout, frame, self._wire_layout, target.columns)
+            layout = ipc.BatchLayout(header)
         as_stored = target.conformance.identical and layout.codec == ipc.CODEC_NONE
         if as_stored and self._accept(target, layout, frame):
-            decoded = DecodedBatch(frame, layout.rows, True, target.conformance.schema)
+            decoded = DecodedBatch(frame, layout.rows, target.columns is None, target.conformance.schema)
         else:
             decoded = self._rewrite(target, layout, frame)
         if target.partitions is not None and target.partitions.concerns(layout.rows):
@@ -324,12 +341,10 @@ class BatchDecoder:
 
     def _rewrite(self, target: _Target, layout: ipc.BatchLayout, frame: FrameBuffer) -> DecodedBatch:
         """Decode a batch as the stream has it and write it again as the log has it."""
-        assert self._wire_layout is not None
-        assert self._wire is not None
         limit = self._limits.batch_bytes
-        finding = layout.check(self._wire_layout.plan, frame, self._longest())
+        finding = layout.check(target.wire_layout.plan, frame, self._longest())
         if finding is not None:
-            self._refuse(finding, self._wire_layout)
+            self._refuse(finding, target.wire_layout)
         try:
             size = layout.uncompressed_bytes(frame)
         except ValueError as error:
@@ -340,13 +355,35 @@ class BatchDecoder:
                 "send smaller batches",
                 code=ErrorCode.INVALID_BATCH,
             )
-        batch = _read(frame, self._wire)
+        batch = _read(frame, target.wire, self._limits if target.rewrites_rows else None)
         dictionaries = self._dictionaries.values if self._dictionaries is not None else None
         made = target.conformance.apply(batch, limit_bytes=limit, dictionaries=dictionaries)
         rewritten = write_frame(made)
         if not self._accept(target, ipc.BatchLayout(rewritten.header), rewritten.frame):
             raise InternalError("A rewritten batch still has nulls in a required field")
         return DecodedBatch(rewritten.frame, layout.rows, False, target.conformance.schema)
+
+
+def read_schema(header: bytes) -> tuple[pa.Schema, tuple[int, ...]]:
+    """Read a schema message; an unknown header type would skip Arrow's verifier (T13).
+
+    Returns:
+        The schema, and the ids of its dictionary-encoded fields, depth first.
+
+    Raises:
+        InvalidRequest: it is none, or big-endian.
+    """
+    if len(header) > MAX_SCHEMA_BYTES:
+        raise InvalidRequest(f"The stream's schema has {len(header)} bytes, at most {MAX_SCHEMA_BYTES} are legal")
+    try:
+        if ipc.message_type(header) != ipc.SCHEMA:
+            raise InvalidRequest(f"IPC message of type {ipc.message_type(header)}, expected a schema")
+        if ipc.schema_endianness(header) != 0:
+            raise InvalidRequest("The stream is big-endian: send little-endian Arrow data")
+        stream = pa.ipc.read_schema(pa.py_buffer(FrameBuffer(header, 0)).slice(FRAME_HEADER_BYTES))
+        return stream, tuple(ipc.schema_dictionary_ids(header))
+    except REFUSALS as error:
+        raise InvalidRequest(f"Malformed schema message: {error}") from error
 
 
 def _ipc_message(frame: FrameBuffer) -> pa.Buffer:
@@ -366,8 +403,13 @@ def _is_plain(type_: pa.DataType) -> bool:
     )
 
 
-def _read(frame: FrameBuffer, schema: pa.Schema) -> pa.RecordBatch:
+def _read(frame: FrameBuffer, schema: pa.Schema, limits: Limits | None = None) -> pa.RecordBatch:
     """Read a frame's message without a copy, and validate it.
+
+    Args:
+        frame: of a RecordBatch.
+        schema: as it is on the wire.
+        limits: what its rows may refer to, where that may be more than the message holds.
 
     Raises:
         InvalidRequest: ``invalid_batch``, naming the column.
@@ -376,6 +418,8 @@ def _read(frame: FrameBuffer, schema: pa.Schema) -> pa.RecordBatch:
         batch = pa.ipc.read_record_batch(_ipc_message(frame), schema)
     except REFUSALS as error:
         raise InvalidRequest(f"Invalid batch: {error}", code=ErrorCode.INVALID_BATCH) from error
+    if limits is not None:
+        _check_referred(batch, limits)
     try:
         batch.validate(full=True)
     except REFUSALS as error:
@@ -386,6 +430,24 @@ def _read(frame: FrameBuffer, schema: pa.Schema) -> pa.RecordBatch:
                 raise invalid_batch(field.name, str(cause)) from cause
         raise InvalidRequest(f"Invalid batch: {error}", code=ErrorCode.INVALID_BATCH) from error
     return batch
+
+
+def _check_referred(batch: pa.RecordBatch, limits: Limits) -> None:
+    """Check what rows refer to in all, before Arrow validates it value by value (T23)."""
+    left = limits.batch_bytes
+    for field, column in zip(batch.schema, batch.columns, strict=True):
+        try:
+            # Lengths of buffers alone: constant time for each array.
+            column.validate()
+            left -= referred_bytes(column, limits.batch_rows)
+        except REFUSALS as error:
+            raise invalid_batch(field.name, str(error)) from error
+        if left < 0:
+            raise invalid_batch(
+                field.name,
+                f"the batch decodes to more than {limits.batch_bytes} bytes (limits.batch_bytes), where a value counts "
+                "as often as rows name it; send smaller batches",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -406,4 +468,4 @@ def write_frame(batch: pa.RecordBatch) -> WrittenFrame:
     return WrittenFrame(header, frame)
 
 
-__all__ = ["BatchDecoder", "DecodedBatch", "IpcMessage", "WrittenFrame", "write_frame"]
+__all__ = ["BatchDecoder", "DecodedBatch", "IpcMessage", "WrittenFrame", "read_schema", "write_frame"]

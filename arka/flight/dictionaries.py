@@ -20,6 +20,7 @@ from arka._core.buffers import FRAME_HEADER_BYTES, FrameBuffer
 from arka.errors import ErrorCode, InvalidRequest
 from arka.flight.convert import DictionaryValues
 from arka.flight.layout import Layout, describe_finding, plan_layout, wire_type
+from arka.flight.plain import is_plain, plain_array, referred_bytes
 from arka.options import Limits
 
 #: What Arrow raises for bytes that it does not take: ArrowInvalid is a ValueError, flatbuffers that do
@@ -64,14 +65,14 @@ class StreamDictionaries:
 
     Args:
         ids: the dictionary's id of each dictionary-encoded field, depth first.
-        value_types: the same fields' value types, none of them nested.
+        value_types: the same fields' value types, as sent, none of them nested; None where nothing looks at them.
         limits: ``dictionary_bytes`` and ``batch_rows`` are used.
 
     Raises:
         InvalidRequest: one id is used for two types.
     """
 
-    def __init__(self, ids: Sequence[int], value_types: Sequence[pa.DataType], limits: Limits) -> None:
+    def __init__(self, ids: Sequence[int], value_types: Sequence[pa.DataType | None], limits: Limits) -> None:
         self._ids = tuple(ids)
         self._limits = limits
         self._held: dict[int, _Dictionary] = {}
@@ -79,7 +80,11 @@ class StreamDictionaries:
         if len(ids) != len(value_types):
             raise InvalidRequest(f"The schema has {len(value_types)} dictionaries but {len(ids)} ids for them")
         types: dict[int, pa.DataType] = {}
+        self._ignored = {identity for identity, type_ in zip(ids, value_types, strict=True) if type_ is None}
         for identity, type_ in zip(ids, value_types, strict=True):
+            if type_ is None:
+                continue
+            self._ignored.discard(identity)
             if types.setdefault(identity, type_) != type_:
                 raise InvalidRequest(f"Dictionary {identity} is used for {types[identity]} and for {type_}")
             wire = pa.schema([pa.field("values", wire_type(type_))])
@@ -124,6 +129,8 @@ class StreamDictionaries:
 
     def _add(self, header: bytes, frame: FrameBuffer) -> None:
         identity, is_delta, batch_header = ipc.dictionary_batch(header)
+        if identity in self._ignored:
+            return
         kind = self._kinds.get(identity)
         if kind is None:
             raise InvalidRequest(f"Dictionary {identity} belongs to no column of the stream's schema")
@@ -148,10 +155,14 @@ class StreamDictionaries:
         own = FrameBuffer(batch_header, frame.body_bytes)
         own.body[:] = frame.body
         batch = pa.ipc.read_record_batch(pa.py_buffer(own).slice(FRAME_HEADER_BYTES), kind.wire)
-        batch.validate(full=True)
         values = batch.column(0)
+        if not is_plain(values.type):
+            values.validate()
+            self._check_size(identity, others + referred_bytes(values, self._limits.batch_rows))
+        values.validate(full=True)
+        values = plain_array(values)
         # Uncompressed values are views of the whole frame, which they keep alive.
-        size = own.size if layout.codec == ipc.CODEC_NONE else values.nbytes
+        size = max(own.size if layout.codec == ipc.CODEC_NONE else 0, values.nbytes)
         self._check_size(identity, others + size)
         if is_delta and held is not None:
             held.chunks.append(values)

@@ -18,7 +18,7 @@ from arka._core.wire import FlightMessage
 from arka.errors import ArkaError, ErrorCode, InvalidRequest, Unavailable
 from arka.flight import messages
 from arka.flight.acks import AckForm, AckQueue
-from arka.flight.decode import BatchDecoder, DecodedBatch
+from arka.flight.decode import BatchDecoder, DecodedBatch, read_schema
 from arka.flight.ordering import StreamOrder
 from arka.options import Limits
 from arka.records import Operation, TableName, TableType, Tier, WriteRequest, parse_write_request
@@ -76,6 +76,8 @@ class Exchange:
         self._decoder: BatchDecoder | None = None
         self._schema_header: bytes | None = None
         self._schema_metadata: bytes | None = None
+        # Whether a WriteRequest has come that is not a batch's own: from then on a schema is checked when it comes.
+        self._asked = False
         self._defaults = _WriteOptions()
         self._key_prefix: str | None = None
         self._key_next = 0
@@ -210,8 +212,18 @@ class Exchange:
             request = parse_write_request(metadata)
             await self._bind_requested(request)
             self._schema_metadata = metadata
+            self._asked = True
+        read_schema(message.header)
+        if self._schema_header is not None:
+            # The first one is the stream's; a second may only repeat it.
+            self._check_schema()
         self._schema_header = message.header
-        if self._table is not None:
+        if self._asked or self._decoder is not None:
+            self._check_schema()
+
+    def _check_schema(self) -> None:
+        """Hold the schema against the table, where both are known: a WriteRequest has come (protocol 3)."""
+        if self._schema_header is not None and self._table is not None:
             self._require_decoder()
 
     async def _settle_schema_metadata(self, next_metadata: bytes | None) -> None:
@@ -230,6 +242,8 @@ class Exchange:
         if request.operation is not None:
             defaults = replace(defaults, operation=self._parse_operation(request.operation))
         self._defaults = defaults
+        self._asked = True
+        self._check_schema()
         self._take_stream_options(request)
         if request.idempotency_key is not None:
             _check_key(request.idempotency_key)
@@ -298,8 +312,6 @@ class Exchange:
                 self._decoder.close()
         self._table, self._decoder = table, None
         table.listen_end(self._on_end)
-        if self._schema_header is not None:
-            self._require_decoder()
 
     async def _bind_requested(self, request: WriteRequest) -> None:
         """Choose the table that a stream's WriteRequest names, whatever the descriptor says (protocol 3)."""
@@ -329,9 +341,6 @@ class Exchange:
         """Accept one write or reject it; returns whether the message's charge was handed on."""
         await self._settle_schema_metadata(message.app_metadata)
         decoder = self._decoder if self._decoder is not None else self._require_decoder()
-        if not self.acks.writes:
-            # Keys alone, and not for deletes: no data of this stream is accepted (protocol 3).
-            decoder.check_operation(self._defaults.operation)
         if _resumes(message.app_metadata):
             self._resume_with_batch(message.app_metadata)
         number, self._key_next = self._key_next, self._key_next + 1

@@ -30,16 +30,28 @@ class Layout:
         plan: for ``BatchLayout.check``.
         paths: each node's name for people, such as ``s.x``.
         columns: the column that each node belongs to.
+        buffers: each node's kind and how many buffers it has, beside the data buffers of views.
     """
 
     plan: ipc.LayoutPlan
     paths: tuple[str, ...]
     columns: tuple[int, ...]
+    buffers: tuple[tuple[int, int], ...]
 
     def is_column(self, node: int) -> bool:
         """Tell whether a node is a whole column, not a field below one."""
         return node == 0 or self.columns[node] != self.columns[node - 1]
 
+
+#: How many buffers a node of a kind has, where they are not two.
+_BUFFERS: Final = {
+    ipc.KIND_NULL: 0,
+    ipc.KIND_RUNS: 0,
+    ipc.KIND_STRUCT: 1,
+    ipc.KIND_UNION: 1,
+    ipc.KIND_VARIABLE: 3,
+    ipc.KIND_LIST_VIEW: 3,
+}
 
 _FINDINGS: Final = {
     ipc.FOUND_LENGTH: "its length is {found}, expected {expected}",
@@ -72,11 +84,29 @@ def wire_type(type_: pa.DataType) -> pa.DataType:
         return pa.large_list(_wire_field(type_.value_field))
     if types.is_fixed_size_list(type_):
         return pa.list_(_wire_field(type_.value_field), type_.list_size)
+    if types.is_list_view(type_):
+        return pa.list_view(_wire_field(type_.value_field))
+    if types.is_large_list_view(type_):
+        return pa.large_list_view(_wire_field(type_.value_field))
+    if types.is_run_end_encoded(type_):
+        return pa.run_end_encoded(type_.run_end_type, wire_type(type_.value_type))
     if types.is_struct(type_):
         return pa.struct([_wire_field(child) for child in type_])
     if types.is_map(type_):
         return pa.map_(_wire_field(type_.key_field), _wire_field(type_.item_field))
     return type_
+
+
+def is_list_like(type_: pa.DataType) -> bool:
+    """Tell whether a type is one of Arrow's five kinds of list."""
+    types = pa.types
+    return bool(
+        types.is_list(type_)
+        or types.is_large_list(type_)
+        or types.is_fixed_size_list(type_)
+        or types.is_list_view(type_)
+        or types.is_large_list_view(type_)
+    )
 
 
 def _wire_field(field: pa.Field) -> pa.Field:
@@ -92,7 +122,7 @@ def plan_layout(schema: pa.Schema, *, required: bool = False, ranges: Mapping[st
     """Plan the checks of a schema's batches.
 
     Args:
-        schema: any types but unions, list views and run-end encodings, which no table takes.
+        schema: any types.
         required: whether fields that are not nullable may have no nulls.
         ranges: by path, the values that a 32-bit or 64-bit field may have.
     """
@@ -100,7 +130,8 @@ def plan_layout(schema: pa.Schema, *, required: bool = False, ranges: Mapping[st
     for column, field in enumerate(schema):
         walk.column = column
         walk.visit(field, field.name, ipc.FLAG_TOP)
-    return Layout(ipc.LayoutPlan(walk.rules), tuple(walk.paths), tuple(walk.columns))
+    buffers = tuple((kind, _BUFFERS.get(kind, 2)) for kind, *_ in walk.rules)
+    return Layout(ipc.LayoutPlan(walk.rules), tuple(walk.paths), tuple(walk.columns), buffers)
 
 
 class _Walk:
@@ -138,7 +169,13 @@ class _Walk:
         elif types.is_struct(type_):
             for child in type_:
                 self.visit(child, f"{path}.{child.name}")
-        elif types.is_list(type_) or types.is_large_list(type_) or types.is_fixed_size_list(type_):
+        elif types.is_run_end_encoded(type_):
+            self.visit(pa.field("run_ends", type_.run_end_type), f"{path}.run_ends")
+            self.visit(pa.field("values", type_.value_type), f"{path}.values")
+        elif types.is_union(type_):
+            for child in (type_.field(index) for index in range(type_.num_fields)):
+                self.visit(child, f"{path}.{child.name}")
+        elif is_list_like(type_):
             self.visit(type_.value_field, f"{path}.element")
 
 
@@ -159,9 +196,17 @@ def _kind(type_: pa.DataType) -> tuple[int, int]:
         return ipc.KIND_LIST, 4
     if types.is_large_list(type_):
         return ipc.KIND_LIST, 8
+    if types.is_list_view(type_):
+        return ipc.KIND_LIST_VIEW, 4
+    if types.is_large_list_view(type_):
+        return ipc.KIND_LIST_VIEW, 8
     if types.is_struct(type_) or types.is_fixed_size_list(type_):
         return ipc.KIND_STRUCT, 0
+    if types.is_run_end_encoded(type_):
+        return ipc.KIND_RUNS, 0
+    if types.is_union(type_):
+        return (ipc.KIND_UNION if type_.mode == "sparse" else ipc.KIND_DENSE_UNION), 0
     return ipc.KIND_FIXED, type_.bit_width // 8
 
 
-__all__ = ["Layout", "Range", "describe_finding", "plan_layout", "wire_schema", "wire_type"]
+__all__ = ["Layout", "Range", "describe_finding", "is_list_like", "plan_layout", "wire_schema", "wire_type"]

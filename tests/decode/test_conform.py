@@ -7,6 +7,8 @@ from decimal import Decimal
 
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from arka.errors import ErrorCode, InvalidRequest
 from arka.flight.conform import Conformance, plan_conformance, same_bytes
@@ -35,6 +37,17 @@ def mismatch(stream: pa.Schema, table: TableInfo = USERS) -> str:
     with pytest.raises(InvalidRequest) as caught:
         plan_conformance(stream, table)
     assert caught.value.code is ErrorCode.SCHEMA_MISMATCH
+    return caught.value.detail
+
+
+def for_deletes_alone(stream: pa.Schema, table: TableInfo = KEYED) -> str:
+    """Check that a stream may delete and not upsert; return what the latter is told."""
+    plan = plan_conformance(stream, table)
+    assert plan.conformance(Operation.DELETE).schema == table.key_schema()
+    with pytest.raises(InvalidRequest) as caught:
+        plan.conformance(Operation.UPSERT)
+    assert caught.value.code is ErrorCode.SCHEMA_MISMATCH
+    assert caught.value.detail.endswith("the stream fits deletes alone")
     return caught.value.detail
 
 
@@ -114,6 +127,18 @@ def test_nullability_of_the_stream_does_not_matter() -> None:
         (pa.time32("ms"), pa.time64("us")),
         (pa.null(), pa.list_(pa.int64())),
         (pa.large_list(pa.int8()), pa.list_(pa.int64())),
+        (pa.list_view(pa.int8()), pa.list_(pa.int64())),
+        (pa.large_list_view(pa.string_view()), pa.list_(pa.string())),
+        (pa.run_end_encoded(pa.int16(), pa.string_view()), pa.string()),
+        (pa.run_end_encoded(pa.int64(), pa.list_view(pa.int8())), pa.list_(pa.int64())),
+        (pa.int64(), pa.float64()),
+        (pa.int32(), pa.float64()),
+        (pa.uint32(), pa.float64()),
+        (pa.int16(), pa.float32()),
+        (pa.float64(), pa.int64()),
+        (pa.float32(), pa.int64()),
+        (pa.float16(), pa.int64()),
+        (pa.dictionary(pa.int8(), pa.float64()), pa.int64()),
         (pa.list_(pa.string_view(), 2), pa.list_(pa.string())),
         (pa.struct([("b", pa.int8())]), pa.struct([("a", pa.string()), ("b", pa.int64())])),
         (pa.map_(pa.large_string(), pa.int8()), pa.map_(pa.string(), pa.int64())),
@@ -134,8 +159,14 @@ def test_what_widens_is_taken(source: pa.DataType, target: pa.DataType) -> None:
         (pa.timestamp("us", "UTC"), pa.timestamp("us"), "is timestamp[us, tz=UTC], expected timestamp[us]"),
         (pa.int64(), pa.string(), "is int64, expected utf8"),
         (pa.duration("s"), pa.int64(), "is duration[s], expected int64"),
-        (pa.list_view(pa.int64()), pa.list_(pa.int64()), "is list_view<item: int64>, expected list<int64>"),
-        (pa.run_end_encoded(pa.int32(), pa.string()), pa.string(), "expected utf8"),
+        (pa.list_view(pa.string()), pa.list_(pa.int64()), "column 'c.element' is utf8, expected int64"),
+        (pa.run_end_encoded(pa.int32(), pa.string()), pa.int64(), "column 'c' is utf8, expected int64"),
+        (pa.uint64(), pa.float64(), "column 'c' is uint64, expected float64"),
+        (pa.int64(), pa.float32(), "column 'c' is int64, expected float32"),
+        (pa.int32(), pa.float32(), "column 'c' is int32, expected float32"),
+        (pa.float64(), pa.int32(), "column 'c' is float64, expected int32"),
+        (pa.float64(), pa.decimal128(20, 0), "column 'c' is float64, expected decimal128(20, 0)"),
+        (pa.timestamp("us", "Mars/Base"), pa.timestamp("us", "UTC"), "unknown time zone 'Mars/Base'"),
         (pa.dictionary(pa.int8(), pa.string()), pa.int64(), "column 'c' is dictionary<values=utf8"),
         (pa.dictionary(pa.int8(), pa.list_(pa.int64())), pa.list_(pa.int64()), "expected list<int64>"),
         (pa.list_(pa.string()), pa.list_(pa.int64()), "column 'c.element' is utf8, expected int64"),
@@ -165,21 +196,49 @@ def test_a_null_column_goes_into_nullable_columns_only() -> None:
 
 def test_an_upsert_needs_every_column_unless_the_table_says_otherwise() -> None:
     """An upsert replaces the whole row: what is missing would silently become null (protocol 6)."""
-    assert "'arka.partial': 'null'" in mismatch(SCHEMA.remove(1), KEYED)
+    assert "'arka.partial': 'null'" in for_deletes_alone(SCHEMA.remove(1))
     assert not rows_of(SCHEMA.remove(1), PARTIAL).identical
 
 
 def test_a_stream_of_keys_alone_is_for_deletes() -> None:
     """Exactly the key columns are a legal schema; only deletes may then be sent (protocol 3)."""
     keys = pa.schema([SCHEMA.field(0)])
-    plan = plan_conformance(keys, KEYED)
-    assert plan.conformance(Operation.DELETE).identical
-    with pytest.raises(InvalidRequest) as caught:
-        plan.conformance(Operation.UPSERT)
-    assert caught.value.code is ErrorCode.SCHEMA_MISMATCH
-    assert "'age' (int64) is missing" in caught.value.detail
+    assert plan_conformance(keys, KEYED).conformance(Operation.DELETE).identical
+    assert "'age' (int64) is missing" in for_deletes_alone(keys)
     assert not rows_of(keys, PARTIAL).identical
-    assert "'name'" in mismatch(pa.schema([SCHEMA.field(0), SCHEMA.field(1)]), KEYED)
+    assert "'name'" in for_deletes_alone(pa.schema([SCHEMA.field(0), SCHEMA.field(1)]))
+
+
+ODD = pa.dense_union([pa.field("a", pa.int8()), pa.field("b", pa.string())])
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        [("age", pa.string())],
+        [("unknown", pa.int8()), ("AGE", pa.int64())],
+        [("age", pa.int64()), ("age", pa.int64())],
+        [("name", pa.duration("s")), ("at", ODD), ("x", pa.sparse_union([pa.field("a", pa.int8())]))],
+        [("x", pa.month_day_nano_interval()), ("name", pa.dictionary(pa.int8(), pa.list_(pa.int8())))],
+        [("x", pa.decimal256(70, 2)), ("y", pa.null()), ("", pa.struct([])), ("at", pa.timestamp("us", "Mars/Base"))],
+    ],
+)
+def test_a_delete_does_not_look_at_other_columns(others: list[tuple[str, pa.DataType]]) -> None:
+    """Whatever their names and types, and wherever they stand: the stream is one for deletes alone (protocol 3)."""
+    for stream in (pa.schema([("id", pa.int32()), *others]), pa.schema([*others, ("id", pa.int32())])):
+        for_deletes_alone(stream)
+        assert "id" not in mismatch(stream, USERS) or "required" in mismatch(stream, USERS)
+
+
+@pytest.mark.parametrize("key", [("id", pa.string()), ("ID", pa.int64()), ("id", pa.duration("s"))])
+def test_a_stream_whose_keys_do_not_fit_is_for_nothing(key: tuple[str, pa.DataType]) -> None:
+    """Also where its other columns fit."""
+    mismatch(pa.schema([key, *list(SCHEMA)[1:]]), KEYED)
+
+
+def test_a_key_that_appears_twice_is_for_nothing() -> None:
+    """Nobody can say which of the two is meant."""
+    assert "column 'id' appears twice" in mismatch(pa.schema([SCHEMA.field(0), *SCHEMA]), KEYED)
 
 
 def test_a_delete_keeps_the_keys_in_their_order() -> None:
@@ -301,3 +360,88 @@ def test_same_bytes(one: pa.DataType, other: pa.DataType, same: bool) -> None:
     """Only types with the same buffers for the same values may skip the conversion."""
     assert same_bytes(one, other) is same
     assert same_bytes(other, one) is same
+
+
+WHOLE = 2**53
+NUMBERS = st.one_of(
+    st.integers(-(2**63), 2**63 - 1),
+    st.integers(-WHOLE - 2, -WHOLE + 2),
+    st.integers(WHOLE - 2, WHOLE + 2),
+    st.integers(-3, 3),
+)
+FLOATS = st.one_of(st.floats(), NUMBERS.map(float), st.sampled_from([-0.0, 0.5, float("nan"), float("inf"), 2.0**63]))
+
+
+def exact(value: float | None) -> bool:
+    """The contract's words, in Python (protocol 6)."""
+    return value is None or (abs(value) <= WHOLE and value == int(value))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data(), st.sampled_from([(pa.int64(), pa.float64()), (pa.float64(), pa.int64())]), st.booleans())
+def test_whole_numbers_go_both_ways(data: st.DataObject, types: tuple[pa.DataType, pa.DataType], nested: bool) -> None:
+    """Where every value is exact the batch is what Arrow's own cast makes of it; else the first other row is named."""
+    source, target = types
+    values = data.draw(st.lists(st.none() | (NUMBERS if source == pa.int64() else FLOATS), max_size=6))
+    array, wanted = pa.array(values, source), target
+    if nested:
+        array = pa.ListArray.from_arrays(range(len(values) + 1), array)
+        wanted = pa.list_(target)
+    conformance = rows_of(pa.schema([("c", array.type)]), make_table(pa.schema([("c", wanted)])))
+    batch = pa.record_batch([array], names=["c"])
+    first = next((row for row, value in enumerate(values) if not exact(value)), None)
+    if first is None:
+        assert conformance.apply(batch).column(0).to_pylist() == array.cast(wanted).to_pylist()
+        return
+    with pytest.raises(InvalidRequest, match=rf"column 'c': row {first} holds ") as caught:
+        conformance.apply(batch)
+    assert caught.value.code is ErrorCode.INVALID_BATCH
+    assert "expected a whole number from -2^53 to 2^53" in caught.value.detail
+
+
+@pytest.mark.parametrize(
+    ("array", "target", "row"),
+    [
+        (pa.array([1.0, None, 2.5], pa.float32()), pa.int64(), 2),
+        (pa.array([1.0, float("nan")], pa.float16()), pa.int64(), 1),
+        (pa.array([[1.0], [], None, [2.0, 3.0, 0.5]]), pa.list_(pa.int64()), 3),
+        (pa.array([[[1.0]], [[], [2.0, 1e300]]]), pa.list_(pa.list_(pa.int64())), 1),
+        (pa.array([{"x": 1.0}, None, {"x": 1.5}]), pa.struct([("x", pa.int64())]), 2),
+        (pa.array([[("k", 2**53)], [("k", 2**53 + 1)]], pa.map_(pa.string(), pa.int64())),
+         pa.map_(pa.string(), pa.float64()), 1),
+        (pa.array([1.0, 1.5, 1.0]).dictionary_encode(), pa.int64(), 1),
+        (pa.array([0, 0, 0, 1001]).view(pa.timestamp("ns")), pa.timestamp("us"), 3),
+        (pa.array([0, 5000, 1]).view(pa.time64("ns")), pa.time64("us"), 2),
+        (pa.array([0, 999]).view(pa.timestamp("ns", "Asia/Tokyo")), pa.timestamp("us", "UTC"), 1),
+        (pa.array([[0], [0, 1]], pa.list_(pa.timestamp("ns"))), pa.list_(pa.timestamp("us")), 1),
+    ],
+)  # fmt: skip
+def test_the_first_row_that_does_not_fit_is_named(array: pa.Array, target: pa.DataType, row: int) -> None:
+    """Nested or not, and never cut to what would fit."""
+    conformance = rows_of(pa.schema([("c", array.type)]), make_table(pa.schema([("c", target)])))
+    with pytest.raises(InvalidRequest, match=rf"column 'c': row {row} holds "):
+        conformance.apply(pa.record_batch([array], names=["c"]))
+
+
+def test_what_no_row_names_need_not_fit() -> None:
+    """A dictionary may hold values that the table cannot, and a null parent may hide some."""
+    for values, target in (
+        (pa.array([1.0, 1.5, 2.0]), pa.int64()),
+        (pa.array([1000, 1, 2000]).view(pa.timestamp("ns")), pa.timestamp("us")),
+    ):
+        array = pa.DictionaryArray.from_arrays(pa.array([2, None, 0]), values)
+        conformance = rows_of(pa.schema([("c", array.type)]), make_table(pa.schema([("c", target)])))
+        made = conformance.apply(pa.record_batch([array], names=["c"]))
+        assert made.column(0).to_pylist() == values.take(pa.array([2, None, 0])).cast(target).to_pylist()
+    hidden = pa.StructArray.from_arrays([pa.array([1.5, 2.0])], names=["x"], mask=pa.array([True, False]))
+    table = make_table(pa.schema([("c", pa.struct([("x", pa.int64())]))]))
+    made = rows_of(pa.schema([("c", hidden.type)]), table).apply(pa.record_batch([hidden], names=["c"]))
+    assert made.column(0).to_pylist() == [None, {"x": 2}]
+
+
+def test_nanoseconds_that_are_whole_microseconds_are_taken() -> None:
+    """A table of microseconds takes a stream of nanoseconds where nothing is cut off."""
+    for source, target in ((pa.timestamp("ns"), pa.timestamp("us")), (pa.time64("ns"), pa.time64("us"))):
+        conformance = rows_of(pa.schema([("c", source)]), make_table(pa.schema([("c", target)])))
+        made = conformance.apply(pa.record_batch([pa.array([1000, None, 0]).view(source)], names=["c"]))
+        assert made.column(0).view(pa.int64()).to_pylist() == [1, None, 0]

@@ -146,11 +146,18 @@ def test_no_table_is_named(server: ServerProcess) -> None:
     assert message.startswith("[invalid_request]")
 
 
-def test_wrong_schema_names_every_difference(client: flight.FlightClient, table: str) -> None:
-    """A schema that does not fit ends the stream with every difference at once, before any data is accepted."""
+@pytest.mark.parametrize("first", ["request", "batch"])
+def test_wrong_schema_names_every_difference(client: flight.FlightClient, table: str, first: str) -> None:
+    """A schema that does not fit ends the stream with every difference at once, before any data is accepted.
+
+    It is checked when the first batch or WriteRequest comes (protocol 3).
+    """
     create(client, table, FIELDS)
     wrong = pa.schema([("n", pa.string()), ("word", pa.int64()), ("extra", pa.int32()), ("flag", pa.bool_())])
-    message = Stream(client, table, wrong).failure()
+    stream = Stream(client, table, wrong, **({"requested_durability": "memory"} if first == "request" else {}))
+    if first == "batch":
+        stream.write(pa.RecordBatch.from_arrays([pa.nulls(1, field.type) for field in wrong], schema=wrong))
+    message = stream.failure()
     assert message.startswith("ArrowInvalid"), message
     assert f"[schema_mismatch] Schema mismatch for default.{table}: " in message
     for difference in ("column 'n' is utf8, expected int64", "column 'word' is int64, expected utf8", "'extra'"):
@@ -163,7 +170,7 @@ def test_missing_required_column(client: flight.FlightClient, table: str) -> Non
     """A stream may leave nullable columns out, never a required one."""
     create(client, table, FIELDS)
     write_all(client, table, [numbers([1])])
-    message = Stream(client, table, pa.schema([("word", pa.string())])).failure()
+    message = Stream(client, table, pa.schema([("word", pa.string())]), acks="each").failure()
     assert "[schema_mismatch]" in message
     assert "'n'" in message
 
@@ -656,7 +663,7 @@ def test_messages_for_people(client: flight.FlightClient, table: str) -> None:
     create(client, table)
     texts: list[str] = [
         Stream(client, "nowhere").failure(),
-        Stream(client, table, pa.schema([("x", pa.int64())])).failure(),
+        Stream(client, table, pa.schema([("x", pa.int64())]), acks="each").failure(),
         failure_of(action, client, "CreateTable", name=table),
     ]
     stream: Any = Stream(client, table)

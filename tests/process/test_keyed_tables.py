@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 from collections.abc import Callable
 from typing import Any
@@ -164,23 +165,37 @@ def test_null_keys_cost_their_batch(client: flight.FlightClient, table: str) -> 
 
 
 def test_keys_alone_are_for_deletes(client: flight.FlightClient, table: str) -> None:
-    """A stream of keys whose operation is not delete ends before any data is accepted, naming what it lacks."""
+    """A stream of keys deletes; an upsert on it costs itself alone, first or not, and names what it lacks."""
     make(client, table)
-    stream = Stream(client, table, KEYS, requested_durability="memory")
-    stream.write(keys((1, "x")))
-    failure = stream.failure()
-    assert "[schema_mismatch]" in failure
-    assert "'name'" in failure
-    # What a batch says of itself does not make up for it.
-    stream = Stream(client, table, KEYS, requested_durability="memory")
-    stream.write(keys((1, "x")), operation="delete")
-    assert "[schema_mismatch]" in stream.failure()
-    # Once writes are on their way, one that is wrong costs itself alone.
-    stream = Stream(client, table, KEYS, requested_durability="memory", operation="delete")
-    stream.write(keys((1, "x")))
-    stream.write(keys((1, "x")), operation="upsert")
-    stream.write(keys((1, "x")))
-    assert failing(stream.finish()) == [(1, "schema_mismatch")]
+    for default in ("upsert", "delete"):
+        stream = Stream(client, table, KEYS, requested_durability="memory", operation=default)
+        for operation in ("upsert", "delete", "upsert", "delete"):
+            stream.write(keys((1, "x")), operation=operation)
+        acks = stream.finish()
+        assert failing(acks) == [(0, "schema_mismatch"), (2, "schema_mismatch")]
+        assert all("'name'" in ack["error"] for ack in acks if ack["error"] is not None)
+
+
+def test_deletes_with_any_other_columns(client: flight.FlightClient, table: str) -> None:
+    """Some of the others, in other types, or unknown ones: a delete looks at its key alone."""
+    make(client, table)
+    write_all(client, table, [rows((1, 1, "a", "x"), (2, 2, "b", "x"), (3, 3, "c", "x"), (4, 4, "d", "x"))])
+    key = keys((1, "x"))
+    others: list[dict[str, Any]] = [
+        {"name": pa.array([7], pa.int64())},
+        {"unknown": pa.array([[1]], pa.list_view(pa.int8())), "name": pa.nulls(1)},
+        {"name": pa.array(["a"]).dictionary_encode(), "gap": pa.array([datetime.timedelta(1)])},
+    ]
+    for number, other in enumerate(others, start=1):
+        columns = {**other, **dict(zip(key.schema.names, keys((number, "x")).columns, strict=True))}
+        batch = pa.record_batch(columns)
+        stream = Stream(client, table, batch.schema, requested_durability="iceberg_committed", operation="delete")
+        stream.write(batch)
+        stream.write(batch, operation="upsert")
+        acks = stream.finish()
+        assert failing(acks) == [(1, "schema_mismatch")]
+    ticket = flight.Ticket(json.dumps({"table_name": table, "columns": ["id"]}).encode())
+    assert client.do_get(ticket).read_all().to_pydict() == {"id": [4]}
 
 
 def test_operations_that_are_not(client: flight.FlightClient, table: str) -> None:
