@@ -72,6 +72,11 @@ class Limits:
     memory_bytes: int = option(GIB, "Ledger of received bytes not yet on disk.", at_least=16 * MIB)
     disk_bytes: int = option(64 * GIB, "Bytes of WAL, parked writes and spill files.", at_least=64 * MIB)
     disk_free_bytes: int = option(GIB, "Free space kept beside what accepted writes still need.", at_least=0)
+    stall_s: float = option(
+        30.0,
+        "How long writes wait, and their streams get no window, while the disk has no room; then they are refused.",
+        at_least=0,
+    )
     message_bytes: int = option(256 * MIB, "Largest gRPC message; a larger one ends its stream.", at_least=64 * KIB)
     batch_bytes: int = option(128 * MIB, "Largest batch body; a larger one gets an error ack.", at_least=64 * KIB)
     batch_rows: int = option(2**24, "Most rows of one batch.", at_least=1)

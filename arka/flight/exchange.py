@@ -24,6 +24,7 @@ from arka.options import Limits
 from arka.records import Operation, TableName, TableType, Tier, WriteRequest, parse_write_request
 from arka.storage.threads import run_compute
 from arka.tiers.pipeline import Pipeline
+from arka.tiers.room import NoRoom, Room
 from arka.tiers.table import Ending, Table
 from arka.tiers.watermarks import Advance
 
@@ -65,11 +66,14 @@ class Exchange:
         *,
         find: Callable[[TableName], Awaitable[Table]],
         form: AckForm,
+        follow: Callable[[Room], None] | None = None,
     ) -> None:
         self._pipeline = pipeline
         self._limits = limits
         self._find = find
         self._outbound = outbound
+        # Told whose room holds the stream back.
+        self._follow = follow
         self._table: Table | None = None
         # Whether table_name chose the table: the descriptor may repeat until the schema (T12) and yields to it.
         self._named_by_request = False
@@ -312,6 +316,8 @@ class Exchange:
                 self._decoder.close()
         self._table, self._decoder = table, None
         table.listen_end(self._on_end)
+        if self._follow is not None:
+            self._follow(table.room)
 
     async def _bind_requested(self, request: WriteRequest) -> None:
         """Choose the table that a stream's WriteRequest names, whatever the descriptor says (protocol 3)."""
@@ -344,20 +350,35 @@ class Exchange:
         if _resumes(message.app_metadata):
             self._resume_with_batch(message.app_metadata)
         number, self._key_next = self._key_next, self._key_next + 1
-        try:
-            options = self._check_write(decoder, message, number)
-            if decoder.needs_thread(message, options.operation):
-                decoded = await run_compute(decoder.decode, message, options.operation)
+        while True:
+            try:
+                await self._take_write(decoder, message, number)
+            except NoRoom as error:
+                # Its stream gets no window meanwhile, and what comes behind it waits behind it.
+                await error.room.wait()
+                decoder = self._require_decoder()
+            except (Unavailable, trio.Cancelled):
+                raise
+            except ArkaError as error:
+                self._reject(error)
+                return False
             else:
-                decoded = decoder.decode(message, options.operation)
-            self._accept(decoded, options, message)
-        except (Unavailable, trio.Cancelled):
-            raise
-        except ArkaError as error:
-            self._reject(error)
-            return False
-        self._tell()
-        return True
+                self._tell()
+                return True
+
+    async def _take_write(self, decoder: BatchDecoder, message: FlightMessage, number: int) -> None:
+        """Accept one write.
+
+        Raises:
+            NoRoom: nothing was done; it may be tried again.
+            ArkaError: why it is refused.
+        """
+        options = self._check_write(decoder, message, number)
+        if decoder.needs_thread(message, options.operation):
+            decoded = await run_compute(decoder.decode, message, options.operation)
+        else:
+            decoded = decoder.decode(message, options.operation)
+        self._accept(decoded, options, message)
 
     def handle_at_once(self, message: FlightMessage) -> bool:
         """Take one message of the stream without waiting, if it is a batch like those before it.
@@ -386,7 +407,7 @@ class Exchange:
             return self._reject_at_once(message, error)
         try:
             self._accept(decoded, options, message)
-        except Unavailable:
+        except (Unavailable, NoRoom):
             # Nothing has an LSN yet.
             return False
         except ArkaError as error:

@@ -20,6 +20,7 @@ import trio
 from arka._core.wire import INITIAL_WINDOW, FlightMessage, MessageAssembler
 from arka.errors import ArkaError, ErrorCode
 from arka.tiers.admission import Charge, Ledger
+from arka.tiers.room import Room
 
 #: Window bytes owed to the peer, below which a WINDOW_UPDATE is put off while the window is half open.
 _CREDIT_BYTES: Final = INITIAL_WINDOW // 4
@@ -179,6 +180,8 @@ class StreamIntake:
         self._deferred = 0
         self._owed = 0
         self._withheld = False
+        # Where the stream's messages go; it gets no window while that holds back.
+        self._room: Room | None = None
         self._recent = 0
         self._error: Exception | None = None
         self._wakeup = Wakeup()
@@ -227,6 +230,13 @@ class StreamIntake:
         That saves a FlightData message a task switch. What ``taker`` raises, ``receive`` raises.
         """
         self._taker = taker
+
+    def follow(self, room: Room) -> None:
+        """Give no window while ``room`` holds back; what was granted already may still come."""
+        before, self._room = self._room, room
+        if before is not None:
+            before.unlisten(self._on_room)
+            self._on_room()
 
     # -- the reader's side ------------------------------------------------------------------------
 
@@ -344,12 +354,25 @@ class StreamIntake:
         if self._base is not None:
             self._base.release()
             self._base = None
+        if self._room is not None:
+            self._room.unlisten(self._on_room)
+            self._room = None
 
     # -- charges ----------------------------------------------------------------------------------
 
     @property
     def _closed(self) -> bool:
+        room = self._room
+        if room is not None and room.held:
+            # Whoever asks goes without: the room says when to ask again.
+            room.listen(self._on_room)
+            return True
         return self._withheld or self._inbox_cost > _INBOX_BYTES
+
+    def _on_room(self) -> None:
+        """The room lets writes in again, or refuses them: either way they may come."""
+        if not self._closed:
+            self._reopen()
 
     def _request(self, total: int) -> None:
         """Ask for a whole message, without holding anything meanwhile (R22)."""

@@ -24,6 +24,7 @@ from arka.errors import ArkaError, InvalidRequest
 from arka.flight.flow import StreamIntake, Taker
 from arka.flight.outbound import Outbox, StreamOutput
 from arka.flight.status import OK, RpcError, RpcStatus, Status, status_of
+from arka.tiers.room import Room
 
 log = structlog.get_logger(__name__)
 
@@ -83,6 +84,10 @@ class Call:
                 returns it. What it raises, ``receive`` raises.
         """
         self._intake.set_taker(taker)
+
+    def follow(self, room: Room) -> None:
+        """Give the client's stream no window while ``room`` holds back."""
+        self._intake.follow(room)
 
     async def send(self, *parts: bytes | memoryview) -> None:
         """Send one message, made of ``parts``; waits while the stream's send buffer is full.

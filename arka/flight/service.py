@@ -138,7 +138,7 @@ class FlightService:
         await self._write_stream(call, AckForm.PUT_RESULT)
 
     async def _write_stream(self, call: Call, form: AckForm) -> None:
-        exchange = Exchange(self._pipeline, self._limits, call, find=self._find, form=form)
+        exchange = Exchange(self._pipeline, self._limits, call, find=self._find, form=form, follow=call.follow)
         call.attach_outbox(exchange)
         try:
             if await self._read_writes(call, exchange):
@@ -347,6 +347,7 @@ class FlightService:
             "properties": dict(info.properties),
             "state": table.state.value,
             "reason": table.ending.detail if table.ending is not None else None,
+            "holding_back": table.room.reason,
             "watermarks": {tier.word: lsn for tier, lsn in marks.items()},
             "lag": {
                 "writes_from_lsn": table.backlog.first_lsn,

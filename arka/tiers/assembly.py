@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 from uuid import UUID
 
 from arka._core.framing import KIND_LOST
 from arka._core.lsn import LsnAllocator
-from arka.options import Settings
+from arka.options import MIB, Settings
 from arka.records import LsnRange, Tier
 from arka.storage.ports import Catalog, Disk, ObjectStore
 from arka.storage.threads import run_compute
@@ -43,6 +43,8 @@ from arka.wal.writer import WalWriter
 #: The log's folder in the data directory, and that of what is brought back from parking.
 WAL_FOLDER: Final = "wal"
 _PARKED_FOLDER: Final = "parked"
+#: At least so many segments fit into ``limits.disk_bytes``.
+_SEGMENTS: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +131,9 @@ async def assemble(
         OSError: the disk failed.
     """
     node_id, log_uuid, epoch = settings.server.node_id, found.state.state.log_uuid, found.state.state.epoch
+    # A segment goes as a whole: of a small limit it must be a small part, else the log stops and goes in turns.
+    part = max(settings.limits.disk_bytes // _SEGMENTS, MIB)
+    wal_options = replace(settings.wal, segment_bytes=min(settings.wal.segment_bytes, part))
     recovered, keys, clock = found.recovered, found.keys, LogClock(found.checkpoints.clock_us)
     writer = await WalWriter.open(
         found.data_dir / WAL_FOLDER,
@@ -136,7 +141,7 @@ async def assemble(
         log_uuid=log_uuid,
         epoch=epoch,
         first_segment=recovered.next_segment,
-        options=settings.wal,
+        options=wal_options,
     )
     memory = MemoryTier(found.allocator, keys)
     found_lost = [*found.replay.lost, *_note_lost(memory, found)]
@@ -157,6 +162,7 @@ async def assemble(
         free_bytes=settings.limits.disk_free_bytes,
         used_bytes=sum(segment.end_bytes for segment in recovered.segments),
         read_free=world.read_free,
+        stall_s=settings.limits.stall_s,
     )
     parking = Parking(
         world.store,
@@ -193,6 +199,7 @@ async def assemble(
         log_uuid=log_uuid,
         node_id=node_id,
         make_committer=make_committer,
+        room=space.room,
     )
     release = LogRelease(
         checkpoint_store,
@@ -213,7 +220,7 @@ async def assemble(
     parts = Parts(memory, writer, found.state, objects, uplink, tables, marks, keys, space, release)
     pipeline = Pipeline(log_uuid, parts, settings, survival=world.survival)
     # A segment more than is owed: the next one is allocated whole before the active one is full.
-    space.count_owed(lambda: settings.wal.segment_bytes + pipeline.owed_bytes(world.shared))
+    space.count_owed(lambda: wal_options.segment_bytes + pipeline.owed_bytes(world.shared), pipeline.unwritten_bytes)
     reservation = LsnReservation(found.allocator, found.state, reserve_store_block=uplink.reserve_block)
     return OpenLog(pipeline, reservation, log_uuid, epoch, recovered.last_lsn, found.first_lsn)
 

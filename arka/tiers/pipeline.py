@@ -9,7 +9,7 @@ table's failure stays in the table.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -20,7 +20,7 @@ import trio
 
 from arka._core.buffers import FrameBuffer
 from arka._core.framing import KIND_BATCH, crc32c, run_end
-from arka.errors import ArkaError, Closed, ErrorCode, Fenced, OutcomeUnknown, Unavailable
+from arka.errors import AdmissionRejected, ArkaError, Closed, ErrorCode, Fenced, OutcomeUnknown, Unavailable
 from arka.options import Settings
 from arka.records import Operation, Tier
 from arka.tiers.disk import DiskTier
@@ -28,7 +28,8 @@ from arka.tiers.keys import KeyIndex
 from arka.tiers.memory import Appended, MemoryTier, Releasable
 from arka.tiers.objects import ObjectTier
 from arka.tiers.release import LogRelease
-from arka.tiers.space import DiskSpace, SharedRoom
+from arka.tiers.room import Room
+from arka.tiers.space import POLL_S, DiskSpace, SharedRoom
 from arka.tiers.table import Table
 from arka.tiers.tables import Tables
 from arka.tiers.uplink import Taken, Uplink
@@ -114,6 +115,7 @@ class Pipeline:
         #: How long a read may keep frames in the log.
         self.read_pin_s = settings.limits.read_pin_s
         self._release = parts.release
+        self._key_room = Room("keys", settings.limits.stall_s)
         self._commit_interval_s = settings.iceberg.commit_interval_s
         self._disk_tier = DiskTier(
             parts.memory,
@@ -145,7 +147,7 @@ class Pipeline:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._run_disk)
             nursery.start_soon(self._writer.keep_spare)
-            nursery.start_soon(self._space.run)
+            nursery.start_soon(self._watch_rooms)
             link = partial(self.uplink.run, self._state, self._objects, self._recovered_lsn)
             nursery.start_soon(self.guard_log, link)
             nursery.start_soon(self.guard_log, self._objects.run)
@@ -248,6 +250,7 @@ class Pipeline:
             requested: the tier whose ack its writer waits for.
 
         Raises:
+            NoRoom: there is no room now: wait for it and try again; the charge stays with the caller.
             ArkaError: ``table_dropped``, ``table_stopped``, ``overloaded`` or ``unavailable``; the charge
                 stays with the caller.
         """
@@ -255,7 +258,7 @@ class Pipeline:
         if known is None:
             self._check_open(table)
             if key:
-                self._keys.check_room()
+                self._check_key_room()
         else:
             # A resend is answered whatever the gates say: refusing it would say that it is not in the table.
             self._check_known(table, known.lsn)
@@ -287,7 +290,32 @@ class Pipeline:
             raise Unavailable("The server is draining: reconnect to the same node and resume")
         table.check_active()
         table.info.check_owner(self.log_uuid)
-        self._space.check()
+        if table.room.shut:
+            table.room.check()
+
+    def _check_key_room(self) -> None:
+        """Let a write with a new key in where another key can be remembered."""
+        try:
+            self._keys.check_room()
+        except AdmissionRejected as error:
+            self._key_room.close(error.detail)
+            self._key_room.check()
+        else:
+            self._key_room.open()
+
+    async def _watch_rooms(self) -> None:
+        """Look once a second whether what holds writes back has passed, until cancelled."""
+        while True:
+            await trio.sleep(POLL_S)
+            self._space.look()
+            if self._key_room.shut:
+                with suppress(AdmissionRejected):
+                    self._check_key_room()
+                self._key_room.tick()
+            if self._space.log_full and self._release.last_holds_all(self.needed_from()):
+                # Only a segment that is followed by another one may go.
+                self._writer.roll()
+                self.tables.log_something()
 
     def _check_known(self, table: Table, lsn: int) -> None:
         """Refuse to answer for a known write whose own outcome nobody can say now."""
@@ -325,13 +353,17 @@ class Pipeline:
         needed = self.tables.needed_from(uploaded_lsn)
         return above if needed is None else min(above, needed)
 
+    def unwritten_bytes(self) -> int:
+        """How many bytes of the log were accepted and are not on the disk yet."""
+        return self.memory.queued_bytes + self._disk_tier.writing_bytes
+
     def owed_bytes(self, shared: SharedRoom) -> int:
         """How many bytes accepted writes will still take on the log's file system (R23).
 
         Args:
             shared: which tiers write there too.
         """
-        queued = self.memory.queued_bytes + self._disk_tier.writing_bytes
+        queued = self.unwritten_bytes()
         # Checkpoints are kept on the log's disk too.
         owed = queued + self._release.owed_bytes
         if shared.store:

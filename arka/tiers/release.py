@@ -178,6 +178,14 @@ class LogRelease:
         else:
             self._held.append(_HeldSegment(ref, last_lsn, size))
 
+    def last_holds_all(self, needed: int) -> bool:
+        """Whether nothing of the log is needed any more, and the one segment that is left may still be active.
+
+        Args:
+            needed: the least LSN that a later tier still needs.
+        """
+        return len(self._held) == 1 and not self._doomed and self._held[0].last_lsn < needed
+
     def remembered_lost(self) -> list[LostRange]:
         """The lost ranges whose retention is not over (R3)."""
         oldest_us = self._clock.now_us() - self._retention_us

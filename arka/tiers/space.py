@@ -13,19 +13,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
-import structlog
 import trio
 
 from arka.errors import AdmissionRejected
-
-log = structlog.get_logger(__name__)
+from arka.options import GIB
+from arka.tiers.room import Room
 
 #: How often the file system's free space is asked for, in seconds; one statvfs is a few microseconds.
-_POLL_S: Final = 1.0
-#: Writes are let in again below this share of the limit, so that the gate does not flap.
-_LOW_SHARE: Final = 0.9
-
-
+POLL_S: Final = 1.0
+#: The part of the limit, and the most bytes, that writes leave to answers of DoGet.
+_ANSWERS_PART: Final = 8
+_ANSWERS_BYTES: Final = GIB
+#: The part of the free bytes that answers may use while writes are held back.
+_FREE_PART: Final = 4
 #: How many bytes may come to be owed for each byte that is accepted: its frame in the log, its object, its data file.
 _MAX_OWED: Final = 3
 
@@ -44,7 +44,15 @@ NOT_SHARED: Final = SharedRoom(store=False, warehouse=False)
 class DiskSpace:
     """The gate in front of the log. Used from trio's thread only."""
 
-    def __init__(self, *, limit_bytes: int, free_bytes: int, used_bytes: int, read_free: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        *,
+        limit_bytes: int,
+        free_bytes: int,
+        used_bytes: int,
+        read_free: Callable[[], int],
+        stall_s: float = 0.0,
+    ) -> None:
         """Set the marks.
 
         Args:
@@ -52,21 +60,27 @@ class DiskSpace:
             free_bytes: least free bytes of the file system, beside what is owed.
             used_bytes: bytes of WAL now.
             read_free: returns the file system's free bytes; must not block for long.
+            stall_s: how long writes wait for room, in seconds, before they are refused.
         """
+        self.room = Room("disk", stall_s)
         self._limit_bytes = limit_bytes
         self._free_bytes = free_bytes
         self._used_bytes = used_bytes
         self._read_free = read_free
         self._owed_bytes: Callable[[], int] = int
+        self._unwritten_bytes: Callable[[], int] = int
         # What else takes room of the limit, by kind: spill files, parked writes.
         self._held: dict[str, int] = {}
         # Room of files that are being written.
         self._spilling = 0
         self._free = read_free()
-        # What had to stay free at the last look, and the bytes that were accepted since.
+        # What had to stay free at the last look, and how many bytes may be accepted until the next one.
         self._kept = 0
-        self._accepted = 0
-        self._refusing: str | None = None
+        self._left = 0
+        # Where writes stop: the limit, without what is left to answers.
+        self._mark = limit_bytes
+        #: Whether the log has reached its limit: that passes when later tiers let go of it.
+        self.log_full = False
         self._judge()
 
     @property
@@ -74,34 +88,27 @@ class DiskSpace:
         """Bytes of WAL on disk, and of what else counts against the limit."""
         return self._used_bytes + sum(self._held.values())
 
-    def count_owed(self, owed_bytes: Callable[[], int]) -> None:
+    def count_owed(self, owed_bytes: Callable[[], int], unwritten_bytes: Callable[[], int] = int) -> None:
         """Keep room for what accepted writes will still write to this file system.
 
         Args:
             owed_bytes: returns how much that is now; asked about once a second, and more often near the mark.
+            unwritten_bytes: returns how much of the log was accepted and is not on the disk yet.
         """
         self._owed_bytes = owed_bytes
+        self._unwritten_bytes = unwritten_bytes
         self._judge()
-
-    def check(self) -> None:
-        """Let a write in or refuse it.
-
-        Raises:
-            AdmissionRejected: ``overloaded``, with the figures.
-        """
-        if self._refusing is not None:
-            raise AdmissionRejected(self._refusing)
 
     def note_accepted(self, size: int) -> None:
         """Count bytes that were let in: between two looks, they are all that can fill the disk."""
-        self._accepted += size
-        if self._free - self._accepted * _MAX_OWED < self._kept:
+        self._left -= size
+        if self._left < 0:
             self._look()
 
     def note_written(self, size: int) -> None:
         """Count bytes that were written to the log."""
         self._used_bytes += size
-        if self.used_bytes > self._limit_bytes:
+        if self.used_bytes > self._mark:
             self._judge()
 
     def note_released(self, size: int) -> None:
@@ -130,7 +137,8 @@ class DiskSpace:
             AdmissionRejected: ``overloaded``: there is no room.
         """
         self._look()
-        room = min(self._limit_bytes - self.used_bytes - self._spilling, self._free - self._kept) // 2
+        kept = self._kept - self._free_bytes // _FREE_PART
+        room = min(self._limit_bytes - self.used_bytes - self._spilling, self._free - kept) // 2
         if room <= 0:
             raise AdmissionRejected(
                 f"The disk has no room for an answer: {self._free} bytes are free, {self._kept} are kept "
@@ -144,40 +152,46 @@ class DiskSpace:
             self._look()
 
     async def run(self) -> None:
-        """Watch the file system until cancelled."""
+        """Watch the file system, and how long writes have waited, until cancelled."""
         while True:
-            await trio.sleep(_POLL_S)
-            self._look()
+            await trio.sleep(POLL_S)
+            self.look()
+
+    def look(self) -> None:
+        """Look at the file system, and at how long writes have waited; to be called every ``POLL_S``."""
+        self._look()
+        self.room.tick()
 
     def _look(self) -> None:
         self._free = self._read_free()
-        self._accepted = 0
         self._judge()
 
     def _judge(self) -> None:
-        slack = _LOW_SHARE if self._refusing is not None else 1.0
-        owed = self._owed_bytes()
-        self._kept = self._free_bytes + owed + self._spilling
+        self._kept = self._free_bytes + self._owed_bytes() + self._spilling
         used = self.used_bytes
-        reason = None
-        if used > self._limit_bytes * slack:
+        coming = self._unwritten_bytes()
+        # Answers that are there or are being written count in the part that is theirs first.
+        spilled = self._held.get("spill", 0) + self._spilling
+        answers = max(min(self._limit_bytes // _ANSWERS_PART, _ANSWERS_BYTES) - spilled, 0)
+        self._mark = self._limit_bytes - answers
+        left = self._mark - used - coming
+        free_left = (self._free - self._kept) // _MAX_OWED
+        self._left = min(left, free_left)
+        self.log_full = left <= 0
+        if self.log_full:
             held = "".join(f", {size} of them {kind}" for kind, size in self._held.items() if size)
-            reason = (
-                f"The log holds {used} bytes that later tiers still need{held}; the limit is "
-                f"{self._limit_bytes} (limits.disk_bytes): retry later"
+            self.room.close(
+                f"The log holds {used + coming} bytes that later tiers still need{held}; the limit is "
+                f"{self._limit_bytes} (limits.disk_bytes), {answers} of it are left to answers of DoGet"
             )
-        elif self._free < self._kept / slack:
-            reason = (
+        elif self._free < self._kept:
+            self.room.close(
                 f"The disk is nearly full: the log's file system has {self._free} bytes free, at least "
                 f"{self._kept} are kept: {self._free_bytes} (limits.disk_free_bytes) and the rest for what accepted "
-                "writes and reads still need: retry later"
+                "writes and reads still need"
             )
-        if (reason is None) != (self._refusing is None):
-            if reason is not None:
-                log.warning("disk.refusing", reason=reason)
-            else:
-                log.info("disk.accepting", used_bytes=used, free_bytes=self._free, owed_bytes=owed)
-        self._refusing = reason
+        else:
+            self.room.open()
 
 
-__all__ = ["NOT_SHARED", "DiskSpace", "SharedRoom"]
+__all__ = ["NOT_SHARED", "POLL_S", "DiskSpace", "SharedRoom"]

@@ -18,6 +18,7 @@ from arka.errors import ArkaError, ErrorCode
 from arka.records import TableInfo, Tier
 from arka.storage.ports import CatalogTable, TableFrames
 from arka.tiers.backlog import Backlog, Cut
+from arka.tiers.room import Room
 from arka.tiers.watermarks import Watermark
 
 
@@ -69,6 +70,8 @@ class Table:
         self.known_from_lsn = known_from_lsn
         self.committed = Watermark(Tier.ICEBERG_COMMITTED, committed_lsn, snapshot_id)
         self.backlog = Backlog()
+        #: Whether its writes are let in: below the log's room once the table is in the node's list.
+        self.room = Room("table", table=str(info.name))
         #: The schemas that waiting frames may use, by id (R24).
         self.schemas = {info.schema_id: info.schema}
         #: The last LSN given to a write of this table; recovery raises it.
@@ -166,6 +169,7 @@ class Table:
         self.ending = ending
         for listener in tuple(self._end_listeners):
             listener(ending)
+        self.room.detach()
         self.wake()
 
     def stop(self, detail: str) -> None:

@@ -33,6 +33,7 @@ from arka.tiers.keys import KeyIndex
 from arka.tiers.logclock import LogClock
 from arka.tiers.memory import MemoryTier
 from arka.tiers.parking import Parking
+from arka.tiers.room import Room
 from arka.tiers.table import Ending, Table, TableState
 from arka.tiers.watermarks import Watermark
 
@@ -97,6 +98,7 @@ class Tables:
         log_uuid: UUID,
         node_id: str,
         make_committer: Callable[[Table], TableCommitter],
+        room: Room,
     ) -> None:
         """Join the list to what it is about.
 
@@ -110,7 +112,9 @@ class Tables:
             log_uuid: the log.
             node_id: whose log it is, for people.
             make_committer: makes the task that commits a table.
+            room: the log's room for new writes.
         """
+        self._room = room
         self.catalog = catalog
         self._memory = memory
         self._disk = disk
@@ -190,6 +194,13 @@ class Tables:
             KnownTable(table.info, max(table.committed.lsn, table.recorded_lsn), table.known_from_lsn)
             for table in tables
         ]
+
+    def log_something(self) -> None:
+        """Put a record that changes nothing into the log: one of its tables, once more as it is."""
+        for table in self._by_uuid.values():
+            if table.is_committing:
+                ddl.log_created(self._memory, table.info, table.info.location[-8:])
+                return
 
     def note_committed(self, table: Table) -> None:
         """Start the retention of the keys that a table holds (R21)."""
@@ -373,6 +384,7 @@ class Tables:
 
     def _add(self, table: Table) -> None:
         self._by_uuid[table.info.uuid] = table
+        table.room.put_below(self._room)
         self.note_committed(table)
         named = self._by_name.get(table.info.name)
         if named is None or named.state is not TableState.ACTIVE:

@@ -69,6 +69,8 @@ class WalWriter:
         # Invariant: whoever touches _active, _next_segment, _last_lsn and _mark holds the lock, or is the job that its
         # holder waits for.
         self._lock = trio.Lock()
+        # Whether the next frame begins a segment.
+        self._rolls = False
         self._spare: DiskFile | None = None
         self._spares = 0
         self._spare_wanted = trio.Event()
@@ -187,6 +189,10 @@ class WalWriter:
                     # and finds none asks again.
                     continue
 
+    def roll(self) -> None:
+        """Let the next frame begin a segment, so that the one before it can be retired."""
+        self._rolls = True
+
     async def retire(self, segments: Sequence[SegmentRef]) -> None:
         """Forget the log's oldest segments, then unlink them. Processes that have them mapped keep what they have (R9).
 
@@ -246,7 +252,7 @@ class WalWriter:
         """
         active = self._active
         # Failpoints on the way pause and fail, which is for threads.
-        if active is None or failpoints.armed():
+        if active is None or self._rolls or failpoints.armed():
             return None
         cut = active.cut(frames, 0)
         if len(cut.taken) < len(frames):
@@ -270,6 +276,10 @@ class WalWriter:
         ranges: list[AppendedRange] = []
         done = 0
         try:
+            rolls, self._rolls = self._rolls, False
+            if rolls and self._active is not None:
+                self._active.seal()
+                self._active = None
             while done < len(frames):
                 active = self._active
                 if active is None:

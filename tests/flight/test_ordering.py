@@ -76,7 +76,7 @@ class _Nobody:
 @asynccontextmanager
 async def stream(pipeline: Pipeline, name: TableName, **fields: object) -> AsyncIterator[Stream]:
     await pipeline.tables.create(definition_of(name, keyed=name == KEYED))
-    exchange = Exchange(pipeline, Limits(), _Nobody(), form=AckForm.METADATA)
+    exchange = Exchange(pipeline, Limits(), _Nobody(), find=pipeline.tables.find, form=AckForm.METADATA)
     try:
         made = Stream(exchange)
         await made.request(table_name=str(name), requested_durability="memory", **fields)
@@ -183,3 +183,23 @@ async def test_ordered_belongs_to_the_stream(autojump_clock: MockClock) -> None:
         await writes.request(ordered=True)
         with pytest.raises(InvalidRequest, match="ordered belongs"):
             await writes.request(ordered=False)
+
+
+async def test_writes_wait_for_room_in_their_order(autojump_clock: MockClock) -> None:
+    """A write that finds no room waits, and those behind it behind it; none is told anything before there is room."""
+    node = SimNode()
+    async with node.run() as pipeline, stream(pipeline, NAME) as writes:
+        await writes.write(0)
+        pipeline.note_held("test", NO_ROOM)
+
+        async def write_more() -> None:
+            for number in range(1, 4):
+                await writes.write(number)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(write_more)
+            await trio.sleep(20)
+            assert not writes.exchange.handle_at_once(writes.message(9)), "it would overtake"
+            assert [ack.sequence for ack in writes.acks()] == [0]
+            pipeline.note_held("test", -NO_ROOM)
+        assert [(ack.sequence, ack.code) for ack in writes.acks()] == [(1, None), (2, None), (3, None)]

@@ -60,6 +60,7 @@ def test_overloaded_before_full(make_server: Callable[..., ServerProcess], small
         wal__segment_bytes=1 << 20,
         wal__release_grace_s=0,
         limits__disk_free_bytes=FREE_MIB << 20,
+        limits__stall_s=1,
         limits__memory_bytes=16 << 20,
         iceberg__commit_interval_s=0.1,
     ).start()

@@ -7,21 +7,57 @@ import trio
 from trio.testing import MockClock
 
 from arka.errors import AdmissionRejected
+from arka.tiers.room import NoRoom
 from arka.tiers.space import DiskSpace
 
 
-def test_log_limit_has_hysteresis() -> None:
-    """Above the limit writes are refused with the figures; below nine tenths of it they are let in again."""
-    space = DiskSpace(limit_bytes=100, free_bytes=0, used_bytes=50, read_free=lambda: 1000)
-    space.check()
-    space.note_written(51)
-    with pytest.raises(AdmissionRejected, match="101 bytes"):
-        space.check()
-    space.note_released(5)
-    with pytest.raises(AdmissionRejected):
-        space.check()
-    space.note_released(10)
-    space.check()
+async def test_log_limit_leaves_a_part_to_answers() -> None:
+    """Near the limit writes are refused with the figures; an eighth of it is left to what readers are sent."""
+    space = DiskSpace(limit_bytes=800, free_bytes=0, used_bytes=400, read_free=lambda: 10_000)
+    space.room.check()
+    space.note_written(301)
+    with pytest.raises(AdmissionRejected, match="701 bytes"):
+        space.room.check()
+    with space.spill_room() as room:
+        assert room == 49
+    space.note_released(2)
+    space.room.check()
+
+
+async def test_what_is_not_written_yet_counts() -> None:
+    """Bytes that were accepted and wait for the disk are on their way to it: the limit is not passed by them."""
+    accepted = 0
+    space = DiskSpace(limit_bytes=800, free_bytes=0, used_bytes=0, read_free=lambda: 1 << 40)
+    space.count_owed(int, lambda: accepted)
+    while not space.room.shut:
+        accepted += 10
+        space.note_accepted(10)
+        assert accepted < 1000
+    assert accepted == 710
+
+
+async def test_writes_wait_before_they_are_refused(autojump_clock: MockClock) -> None:
+    """Without room they are held back, for ``stall_s`` since it was last there, and only then refused."""
+    space = DiskSpace(limit_bytes=800, free_bytes=0, used_bytes=701, read_free=lambda: 10_000, stall_s=30)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(space.run)
+        for _ in range(3):
+            await trio.sleep(25)
+            with pytest.raises(NoRoom):
+                space.room.check()
+            # A little room, for a moment: writes have waited for nothing since.
+            space.note_released(2)
+            space.room.check()
+            space.note_written(2)
+        before = trio.current_time()
+        await space.room.wait()
+        assert 30 <= trio.current_time() - before <= 32
+        with pytest.raises(AdmissionRejected, match=r"701 bytes.*no room for 30 s") as refused:
+            space.room.check()
+        assert not isinstance(refused.value, NoRoom)
+        space.note_released(2)
+        space.room.check()
+        nursery.cancel_scope.cancel()
 
 
 async def test_free_space_is_watched(autojump_clock: MockClock) -> None:
@@ -31,35 +67,35 @@ async def test_free_space_is_watched(autojump_clock: MockClock) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(space.run)
         await trio.sleep(3)
-        space.check()
+        space.room.check()
         free = 49
         await trio.sleep(3)
         with pytest.raises(AdmissionRejected, match="disk_free_bytes"):
-            space.check()
+            space.room.check()
         free = 60
         await trio.sleep(3)
-        space.check()
+        space.room.check()
         nursery.cancel_scope.cancel()
 
 
-def test_room_is_kept_for_what_is_owed() -> None:
+async def test_room_is_kept_for_what_is_owed() -> None:
     """What accepted writes will still write to the same file system stays free beside the least free bytes."""
     owed = 0
     free = 100
     space = DiskSpace(limit_bytes=1 << 40, free_bytes=50, used_bytes=0, read_free=lambda: free)
     space.count_owed(lambda: owed)
-    space.check()
+    space.room.check()
     owed = 51
     space.note_released(0)
     with pytest.raises(AdmissionRejected, match=r"100 bytes free, at least 101 are kept: 50 .* and the rest"):
-        space.check()
+        space.room.check()
     # It is written now, and nothing more is owed: the room is as small as before, and enough.
     owed = 0
     space.note_released(0)
-    space.check()
+    space.room.check()
 
 
-def test_a_burst_between_two_looks_is_seen() -> None:
+async def test_a_burst_between_two_looks_is_seen() -> None:
     """The gate looks again, without a timer, once what was accepted since the last look could have filled the disk."""
     owed = 0
     looks = 0
@@ -77,47 +113,56 @@ def test_a_burst_between_two_looks_is_seen() -> None:
         space.note_accepted(10)
     assert looks == before, "far from the mark nothing is asked for"
     for _ in range(81):
-        space.check()
+        space.room.check()
         owed += 10
         space.note_accepted(10)
     assert owed == 910
     with pytest.raises(AdmissionRejected):
-        space.check()
+        space.room.check()
 
 
-def test_spill_files_count() -> None:
+async def test_spill_files_count() -> None:
     """What is held beside the log is within the same limit, is named in the refusal, and is given back."""
     space = DiskSpace(limit_bytes=100, free_bytes=0, used_bytes=50, read_free=lambda: 1000)
     space.note_held("spill", 60)
     assert space.used_bytes == 110
     with pytest.raises(AdmissionRejected, match=r"110 bytes .*60 of them spill.*limits\.disk_bytes"):
-        space.check()
+        space.room.check()
     space.note_held("spill", -60)
-    space.check()
+    space.room.check()
 
 
-def test_an_answer_gets_half_of_the_room() -> None:
+async def test_an_answer_gets_half_of_the_room() -> None:
     """What a read may write is kept free for it, writes have the other half, and the marks hold for both (R23)."""
     free = 150
-    space = DiskSpace(limit_bytes=1000, free_bytes=50, used_bytes=960, read_free=lambda: free)
+    space = DiskSpace(limit_bytes=1000, free_bytes=48, used_bytes=960, read_free=lambda: free)
     with space.spill_room() as first, space.spill_room() as second:
         # 40 bytes up to the limit.
         assert (first, second) == (20, 10)
-        space.check()
     space.note_released(960)
     with space.spill_room() as first:
-        assert first == 50
-        space.check()
+        # 102 bytes above what is kept, and a quarter of that.
+        assert first == 57
+        free = 105
+        space.note_released(0)
+        space.room.check()
         # It is written, and writes took the other half.
         free = 50
         space.note_released(0)
         with pytest.raises(AdmissionRejected, match="kept"):
-            space.check()
+            space.room.check()
         with pytest.raises(AdmissionRejected, match="no room for an answer"), space.spill_room():
             pass
     free = 60
     space.note_released(0)
-    space.check()
-    free = 49
+    space.room.check()
+    # Answers go on where writes do not, down to three quarters of the mark.
+    free = 47
+    space.note_released(0)
+    with pytest.raises(AdmissionRejected):
+        space.room.check()
+    with space.spill_room() as first:
+        assert first == 5
+    free = 36
     with pytest.raises(AdmissionRejected), space.spill_room():
         pass

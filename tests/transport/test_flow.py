@@ -18,6 +18,7 @@ from arka.flight.flow import ReadAhead, StreamIntake, Wakeup
 from arka.flight.grpc import Route
 from arka.options import MIB, Limits
 from arka.tiers.admission import Charge, Ledger
+from arka.tiers.room import Room
 from tests.transport.peer import PREFACE, Writes, data, flight_data, grpc_message, served
 
 LEDGER_BYTES = 2 * MIB
@@ -321,6 +322,52 @@ class TestReceive:
         assembler.window = INITIAL_WINDOW // 2 - 1
         made.complete(FlightMessage(), 100)
         assert made.take_increment() == 100
+
+    @pytest.mark.parametrize("end", ["open", "refuse", "detach"])
+    async def test_no_window_while_there_is_no_room(self, end, autojump_clock):
+        """While a room holds back, nothing is granted, small messages or large; after it, all that was put off is."""
+        log, room = Room("disk", 30), Room("table", table="t")
+        room.put_below(log)
+        ledger = Ledger(64 * MIB)
+        made, assembler, _ = intake(ledger)
+        made.follow(room)
+        log.close("full")
+        made.complete(FlightMessage(header=b"1"), INITIAL_WINDOW // 2)
+        made.begin(MIB, MIB - INITIAL_WINDOW // 2)
+        assert made.take_increment() == 0
+        assert assembler.ahead == 0
+        assert ledger.statistics().charged_bytes == INITIAL_WINDOW + INITIAL_WINDOW // 2
+        # What was granted already has come, and is for the RPC to wait with.
+        assert (await made.receive()).header == b"1"
+        assert made.take_increment() == 0
+        if end == "open":
+            log.open()
+        elif end == "refuse":
+            await trio.sleep(30)
+            log.tick()
+        else:
+            room.detach()
+        assert made.take_increment() >= MIB + INITIAL_WINDOW // 2
+        log.open()
+        log.close("full")
+        made.abandon()
+        log.open()
+        assert made.take_increment() == 0
+
+    async def test_another_room_is_another_matter(self):
+        """A stream that changes its table follows that one's room alone."""
+        first, second = Room("table"), Room("table")
+        made, _, _ = intake()
+        made.follow(first)
+        first.close("far behind")
+        made.complete(FlightMessage(), INITIAL_WINDOW // 2)
+        assert made.take_increment() == 0
+        made.follow(second)
+        assert made.take_increment() == INITIAL_WINDOW // 2
+        second.close("far behind")
+        first.open()
+        made.complete(FlightMessage(), INITIAL_WINDOW // 2)
+        assert made.take_increment() == 0
 
     async def test_no_update_for_a_stream_that_has_ended(self):
         """A peer that has ended its side needs no window."""
