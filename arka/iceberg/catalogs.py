@@ -9,7 +9,6 @@ import os
 from typing import Any, Final
 
 from pyiceberg.catalog import Catalog
-from pyiceberg.catalog.sql import SqlCatalog
 from pyiceberg.io import FileIO
 from pyiceberg.table.metadata import TableMetadata
 from sqlalchemy import event, make_url
@@ -18,7 +17,7 @@ from arka.errors import ConfigurationError
 from arka.iceberg.catalogtables import make_catalog_tables
 from arka.iceberg.config import CATALOG_NAME, CatalogConfig
 from arka.iceberg.fileio import FILE_IO_CLASS
-from arka.iceberg.sqlcatalog import LeanSqlCatalog
+from arka.iceberg.sqlcatalog import LeanSqlCatalog, ServerSqlCatalog
 
 #: How long SQLite waits for another process's transaction, in milliseconds.
 _SQLITE_BUSY_MS: Final = 30_000
@@ -58,9 +57,9 @@ def connect(config: CatalogConfig) -> Catalog:
     }
     if config.is_rest:
         # Only here: the REST client's imports cost a worker 100 ms that most never need.
-        from pyiceberg.catalog.rest import RestCatalog
+        from arka.iceberg.restcatalog import ServerRestCatalog
 
-        rest = RestCatalog(CATALOG_NAME, **properties)
+        rest = ServerRestCatalog(CATALOG_NAME, **properties)
         rest._delete_old_metadata = _keep_old_metadata  # type: ignore[method-assign]
         return rest
     url = make_url(config.uri)
@@ -71,7 +70,7 @@ def connect(config: CatalogConfig) -> Catalog:
     else:
         # A connection that broke while nobody used it is replaced instead of failing the next request.
         properties.setdefault("pool_pre_ping", "true")
-    kind = SqlCatalog if config.stock_commit else LeanSqlCatalog
+    kind = ServerSqlCatalog if config.stock_commit else LeanSqlCatalog
     if properties.get("init_catalog_tables", "true").lower() not in ("false", "0", "no", "off"):
         make_catalog_tables(config.uri, busy_s=_SQLITE_BUSY_MS / 1000)
     made = kind(CATALOG_NAME, **properties)

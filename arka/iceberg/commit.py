@@ -19,12 +19,14 @@ from pyiceberg.table.update import AssertRefSnapshotId, AssertTableUUID, TableRe
 
 from arka import failpoints
 from arka.errors import ArkaError, ErrorCode
+from arka.iceberg.avronames import has_plain_names
 from arka.iceberg.catalogs import catalog
 from arka.iceberg.config import CatalogConfig
 from arka.iceberg.control import check_format, key_columns
 from arka.iceberg.garbage import Garbage
 from arka.iceberg.keybuild import BuildTerms
 from arka.iceberg.keyindex import IndexUnusable
+from arka.iceberg.locations import REDIRECTING
 from arka.iceberg.manifests import ManifestMemory
 from arka.iceberg.marks import mark_of
 from arka.iceberg.producer import (
@@ -148,7 +150,8 @@ def _attempt(config: CatalogConfig, opened: Catalog, table: Table, job: CommitJo
     check_format(table)
     specs = {file.spec_id for file in job.staged.files}
     appends = job.table.table_type is TableType.APPEND_ONLY
-    if config.stock_commit and appends and specs <= {table.metadata.default_spec_id}:
+    plain = has_plain_names(table.metadata.spec())
+    if config.stock_commit and appends and plain and specs <= {table.metadata.default_spec_id}:
         snapshot_id = _stock_append(config, table, job)
     else:
         snapshot_id = _commit_own(config, opened, table, job, terms)
@@ -238,10 +241,9 @@ def _check_key(info: TableInfo, metadata: TableMetadata) -> None:
 def _stock_append(config: CatalogConfig, table: Table, job: CommitJob) -> int:
     base = table.metadata
     # pyiceberg's retry stages the same files again on other metadata without our checks: never. The setting is in this
-    # process's copy alone (R30).
-    table.metadata = table.metadata.model_copy(
-        update={"properties": {**table.metadata.properties, TableProperties.COMMIT_NUM_RETRIES: "0"}}
-    )
+    # process's copy alone (R30), and without what chooses folders and classes.
+    kept = {name: value for name, value in base.properties.items() if not REDIRECTING.match(name)}
+    table.metadata = base.model_copy(update={"properties": {**kept, TableProperties.COMMIT_NUM_RETRIES: "0"}})
     transaction = table.transaction()
     with transaction.update_snapshot(snapshot_properties=_notes(job)).fast_append() as append:
         for file in job.staged.files:
@@ -287,12 +289,15 @@ def _resolve(opened: Catalog, identifier: tuple[str, ...], job: CommitJob, error
 
 
 def _notes(job: CommitJob) -> dict[str, str]:
-    return {
+    notes = {
         SUMMARY_LOG: str(job.log_uuid),
-        SUMMARY_FIRST_LSN: str(job.staged.after_lsn + 1),
         SUMMARY_LAST_LSN: str(job.staged.through_lsn),
         SUMMARY_COMMIT_ID: str(job.commit_id),
     }
+    if job.staged.first_lsn:
+        # LSNs are the log's: those between two commits of a table may be other tables'.
+        notes[SUMMARY_FIRST_LSN] = str(job.staged.first_lsn)
+    return notes
 
 
 def _property_changes(job: CommitJob, properties: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:

@@ -105,6 +105,16 @@ def live_rows(first: int, count: int, dead: pa.Array) -> pa.BooleanArray:
     return pc.invert(pc.is_in(pa.array(range(first, first + count), pa.int64()), value_set=dead))
 
 
+def _column_sizes(footer: pq.FileMetaData) -> dict[int, int]:
+    """Return the bytes of each column of a delete file, by field id."""
+    sizes = dict.fromkeys((PATH_ID, POSITION_ID), 0)
+    for number in range(footer.num_row_groups):
+        group = footer.row_group(number)
+        for column, field_id in enumerate((PATH_ID, POSITION_ID)):
+            sizes[field_id] += group.column(column).total_compressed_size
+    return sizes
+
+
 def write_deletes(io: FileIO, locations: LocationProvider, data: LiveFile, positions: pa.Array) -> DataFile:
     """Write a delete file.
 
@@ -124,6 +134,7 @@ def write_deletes(io: FileIO, locations: LocationProvider, data: LiveFile, posit
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(sink, _SCHEMA, compression="zstd", store_schema=False) as writer:
         writer.write_table(table)
+    footer = writer.writer.metadata
     location = locations.new_data_location(f"deletes-{uuid4()}.parquet")
     size = write_file(io, location, sink.getvalue())
     path = data.path.encode()
@@ -134,10 +145,11 @@ def write_deletes(io: FileIO, locations: LocationProvider, data: LiveFile, posit
         partition=data.partition,
         record_count=len(positions),
         file_size_in_bytes=size,
-        column_sizes=None,
+        # Never null: pyiceberg's inspection does not expect it.
+        column_sizes=_column_sizes(footer),
         value_counts={PATH_ID: len(positions), POSITION_ID: len(positions)},
         null_value_counts={PATH_ID: 0, POSITION_ID: 0},
-        nan_value_counts=None,
+        nan_value_counts={},
         # Not shortened: equal bounds say that no other data file is meant.
         lower_bounds={PATH_ID: path, POSITION_ID: struct.pack("<q", positions[0].as_py())},
         upper_bounds={PATH_ID: path, POSITION_ID: struct.pack("<q", positions[-1].as_py())},

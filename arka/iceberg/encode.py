@@ -9,6 +9,7 @@ A batch of an unpartitioned table is a view of the mapped segment file until Par
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import pyarrow as pa
 
@@ -58,6 +59,9 @@ def encode(config: CatalogConfig, job: TableFrames) -> StagedFiles:
     rows = 0
     with writer.io.batch():
         frames = read_frames(job)
+        first = next(frames, None)
+        if first is not None:
+            frames = chain((first,), frames)
         for batch, size, *_ in frames if keys is None else keys.settle(frames):
             if batch.num_rows:
                 rows += batch.num_rows
@@ -65,7 +69,8 @@ def encode(config: CatalogConfig, job: TableFrames) -> StagedFiles:
         files = sorter.finish()
         failpoints.hit("encode.written")
     failpoints.hit("encode.synced")
-    made = StagedFiles(job.after_lsn, job.through_lsn, tuple(files), rows, notes=writer.notes)
+    first_lsn = 0 if first is None else first.lsn
+    made = StagedFiles(job.after_lsn, job.through_lsn, tuple(files), rows, notes=writer.notes, first_lsn=first_lsn)
     return made if keys is None else replace(made, keys=keys.write(stem), key_check=keys.check)
 
 

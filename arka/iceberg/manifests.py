@@ -26,12 +26,13 @@ from pyiceberg.manifest import (
     ManifestEntry,
     ManifestEntryStatus,
     ManifestFile,
-    ManifestWriterV2,
 )
 from pyiceberg.table import Table
 from pyiceberg.table.metadata import TableMetadata
 
-from arka.iceberg.tableoptions import avro_codec_name, locations_of
+from arka.iceberg.avronames import PlainManifestWriter
+from arka.iceberg.locations import table_locations
+from arka.iceberg.tableoptions import avro_codec_name
 
 #: Manifests of one tier, and of one spec, that are merged into one.
 MERGE_AT: Final = 32
@@ -125,7 +126,7 @@ class ManifestBuilder:
         self._snapshot_id = snapshot_id
         self._sequence_number = sequence_number
         self._memory = memory
-        self._provider = locations_of(table.metadata.location, table.metadata.properties)
+        self._provider = table_locations(table.metadata.location)
         self._attempt = uuid4()
         self.written: list[str] = []
         self.merged_away: list[ManifestFile] = []
@@ -222,7 +223,7 @@ class ManifestBuilder:
     def _write(self, spec_id: int, entries: list[ManifestEntry], *, deletes: bool = False) -> ManifestFile:
         location = self._provider.new_metadata_location(f"{self._attempt}-m{len(self.written)}.avro")
         self.written.append(location)
-        with (DeleteManifestWriter if deletes else ManifestWriterV2)(
+        with (DeleteManifestWriter if deletes else PlainManifestWriter)(
             spec=self._metadata.specs()[spec_id],
             schema=self._metadata.schema(),
             output_file=self._table.io.new_output(location),
@@ -247,7 +248,7 @@ class ManifestBuilder:
         return manifest
 
 
-class DeleteManifestWriter(ManifestWriterV2):
+class DeleteManifestWriter(PlainManifestWriter):
     """Writes a manifest of delete files, which pyiceberg can only read."""
 
     def content(self) -> ManifestContent:

@@ -22,9 +22,10 @@ from pyiceberg.table.locations import LocationProvider
 
 from arka.iceberg.bounds import ColumnMetrics
 from arka.iceberg.fileio import WarehouseFileIO, write_file
+from arka.iceberg.locations import table_locations
 from arka.iceberg.partition import PartitionFolder, partition_spec
 from arka.iceberg.schema import iceberg_schema
-from arka.iceberg.tableoptions import SAFE_PARQUET, file_options, locations_of
+from arka.iceberg.tableoptions import SAFE_PARQUET, file_options
 from arka.records import TableInfo
 from arka.storage.ports import StagedFile
 
@@ -62,7 +63,7 @@ class FileWriter:
         self._spec: PartitionSpec = partition_spec(info.partition, info.spec_id)
         options = file_options(properties)
         self._metrics = ColumnMetrics(self._schema, options.metrics)
-        self._locations: LocationProvider = locations_of(info.location, properties)
+        self._locations: LocationProvider = table_locations(info.location)
         self._parquet = options.parquet
         self._row_group_rows = options.row_group_rows
         self.notes = options.notes

@@ -13,7 +13,6 @@ Source: Iceberg table spec, "Snapshots", "Manifests" and "Manifest Lists".
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -51,8 +50,10 @@ from pyiceberg.typedef import Record
 
 from arka.errors import InternalError
 from arka.iceberg.fileio import batch_of
+from arka.iceberg.locations import table_locations
 from arka.iceberg.manifests import ManifestBuilder, ManifestMemory, avro_codec
-from arka.iceberg.tableoptions import locations_of, min_snapshots
+from arka.iceberg.tableoptions import min_snapshots
+from arka.iceberg.timestamps import next_ms
 from arka.storage.ports import StagedFile
 
 
@@ -153,7 +154,7 @@ def stage_snapshot(
     try:
         with batch_of(table.io):
             manifests = builder.build(files, memory.manifests(metadata, table.io), removed)
-            provider = locations_of(metadata.location, metadata.properties)
+            provider = table_locations(metadata.location)
             location = provider.new_metadata_location(f"snap-{snapshot_id}-0-{uuid4()}.avro")
             written.append(location)
             with write_manifest_list(
@@ -173,8 +174,7 @@ def stage_snapshot(
         parent_snapshot_id=metadata.current_snapshot_id,
         manifest_list=location,
         sequence_number=sequence_number,
-        # A clock that went back must not put a snapshot before its parent.
-        timestamp_ms=max(int(time.time() * 1000), metadata.last_updated_ms),
+        timestamp_ms=next_ms(metadata),
         summary=_summary(metadata, files, builder.removed, notes),
         schema_id=metadata.current_schema_id,
     )
@@ -227,10 +227,12 @@ def _summary(
         collector.add_file(file, schema=schema, partition_spec=specs[file.spec_id])
     for file in removed:
         collector.remove_file(file, schema=schema, partition_spec=specs[file.spec_id])
+    adds_data = any(file.content == DataFileContent.DATA for file in files)
     appends = not removed and all(file.content == DataFileContent.DATA for file in files)
+    operation = Operation.APPEND if appends else Operation.OVERWRITE if adds_data else Operation.DELETE
     parent = metadata.current_snapshot()
     return update_snapshot_summaries(
-        Summary(operation=Operation.APPEND if appends else Operation.OVERWRITE, **collector.build(), **notes),
+        Summary(operation=operation, **collector.build(), **notes),
         parent.summary if parent is not None else None,
     )
 

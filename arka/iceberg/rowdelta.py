@@ -33,10 +33,10 @@ from arka.iceberg.fileio import batch_of
 from arka.iceberg.keybuild import BuildTerms, KeyBuild, forget_build
 from arka.iceberg.keyindex import IndexUnusable, KeyIndex
 from arka.iceberg.keyscan import KeyScan
+from arka.iceberg.locations import table_locations
 from arka.iceberg.manifests import ManifestMemory
 from arka.iceberg.producer import StagedSnapshot, data_file, discard
 from arka.iceberg.runfiles import check_of, map_run, numbers_of, table_secret
-from arka.iceberg.tableoptions import locations_of
 from arka.records import TableInfo
 from arka.storage.ports import CatalogUnavailable, CommitJob, StagedFile, StagedFiles
 from arka.tableproperties import SUMMARY_COMMIT_ID
@@ -338,7 +338,7 @@ class _Outcome:
 
     def __init__(self, table: Table, files: _Files, dead: DeadRows) -> None:
         self._io = table.io
-        self._locations = locations_of(table.metadata.location, table.metadata.properties)
+        self._locations = table_locations(table.metadata.location)
         self._files = files
         self._dead = dead
         self.added: list[DataFile] = []

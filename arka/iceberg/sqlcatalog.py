@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import re
-import time
 from collections import OrderedDict
 from typing import Final
 
 from pyiceberg.catalog import Catalog
 from pyiceberg.catalog.sql import IcebergTables, SqlCatalog
 from pyiceberg.exceptions import CommitFailedException
-from pyiceberg.io import FileIO
+from pyiceberg.io import FileIO, load_file_io
 from pyiceberg.table import CommitTableResponse, StagedTable, Table, TableProperties
 from pyiceberg.table.metadata import TableMetadata
 from pyiceberg.table.update import (
@@ -26,11 +25,13 @@ from pyiceberg.table.update import (
     _apply_table_update,
     _TableMetadataUpdateContext,
     _update_table_metadata_log,
+    update_table_metadata,
 )
-from pyiceberg.typedef import Identifier
+from pyiceberg.typedef import EMPTY_DICT, Identifier, Properties
 
 from arka import failpoints
-from arka.iceberg.tableoptions import locations_of
+from arka.iceberg.locations import table_locations
+from arka.iceberg.timestamps import forward_metadata, forward_updates
 
 #: Parsed metadata files kept by one worker; a few per table of its shard are in use.
 _METADATA_CACHE_ENTRIES: Final = 256
@@ -58,8 +59,7 @@ def apply_updates(base: TableMetadata, updates: tuple[TableUpdate, ...], metadat
         made = _apply_table_update(update, made, context)
     if context.has_changes():
         made = _log_metadata(made, metadata_location, base.last_updated_ms)
-        if made.last_updated_ms == base.last_updated_ms:
-            made = made.model_copy(update={"last_updated_ms": int(time.time() * 1000)})
+        made = forward_metadata(base, made)
     return made
 
 
@@ -74,7 +74,44 @@ def _log_metadata(made: TableMetadata, location: str, last_updated_ms: int) -> T
     return logged.model_copy(update={"properties": made.properties}) if len(usable) < len(made.properties) else logged
 
 
-class LeanSqlCatalog(SqlCatalog):
+class ServerSqlCatalog(SqlCatalog):
+    """A SQL catalog that obeys the server's configuration: table properties choose no credentials and no folders (R30).
+
+    Times in the metadata that it writes only go forward (R34).
+    """
+
+    def _load_file_io(self, properties: Properties = EMPTY_DICT, location: str | None = None) -> FileIO:
+        # What is left out are the table's properties.
+        return load_file_io(self.properties, location)
+
+    def _update_and_stage_table(
+        self,
+        current_table: Table | None,
+        table_identifier: Identifier,
+        requirements: tuple[TableRequirement, ...],
+        updates: tuple[TableUpdate, ...],
+    ) -> StagedTable:
+        if current_table is None:
+            # Only a commit to a table that is gone comes here: never create it again.
+            raise CommitFailedException(f"Table does not exist: {'.'.join(table_identifier)}")
+        for requirement in requirements:
+            requirement.validate(current_table.metadata)
+        metadata = self._apply(current_table, forward_updates(current_table.metadata, updates))
+        version = self._parse_metadata_version(current_table.metadata_location) + 1
+        return StagedTable(
+            identifier=table_identifier,
+            metadata=metadata,
+            metadata_location=table_locations(metadata.location).new_table_metadata_file_location(version),
+            io=current_table.io,
+            catalog=self,
+        )
+
+    def _apply(self, table: Table, updates: tuple[TableUpdate, ...]) -> TableMetadata:
+        made = update_table_metadata(table.metadata, updates, metadata_location=table.metadata_location)
+        return forward_metadata(table.metadata, made)
+
+
+class LeanSqlCatalog(ServerSqlCatalog):
     """A SQL catalog that parses each metadata file once.
 
     Metadata files are written once under a unique name, so their parsed form is cached by location; the
@@ -110,23 +147,12 @@ class LeanSqlCatalog(SqlCatalog):
         requirements: tuple[TableRequirement, ...],
         updates: tuple[TableUpdate, ...],
     ) -> StagedTable:
-        if current_table is None:
-            # Only a commit to a table that is gone comes here: never create it again.
-            raise CommitFailedException(f"Table does not exist: {'.'.join(table_identifier)}")
-        for requirement in requirements:
-            requirement.validate(current_table.metadata)
-        metadata = apply_updates(current_table.metadata, updates, current_table.metadata_location)
-        version = self._parse_metadata_version(current_table.metadata_location) + 1
-        provider = locations_of(metadata.location, metadata.properties)
-        location = provider.new_table_metadata_file_location(version)
-        self._staged_locations.append(location)
-        return StagedTable(
-            identifier=table_identifier,
-            metadata=metadata,
-            metadata_location=location,
-            io=current_table.io,
-            catalog=self,
-        )
+        staged = super()._update_and_stage_table(current_table, table_identifier, requirements, updates)
+        self._staged_locations.append(staged.metadata_location)
+        return staged
+
+    def _apply(self, table: Table, updates: tuple[TableUpdate, ...]) -> TableMetadata:
+        return apply_updates(table.metadata, updates, table.metadata_location)
 
     @staticmethod
     def _write_metadata(metadata: TableMetadata, io: FileIO, metadata_path: str) -> None:
@@ -160,4 +186,4 @@ class LeanSqlCatalog(SqlCatalog):
             self._parsed.popitem(last=False)
 
 
-__all__ = ["LeanSqlCatalog", "apply_updates"]
+__all__ = ["LeanSqlCatalog", "ServerSqlCatalog", "apply_updates"]

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from pyiceberg.table import TableProperties
-from pyiceberg.table.locations import LocationProvider, load_location_provider
+
+from arka.iceberg.locations import REDIRECTING
 
 #: Codecs of Parquet files that every reader of ``tests/readers.py`` has: by Iceberg's name, pyarrow's.
 _CODECS: Final = {
@@ -46,16 +47,6 @@ _DICTIONARY_RANGE: Final = range(1_024, 2**26 + 1)
 _NUMBER: Final = re.compile(r"[0-9]{1,18}\Z")
 _METRICS: Final = re.compile(r"\s*(?:none|counts|full|truncate\([1-9][0-9]{0,8}\))\s*\Z", re.IGNORECASE)
 _METRICS_PREFIX: Final = f"{TableProperties.METRICS_MODE_COLUMN_CONF_PREFIX}."
-_FLAGS: Final = {"true": True, "t": True, "1": True, "on": True, "yes": True, "y": True} | {
-    "false": False,
-    "f": False,
-    "0": False,
-    "off": False,
-    "no": False,
-    "n": False,
-}
-#: Properties that name code to run in our processes, which is never taken from a table (R40).
-_CODE: Final = (TableProperties.WRITE_PY_LOCATION_PROVIDER_IMPL,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,16 +102,6 @@ def min_snapshots(properties: Mapping[str, str]) -> int:
     return _Reader(properties).count(TableProperties.MIN_SNAPSHOTS_TO_KEEP, range(1, 10**18)) or 1
 
 
-def locations_of(location: str, properties: Mapping[str, str]) -> LocationProvider:
-    """Return what says where a table's files lie. Never raises for a value, and runs no code that a table names.
-
-    Args:
-        location: the table's.
-        properties: its properties.
-    """
-    return load_location_provider(location, _Reader(properties).locations())
-
-
 class _Reader:
     """Reads properties and writes down which could not be used."""
 
@@ -174,19 +155,11 @@ class _Reader:
                     self._note(name, text, "the default")
         return found
 
-    def locations(self) -> dict[str, str]:
-        kept = {name: text for name, text in self._properties.items() if name not in _CODE}
-        for name in _CODE:
-            if name in self._properties:
-                self._note(name, self._properties[name], "Arka's own layout")
-        for name in (
-            TableProperties.OBJECT_STORE_ENABLED,
-            TableProperties.WRITE_OBJECT_STORE_PARTITIONED_PATHS,
-        ):
-            text = kept.get(name)
-            if text and text.strip().lower() not in _FLAGS:
-                self._note(name, kept.pop(name), "the default")
-        return kept
+    def locations(self) -> None:
+        """Write down what would put files elsewhere: they lie below the table's location (R30)."""
+        for name, text in self._properties.items():
+            if REDIRECTING.match(name) and text.strip().lower() not in ("", "false"):
+                self._note(name, text, "the table's location")
 
     def _note(self, name: str, found: str, used: str) -> None:
         self.notes.append(f"table property {name} is {found!r}, which Arka cannot use: {used} is used instead")
@@ -197,6 +170,5 @@ __all__ = [
     "FileOptions",
     "avro_codec_name",
     "file_options",
-    "locations_of",
     "min_snapshots",
 ]

@@ -212,6 +212,7 @@ class StagedFiles:
 
     Attributes:
         rows: in the files together.
+        first_lsn: of the first write in them; 0 if there is none.
         keys: for a primary-key table the path of the run that says where each key's row now is (``arka._core.runs``),
             files by their number in ``files``; on the local disk.
         key_check: tells the secret that its hashes were made with from others.
@@ -225,6 +226,7 @@ class StagedFiles:
     keys: str = ""
     key_check: bytes = b""
     notes: tuple[str, ...] = ()
+    first_lsn: int = 0
 
 
 @dataclass(frozen=True, slots=True)

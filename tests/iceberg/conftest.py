@@ -44,9 +44,10 @@ class Lake:
         name: str = "t",
         properties: dict[str, str] | None = None,
         key: Sequence[str] = (),
+        partition_names: Sequence[str] = (),
     ) -> TableInfo:
         fields = tuple(
-            PartitionRequest(index, None, f"p{position}", transform)
+            PartitionRequest(index, None, partition_names[position] if partition_names else f"p{position}", transform)
             for position, (index, transform) in enumerate(transforms)
         )
         definition = TableDefinition(
@@ -58,6 +59,10 @@ class Lake:
             properties=({OWNER: owner_property("node", LOG)} if key else {}) | (properties or {}),
         )
         return control.create_table(self.config, definition, uuid4().hex[:8]).info
+
+    def reload(self, info: TableInfo) -> TableInfo:
+        """Return what the catalog says of a table now."""
+        return control.load_table(self.config, info.name).info
 
     def write(
         self, info: TableInfo, frames: Sequence[tuple[int, pa.RecordBatch]], deletes: Container[int] = ()
@@ -74,7 +79,10 @@ class Lake:
         deletes: Container[int] = (),
     ) -> StagedFiles:
         """Encode batches as the LSNs from ``after + 1``; those of ``deletes`` delete."""
-        return encode.encode(self.config, self.frames(info, batches, after, through, deletes))
+        return self.encode_job(self.frames(info, batches, after, through, deletes))
+
+    def encode_job(self, job: TableFrames) -> StagedFiles:
+        return encode.encode(self.config, job)
 
     def frames(
         self,

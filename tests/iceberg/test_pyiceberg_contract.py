@@ -13,12 +13,14 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from pyiceberg import table as pyiceberg_table
+from pyiceberg.avro.file import AvroOutputFile
 from pyiceberg.catalog import Catalog, MetastoreCatalog
+from pyiceberg.catalog.rest import RestCatalog
 from pyiceberg.catalog.sql import IcebergTables, SqlCatalog
 from pyiceberg.io import FileIO, InputFile, OutputFile
 from pyiceberg.io import pyarrow as pyiceberg_pyarrow
 from pyiceberg.io.pyarrow import PyArrowFileIO
-from pyiceberg.manifest import DataFile, ManifestFile, ManifestWriterV2, write_manifest_list
+from pyiceberg.manifest import DataFile, ManifestFile, ManifestWriter, ManifestWriterV2, write_manifest_list
 from pyiceberg.schema import pre_order_visit
 from pyiceberg.table import update as table_update
 from pyiceberg.table.locations import LocationProvider, SimpleLocationProvider
@@ -26,6 +28,7 @@ from pyiceberg.table.metadata import TableMetadataV2, new_table_metadata
 from pyiceberg.table.snapshots import Snapshot, SnapshotSummaryCollector, update_snapshot_summaries
 from pyiceberg.table.sorting import UNSORTED_SORT_ORDER
 from pyiceberg.utils.decimal import unscaled_to_decimal
+from pyiceberg.utils.schema_conversion import ConvertSchemaToAvro
 
 from arka.iceberg import sqlcatalog
 from arka.iceberg.fileio import WarehouseFileIO
@@ -99,12 +102,13 @@ def test_our_overrides_override_something() -> None:
     ours = {name for name, member in vars(sqlcatalog.LeanSqlCatalog).items() if inspect.isfunction(member)}
     assert ours == {
         "__init__",
+        "_apply",
         "_convert_orm_to_iceberg",
         "_remember",
         "_update_and_stage_table",
         "commit_table",
     }
-    for name in ours - {"_remember"}:
+    for name in ours - {"_apply", "_remember"}:
         assert callable(getattr(SqlCatalog, name))
 
 
@@ -158,6 +162,25 @@ def test_retry_is_read_from_table_properties() -> None:
     assert "properties = self._table.metadata.properties" in source
     assert "for attempt in range(num_retries + 1)" in source
     assert pyiceberg_table.TableProperties.COMMIT_NUM_RETRIES == "commit.retry.num-retries"
+
+
+def test_file_access_is_made_in_one_place_of_each_catalog() -> None:
+    """Table properties reach the file access through the methods that the server's catalogs override (R30)."""
+    loading = inspect.getsource(SqlCatalog._convert_orm_to_iceberg)
+    assert "io=self._load_file_io(metadata.properties, metadata_location)" in loading
+    for method in ("_response_to_table", "_response_to_staged_table"):
+        source = inspect.getsource(getattr(RestCatalog, method))
+        assert "**table_response.metadata.properties" in source
+        assert source.count("_load_file_io") == 1
+    assert "_update_and_stage_table" in inspect.getsource(SqlCatalog.commit_table)
+
+
+def test_manifests_are_opened_by_one_method() -> None:
+    """A manifest's Avro header is written where plain names are put in."""
+    assert "file_schema=self._with_partition(self.version)" in inspect.getsource(ManifestWriter.new_writer)
+    assert "self._write_header()" in inspect.getsource(AvroOutputFile.__enter__)
+    converter = inspect.getsource(ConvertSchemaToAvro.field)
+    assert "make_compatible_name(original_name)" in converter
 
 
 def test_data_files_take_a_spec_id_afterwards() -> None:
