@@ -11,11 +11,10 @@ import random
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Final
-from urllib.parse import unquote, urlsplit
 
 import structlog
 import trio
@@ -27,14 +26,16 @@ from arka.flight import messages
 from arka.flight.grpc import Health
 from arka.flight.http2 import ConnectionFactory
 from arka.flight.service import FlightService, prepare_spill_dir
-from arka.options import Settings
+from arka.options import Limits, Settings
 from arka.storage.catalog import IcebergCatalog, open_catalog
-from arka.storage.datadir import announce, disk_uuid, free_bytes, lock_data_dir, shares_device
+from arka.storage.datadir import announce, device_of, disk_uuid, free_bytes, lock_data_dir, shares_device
+from arka.storage.descriptors import budget, raise_limit
 from arka.storage.disk import PosixDisk
 from arka.storage.objects import open_folder, open_object_store, read_range
 from arka.storage.ports import CatalogUnavailable
+from arka.storage.survival import local_tiers
 from arka.tiers.admission import Ledger
-from arka.tiers.assembly import OpenLog, Surroundings
+from arka.tiers.assembly import WAL_FOLDER, OpenLog, Surroundings
 from arka.tiers.demo import demo_definitions
 from arka.tiers.effects import Effects
 from arka.tiers.pipeline import Pipeline
@@ -190,6 +191,7 @@ async def serve(
     Cancellation: as a crash at that moment: nothing acked is lost.
     """
     data_dir = Path(await trio.Path(settings.server.data_dir).absolute())
+    limits = _limits(settings)
     with lock_data_dir(data_dir):
         listeners = await _listen(settings.server.host, settings.server.port)
         async with _engine(settings, data_dir) as opened:
@@ -198,9 +200,9 @@ async def serve(
             spill_dir = data_dir / "spill"
             prepare_spill_dir(spill_dir)
             effects = Effects(settings.limits.actions)
-            service = FlightService(opened.pipeline, effects, settings.limits, spill_dir)
+            service = FlightService(opened.pipeline, effects, limits, spill_dir)
             health = Health([f"{messages.PACKAGE}.FlightService"])
-            connections = ConnectionFactory({**service.routes(), **health.routes()}, ledger, settings.limits)
+            connections = ConnectionFactory({**service.routes(), **health.routes()}, ledger, limits)
             server = Server(opened, effects, service, health, connections, listeners, drain_s=settings.server.drain_s)
             address = Address(*listeners[0].socket.getsockname()[:2])
             prepare = partial(_register_demo_tables, opened.pipeline) if settings.server.demo_tables else None
@@ -215,6 +217,20 @@ async def serve(
     log.info("server.stopped")
 
 
+def _limits(settings: Settings) -> Limits:
+    """Return the limits with no more connections than there are descriptors for (R31)."""
+    found = budget(raise_limit(), settings.limits.connections)
+    if found.connections < settings.limits.connections:
+        log.warning(
+            "server.connections_clamped",
+            connections=found.connections,
+            asked=settings.limits.connections,
+            descriptors=found.limit,
+            hint="limits.connections needs more descriptors: raise the hard limit (ulimit -Hn, LimitNOFILE)",
+        )
+    return replace(settings.limits, connections=found.connections)
+
+
 async def _listen(host: str, port: int) -> list[trio.SocketListener]:
     try:
         return await trio.open_tcp_listeners(port, host=host)
@@ -225,29 +241,35 @@ async def _listen(host: str, port: int) -> list[trio.SocketListener]:
 @asynccontextmanager
 async def _engine(settings: Settings, data_dir: Path) -> AsyncIterator[OpenLog]:
     """Open catalog, store and log."""
-    survival = _survival(settings, data_dir)
-    for tier, survives in survival.items():
-        if not survives:
-            log.warning(
-                "server.local_only",
-                tier=tier,
-                hint="it lies in the data directory: its acks do not survive the loss of this disk",
-            )
+    local = local_tiers(
+        data_dir,
+        object_store=settings.object_store.url,
+        warehouse=settings.iceberg.warehouse,
+        catalog=settings.iceberg.catalog_uri,
+    )
+    for tier, reason in local.items():
+        if reason is not None:
+            log.warning("server.local_only", tier=tier, hint=reason)
+    # Each may be a mount of its own.
+    wal_dir, spill_dir, checkpoint_dir = (data_dir / name for name in (WAL_FOLDER, "spill", "checkpoints"))
+    spill_apart = device_of(spill_dir) != device_of(wal_dir)
     index_bytes = settings.limits.index_bytes
     async with open_catalog(settings.iceberg, data_dir, settings.iceberg.catalog, index_bytes=index_bytes) as catalog:
         surroundings = Surroundings(
             disk=PosixDisk(),
             disk_uuid=disk_uuid(data_dir),
             store=open_object_store(settings.object_store),
-            checkpoints=open_folder(data_dir / "checkpoints"),
+            checkpoints=open_folder(checkpoint_dir),
             catalog=catalog,
             read_range=read_range,
-            read_free=lambda: free_bytes(data_dir),
+            read_free=partial(free_bytes, wal_dir),
+            read_spill_free=partial(free_bytes, spill_dir) if spill_apart else None,
             shared=SharedRoom(
-                store=shares_device(data_dir, settings.object_store.url),
-                warehouse=shares_device(data_dir, settings.iceberg.warehouse),
+                store=shares_device(wal_dir, settings.object_store.url),
+                warehouse=shares_device(wal_dir, settings.iceberg.warehouse),
+                checkpoints=device_of(checkpoint_dir) == device_of(wal_dir),
             ),
-            survival=survival,
+            survival={tier: reason is None for tier, reason in local.items()},
             rng=random.Random(),
         )
         opened = await open_pipeline(settings, data_dir, surroundings)
@@ -264,21 +286,6 @@ async def _warm(catalog: IcebergCatalog) -> None:
     except CatalogUnavailable as error:
         # Not needed yet: whoever needs it waits for it.
         log.warning("catalog.unavailable", reason=str(error))
-
-
-def _survival(settings: Settings, data_dir: Path) -> dict[str, bool]:
-    """Say for the two last tiers whether they survive the loss of the data directory's disk (R14)."""
-
-    def outside(url: str) -> bool:
-        parts = urlsplit(url)
-        if parts.scheme in ("file", "sqlite"):
-            path = Path(unquote(parts.path)).absolute() if parts.scheme == "file" else Path("/", parts.path.lstrip("/"))
-            return not path.is_relative_to(data_dir)
-        return True
-
-    objects = outside(settings.object_store.url)
-    iceberg = outside(settings.iceberg.warehouse) and outside(settings.iceberg.catalog_uri)
-    return {"object_storage": objects, "iceberg_committed": iceberg}
 
 
 async def _register_demo_tables(pipeline: Pipeline) -> None:

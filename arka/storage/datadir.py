@@ -94,22 +94,28 @@ def disk_uuid(data_dir: Path) -> UUID:
     return found
 
 
-def shares_device(data_dir: Path, url: str) -> bool:
-    """Say whether what lies under ``url`` is on the file system of the data directory; a remote URL is not."""
-    parts = urlsplit(url)
-    if parts.scheme != "file":
-        return False
-    path = Path(unquote(parts.path))
-    # It may not have been made yet: then its nearest folder decides.
+def _nearest(path: Path) -> Path:
+    """Return the path, or its nearest folder that exists: it may not have been made yet."""
     while not path.exists():
         path = path.parent
-    return path.stat().st_dev == data_dir.stat().st_dev
+    return path
+
+
+def device_of(path: Path) -> int:
+    """Return the number of the file system that holds ``path``, or will; links and mounts are followed."""
+    return _nearest(path).stat().st_dev
+
+
+def shares_device(folder: Path, url: str) -> bool:
+    """Say whether what lies under ``url`` is on the file system of a folder; a remote URL is not."""
+    parts = urlsplit(url)
+    return parts.scheme == "file" and device_of(Path(unquote(parts.path))) == device_of(folder)
 
 
 def free_bytes(path: Path) -> int:
     """Return the free bytes of the file system that holds ``path``, as an unprivileged writer sees them."""
-    status = os.statvfs(path)
+    status = os.statvfs(_nearest(path))
     return status.f_bavail * status.f_frsize
 
 
-__all__ = ["announce", "disk_uuid", "free_bytes", "lock_data_dir", "shares_device"]
+__all__ = ["announce", "device_of", "disk_uuid", "free_bytes", "lock_data_dir", "shares_device"]

@@ -31,7 +31,7 @@ _SECTOR_BYTES: Final = 512
 _TORN_SHARE: Final = 0.1
 
 #: The operations that ``SimDisk.fail_next`` knows.
-OPERATIONS: Final = frozenset({"create", "write", "sync", "rename", "remove", "sync_directory"})
+OPERATIONS: Final = frozenset({"create", "open", "write", "sync", "rename", "remove", "sync_directory"})
 
 
 class PowerCut(Exception):
@@ -283,6 +283,7 @@ class SimDisk:
 
     def open(self, path: Path) -> DiskFile:
         """Open a file that exists."""
+        self._raise_if(self._fault("open"))
         return SimFile(self, path, self._inode(path))
 
     def map(self, path: Path) -> memoryview:
@@ -321,6 +322,9 @@ class SimDisk:
             if self._steps_left == 0:
                 raise PowerCut(f"power cut before {operation}")
             self._steps_left -= 1
+        return self._fault(operation)
+
+    def _fault(self, operation: str) -> OSError | None:
         for index, (name, after, error) in enumerate(self._faults):
             if name == operation:
                 if after:

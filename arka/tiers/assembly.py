@@ -58,7 +58,8 @@ class Surroundings:
         checkpoints: a folder on the log's disk, for the checkpoints that the store has.
         catalog: the Iceberg catalog.
         read_range: reads ``(path, start, end)`` of a segment for the object tier.
-        read_free: returns the data directory's free bytes.
+        read_free: returns the free bytes of the log's file system.
+        read_spill_free: the same of the file system of spill files; None: it is the log's.
         shared: which later tiers write to the log's own file system (R23).
         survival: what each tier survives with these settings (R14).
         rng: for the jitter of retries.
@@ -76,6 +77,7 @@ class Surroundings:
     rng: random.Random
     compute: Compute = run_compute
     shared: SharedRoom = NOT_SHARED
+    read_spill_free: Callable[[], int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +165,7 @@ async def assemble(
         used_bytes=sum(segment.end_bytes for segment in recovered.segments),
         read_free=world.read_free,
         stall_s=settings.limits.stall_s,
+        read_spill_free=world.read_spill_free,
     )
     parking = Parking(
         world.store,

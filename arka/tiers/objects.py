@@ -9,12 +9,13 @@ disk, not memory.
 
 from __future__ import annotations
 
+import errno
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 import structlog
@@ -32,6 +33,8 @@ from arka.wal.objectfile import EncodedObject, ObjectRef, encode_object, first_f
 from arka.wal.segment import AppendedRange
 
 log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
 
 ReadRange = Callable[[Path, int, int], Awaitable[Buffer]]
 #: Runs ``function(*args)`` where it holds nobody up.
@@ -190,7 +193,7 @@ class ObjectTier:
         Raises:
             Fenced: another process has taken a higher epoch; nothing is acked any more.
             DataCorruption: an object of ours holds other bytes than it should.
-            OSError: a segment cannot be read.
+            OSError: a segment is gone or too short.
 
         Cancellation: PUTs that are under way may or may not land; the chain says so at the next start.
         """
@@ -221,10 +224,26 @@ class ObjectTier:
         piece = self._pending.popleft()
         size = piece.end - piece.start
         self._pending_bytes -= size
-        data = await self._read_range(piece.segment.path, piece.start, piece.end)
+        data = await self._read(piece)
         encoded: EncodedObject = await self._compute(self._encode, piece, data)
         self._head = encoded.ref
         return _Upload(encoded, size)
+
+    async def _read(self, piece: AppendedRange) -> Buffer:
+        """Read a range of a segment, for as long as it takes (R31)."""
+        path = piece.segment.path
+
+        async def attempt() -> Buffer:
+            try:
+                return await self._read_range(path, piece.start, piece.end)
+            except OSError as error:
+                if error.errno in (None, errno.ENOENT):
+                    # The file is gone or shorter: that does not pass.
+                    raise
+                raise StoreUnavailable(f"{path} cannot be read: {error}") from error
+
+        data: Buffer = await self._persist(attempt)
+        return data
 
     @property
     def _held(self) -> EpochLease:
@@ -307,12 +326,15 @@ class ObjectTier:
                 self._on_advance(last_lsn)
                 await failpoints.reach("objects.advanced")
 
-    async def _persist(self, request: Callable[[], Awaitable[None]]) -> None:
-        """Repeat a request until the store answers it."""
-        await persist(request, StoreUnavailable, self._note_stalled, retry_s=self._options.retry_s, rng=self._rng)
+    async def _persist(self, request: Callable[[], Awaitable[T]]) -> T:
+        """Repeat a request until it is answered."""
+        answer = await persist(
+            request, StoreUnavailable, self._note_stalled, retry_s=self._options.retry_s, rng=self._rng
+        )
         if self._stalled:
             self._stalled = False
             log.info("objects.recovered", store=self._store.url)
+        return answer
 
     def _note_stalled(self, error: Exception) -> None:
         if not self._stalled:

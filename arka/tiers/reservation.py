@@ -15,6 +15,7 @@ import trio
 from arka._core.lsn import LsnAllocator
 from arka.storage.ports import StoreUnavailable
 from arka.wal.logstate import LogStateFile
+from arka.wal.shortage import Shortage
 from arka.wal.writer import WalPoisoned
 
 log = structlog.get_logger(__name__)
@@ -73,6 +74,10 @@ class LsnReservation:
         if ceiling > allocator.ceiling:
             try:
                 await self._state.raise_to(lsn_ceiling=ceiling, store_ceiling=store_ceiling)
+            except Shortage as error:
+                # What is reserved goes on being given; the next look tries again.
+                log.warning("lsn.reserve_stalled", remaining=allocator.remaining, reason=str(error))
+                return
             except OSError as error:
                 raise WalPoisoned(f"The log's state cannot be written: {error}; restart the server") from error
             allocator.raise_ceiling(ceiling)

@@ -22,6 +22,7 @@ from arka.tiers.mirror import CheckpointStore
 from arka.tiers.objects import ObjectTier
 from arka.wal.logstate import LogState, LogStateFile
 from arka.wal.objectfile import ObjectRef
+from arka.wal.shortage import Shortage
 from arka.wal.writer import WalPoisoned
 
 log = structlog.get_logger(__name__)
@@ -156,6 +157,9 @@ class Uplink:
             await state.raise_to(epoch=lease.epoch, store_ceiling=lease.lsn_ceiling)
             recorded = await lease.record_start(head)
             await state.raise_to(started_epoch=lease.epoch)
+        except Shortage as error:
+            # Nothing was written: the next attempt takes another epoch.
+            raise StoreUnavailable(f"The log's state cannot be opened: {error}") from error
         except OSError as error:
             raise WalPoisoned(f"The log's state cannot be written: {error}; restart the server") from error
         objects.connect(lease, recorded)

@@ -20,6 +20,7 @@ from arka.errors import ConfigurationError, DataCorruption, InternalError
 from arka.storage.ports import Disk
 from arka.wal.blocks import FORMAT_VERSION, check_block, magic, seal_block
 from arka.wal.seal import write_whole
+from arka.wal.shortage import short_of
 
 STATE_NAME: Final = "log"
 
@@ -158,7 +159,8 @@ class LogState:
         return None if slots is None else newest_slot(slots)
 
     def _write(self, directory: Path, disk: Disk) -> LogState:
-        slots = self._read_slots(directory, disk)
+        with short_of():
+            slots = self._read_slots(directory, disk)
         if slots is None:
             raise InternalError(f"{directory} holds no log state: create it first")
         newest = newest_slot(slots)
@@ -175,7 +177,8 @@ class LogState:
         state = replace(self, generation=newest.generation + 1)
         generations = [slot.generation if slot is not None else 0 for slot in slots]
         first = generations.index(min(generations))
-        file = disk.open(directory / STATE_NAME)
+        with short_of():
+            file = disk.open(directory / STATE_NAME)
         try:
             for slot in (first, 1 - first):
                 file.write(slot * _SLOT_BYTES, [state._to_slot()])
@@ -218,6 +221,7 @@ class LogStateFile:
         """Raise parts of the state; one that is higher already stays.
 
         Raises:
+            Shortage: the old state is in force: ask again (R31).
             OSError: the old state or the new one is in force.
 
         Durability: on return the state on disk is at least this.

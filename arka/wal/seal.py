@@ -19,6 +19,7 @@ from arka.errors import ConfigurationError, DataCorruption, Fenced
 from arka.storage.ports import Buffer, Disk
 from arka.wal.blocks import FORMAT_VERSION, check_block, magic, seal_block
 from arka.wal.segment import SegmentHeader
+from arka.wal.shortage import short_of
 from arka.wal.walk import list_segments
 
 SEAL_NAME: Final = "sealed"
@@ -139,11 +140,13 @@ def change_seal(disk: Disk, directory: Path, mark: SealMark) -> None:
     """Change a mark that ``write_seal`` wrote, in its place: that needs no room on the disk. Blocking.
 
     Raises:
+        Shortage: the old mark is there: ask again (R31).
         OSError: the old mark or the new one is there.
 
     Durability: the mark is on disk on return.
     """
-    file = disk.open(directory / SEAL_NAME)
+    with short_of():
+        file = disk.open(directory / SEAL_NAME)
     try:
         for at in (_COPY_AT, 0):
             file.write(at, [mark.to_bytes()])

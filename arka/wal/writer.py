@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,11 +32,25 @@ from arka.wal.segment import (
     SegmentRef,
     segment_name,
 )
+from arka.wal.shortage import DESCRIPTORS, RETRY_S, Shortage, short_of
 from arka.wal.walk import list_segments
 
 
 class WalPoisoned(OutcomeUnknown):
     """A write or fsync of the log failed: what was not acked may or may not be found at restart (R6)."""
+
+
+class _Begun:
+    """A segment whose header is durable, and which is not in place yet."""
+
+    __slots__ = ("file", "header", "named", "ref")
+
+    def __init__(self, ref: SegmentRef, header: SegmentHeader, file: DiskFile) -> None:
+        self.ref = ref
+        self.header = header
+        self.file = file
+        # Whether it has its name; its directory may not be durable yet.
+        self.named = False
 
 
 class WalWriter:
@@ -64,6 +79,8 @@ class WalWriter:
         # Invariant: the mark on disk. It names every segment that was ever acked from and is not released (R39).
         self._mark = seal
         self._active: ActiveSegment | None = None
+        self._begun: _Begun | None = None
+        self._held_back: Shortage | None = None
         self._poison: BaseException | None = None
         self._closed = False
         # Invariant: whoever touches _active, _next_segment, _last_lsn and _mark holds the lock, or is the job that its
@@ -131,6 +148,11 @@ class WalWriter:
         """Whether a write or fsync has failed."""
         return self._poison is not None
 
+    @property
+    def held_back(self) -> Shortage | None:
+        """What keeps the next segment from being made; None: nothing, or none is wanted."""
+        return self._held_back
+
     async def append(self, frames: list[Frame]) -> list[AppendedRange]:
         """Write frames as one group commit.
 
@@ -144,14 +166,16 @@ class WalWriter:
 
         Raises:
             WalPoisoned: a write or fsync failed, now or before. Some of the frames may be found by a
-                recovery; nothing can be appended any more (R6).
+                recovery; nothing can be appended any more (R6). Where no new segment can be made for lack of
+                descriptors, memory or room, this waits instead (R31).
             InternalError: the frames break a rule above; nothing was written.
             Closed: the writer was closed.
 
         Durability: on return all of the frames are fsynced, with all that leads to them.
 
         Cancellation: before the write begins, nothing is written and the frames may be appended again. Once
-        it has begun it is finished, and this returns normally: so a cancelled append wrote nothing.
+        it has begun it is finished, and this returns normally: so a cancelled append wrote nothing. A group that waits
+        for a new segment may be cancelled between two segments: those of its frames that are on disk have no payload.
         """
         await self._lock_at_once()
         try:
@@ -161,7 +185,7 @@ class WalWriter:
             self._check_frames(frames)
             ranges = await self._commit_at_once(frames)
             if ranges is None:
-                ranges = await self._disk.run(partial(self._commit, frames))
+                ranges = await self._commit_all(frames)
             if self._spare is None:
                 self._spare_wanted.set()
             return ranges
@@ -266,15 +290,29 @@ class WalWriter:
         self._last_lsn = appended.last_lsn
         return [appended]
 
+    async def _commit_all(self, frames: list[Frame]) -> list[AppendedRange]:
+        """Commit frames with as many new segments as they need; waits while none can be made (R31)."""
+        ranges: list[AppendedRange] = []
+        done = 0
+        try:
+            while True:
+                more, done, self._held_back = await self._disk.run(partial(self._commit, frames, done))
+                ranges += more
+                if self._held_back is None:
+                    return ranges
+                await trio.sleep(RETRY_S)
+        finally:
+            self._held_back = None
+
     def _poisoned_by(self, error: BaseException) -> WalPoisoned:
         self._poison = error
         return WalPoisoned(f"{self._directory}: the log cannot be written: {error}; restart the server")
 
     # -- jobs: run in the disk's thread -----------------------------------------------------------
 
-    def _commit(self, frames: list[Frame]) -> list[AppendedRange]:
+    def _commit(self, frames: list[Frame], done: int) -> tuple[list[AppendedRange], int, Shortage | None]:
+        """Write ``frames[done:]``; returns where they are, how many are written, and what the rest waits for."""
         ranges: list[AppendedRange] = []
-        done = 0
         try:
             rolls, self._rolls = self._rolls, False
             if rolls and self._active is not None:
@@ -283,7 +321,10 @@ class WalWriter:
             while done < len(frames):
                 active = self._active
                 if active is None:
-                    active = self._active = self._start_segment(frames[done])
+                    try:
+                        active = self._active = self._start_segment(frames[done])
+                    except Shortage as shortage:
+                        return ranges, done, shortage
                 cut = active.cut(frames, done)
                 done += len(cut.taken)
                 full = done < len(frames)
@@ -296,10 +337,41 @@ class WalWriter:
                     self._active = None
         except BaseException as error:
             raise self._poisoned_by(error) from error
-        return ranges
+        return ranges, done, None
 
     def _start_segment(self, first: Frame) -> ActiveSegment:
-        """Make the next segment. Its predecessor's footer is fsynced (R7)."""
+        """Make the next segment, or go on with one that a shortage interrupted.
+
+        Its predecessor's footer is fsynced (R7).
+
+        Raises:
+            Shortage: something lacks for now: call again with the same frame.
+            OSError: a write or fsync failed.
+        """
+        begun = self._begun
+        if begun is None:
+            begun = self._begun = self._begin_segment(first)
+        if begun.header.first_lsn != first.lsn:
+            found = begun.header.first_lsn
+            raise InternalError(f"segment {begun.ref.number} was begun for LSN {found}, not {first.lsn}")
+        if not begun.named:
+            # A segment gets its name when its header is durable: under a segment's name a bad header is damage.
+            with short_of():
+                self._disk.rename(begun.file.path, begun.ref.path)
+            begun.named = True
+            failpoints.hit("wal.segment_renamed")
+        # Only its opening can run short of these: a failed fsync is none of them.
+        with short_of(DESCRIPTORS):
+            self._disk.sync_directory(self._directory)
+        failpoints.hit("wal.segment_named")
+        # Named before anything in it is acked, and once it is there: never a name without a file.
+        self._write_mark(self._kept.with_newest(begun.ref.number, begun.header.base_lsn))
+        self._begun = None
+        self._next_segment += 1
+        return ActiveSegment(begun.ref, begun.header, begun.file)
+
+    def _begin_segment(self, first: Frame) -> _Begun:
+        """Make a file with a durable header."""
         need = HEADER_BYTES + MARKS_BYTES + first.frame_bytes
         if first.kind == KIND_BATCH:
             need += table_frame(first).frame_bytes
@@ -312,7 +384,8 @@ class WalWriter:
             file, self._spare = self._spare, None
         if file is None:
             capacity = max(capacity, need)
-            file = self._disk.create(ref.path.with_name(ref.path.name + UNFINISHED_SUFFIX), capacity)
+            with short_of():
+                file = self._create(ref.path.with_name(ref.path.name + UNFINISHED_SUFFIX), capacity)
         failpoints.hit("wal.segment_allocated")
         header = SegmentHeader(
             log_uuid=self._log_uuid,
@@ -329,25 +402,21 @@ class WalWriter:
         failpoints.hit("wal.header_written")
         file.sync()
         failpoints.hit("wal.header_synced")
-        # A segment gets its name when its header is durable: under a segment's name a bad header is damage.
-        self._disk.rename(file.path, ref.path)
-        failpoints.hit("wal.segment_renamed")
-        self._disk.sync_directory(self._directory)
-        failpoints.hit("wal.segment_named")
-        # Named before anything in it is acked, and once it is there: never a name without a file.
-        self._write_mark(self._kept.with_newest(number, header.base_lsn))
-        self._next_segment += 1
-        return ActiveSegment(ref, header, file)
+        return _Begun(ref, header, file)
 
     def _allocate(self, name: str) -> DiskFile:
+        spare = self._create(self._directory / name, self._options.segment_bytes)
+        failpoints.hit("wal.spare_allocated")
+        return spare
+
+    def _create(self, path: Path, size: int) -> DiskFile:
         try:
-            spare = self._disk.create(self._directory / name, self._options.segment_bytes)
-            failpoints.hit("wal.spare_allocated")
+            return self._disk.create(path, size)
         except OSError:
             # On a full disk, what was allocated before the error is what the active segment may need.
-            self._disk.remove(self._directory / name)
+            with suppress(OSError):
+                self._disk.remove(path)
             raise
-        return spare
 
     @property
     def _kept(self) -> Kept:
@@ -381,6 +450,9 @@ class WalWriter:
     def _finish(self) -> None:
         active, self._active = self._active, None
         spare, self._spare = self._spare, None
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            begun.file.close()
         if spare is not None:
             spare.close()
         if self._poison is not None:
@@ -393,6 +465,10 @@ class WalWriter:
                 active.seal()
             if spare is not None:
                 self._disk.remove(spare.path)
+            if begun is not None:
+                # It holds nothing: no frame was written to it, and the mark does not name it.
+                self._disk.remove(begun.ref.path if begun.named else begun.file.path)
+                self._disk.sync_directory(self._directory)
             kept = self._kept if self._kept.oldest else Kept(0, 0, self._last_lsn)
             last = self._next_segment - 1
             mark = SealMark(self._log_uuid, self._epoch, last, self._last_lsn, closed=True, kept=kept)
