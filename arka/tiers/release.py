@@ -37,6 +37,7 @@ from arka.tiers.logclock import LogClock
 from arka.tiers.space import DiskSpace
 from arka.tiers.watermarks import now_us
 from arka.wal.segment import SegmentRef
+from arka.wal.shortage import is_shortage
 from arka.wal.writer import WalWriter
 
 log = structlog.get_logger(__name__)
@@ -273,7 +274,15 @@ class LogRelease:
             gone: list[_HeldSegment] = []
             while self._doomed and self._doomed[0][1] <= now:
                 gone.append(self._doomed.popleft()[0])
-            await self._writer.retire([held.ref for held in gone])
+            try:
+                await self._writer.retire([held.ref for held in gone])
+            except OSError as error:
+                if not is_shortage(error):
+                    raise
+                # Those that are gone already are passed over by the next attempt (R31).
+                log.warning("log.release_stalled", segments=len(gone), reason=str(error))
+                self._doomed.extendleft((held, now) for held in reversed(gone))
+                return
             await failpoints.reach("release.retired")
             size = sum(held.size for held in gone)
             self._space.note_released(size)
