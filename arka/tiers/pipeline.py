@@ -363,16 +363,10 @@ class Pipeline:
         Args:
             shared: which tiers write there too.
         """
-<<<<<<< HEAD
         queued = self.unwritten_bytes()
-        # Checkpoints are kept on the log's disk too.
-        owed = queued + self._release.owed_bytes
-=======
-        queued = self.memory.queued_bytes + self._disk_tier.writing_bytes
         owed = queued
         if shared.checkpoints:
             owed += self._release.owed_bytes
->>>>>>> 88b1fb3 (Hold back for what lacks instead of poisoning the log; budget descriptors; judge room and survival by device)
         if shared.store:
             owed += queued + self._objects.unstored_bytes + self._release.owed_bytes
         if shared.warehouse:

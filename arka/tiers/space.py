@@ -52,11 +52,8 @@ class DiskSpace:
         free_bytes: int,
         used_bytes: int,
         read_free: Callable[[], int],
-<<<<<<< HEAD
         stall_s: float = 0.0,
-=======
         read_spill_free: Callable[[], int] | None = None,
->>>>>>> 88b1fb3 (Hold back for what lacks instead of poisoning the log; budget descriptors; judge room and survival by device)
     ) -> None:
         """Set the marks.
 
@@ -64,13 +61,9 @@ class DiskSpace:
             limit_bytes: most bytes of WAL, and of what else is held on its disk.
             free_bytes: least free bytes of the file system, beside what is owed.
             used_bytes: bytes of WAL now.
-<<<<<<< HEAD
-            read_free: returns the file system's free bytes; must not block for long.
-            stall_s: how long writes wait for room, in seconds, before they are refused.
-=======
             read_free: returns the free bytes of the log's file system; must not block for long.
             read_spill_free: the same of that of spill files; None: it is the log's.
->>>>>>> 88b1fb3 (Hold back for what lacks instead of poisoning the log; budget descriptors; judge room and survival by device)
+            stall_s: how long writes wait for room, in seconds, before they are refused.
         """
         self.room = Room("disk", stall_s)
         self._limit_bytes = limit_bytes
@@ -148,15 +141,10 @@ class DiskSpace:
             AdmissionRejected: ``overloaded``: there is no room.
         """
         self._look()
-<<<<<<< HEAD
-        kept = self._kept - self._free_bytes // _FREE_PART
-        room = min(self._limit_bytes - self.used_bytes - self._spilling, self._free - kept) // 2
-=======
-        free, kept = self._free, self._kept
+        free, kept = self._free, self._kept - self._free_bytes // _FREE_PART
         if self._read_spill_free is not None:
             free, kept = self._read_spill_free(), self._free_bytes + self._spilling
         room = min(self._limit_bytes - self.used_bytes - self._spilling, free - kept) // 2
->>>>>>> 88b1fb3 (Hold back for what lacks instead of poisoning the log; budget descriptors; judge room and survival by device)
         if room <= 0:
             raise AdmissionRejected(
                 f"The disk has no room for an answer: {free} bytes are free, {kept} are kept "
@@ -185,15 +173,9 @@ class DiskSpace:
         self._judge()
 
     def _judge(self) -> None:
-<<<<<<< HEAD
-        self._kept = self._free_bytes + self._owed_bytes() + self._spilling
-=======
-        slack = _LOW_SHARE if self._refusing is not None else 1.0
-        owed = self._owed_bytes()
-        self._kept = self._free_bytes + owed
+        self._kept = self._free_bytes + self._owed_bytes()
         if self._read_spill_free is None:
             self._kept += self._spilling
->>>>>>> 88b1fb3 (Hold back for what lacks instead of poisoning the log; budget descriptors; judge room and survival by device)
         used = self.used_bytes
         coming = self._unwritten_bytes()
         # Answers that are there or are being written count in the part that is theirs first.
