@@ -92,6 +92,9 @@ class Limits:
     read_pin_s: float = option(
         300.0, "Longest time that a DoGet keeps the log from being released while it is answered.", at_least=1
     )
+    read_wait_s: float = option(
+        30.0, "Longest time that a DoGet waits for the LSN that its wait_for_lsn names.", at_least=0.1
+    )
     streams: int = option(10_000, "Open RPCs of all connections together.", at_least=1)
     streams_per_connection: int = option(1_000, "Open RPCs of one connection.", at_least=1)
     connections: int = option(10_000, "Open connections.", at_least=1)

@@ -147,8 +147,8 @@ def _check_units(type_: pa.DataType) -> None:
     if (types.is_timestamp(type_) or types.is_time64(type_)) and type_.unit == "ns":
         micros = pa.time64("us") if types.is_time64(type_) else pa.timestamp("us", type_.tz)
         raise UnsupportedType(
-            f"{type_name(type_)}: a table of format version 2 holds microseconds, which would cut nanoseconds off; use "
-            f"{type_name(micros)}, or int64 for nanoseconds since 1970"
+            f"{type_name(type_)}: a table of format version 2 holds microseconds, which would cut nanoseconds off; "
+            f"use {type_name(micros)}, or int64 for nanoseconds since 1970"
         )
     if types.is_dictionary(type_) or types.is_run_end_encoded(type_):
         _check_units(type_.value_type)

@@ -29,6 +29,8 @@ from typing import Any, Final
 
 import pyarrow as pa
 
+from arka.flight.sqlwords import sql_hint
+
 #: Deepest nesting of a type: far above what tables have, far below Python's recursion limit.
 MAX_DEPTH: Final = 32
 
@@ -142,7 +144,13 @@ def _parse_value(value: object, depth: int) -> pa.DataType:
     if depth > MAX_DEPTH:
         raise TypeSpelling(f"types nest deeper than {MAX_DEPTH} levels")
     if isinstance(value, str):
-        return _Text(value).whole(depth)
+        try:
+            return _Text(value).whole(depth)
+        except TypeSpelling as error:
+            hint = sql_hint(value)
+            if hint is None:
+                raise
+            raise TypeSpelling(f"{error}; {hint}") from error
     if isinstance(value, Mapping) and len(value) == 1:
         name, argument = next(iter(value.items()))
         return _parse_object(str(name), argument, depth)
@@ -193,7 +201,11 @@ def _with_arguments(name: str, words: list[str]) -> pa.DataType:
     if name == "interval":
         if len(words) == 1 and words[0].lower() == "monthdaynano":
             return pa.month_day_nano_interval()
-        raise TypeSpelling(f"interval ({', '.join(words)}) has no Arrow type here; use int64 or utf8")
+        found = f" ({', '.join(words)})" if words else ""
+        raise TypeSpelling(
+            f"interval{found} has no type in an Iceberg table; use int64 with microseconds, or utf8; types are spelled "
+            f"as in {_EXAMPLES}"
+        )
     raise TypeSpelling(f"{name!r} takes no arguments; expected a type such as {_EXAMPLES}")
 
 
@@ -253,6 +265,12 @@ def _parse_field(value: object, depth: int) -> pa.Field:
     if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
         raise TypeSpelling(f"found {json.dumps(value, default=str)[:80]}, expected a field with name and data_type")
     spelled: Any = value.get("data_type", value.get("type"))
+    kept = {key for key in value.get("metadata") or {} if key != "PARQUET:field_id"}
+    if kept:
+        raise TypeSpelling(
+            f"field {value['name']!r}: metadata {', '.join(sorted(map(repr, kept)))[:80]}: nested fields keep none; "
+            "put a text under 'doc' of the column"
+        )
     nullable = value.get("nullable", True)
     if not isinstance(nullable, bool):
         raise TypeSpelling(f"field {value['name']!r}: nullable must be true or false, found {nullable!r}")
@@ -326,7 +344,9 @@ class _Text:
             return self._nested(name, depth)
         if name in _DECIMALS or name in ("fixed_size_binary", "fixedsizebinary"):
             return _with_arguments(name, self._arguments() or [])
-        if name in _SIMPLE or name == "interval":
+        if name == "interval":
+            return _with_arguments(name, self._arguments() or [])
+        if name in _SIMPLE:
             arguments = self._arguments()
             return _SIMPLE[name] if arguments is None else _with_arguments(name, arguments)
         self._at = start

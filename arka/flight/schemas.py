@@ -17,7 +17,7 @@ import pyarrow as pa
 from arka._core.rowkeys import is_key_type
 from arka._core.transforms import parse_transform
 from arka.errors import InvalidRequest
-from arka.flight.canonical import UnsupportedType, canonical_type, check_field_name
+from arka.flight.canonical import UnsupportedType, check_field_name, declared_type
 from arka.flight.datatypes import TypeSpelling, parse_type, type_name
 from arka.flight.properties import check_properties
 from arka.records import (
@@ -37,6 +37,8 @@ MAX_BODY_BYTES: Final = 16 * 1024 * 1024
 #: Iceberg numbers partition fields from here.
 _FIRST_PARTITION_ID: Final = 1000
 _MAX_ID: Final = 2**31 - 1
+#: The metadata that an Iceberg column keeps: its doc.
+_DOC: Final = "doc"
 
 _TABLE_TYPES: Final = {kind.value.replace("_", ""): kind for kind in TableType}
 _PLAIN_TRANSFORMS: Final = frozenset({"identity", "year", "month", "day", "hour"})
@@ -59,6 +61,7 @@ class _Schema(msgspec.Struct):
     """``schema_json``."""
 
     fields: list[_Field]
+    metadata: Any = None
 
 
 class _PartitionField(msgspec.Struct):
@@ -143,6 +146,8 @@ def _parse_schema(value: str | dict[str, Any]) -> pa.Schema:
     parsed: _Schema = _decode_part("schema_json", value, _Schema)
     if not parsed.fields:
         raise InvalidRequest("schema_json: 'fields' is empty, expected at least one column")
+    if parsed.metadata:
+        raise InvalidRequest("schema_json: metadata of the schema is not kept; put it into the table's properties")
     fields = [_parse_field(position, item) for position, item in enumerate(parsed.fields)]
     names: dict[str, str] = {}
     for field in fields:
@@ -164,15 +169,17 @@ def _parse_field(position: int, item: _Field) -> pa.Field:
         check_field_name(item.name)
         if spelled is None:
             raise InvalidRequest(f"{where} has no type: expected 'type' or 'data_type'")
-        type_ = canonical_type(parse_type(spelled))
+        type_ = declared_type(parse_type(spelled))
     except (TypeSpelling, UnsupportedType) as error:
         raise InvalidRequest(f"{where}: {error}") from error
-    metadata = {
-        key: value
-        for key, value in (item.metadata or {}).items()
-        # Field ids are the catalog's to give (R24).
-        if key.encode() != FIELD_ID_KEY
-    }
+    # Field ids are the catalog's to give (R24); a schema that was read from a Parquet file has some.
+    metadata = {key: value for key, value in (item.metadata or {}).items() if key.encode() != FIELD_ID_KEY}
+    others = sorted(metadata.keys() - {_DOC})
+    if others:
+        raise InvalidRequest(
+            f"{where}: metadata {', '.join(map(repr, others))[:200]} is not kept: an Iceberg column has one text, "
+            f"under {_DOC!r}; leave the others out, or put them into the table's properties"
+        )
     return pa.field(item.name, type_, nullable=item.nullable is not False, metadata=metadata or None)
 
 

@@ -24,9 +24,10 @@ from arka.flight import messages
 from arka.flight.acks import AckForm
 from arka.flight.exchange import Exchange
 from arka.flight.grpc import Call, Route
+from arka.flight.publicschema import public_schema
 from arka.flight.schemas import describe_partition, describe_schema, parse_create_table
 from arka.options import Limits
-from arka.records import FIELD_ID_KEY, TableName, Tier
+from arka.records import TableName, Tier
 from arka.storage.threads import run_compute
 from arka.tiers.effects import Effects
 from arka.tiers.pipeline import Pipeline
@@ -224,7 +225,9 @@ class FlightService:
     async def get_schema(self, call: Call) -> None:
         """Send a table's schema as an encapsulated IPC message."""
         table = await self._named_table(await _request(call))
-        await call.send(messages.build("SchemaResult", schema=_public_schema(table).serialize().to_pybytes()))
+        await call.send(
+            messages.build("SchemaResult", schema=public_schema(table.info.schema).serialize().to_pybytes())
+        )
 
     async def get_flight_info(self, call: Call) -> None:
         """Send where a table is read from: one endpoint, this server."""
@@ -340,7 +343,7 @@ class FlightService:
             "table_uuid": str(info.uuid),
             "table_type": info.table_type.value,
             "primary_key": list(info.key_columns),
-            "schema": describe_schema(_public_schema(table)),
+            "schema": describe_schema(public_schema(table.info.schema)),
             "schema_id": info.schema_id,
             "partition_spec": describe_partition(info),
             "location": info.location,
@@ -389,8 +392,7 @@ def _public_header(message: pa.ipc.Message) -> bytes:
     if message.type != "schema":
         return bytes(message.metadata)
     schema = pa.ipc.read_schema(message)
-    bare = pa.schema([_strip_field_id(field) for field in schema])
-    return bytes(pa.ipc.read_message(bare.serialize()).metadata)
+    return bytes(pa.ipc.read_message(public_schema(schema).serialize()).metadata)
 
 
 def _parse_body(body: bytes) -> _NameBody:
@@ -415,21 +417,11 @@ def _parse_ticket(data: bytes) -> _Ticket:
         raise InvalidRequest(f"The ticket is neither JSON nor a table name: {error}") from error
 
 
-def _strip_field_id(field: pa.Field) -> pa.Field:
-    metadata = {key: value for key, value in (field.metadata or {}).items() if key != FIELD_ID_KEY}
-    return field.with_metadata(metadata or None)
-
-
-def _public_schema(table: Table) -> pa.Schema:
-    """The table's schema as clients see it: without the Iceberg field ids of its columns."""
-    return pa.schema([_strip_field_id(field) for field in table.info.schema])
-
-
 def _flight_info(table: Table, descriptor: Any) -> Any:
     ticket = messages.make("Ticket", ticket=str(table.info.name).encode())
     return messages.make(
         "FlightInfo",
-        schema=_public_schema(table).serialize().to_pybytes(),
+        schema=public_schema(table.info.schema).serialize().to_pybytes(),
         flight_descriptor=descriptor,
         endpoint=[messages.make("FlightEndpoint", ticket=ticket)],
         total_records=-1,

@@ -114,6 +114,8 @@ class Pipeline:
         self._space = parts.space
         #: How long a read may keep frames in the log.
         self.read_pin_s = settings.limits.read_pin_s
+        #: How long a read may wait for an LSN.
+        self.read_wait_s = settings.limits.read_wait_s
         self._release = parts.release
         self._key_room = Room("keys", settings.limits.stall_s)
         self._commit_interval_s = settings.iceberg.commit_interval_s
@@ -128,6 +130,8 @@ class Pipeline:
         # Where the log ended on this disk when the process began.
         self._recovered_lsn = parts.marks.disk.lsn
         self._draining = False
+        #: Set when the log takes no more writes: what waits for one that is still to come waits in vain.
+        self.stopping = trio.Event()
         self._failure: OutcomeUnknown | None = None
         self._failure_listeners: dict[FailureListener, None] = {}
         self._disk_ended = trio.Event()
@@ -181,7 +185,7 @@ class Pipeline:
                 log.critical("disk.poisoned", reason=error.detail)
                 self._tell(ErrorCode.OUTCOME_UNKNOWN, error.detail)
             else:
-                self._draining = True
+                self._begin_drain()
                 log.critical("log.fenced" if isinstance(error, Fenced) else "log.failed", reason=str(error))
                 self._tell(
                     ErrorCode.UNAVAILABLE, str(error) if isinstance(error, ArkaError) else "The server has failed"
@@ -195,9 +199,13 @@ class Pipeline:
 
     def start_drain(self) -> None:
         """Refuse new writes from now on, and bring what is accepted down without waiting for company."""
-        self._draining = True
+        self._begin_drain()
         self._objects.hurry(from_now_on=True)
         self.tables.start_drain()
+
+    def _begin_drain(self) -> None:
+        self._draining = True
+        self.stopping.set()
 
     async def wait_drained(self) -> None:
         """Wait until every accepted write is committed, as far as its table can be.

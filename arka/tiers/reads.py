@@ -12,12 +12,16 @@ from typing import Final
 import trio
 
 from arka.errors import ArkaError, ErrorCode, Unavailable
+from arka.records import MAX_LSN
 from arka.storage.ports import CatalogUnavailable, ReadJob, TableFrames, TableMissing
 from arka.tiers.pipeline import Pipeline
 from arka.tiers.table import Table, TableState
+from arka.tiers.watermarks import Watermark
 
 #: How long a read waits for a table that the start has not compared with the catalog yet.
 _TAKE_UP_S: Final = 10.0
+#: How far above the last LSN a read may wait for one: the log reserves so many at a time (R2).
+_AHEAD: Final = 2**32
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,19 +58,20 @@ async def read_table(pipeline: Pipeline, table: Table, request: ReadRequest, pat
         The number of rows.
 
     Raises:
-        ArkaError: ``out_of_range``: ``at_lsn`` was not given yet, or no retained snapshot ends there.
+        ArkaError: ``out_of_range``: ``at_lsn`` was not given yet, or no retained snapshot ends there; ``wait_for_lsn``
+            cannot exist, or no write got it in ``limits.read_wait_s``.
         InvalidRequest: a column that the table does not have.
         AdmissionRejected: ``overloaded``: the disk has no room for the answer (R23).
         ArkaError: ``table_not_found``: others have dropped or renamed it.
         Unavailable: catalog or warehouse do not answer in time; the start has not compared the table with the catalog
-            yet; or the log is another process's.
+            yet; the log is another process's; or the server drains while the read waits for an LSN.
 
     Cancellation: the file may be there.
     """
     disk, _, _ = pipeline.marks_of(table)
     if request.wait_for_lsn is not None:
-        await disk.wait_reached(request.wait_for_lsn)
-    if request.at_lsn is not None and request.at_lsn > pipeline.memory.last_lsn:
+        await _wait_for_lsn(pipeline, disk, request.wait_for_lsn)
+    if request.at_lsn is not None and not 0 <= request.at_lsn <= pipeline.memory.last_lsn:
         raise ArkaError(
             f"at_lsn {request.at_lsn} was not given to any write yet, {pipeline.memory.last_lsn} is the last one",
             code=ErrorCode.OUT_OF_RANGE,
@@ -102,6 +107,42 @@ async def read_table(pipeline: Pipeline, table: Table, request: ReadRequest, pat
         f"{table.info.name} was not read in {pipeline.read_pin_s:g} s (limits.read_pin_s): other reads are before it, "
         "or it is too large for that"
     )
+
+
+async def _wait_for_lsn(pipeline: Pipeline, disk: Watermark, lsn: int) -> None:
+    """Wait until the log has an LSN on disk: for ``limits.read_wait_s``, and no longer than it takes writes.
+
+    Raises:
+        ArkaError: ``out_of_range``: no write can have the LSN, or none got it in that time.
+        Unavailable: it was given and is not on disk yet; or the server drains.
+    """
+    last_lsn = pipeline.memory.last_lsn
+    if not 0 <= lsn <= min(MAX_LSN, last_lsn + _AHEAD):
+        raise ArkaError(
+            f"wait_for_lsn {lsn} cannot be an LSN of this log: {last_lsn} is the last one that was given",
+            code=ErrorCode.OUT_OF_RANGE,
+        )
+    with trio.move_on_after(pipeline.read_wait_s):
+        async with trio.open_nursery() as nursery:
+
+            async def end_with_the_log() -> None:
+                await pipeline.stopping.wait()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(end_with_the_log)
+            await disk.wait_reached(lsn)
+            nursery.cancel_scope.cancel()
+    if disk.lsn >= lsn:
+        return
+    if pipeline.stopping.is_set():
+        raise Unavailable(f"The server is draining: LSN {lsn} was not reached, read again after its restart")
+    waited = f"in {pipeline.read_wait_s:g} s (limits.read_wait_s)"
+    if lsn > pipeline.memory.last_lsn:
+        raise ArkaError(
+            f"wait_for_lsn {lsn} was given to no write {waited}, {pipeline.memory.last_lsn} is the last one",
+            code=ErrorCode.OUT_OF_RANGE,
+        )
+    raise Unavailable(f"LSN {lsn} was not on disk {waited}: try again")
 
 
 async def _wait_taken_up(table: Table) -> None:

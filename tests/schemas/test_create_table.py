@@ -107,6 +107,91 @@ def test_nullable_and_metadata_are_read() -> None:
     assert not schema.field("b").nullable
 
 
+NANOS: list[Any] = [
+    "timestamp[ns]",
+    "timestamp[ns, tz=UTC]",
+    "Timestamp(Nanosecond, None)",
+    {"Timestamp": ["Nanosecond", None]},
+    {"Timestamp": ["Nanosecond", "Europe/Paris"]},
+    "time64[ns]",
+    {"Time64": "Nanosecond"},
+    "list<timestamp[ns]>",
+    "fixed_size_list<time64[ns]>[2]",
+    "struct<a: int64, b: list<timestamp[ns]>>",
+    "map<utf8, timestamp[ns]>",
+    "map<time64[ns], int64>",
+    "dictionary<values=timestamp[ns], indices=int32>",
+    "large_list_view<timestamp[ns, tz=UTC]>",
+    {"List": {"name": "item", "data_type": {"Timestamp": ["Nanosecond", None]}, "nullable": True}},
+]
+
+
+@pytest.mark.parametrize("type_", NANOS, ids=str)
+@pytest.mark.parametrize("kind", ["append_only", "primary_key"])
+def test_nanoseconds_are_refused_with_what_to_use(type_: Any, kind: str) -> None:
+    """A table of format version 2 would cut them off: nobody finds out later, value by value (protocol 5)."""
+    fields = [{"name": "k", "type": "int64"}, {"name": "x", "type": type_}]
+    for position in (fields, fields[::-1]):
+        with pytest.raises(InvalidRequest) as caught:
+            parse_create_table(
+                body(
+                    schema_json={"fields": position}, primary_key="k" if kind == "primary_key" else "",
+                    partition_spec=None, properties=None, table_type=kind,
+                )
+            )  # fmt: skip
+        assert "column 'x'" in caught.value.detail
+        wanted = "time64[us]" if "ime64" in str(type_) else "timestamp[us"
+        assert f"use {wanted}" in caught.value.detail
+
+
+def test_a_nanosecond_key_is_refused() -> None:
+    """As any other column."""
+    fields = [{"name": "k", "type": "timestamp[ns]"}]
+    with pytest.raises(InvalidRequest, match="column 'k'"):
+        parse_create_table(
+            body(schema_json={"fields": fields}, primary_key="k", partition_spec=None, table_type="primary_key")
+        )
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"metadata": {"unit": "ms", "doc": "x"}}, "column 'a': metadata 'unit' is not kept"),
+        ({"metadata": {"ARROW:extension:name": "geo"}}, "'ARROW:extension:name' is not kept"),
+        (
+            {"type": {"Struct": [{"name": "b", "data_type": "Int64", "metadata": {"unit": "ms"}}]}},
+            "field 'b': metadata 'unit': nested fields keep none",
+        ),
+        (
+            {"type": {"List": {"name": "item", "data_type": "Int64", "metadata": {"doc": "ms"}}}},
+            "field 'item': metadata 'doc': nested fields keep none",
+        ),
+    ],
+)
+def test_metadata_that_would_be_lost_is_refused(field: dict[str, Any], message: str) -> None:
+    """An Iceberg column keeps its doc and nothing else: all of what is taken comes back."""
+    with pytest.raises(InvalidRequest) as caught:
+        parse_fields({"name": "a", "type": "int64", **field})
+    assert message in caught.value.detail
+
+
+def test_metadata_of_the_schema_is_refused() -> None:
+    """It has no place in the catalog; an empty one, as arrow-rs writes it, is none."""
+    schema = {"fields": [{"name": "a", "type": "int64", "metadata": {}}]}
+    made = parse_create_table(
+        body(
+            schema_json={**schema, "metadata": {}},
+            primary_key="",
+            partition_spec=None,
+            table_type=None,
+            properties=None,
+        )
+    )
+    assert made.schema.metadata is None
+    with pytest.raises(InvalidRequest, match="metadata of the schema is not kept"):
+        parse_create_table(body(schema_json={**schema, "metadata": {"a": "b"}}, primary_key="", partition_spec=None))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arka.flight.datatypes import MAX_DEPTH, TypeSpelling, parse_type, type_name
+from arka.flight.sqlwords import sql_hint
 
 ENTRIES = {
     "name": "entries",
@@ -209,3 +211,52 @@ def test_no_json_is_read_other_than_as_a_type_or_an_error(value: object) -> None
     """The same for arrow-rs's objects."""
     with contextlib.suppress(TypeSpelling):
         parse_type(value)
+
+
+@pytest.mark.parametrize(
+    ("word", "instead"),
+    [
+        ("interval", "int64 with microseconds"),
+        ("INTERVAL", "int64 with microseconds"),
+        ("interval day to second", "int64 with microseconds"),
+        ("list<interval>", "int64 with microseconds"),
+        ({"Interval": "YearMonth"}, "int64 with microseconds"),
+        ("Interval(DayTime)", "int64 with microseconds"),
+        ("double precision", "use float64"),
+        ("character varying", "use utf8"),
+        ("character varying(255)", "use utf8"),
+        ("CHARACTER LARGE OBJECT", "use utf8"),
+        ("numeric(10,2)", "use decimal128(precision, scale)"),
+        ("timestamp without time zone", "use timestamp[us]"),
+        ("timestamp(6) without time zone", "use timestamp[us]"),
+        ("timestamp with time zone", "use timestamp[us, tz=UTC]"),
+        ("timestamp(3)", "use timestamp[us]"),
+        ("timestamptz", "use timestamp[us, tz=UTC]"),
+        ("time without time zone", "use time64[us]"),
+        ("time", "use time64[us]"),
+        ("date", "use date32"),
+        ("bigint", "use int64"),
+        ("smallint", "use int32"),
+        ("real", "use float32"),
+        ("bytea", "use binary"),
+        ("bit varying(3)", "use binary"),
+        ("fixed[16]", "use fixed_size_binary[width]"),
+        ("ARRAY", "use list<int64>"),
+        ("USER-DEFINED", "use utf8"),
+        ("struct<a: bigint>", "use int64"),
+        ("map<varchar, int64>", "use utf8"),
+    ],
+)
+def test_words_of_sql_are_refused_with_arrows(word: Any, instead: str) -> None:
+    """None is guessed at: what is read is what was spelled, or an error that says what to use."""
+    with pytest.raises(TypeSpelling) as caught:
+        parse_type(word)
+    assert instead in str(caught.value)
+
+
+def test_a_column_may_have_the_name_of_a_word() -> None:
+    """The hint is for types that cannot be read, not for names in those that can."""
+    assert parse_type("struct<date: date32, interval: int64>") == pa.struct(
+        [("date", pa.date32()), ("interval", pa.int64())]
+    )
+    assert sql_hint("no such word") is None

@@ -91,6 +91,56 @@ async def test_wait_for_an_lsn(path: str, autojump_clock: MockClock) -> None:
         assert found == [0, 1]
 
 
+@pytest.mark.parametrize("wrong", [-1, 2**53, 2**63, 2**52])
+async def test_an_lsn_that_cannot_be_is_not_waited_for(path: str, autojump_clock: MockClock, wrong: int) -> None:
+    """Below 0, above 2^53, or further than the log reserves: out of range at once, to wait for and to read at."""
+    node = SimNode()
+    async with node.run() as pipeline:
+        table = await create_table(pipeline)
+        write(pipeline, table, 0)
+        began = trio.current_time()
+        for asked in ({"wait_for_lsn": wrong}, {"at_lsn": wrong}):
+            with pytest.raises(ArkaError) as caught:
+                await ids(pipeline, table, path, **asked)
+            assert caught.value.code is ErrorCode.OUT_OF_RANGE
+            assert str(wrong) in caught.value.detail
+        assert trio.current_time() - began < 1
+
+
+async def test_a_wait_for_an_lsn_has_a_bound(path: str, autojump_clock: MockClock) -> None:
+    """An LSN that no write gets is out of range after ``limits.read_wait_s``."""
+    node = SimNode(with_options(limits__read_wait_s=20.0))
+    async with node.run() as pipeline:
+        table = await create_table(pipeline)
+        first = write(pipeline, table, 0).lsn
+        began = trio.current_time()
+        with pytest.raises(ArkaError, match="was given to no write in 20 s") as caught:
+            await ids(pipeline, table, path, wait_for_lsn=first + 1000)
+        assert caught.value.code is ErrorCode.OUT_OF_RANGE
+        assert 20 <= trio.current_time() - began < 30
+
+
+async def test_a_wait_for_an_lsn_ends_with_the_log(path: str, autojump_clock: MockClock) -> None:
+    """A drain does not wait for a read that waits for a write."""
+    node = SimNode(with_options(limits__read_wait_s=1000.0))
+    async with node.run() as pipeline:
+        table = await create_table(pipeline)
+        first = write(pipeline, table, 0).lsn
+        ended: list[ErrorCode] = []
+
+        async def read() -> None:
+            with pytest.raises(ArkaError) as caught:
+                await ids(pipeline, table, path, wait_for_lsn=first + 1)
+            ended.append(caught.value.code)
+
+        with trio.fail_after(100):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(read)
+                await trio.sleep(5)
+                pipeline.start_drain()
+        assert ended == [ErrorCode.UNAVAILABLE]
+
+
 async def test_log_is_kept_for_a_read(path: str, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch) -> None:
     """Frames that a read needs are not released while it goes on, although they are committed meanwhile."""
     node = SimNode(with_options(wal__release_grace_s=0.0))
