@@ -154,6 +154,12 @@ class IcebergOptions:
     commit_interval_s: float = option(0.5, "Pause between the commits of one table.", at_least=0.01)
     commit_bytes: int = option(256 * MIB, "Most Arrow bytes of one commit.", at_least=MIB)
     target_file_bytes: int = option(64 * MIB, "Arrow bytes after which an encoder starts a new file.", at_least=MIB)
+    adopt_s: float = option(
+        1.0,
+        "Age after which a table's schema, spec and properties are loaded again when a stream opens.",
+        at_least=0,
+        at_most=3600,
+    )
     job_deadline_s: float = option(120.0, "Longest time of one job in a worker.", at_least=1)
     encode_workers: int = option(
         2, "Worker processes that encode Parquet; a large commit is divided among them.", at_least=1, at_most=64

@@ -11,7 +11,7 @@ stands in the log is one uncompressed RecordBatch in the table's schema.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, NoReturn, Protocol
 
 import pyarrow as pa
@@ -25,6 +25,7 @@ from arka.flight.dictionaries import REFUSALS, StreamDictionaries
 from arka.flight.layout import Layout, describe_finding, plan_layout, wire_schema
 from arka.flight.partitions import COUNT_ROWS, PartitionLimit
 from arka.flight.plain import is_plain, referred_bytes
+from arka.flight.rebinding import Bound, bind_fields, rename_fields
 from arka.flight.selection import select_columns
 from arka.flight.storable import Storable
 from arka.options import Limits
@@ -126,6 +127,11 @@ class BatchDecoder:
         self._limits = limits
         self._header: bytes | None = None
         self._stream: pa.Schema | None = None
+        # Which fields of the table the stream's fields meant when it began (R27).
+        self._bound: tuple[Bound, ...] = ()
+        self._may_upsert = False
+        # Why the table as it is now does not take an operation of the stream.
+        self._refused: tuple[TableInfo, Operation, str] | None = None
         self._plan: StreamPlan | None = None
         self._targets: dict[Operation, _Target] = {}
         self._wire: pa.Schema | None = None
@@ -137,6 +143,11 @@ class BatchDecoder:
         self._parsed: tuple[bytes, ipc.BatchLayout] | None = None
         # The layout that Arrow took last for a plain target: it says the same of each batch that has it.
         self._taken: tuple[ipc.BatchLayout, _Target] | None = None
+
+    @property
+    def table(self) -> TableInfo:
+        """The table as batches are decoded for it."""
+        return self._table
 
     @property
     def dictionary_bytes(self) -> int:
@@ -179,6 +190,40 @@ class BatchDecoder:
         self._stream, self._wire, self._header = stream, wire, header
         self._dictionary_ids, self._dictionaries = ids, dictionaries
         self._plan = plan
+        self._bound = bind_fields(list(stream), list(self._table.schema))
+        self._may_upsert = plan.upserts is not None
+
+    def rebind(self, table: TableInfo, operation: Operation) -> None:
+        """Decode from now on for the table as others have changed it (R27).
+
+        Columns are followed by their field ids: renamed ones go on, new ones are filled with nulls where they may be.
+
+        Args:
+            table: the same table.
+            operation: what the next batch does.
+
+        Raises:
+            InvalidRequest: ``schema_mismatch``: a column of the stream was dropped, or one is there now that it has to
+                have. The decoder stays as it was, so that a write that was accepted before can be decoded again.
+        """
+        if self._stream is not None:
+            known = self._refused
+            if known is not None and known[0] is table and known[1] is operation:
+                raise InvalidRequest(known[2], code=ErrorCode.SCHEMA_MISMATCH)
+            renamed = pa.schema(rename_fields(list(self._stream), self._bound, list(table.schema)))
+            try:
+                plan = plan_conformance(renamed, table)
+                if not self._may_upsert and plan.upserts is not None:
+                    # What the other columns need was never kept.
+                    plan = replace(plan, upserts=None)
+                plan.conformance(operation)
+            except InvalidRequest as error:
+                changed = f"{error.detail}. Others changed the table while the stream was open: open another stream"
+                self._refused = table, operation, changed
+                raise InvalidRequest(changed, code=error.code) from None
+            self._plan = plan
+        self._table, self._targets = table, {}
+        self._taken = self._refused = None
 
     def check_operation(self, operation: Operation) -> None:
         """Check that the stream's columns suffice for an operation.

@@ -220,14 +220,17 @@ class Exchange:
         read_schema(message.header)
         if self._schema_header is not None:
             # The first one is the stream's; a second may only repeat it.
-            self._check_schema()
+            await self._check_schema()
         self._schema_header = message.header
         if self._asked or self._decoder is not None:
-            self._check_schema()
+            await self._check_schema()
 
-    def _check_schema(self) -> None:
+    async def _check_schema(self) -> None:
         """Hold the schema against the table, where both are known: a WriteRequest has come (protocol 3)."""
         if self._schema_header is not None and self._table is not None:
+            if self._decoder is None:
+                # The names in it mean the columns that have them now.
+                await self._pipeline.tables.adoption.refresh(self._table)
             self._require_decoder()
 
     async def _settle_schema_metadata(self, next_metadata: bytes | None) -> None:
@@ -247,7 +250,7 @@ class Exchange:
             defaults = replace(defaults, operation=self._parse_operation(request.operation))
         self._defaults = defaults
         self._asked = True
-        self._check_schema()
+        await self._check_schema()
         self._take_stream_options(request)
         if request.idempotency_key is not None:
             _check_key(request.idempotency_key)
@@ -346,6 +349,8 @@ class Exchange:
     async def _take_batch(self, message: FlightMessage) -> bool:
         """Accept one write or reject it; returns whether the message's charge was handed on."""
         await self._settle_schema_metadata(message.app_metadata)
+        if self._decoder is None:
+            await self._check_schema()
         decoder = self._decoder if self._decoder is not None else self._require_decoder()
         if _resumes(message.app_metadata):
             self._resume_with_batch(message.app_metadata)
@@ -376,6 +381,9 @@ class Exchange:
         options = self._check_write(decoder, message, number)
         if decoder.needs_thread(message, options.operation):
             decoded = await run_compute(decoder.decode, message, options.operation)
+            while self._rebind(decoder, options):
+                # Others changed the table meanwhile: these are columns that it had.
+                decoded = await run_compute(decoder.decode, message, options.operation)
         else:
             decoded = decoder.decode(message, options.operation)
         self._accept(decoded, options, message)
@@ -425,6 +433,24 @@ class Exchange:
         message.charge.release()
         return True
 
+    def _rebind(self, decoder: BatchDecoder, options: _WriteOptions) -> bool:
+        """Bind the stream to its table as it is now, by field id (R27); returns whether others have changed it.
+
+        Raises:
+            ArkaError: ``schema_mismatch``: a column that the stream has was dropped, or one that it lacks was added.
+        """
+        info = self._bound_table().info
+        if decoder.table is info:
+            return False
+        try:
+            decoder.rebind(info, options.operation)
+        except ArkaError:
+            if self._pipeline.knows(self._bound_table(), options.key):
+                # Sent again: it is answered as the first time and adds nothing.
+                return False
+            raise
+        return True
+
     def _check_write(self, decoder: BatchDecoder, message: FlightMessage, number: int) -> _WriteOptions:
         """Check what can be said of a write before its batch is read; returns what holds for it."""
         options = self._write_options(message.app_metadata, number)
@@ -436,6 +462,7 @@ class Exchange:
                 "(limits.batch_bytes): send smaller batches",
                 code=ErrorCode.TOO_LARGE,
             )
+        self._rebind(decoder, options)
         decoder.check_operation(options.operation)
         return options
 
@@ -446,6 +473,10 @@ class Exchange:
         self._tell()
 
     def _accept(self, decoded: DecodedBatch, options: _WriteOptions, message: FlightMessage) -> None:
+        # Invariant: its bytes are of the schema that its frame will name. No await lies between the check and this.
+        assert self._decoder is not None
+        table = self._bound_table()
+        assert self._decoder.table is table.info or self._pipeline.knows(table, options.key)
         appended = self._pipeline.append(
             self._bound_table(),
             decoded.buffer,

@@ -249,14 +249,20 @@ class FlightService:
         descriptor = messages.parse("FlightDescriptor", data)
         if not descriptor.path:
             raise InvalidRequest("The descriptor must be a path that names a table")
-        return await self._find(TableName.from_parts(list(descriptor.path)))
+        # As new as what DoGet will read: one answer everywhere (R27).
+        return await self._find(TableName.from_parts(list(descriptor.path)), max_age_s=0)
 
-    async def _find(self, name: TableName) -> Table:
-        """Find a table, behind the actions on it that were asked for earlier: their client need not wait for them."""
+    async def _find(self, name: TableName, *, max_age_s: float | None = None) -> Table:
+        """Find a table, behind the actions on it that were asked for earlier: their client need not wait for them.
+
+        Args:
+            name: the table's.
+            max_age_s: see ``Tables.find_fresh``.
+        """
         # Such an action may have come in the same bytes: its task has its turn first.
         await trio.lowlevel.checkpoint()
         await self._effects.wait_for(str(name))
-        return await self._pipeline.tables.find(name)
+        return await self._pipeline.tables.find_fresh(name, max_age_s=max_age_s)
 
     async def handshake(self, call: Call) -> None:
         """Answer each handshake request; no credentials are asked for."""
@@ -335,7 +341,7 @@ class FlightService:
             self._effects.adopt(action.type, *effect)
 
     async def _describe_table(self, body: bytes) -> Any:
-        table = await self._find(TableName.parse(_parse_body(body).name))
+        table = await self._find(TableName.parse(_parse_body(body).name), max_age_s=0)
         info = table.info
         marks = self._pipeline.table_marks(table)
         return {
@@ -349,7 +355,7 @@ class FlightService:
             "location": info.location,
             "properties": dict(info.properties),
             "state": table.state.value,
-            "reason": table.ending.detail if table.ending is not None else None,
+            "reason": table.reason,
             "holding_back": table.room.reason,
             "watermarks": {tier.word: lsn for tier, lsn in marks.items()},
             "lag": {

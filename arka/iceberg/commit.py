@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from typing import Final, cast
+from dataclasses import replace
+from typing import Any, Final, cast
 
 from pyiceberg.catalog import Catalog
 from pyiceberg.exceptions import CommitFailedException, NoSuchNamespaceError, NoSuchTableError
@@ -22,7 +23,7 @@ from arka.errors import ArkaError, ErrorCode
 from arka.iceberg.avronames import has_plain_names
 from arka.iceberg.catalogs import catalog
 from arka.iceberg.config import CatalogConfig
-from arka.iceberg.control import check_format, key_columns
+from arka.iceberg.control import check_format, describe, key_columns
 from arka.iceberg.garbage import Garbage
 from arka.iceberg.keybuild import BuildTerms
 from arka.iceberg.keyindex import IndexUnusable
@@ -38,7 +39,7 @@ from arka.iceberg.producer import (
 )
 from arka.iceberg.rowdelta import Delta, KeyedTables
 from arka.records import FIELD_ID_KEY, TableInfo, TableType
-from arka.storage.ports import CatalogUnavailable, CommitJob, CommitOutcome, CommitResult
+from arka.storage.ports import CatalogConflict, CatalogUnavailable, CommitJob, CommitOutcome, CommitResult
 from arka.tableproperties import (
     CLEANED,
     CLEANED_VALUE,
@@ -120,10 +121,11 @@ def commit(config: CatalogConfig, job: CommitJob) -> CommitResult:
         if table is None:
             return CommitResult(CommitOutcome.TABLE_GONE, 0, None)
         verdict = judge(table.metadata, job)
+        seen = _seen(table, job)
         if verdict is not None:
-            return verdict
+            return replace(verdict, **seen)
         try:
-            return _attempt(config, opened, table, job, terms)
+            return replace(_attempt(config, opened, table, job, terms), **seen)
         except (CommitFailedException, NoSuchTableError):
             # Definitely not committed: look again at what the table has become.
             continue
@@ -144,6 +146,16 @@ def _load(opened: Catalog, identifier: tuple[str, ...]) -> Table | None:
     except ValueError as error:
         # What lies there is no metadata: others may mend it, and no row is lost by waiting.
         raise CatalogUnavailable(f"table {'.'.join(identifier)}: its metadata cannot be read: {error}") from error
+
+
+def _seen(table: Table, job: CommitJob) -> dict[str, Any]:
+    """Describe what an attempt has loaded, for the server to adopt (R27); nothing where it is another table."""
+    if table.metadata.table_uuid != job.table.uuid:
+        return {}
+    try:
+        return {"table": describe(table)}
+    except CatalogConflict as error:
+        return {"unusable": str(error)}
 
 
 def _attempt(config: CatalogConfig, opened: Catalog, table: Table, job: CommitJob, terms: BuildTerms) -> CommitResult:
@@ -283,7 +295,7 @@ def _resolve(opened: Catalog, identifier: tuple[str, ...], job: CommitJob, error
         return CommitResult(CommitOutcome.TABLE_GONE, 0, None)
     verdict = judge(table.metadata, job)
     if verdict is not None:
-        return verdict
+        return replace(verdict, **_seen(table, job))
     # Perhaps the catalog still works on it; the branch's head keeps a second attempt from doubling rows.
     raise CatalogUnavailable(f"table {job.table.name}: the commit has not happened: {error}") from error
 

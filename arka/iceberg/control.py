@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Final
 from uuid import UUID
 
+import msgspec
 from pyiceberg.catalog import Catalog
 from pyiceberg.exceptions import NoSuchNamespaceError, NoSuchTableError, TableAlreadyExistsError
 from pyiceberg.schema import Schema
@@ -173,12 +174,15 @@ def describe(table: Table) -> CatalogTable:
     except UnsupportedType as error:
         raise CatalogConflict(f"table {name}: {error}") from error
     properties = metadata.properties
+    word = properties.get(TABLE_TYPE, TableType.APPEND_ONLY)
+    if word not in set(TableType):
+        raise CatalogConflict(f"table {name}: property {TABLE_TYPE} is {word!r}, expected append_only or primary_key")
     info = TableInfo(
         uuid=UUID(str(metadata.table_uuid)),
         name=name,
         schema=schema,
         schema_id=metadata.current_schema_id,
-        table_type=TableType(properties.get(TABLE_TYPE, TableType.APPEND_ONLY)),
+        table_type=TableType(word),
         key_columns=key_columns(metadata.schema(), properties),
         spec_id=metadata.default_spec_id,
         partition=partition_fields(metadata.spec()),
@@ -209,8 +213,16 @@ def check_format(table: Table) -> None:
 
 
 def key_columns(schema: Schema, properties: Mapping[str, str]) -> tuple[str, ...]:
-    """The names that the key's columns have now; in the order of CreateTable unless one was renamed since."""
-    names = tuple(json.loads(properties.get(PRIMARY_KEY, "[]")))
+    """The names that the key's columns have now; in the order of CreateTable unless one was renamed since.
+
+    Raises:
+        CatalogConflict: others have written something else into the property.
+    """
+    text = properties.get(PRIMARY_KEY, "[]")
+    try:
+        names = tuple(msgspec.json.decode(text, type=list[str]))
+    except msgspec.MsgspecError as error:
+        raise CatalogConflict(f"property {PRIMARY_KEY} is {text!r}, expected a JSON list of column names") from error
     fields = {name for number in sorted(schema.identifier_field_ids) if (name := schema.find_column_name(number))}
     if not names or not fields or set(names) == fields:
         return names

@@ -17,7 +17,10 @@ from pyiceberg.exceptions import NoSuchNamespaceError, NoSuchTableError
 from pyiceberg.expressions import AlwaysTrue
 from pyiceberg.io.pyarrow import ArrowScan
 from pyiceberg.manifest import FileFormat
+from pyiceberg.schema import Schema
 from pyiceberg.table import FileScanTask, Table
+from pyiceberg.table.metadata import TableMetadata
+from pyiceberg.table.snapshots import Snapshot
 from pyiceberg.transforms import IdentityTransform
 
 from arka.errors import ArkaError, ErrorCode, InternalError, InvalidRequest
@@ -30,7 +33,7 @@ from arka.iceberg.marks import mark_of, marks_of
 from arka.iceberg.schema import UnsupportedType, arrow_schema, field_id
 from arka.iceberg.tail import open_tail
 from arka.records import FIELD_ID_KEY, TableName
-from arka.storage.ports import CommitMark, ReadJob, TableMissing
+from arka.storage.ports import CatalogConflict, CommitMark, ReadJob, TableMissing
 from arka.tableproperties import SUMMARY_LAST_LSN, SUMMARY_LOG, committed_lsn_property
 
 #: Schema metadata of the file: the snapshot it holds, absent for a table without one.
@@ -68,10 +71,15 @@ def scan(config: CatalogConfig, job: ReadJob, path: str) -> int:
         raise TableMissing(f"Table not found: {info.name} with UUID {info.uuid}")
     base = _base_of(table, job)
     try:
-        whole = arrow_schema(table.schema())
-        now = replace(info, schema=whole, key_columns=key_columns(table.schema(), table.properties))
+        whole = arrow_schema(base.schema)
+        now = replace(
+            info,
+            schema=whole,
+            key_columns=key_columns(base.schema, table.properties),
+            properties=table.properties,
+        )
         now.key_schema()
-    except (UnsupportedType, KeyError) as error:
+    except (UnsupportedType, CatalogConflict, KeyError) as error:
         what = f"others have made something of {info.name} that cannot be read here: {error}"
         raise ArkaError(what, code=ErrorCode.TABLE_STOPPED) from error
     schema = check_columns(info.name, whole, job.columns)
@@ -81,7 +89,7 @@ def scan(config: CatalogConfig, job: ReadJob, path: str) -> int:
     rows = 0
     stream_schema = schema.with_metadata(scan_notes(base.marks, base.snapshot_id))
     with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, stream_schema) as stream:
-        found = (tail.hide(batch) for batch in _batches(table, base.snapshot_id, wide, tail.batch_rows))
+        found = (tail.hide(batch) for batch in _batches(table, base, wide, tail.batch_rows))
         for batch in chain(found, tail.rows()):
             # Views of the log and of the snapshot's files alike: the metadata is this answer's.
             chosen = pa.RecordBatch.from_arrays([batch.column(name) for name in schema.names], schema=stream_schema)
@@ -109,12 +117,14 @@ class _Base:
         lsn: it holds the log up to here.
         marks: of all logs, as it holds them.
         takes_frames: whether frames above ``lsn`` belong on top.
+        schema: what the answer is read with: the table's, or for a past LSN that of its snapshot.
     """
 
     snapshot_id: int | None
     lsn: int
     marks: Sequence[CommitMark]
     takes_frames: bool
+    schema: Schema
 
 
 def _base_of(table: Table, job: ReadJob) -> _Base:
@@ -125,13 +135,17 @@ def _base_of(table: Table, job: ReadJob) -> _Base:
     if job.at_lsn is None or job.at_lsn >= lsn:
         # A table below what was known to be committed was rolled back: its owner's will, nothing is replayed (R20).
         rolled_back = job.tail is not None and lsn < job.tail.after_lsn
-        return _Base(metadata.current_snapshot_id, lsn, marks, not rolled_back)
+        # Behind the newest snapshot the table's own schema holds, as for whoever asks without an LSN; at it, the answer
+        # stays the same whatever others do to the schema later.
+        past = metadata.current_snapshot() if job.at_lsn == lsn else None
+        return _Base(metadata.current_snapshot_id, lsn, marks, not rolled_back, _schema_at(metadata, past))
     snapshot = metadata.current_snapshot()
     while snapshot is not None:
         notes = {} if snapshot.summary is None else snapshot.summary.additional_properties
         if (notes.get(SUMMARY_LOG), notes.get(SUMMARY_LAST_LSN)) == (str(job.log_uuid), str(job.at_lsn)):
             then = [replace(m, committed_lsn=job.at_lsn) for m in marks if m.log_uuid == job.log_uuid]
-            return _Base(snapshot.snapshot_id, job.at_lsn, then, takes_frames=False)
+            schema = _schema_at(metadata, snapshot)
+            return _Base(snapshot.snapshot_id, job.at_lsn, then, takes_frames=False, schema=schema)
         parent_id = snapshot.parent_snapshot_id
         snapshot = None if parent_id is None else metadata.snapshot_by_id(parent_id)
     raise ArkaError(
@@ -140,9 +154,18 @@ def _base_of(table: Table, job: ReadJob) -> _Base:
     )
 
 
-def _batches(table: Table, snapshot_id: int | None, schema: pa.Schema, batch_rows: int) -> Iterator[pa.RecordBatch]:
+def _schema_at(metadata: TableMetadata, snapshot: Snapshot | None) -> Schema:
+    """The schema that a snapshot was written with; the table's for None, and for one that does not say."""
+    if snapshot is not None and snapshot.schema_id is not None:
+        written = next((schema for schema in metadata.schemas if schema.schema_id == snapshot.schema_id), None)
+        if written is not None:
+            return written
+    return metadata.schema()
+
+
+def _batches(table: Table, base: _Base, schema: pa.Schema, batch_rows: int) -> Iterator[pa.RecordBatch]:
     """Yield the live rows of a snapshot."""
-    if snapshot_id is None:
+    if base.snapshot_id is None:
         return
     wanted = {field_id(field) for field in schema}
     identities = {
@@ -151,7 +174,7 @@ def _batches(table: Table, snapshot_id: int | None, schema: pa.Schema, batch_row
         for field in spec.fields
         if isinstance(field.transform, IdentityTransform)
     }
-    for task in table.scan(snapshot_id=snapshot_id).plan_files():
+    for task in table.scan(snapshot_id=base.snapshot_id).plan_files():
         with table.io.new_input(task.file.file_path).open() as source:
             file = pq.ParquetFile(source)
             ids = {int((f.metadata or {}).get(FIELD_ID_KEY, -1)): f.name for f in file.schema_arrow}
@@ -159,7 +182,7 @@ def _batches(table: Table, snapshot_id: int | None, schema: pa.Schema, batch_row
             if -1 in ids or missing & identities:
                 # Files that were added as they are, by others: names instead of ids, or columns that
                 # exist only as partition values.
-                yield from _batches_by_name(table, task, schema)
+                yield from _batches_by_name(table, task, base.schema.select(*schema.names), schema)
                 continue
             dead = _deleted_rows(table, task)
             names = [ids[number] for number in wanted if number in ids]
@@ -170,9 +193,9 @@ def _batches(table: Table, snapshot_id: int | None, schema: pa.Schema, batch_row
                 yield align_batch(live, schema)
 
 
-def _batches_by_name(table: Table, task: FileScanTask, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+def _batches_by_name(table: Table, task: FileScanTask, wanted: Schema, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     """Let pyiceberg read a file; it turns null lists of structs into empty ones."""
-    reader = ArrowScan(table.metadata, table.io, table.schema().select(*schema.names), AlwaysTrue())
+    reader = ArrowScan(table.metadata, table.io, wanted, AlwaysTrue())
     for batch in reader.to_record_batches([task]):
         yield batch.select(schema.names).cast(schema)
 

@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 from uuid import UUID
 
 from arka._core.framing import Group
-from arka.records import TableDefinition, TableInfo, TableName
+from arka.records import PartitionField, TableDefinition, TableInfo, TableName
 
 Buffer = bytes | bytearray | memoryview
 T = TypeVar("T")
@@ -164,6 +164,21 @@ class SegmentSlice:
 
 
 @dataclass(frozen=True, slots=True)
+class AcceptedSpec:
+    """The partition spec that a table had when some of its writes were accepted (R27).
+
+    Attributes:
+        from_lsn: writes from this LSN on were accepted under it, until the next entry.
+        spec_id: its id.
+        fields: its fields; a source may be a column that the table no longer has.
+    """
+
+    from_lsn: int
+    spec_id: int
+    fields: tuple[PartitionField, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class TableFrames:
     """The frames in ``(after_lsn, through_lsn]`` of one table, in the log: what an encode job is about.
 
@@ -175,6 +190,7 @@ class TableFrames:
         through_lsn: none has a higher one.
         slices: where they are, in LSN order.
         size: their bytes in the log; 0 where nobody has counted.
+        accepted: the specs that the frames were accepted under, by LSN; empty if all of them have ``table``'s.
     """
 
     table: TableInfo
@@ -184,6 +200,7 @@ class TableFrames:
     through_lsn: int
     slices: tuple[SegmentSlice, ...]
     size: int = 0
+    accepted: tuple[AcceptedSpec, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,11 +272,21 @@ class CommitOutcome(Enum):
 
 @dataclass(frozen=True, slots=True)
 class CommitResult:
-    """The outcome, and where the table stands now."""
+    """The outcome, and where the table stands now.
+
+    Attributes:
+        outcome: how the commit ended.
+        committed_lsn: the last LSN that the table holds.
+        snapshot_id: the snapshot that holds it.
+        table: the table as the attempt loaded it, for the server to adopt (R27); None where nothing was loaded.
+        unusable: why Arka cannot write to what it loaded; empty if it can.
+    """
 
     outcome: CommitOutcome
     committed_lsn: int
     snapshot_id: int | None
+    table: CatalogTable | None = None
+    unusable: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -494,6 +521,7 @@ class Disk(Protocol):
 
 
 __all__ = [
+    "AcceptedSpec",
     "Buffer",
     "Catalog",
     "CatalogConflict",

@@ -8,7 +8,7 @@ Each check stands alone, on tables of its own; a failed one raises AssertionErro
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Container, Sequence
+from collections.abc import Awaitable, Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
 from uuid import UUID, uuid4
@@ -82,6 +82,12 @@ class Subject(Protocol):
 
     async def foreign_append(self, info: TableInfo, batch: pa.RecordBatch) -> None:
         """Append rows as another writer, without touching any mark."""
+        ...
+
+    async def foreign_columns(
+        self, info: TableInfo, *, rename: Mapping[str, str], drop: Sequence[str], add: Sequence[str]
+    ) -> None:
+        """Change a table's columns as another client, in one step; ``add`` makes optional strings."""
         ...
 
     async def set_mark(self, info: TableInfo, mark: CommitMark) -> None:
@@ -440,6 +446,52 @@ async def read_of_the_past(subject: Subject) -> None:
         assert error.code is ErrorCode.OUT_OF_RANGE
 
 
+async def _rows(subject: Subject, job: ReadJob) -> list[Any]:
+    path = str(subject.directory / f"{uuid4()}.arrow")
+    await subject.catalog.scan(job, path)
+    found: list[Any] = pa.ipc.open_stream(pa.OSFile(path, "rb")).read_all().to_pylist()
+    return sorted(found, key=lambda row: tuple(row.values()))
+
+
+async def read_of_the_past_has_its_own_columns(subject: Subject) -> None:
+    """A read at an LSN has the names that its snapshot was written with, whatever others did to them since (R27)."""
+    info = await _create(subject)
+    first = rows_of(1).to_pylist()
+    await _append(subject, info, [1], 0, 1)
+    await subject.foreign_columns(info, rename={"name": "title"}, drop=["tags"], add=["more"])
+    now = [{"id": 1, "title": "n1", "more": None}]
+    # The newest snapshot is older than the change: its LSN means the table as it was.
+    assert await _rows(subject, _read(subject, info)) == now
+    assert await _rows(subject, _read(subject, info, at_lsn=1)) == first
+    await _append(subject, info, [2], 1, 2)
+    assert await _rows(subject, _read(subject, info, at_lsn=1)) == first
+    assert await _rows(subject, _read(subject, info, ["name"], at_lsn=1)) == [{"name": "n1"}]
+    assert await _rows(subject, _read(subject, info, at_lsn=2)) == [*now, {"id": 2, "title": "n2", "more": None}]
+    await _error_of(InvalidRequest, subject.catalog.scan(_read(subject, info, ["title"], at_lsn=1), "unused"))
+    await _error_of(InvalidRequest, subject.catalog.scan(_read(subject, info, ["name"]), "unused"))
+
+
+async def commit_brings_back_what_it_loaded(subject: Subject) -> None:
+    """Each definite answer carries the table as it is now, so that the server can adopt it (R27)."""
+    info = await _create(subject)
+    landed = await _append(subject, info, [1], 0, 1)
+    assert landed.table is not None
+    assert landed.table.info == info
+    await subject.foreign_columns(info, rename={"name": "title"}, drop=["tags"], add=["name"])
+    staged = await _encode(subject, info, [(2, rows_of(2))], 1, 2)
+    job = _job(subject, info, staged)
+    for result in (await subject.catalog.commit(job), await subject.catalog.commit(job)):
+        assert result.outcome is CommitOutcome.COMMITTED
+        assert result.table is not None
+        assert result.table.info.schema.names == ["id", "title", "name"]
+        assert result.table.info.schema_id != info.schema_id
+        ids = [column.metadata[FIELD_ID_KEY] for column in result.table.info.schema]
+        assert ids[1] == info.schema.field("name").metadata[FIELD_ID_KEY]
+        assert ids[2] not in {column.metadata[FIELD_ID_KEY] for column in info.schema}
+    # Rows of files that were written before go by their ids, too.
+    assert await _rows(subject, _read(subject, info)) == [{"id": n, "title": f"n{n}", "name": None} for n in (1, 2)]
+
+
 async def rolled_back_table_is_read_alone(subject: Subject) -> None:
     """Above a table that stands below what was committed nothing is read: the hole would not show (R20)."""
     info = await _create(subject)
@@ -523,6 +575,8 @@ CHECKS: Final[tuple[Check, ...]] = (
     read_adds_the_frames_above_the_snapshot,
     read_keeps_to_its_room,
     read_of_the_past,
+    read_of_the_past_has_its_own_columns,
+    commit_brings_back_what_it_loaded,
     rolled_back_table_is_read_alone,
     primary_key_keeps_one_row_of_each_key,
     damaged_frame_is_never_encoded,

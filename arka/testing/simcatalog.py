@@ -9,7 +9,7 @@ Everything runs in the caller's task, so that ``trio.testing.MockClock`` sees ev
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from itertools import count
@@ -25,7 +25,7 @@ from arka.iceberg.control import new_properties
 from arka.iceberg.frames import FrameRows
 from arka.iceberg.partition import new_partition_spec, partition_fields
 from arka.iceberg.scan import check_columns, scan_notes
-from arka.iceberg.schema import arrow_schema, new_iceberg_schema
+from arka.iceberg.schema import arrow_schema, field_id, new_iceberg_schema
 from arka.records import Operation, TableDefinition, TableInfo, TableName, TableType
 from arka.storage.ports import (
     CatalogConflict,
@@ -107,8 +107,11 @@ class _SimTable:
     commits: dict[UUID, int] = field(default_factory=dict)
     #: Everything that was ever committed, in order, foreign rows included.
     changes: list[FrameRows] = field(default_factory=list)
-    #: By log and LSN of a commit, how many of the changes it ends.
-    ends: dict[tuple[UUID, int], int] = field(default_factory=dict)
+    #: By log and LSN of a commit, how many of the changes it ends, and the table at its snapshot.
+    ends: dict[tuple[UUID, int], tuple[int, TableInfo]] = field(default_factory=dict)
+    #: The last schema id and field id that were given.
+    last_schema_id: int = 0
+    last_field_id: int = 0
 
     def describe(self) -> CatalogTable:
         marks = tuple(self.marks[log] for log in sorted(self.marks))
@@ -156,6 +159,36 @@ class SimCatalog:
         table = self._tables[name]
         table.changes.append(FrameRows(align_batch(batch, table.info.schema), batch.nbytes, Operation.UPSERT, 0))
         table.snapshots.append(next(self._snapshot_ids))
+
+    def foreign_schema(self, name: TableName, change: Callable[[pa.Schema, Callable[[], int]], pa.Schema]) -> None:
+        """Let another writer give a table another schema.
+
+        Args:
+            name: the table's.
+            change: makes the schema of the one that is; a field is the same one while its id is. The second argument
+                gives ids for new ones.
+        """
+        table = self._tables[name]
+
+        def new_id() -> int:
+            table.last_field_id += 1
+            return table.last_field_id
+
+        schema = change(table.info.schema, new_id)
+        names = {field_id(column): column.name for column in schema}
+        keys = {column.name: field_id(column) for column in table.info.schema}
+        table.last_schema_id += 1
+        table.info = replace(
+            table.info,
+            schema=schema,
+            schema_id=table.last_schema_id,
+            key_columns=tuple(names[keys[key]] for key in table.info.key_columns),
+        )
+
+    def foreign_properties(self, name: TableName, properties: Mapping[str, str]) -> None:
+        """Let another client set properties of a table."""
+        table = self._tables[name]
+        table.info = replace(table.info, properties={**table.info.properties, **properties})
 
     def remove(self, name: TableName) -> None:
         """Drop a table behind everybody's back."""
@@ -269,7 +302,7 @@ class SimCatalog:
             location=f"sim:///{definition.name.namespace}/{definition.name.name}-{location_suffix}",
             properties=properties,
         )
-        self._tables[definition.name] = _SimTable(info)
+        self._tables[definition.name] = _SimTable(info, last_field_id=schema.highest_field_id)
         return self._tables[definition.name].describe()
 
     def _drop(self, name: TableName, uuid: UUID) -> None:
@@ -308,35 +341,35 @@ class SimCatalog:
         current = table.snapshots[-1] if table.snapshots else None
         mark = table.marks.get(job.log_uuid, CommitMark(job.log_uuid, 0, 0))
         if mark.epoch > job.epoch:
-            return CommitResult(CommitOutcome.FENCED, mark.committed_lsn, current)
+            return CommitResult(CommitOutcome.FENCED, mark.committed_lsn, current, table.describe())
         if mark.committed_lsn >= job.staged.through_lsn:
             snapshot = table.commits.get(job.commit_id, current)
-            return CommitResult(CommitOutcome.COMMITTED, mark.committed_lsn, snapshot)
+            return CommitResult(CommitOutcome.COMMITTED, mark.committed_lsn, snapshot, table.describe())
         if mark.committed_lsn != job.staged.after_lsn:
-            return CommitResult(CommitOutcome.RECUT, mark.committed_lsn, current)
+            return CommitResult(CommitOutcome.RECUT, mark.committed_lsn, current, table.describe())
         for file in job.staged.files:
             table.changes += self._staged[file.path]
-        table.ends[job.log_uuid, job.staged.through_lsn] = len(table.changes)
+        table.ends[job.log_uuid, job.staged.through_lsn] = len(table.changes), table.info
         table.marks[job.log_uuid] = replace(mark, committed_lsn=job.staged.through_lsn, epoch=job.epoch)
         table.snapshots.append(next(self._snapshot_ids))
         table.commits[job.commit_id] = table.snapshots[-1]
-        return CommitResult(CommitOutcome.COMMITTED, job.staged.through_lsn, table.snapshots[-1])
+        return CommitResult(CommitOutcome.COMMITTED, job.staged.through_lsn, table.snapshots[-1], table.describe())
 
     def _scan(self, job: ReadJob, path: str) -> int:
         table = self._find_same(job.table.name, job.table.uuid)
-        schema = check_columns(job.table.name, table.info.schema, job.columns)
         described = table.describe()
         lsn = described.committed_lsn(job.log_uuid)
-        changes = table.changes
-        if job.at_lsn is not None and job.at_lsn < lsn:
-            end = table.ends.get((job.log_uuid, job.at_lsn))
-            if end is None:
+        info, changes = table.info, table.changes
+        if job.at_lsn is not None and job.at_lsn <= lsn:
+            end, then = table.ends.get((job.log_uuid, job.at_lsn), (len(changes), info))
+            if job.at_lsn < lsn and (job.log_uuid, job.at_lsn) not in table.ends:
                 raise ArkaError(f"no retained snapshot ends at {job.at_lsn}", code=ErrorCode.OUT_OF_RANGE)
-            changes = changes[:end]
+            changes, info = changes[:end] if job.at_lsn < lsn else changes, then
         elif job.tail is not None and lsn >= job.tail.after_lsn:
             changes = changes + [frame for frame in self._frames(job.tail) if frame.lsn > lsn]
+        schema = check_columns(job.table.name, info.schema, job.columns)
         schema = schema.with_metadata(scan_notes(described.marks, described.snapshot_id))
-        found = _fold(table.info, changes).select(schema.names).slice(0, job.limit)
+        found = _fold(info, changes).select(schema.names).slice(0, job.limit)
         if found.nbytes > job.max_bytes:
             raise ArkaError(f"the answer has more than {job.max_bytes} bytes", code=ErrorCode.OVERLOADED)
         with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
@@ -345,13 +378,13 @@ class SimCatalog:
 
 
 def _fold(info: TableInfo, changes: Sequence[FrameRows]) -> pa.Table:
-    """What a table holds after some changes, as a dictionary has it."""
+    """What a table holds after some changes, as a dictionary has it; each column is found by its field id."""
     if info.table_type is TableType.APPEND_ONLY:
-        return pa.Table.from_batches([change.batch for change in changes], schema=info.schema)
+        return pa.Table.from_batches([align_batch(change.batch, info.schema) for change in changes], schema=info.schema)
     first = info.properties.get(MERGE) == MERGE_FIRST
     rows: dict[tuple[object, ...], dict[str, object]] = {}
     for change in changes:
-        for row in change.batch.to_pylist():
+        for row in align_batch(change.batch, info.frame_schema(change.operation)).to_pylist():
             key = tuple(row[name] for name in info.key_columns)
             if change.operation is Operation.DELETE:
                 rows.pop(key, None)

@@ -164,7 +164,7 @@ class _Session:
         self._rng = writer._rng
         self._promises = writer._promises
         self._exchange = Exchange(
-            server.pipeline, server.limits, self, find=server.pipeline.tables.find, form=AckForm.METADATA
+            server.pipeline, server.limits, self, find=server.pipeline.tables.find_fresh, form=AckForm.METADATA
         )
         self._acks = StreamAcks(writer._coalesced)
         self._awake = trio.Event()

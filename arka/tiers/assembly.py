@@ -190,6 +190,7 @@ async def assemble(
             options=settings.iceberg,
             rng=world.rng,
             on_committed=tables.note_committed,
+            adoption=tables.adoption,
         )
 
     tables = Tables(
@@ -203,6 +204,7 @@ async def assemble(
         node_id=node_id,
         make_committer=make_committer,
         room=space.room,
+        adopt_s=settings.iceberg.adopt_s,
     )
     release = LogRelease(
         checkpoint_store,

@@ -20,6 +20,7 @@ from arka import failpoints
 from arka.errors import ArkaError, Fenced
 from arka.options import IcebergOptions
 from arka.storage.ports import Catalog, CatalogConflict, CatalogUnavailable, CommitJob, CommitOutcome, CommitResult
+from arka.tiers.adoption import Adoption
 from arka.tiers.backlog import Cut
 from arka.tiers.retry import MAX_RETRY_S, persist
 from arka.tiers.table import Table, TableState, rollback_detail
@@ -51,6 +52,7 @@ class TableCommitter:
         options: IcebergOptions,
         rng: random.Random,
         on_committed: Callable[[Table], None],
+        adoption: Adoption,
     ) -> None:
         """Join a table to the catalog.
 
@@ -64,6 +66,7 @@ class TableCommitter:
             options: cadence and sizes.
             rng: for the jitter of retries.
             on_committed: told after the mark rose.
+            adoption: takes what each commit has loaded (R27).
         """
         self._table = table
         self._catalog = catalog
@@ -73,6 +76,7 @@ class TableCommitter:
         self._options = options
         self._rng = rng
         self._on_committed = on_committed
+        self._adoption = adoption
         self._failures = 0
 
     async def run(self) -> bool:
@@ -102,6 +106,8 @@ class TableCommitter:
                 raise
             except (ArkaError, CatalogConflict) as error:
                 earliest = trio.current_time() + self._note_failure(str(error))
+                # It may be what others made of the table that does not fit: the next attempt begins with that.
+                await self._adoption.refresh(table, max_age_s=0)
                 continue
             self._failures = 0
             await failpoints.reach("commit.answered")
@@ -159,7 +165,17 @@ class TableCommitter:
         The same job again after an unknown outcome: the table's own mark says whether it had landed (R16), and
         no file is written twice.
         """
-        return await self._persist(partial(self._catalog.commit, job))
+        return await self._persist(partial(self._attempt, job))
+
+    async def _attempt(self, job: CommitJob) -> CommitResult:
+        """Commit once, and adopt what was loaded for it (R27)."""
+        question = self._adoption.ask(self._table)
+        result = await self._catalog.commit(job)
+        if result.table is not None:
+            self._adoption.take(self._table, result.table, question)
+        elif result.unusable:
+            self._adoption.refuse(self._table, result.unusable, question)
+        return result
 
     async def _persist(self, request: Callable[[], Awaitable[T]]) -> T:
         """Repeat a request until the catalog answers it or the table ends."""

@@ -20,7 +20,7 @@ from arka.records import KnownTable, LsnRange, TableInfo, TableName
 from arka.tiers import ddl
 from arka.tiers.creates import ReplayedCreates
 from arka.tiers.keys import KeyIndex, pack_entry
-from arka.tiers.table import Table
+from arka.tiers.table import Binding, Table
 from arka.wal.recovery import RecoveredFrame
 from arka.wal.segment import parse_lost
 
@@ -45,6 +45,8 @@ class TableFrames:
     last_lsn: int = 0
     created_lsn: int = 0
     named_lsn: int = 0
+    # How its frames were accepted, oldest first.
+    _bindings: list[Binding] = field(default_factory=list)
     _paths: list[tuple[str, int, int]] = field(default_factory=list)
     # Per frame: index into _paths, LSN, offset, frame bytes.
     _places: array[int] = field(default_factory=lambda: array("Q"))
@@ -61,9 +63,16 @@ class TableFrames:
         self.infos.pop(info.schema_id, None)
         self.infos[info.schema_id] = info
 
+    def bind(self, info: TableInfo, from_lsn: int) -> None:
+        """Note that frames from an LSN on were accepted as the table was then."""
+        self._bindings.append(Binding(from_lsn, info))
+
     def take(self, frame: RecoveredFrame) -> None:
         """Note a batch frame."""
         header, segment = frame.header, frame.segment
+        info = self.infos.get(header.schema_id)
+        if info is not None and (not self._bindings or self._bindings[-1].info.schema_id != header.schema_id):
+            self.bind(info, header.lsn)
         place = (str(segment.path), segment.number, segment.epoch)
         if not self._paths or self._paths[-1] != place:
             self._paths.append(place)
@@ -84,6 +93,8 @@ class TableFrames:
                 path, number, epoch = self._paths[index]
                 table.note_recovered(path, number, epoch, lsn, offset, frame_bytes)
         table.last_lsn = max(table.last_lsn, self.last_lsn)
+        if self._bindings:
+            table.recall(self._bindings)
         if self._keys:
             keys.load(table.info.uuid, self._keys)
         self._places, self._keys = array("Q"), bytearray()
@@ -117,8 +128,12 @@ class Replay:
                 created = ddl.parse_created(payload)
                 if created is not None:
                     frames = self._frames(created.uuid)
+                    # Of a table that others made, a record of what was adopted comes behind its first frames.
+                    is_first = not frames.infos
                     frames.learn(created)
-                    frames.created_lsn = frames.created_lsn or header.lsn
+                    frames.bind(created, header.lsn)
+                    if is_first:
+                        frames.created_lsn = header.lsn
                     frames.named_lsn = header.lsn
             case kind if kind == KIND_DROP:
                 record = ddl.parse_drop(frame.payload())

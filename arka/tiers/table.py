@@ -6,9 +6,10 @@ its commits (``arka.tiers.committer``) nor the log.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Final
 from uuid import UUID
 
 import trio
@@ -16,10 +17,13 @@ import trio
 from arka._core.framing import Frame
 from arka.errors import ArkaError, ErrorCode
 from arka.records import TableInfo, Tier
-from arka.storage.ports import CatalogTable, TableFrames
+from arka.storage.ports import AcceptedSpec, CatalogTable, TableFrames
 from arka.tiers.backlog import Backlog, Cut
 from arka.tiers.room import Room
 from arka.tiers.watermarks import Watermark
+
+#: Before every moment of trio's clock.
+NEVER: Final = -1e18
 
 
 class TableState(Enum):
@@ -30,6 +34,19 @@ class TableState(Enum):
     DROPPED = "dropped"
     #: cannot be committed: refuses writes, keeps what it has (R18).
     STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """The table as it was when writes from some LSN on were accepted (R24, R27).
+
+    Attributes:
+        from_lsn: of the first write that may be bound to it.
+        info: the table then.
+    """
+
+    from_lsn: int
+    info: TableInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +91,13 @@ class Table:
         self.room = Room("table", table=str(info.name))
         #: The schemas that waiting frames may use, by id (R24).
         self.schemas = {info.schema_id: info.schema}
+        # What waiting frames were accepted under. Invariant: from_lsn rises; the last one is ``info``.
+        self._bindings = [Binding(0, info)]
+        #: When the catalog was asked for what ``info`` says (trio's clock), and how often something was adopted.
+        self.adopted_at = NEVER
+        self.adoptions = 0
+        #: What others made of the table that Arka cannot write, as of the last look: new writes are refused (R27).
+        self.refusal = ""
         #: The last LSN given to a write of this table; recovery raises it.
         self.last_lsn = committed_lsn
         self.ending: Ending | None = None
@@ -103,6 +127,8 @@ class Table:
         Raises:
             ArkaError: ``table_dropped`` or ``table_stopped``.
         """
+        if self.refusal and self.ending is None and self.coming is None:
+            raise ArkaError(self.refusal, code=ErrorCode.TABLE_STOPPED)
         ending = self.ending or self.coming
         if ending is not None:
             code = ending.code
@@ -111,17 +137,64 @@ class Table:
             raise ArkaError(ending.detail, code=code)
 
     @property
+    def reason(self) -> str | None:
+        """Why the table takes no writes, or why something that others set has no effect; None if all is well."""
+        return self.ending.detail if self.ending is not None else self.refusal or None
+
+    @property
     def ending_detail(self) -> str:
         """Why the table takes no writes, for people."""
         return "" if self.ending is None else self.ending.detail
 
-    def adopt(self, found: CatalogTable, log_uuid: UUID) -> None:
-        """Learn from the catalog what the log alone could not say: name, schema, how far the table is.
+    def bind(self, info: TableInfo, from_lsn: int) -> None:
+        """Take writes as the table is now; those below ``from_lsn`` were accepted as it was before (R24, R27).
+
+        Args:
+            info: the table now.
+            from_lsn: above every LSN that was given to one of its writes.
+        """
+        if _shape(info) == _shape(self.info):
+            self._bindings[-1] = replace(self._bindings[-1], info=info)
+        else:
+            ends = [binding.from_lsn - 1 for binding in self._bindings[1:]] + [from_lsn - 1]
+            waiting = [binding for binding, end in zip(self._bindings, ends, strict=True) if end > self.committed.lsn]
+            self._bindings = [*waiting, Binding(from_lsn, info)]
+        self.info = info
+        self.schemas.setdefault(info.schema_id, info.schema)
+
+    def recall(self, bindings: Sequence[Binding]) -> None:
+        """Take in what recovery found of how waiting writes were accepted; once, before anything is adopted.
+
+        Args:
+            bindings: at least one, oldest first.
+        """
+        self._bindings = list(bindings)
+        if _shape(bindings[-1].info) != _shape(self.info):
+            self._bindings.append(Binding(self.last_lsn + 1, self.info))
+
+    def bindings(self, after_lsn: int, through_lsn: int) -> list[tuple[TableInfo, int]]:
+        """Return how the writes in ``(after_lsn, through_lsn]`` were accepted: infos, each with its last LSN."""
+        ends = [binding.from_lsn - 1 for binding in self._bindings[1:]] + [through_lsn]
+        return [
+            (binding.info, min(end, through_lsn))
+            for binding, end in zip(self._bindings, ends, strict=True)
+            if end > after_lsn and binding.from_lsn <= through_lsn
+        ]
+
+    def _accepted_specs(self, through_lsn: int) -> tuple[AcceptedSpec, ...]:
+        """The partition specs that the writes up to ``through_lsn`` were accepted under; empty if it is today's."""
+        found = []
+        from_lsn = self.committed.lsn + 1
+        for info, last_lsn in self.bindings(self.committed.lsn, through_lsn):
+            found.append(AcceptedSpec(from_lsn, info.spec_id, info.partition))
+            from_lsn = last_lsn + 1
+        return () if all(spec.spec_id == self.info.spec_id for spec in found) else tuple(found)
+
+    def adopt_mark(self, found: CatalogTable, log_uuid: UUID) -> None:
+        """Learn from the catalog how far the table is.
 
         Stops the table when it stands below what this process knows to be committed (R20).
         """
-        self.info = found.info
-        self.schemas.setdefault(found.info.schema_id, found.info.schema)
         committed_lsn = found.committed_lsn(log_uuid)
         if committed_lsn < max(self.committed.lsn, self.recorded_lsn):
             self.stop(rollback_detail(self, committed_lsn))
@@ -140,6 +213,7 @@ class Table:
             through_lsn=cut.through_lsn,
             slices=cut.slices,
             size=cut.frame_bytes,
+            accepted=self._accepted_specs(cut.through_lsn),
         )
 
     def note_durable(self, path: str, segment: int, epoch: int, frames: list[Frame], start: int, end: int) -> None:
@@ -185,6 +259,11 @@ class Table:
         self._end_listeners.pop(listener, None)
 
 
+def _shape(info: TableInfo) -> tuple[int, int]:
+    """What writes are bound to."""
+    return info.schema_id, info.spec_id
+
+
 def rollback_detail(table: Table, found_lsn: int) -> str:
     """Say that a table stands below what was committed, with both numbers (R20)."""
     known_lsn = max(table.committed.lsn, table.recorded_lsn)
@@ -194,4 +273,4 @@ def rollback_detail(table: Table, found_lsn: int) -> str:
     )
 
 
-__all__ = ["Ending", "Table", "TableState", "rollback_detail"]
+__all__ = ["NEVER", "Binding", "Ending", "Table", "TableState", "rollback_detail"]

@@ -27,6 +27,7 @@ from arka.errors import ArkaError, ErrorCode, Unavailable
 from arka.records import KnownTable, TableDefinition, TableInfo, TableName, owner_property
 from arka.storage.ports import Catalog, CatalogListing, CatalogTable, CatalogUnavailable, TableMissing
 from arka.tiers import ddl
+from arka.tiers.adoption import Adoption
 from arka.tiers.committer import TableCommitter
 from arka.tiers.creates import OpenCreates, PendingCreate
 from arka.tiers.keys import KeyIndex
@@ -99,6 +100,7 @@ class Tables:
         node_id: str,
         make_committer: Callable[[Table], TableCommitter],
         room: Room,
+        adopt_s: float = 1.0,
     ) -> None:
         """Join the list to what it is about.
 
@@ -113,9 +115,12 @@ class Tables:
             node_id: whose log it is, for people.
             make_committer: makes the task that commits a table.
             room: the log's room for new writes.
+            adopt_s: see ``Adoption``.
         """
         self._room = room
         self.catalog = catalog
+        #: What others own of the tables.
+        self.adoption = Adoption(catalog, memory, adopt_s=adopt_s, look_for=self._look_for)
         self._memory = memory
         self._disk = disk
         self._keys = keys
@@ -234,6 +239,24 @@ class Tables:
         # Others gave the name of a stopped table to another one.
         return self.register(found)
 
+    async def find_fresh(self, name: TableName, *, max_age_s: float | None = None) -> Table:
+        """Find a table by name, as the catalog has it now or had it not long ago (R27).
+
+        Args:
+            name: its name.
+            max_age_s: see ``Adoption.refresh``.
+
+        Raises:
+            ArkaError: see ``find``.
+            Unavailable: see ``find``; of a table that is known here, the last that was adopted serves instead.
+        """
+        table = await self.find(name)
+        await self.adoption.refresh(table, max_age_s=max_age_s)
+        if table.info.name != name or table.state is not TableState.ACTIVE:
+            # Others renamed it, or gave its name to another table.
+            table = await self.find(name)
+        return table
+
     # -- life -------------------------------------------------------------------------------------
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -246,6 +269,7 @@ class Tables:
         """
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
+            self.adoption.start(nursery)
             task_status.started()
             try:
                 await self.wait_catalog(self.reconcile)
@@ -265,6 +289,7 @@ class Tables:
             finally:
                 # A request may outlive this task: what it registers is the next start's to commit.
                 self._nursery = None
+                self.adoption.stop()
 
     def start_drain(self) -> None:
         """Create no table any more, and commit what there is without waiting for company."""
@@ -377,6 +402,7 @@ class Tables:
         committed_lsn = found.committed_lsn(self._log_uuid)
         known_from_lsn = 0 if committed_lsn else self._memory.last_lsn
         table = Table(found.info, committed_lsn, found.snapshot_id, known_from_lsn=known_from_lsn)
+        table.adopted_at = trio.current_time()
         self._add(table)
         if self._parking.loaded:
             self._take_up(table)
@@ -394,7 +420,8 @@ class Tables:
     def _adopt(self, table: Table, found: CatalogTable) -> None:
         """Learn from the catalog what the log could not say."""
         old_name = table.info.name
-        table.adopt(found, self._log_uuid)
+        self.adoption.adopt(table, found.info)
+        table.adopt_mark(found, self._log_uuid)
         self.note_committed(table)
         self._note_name(table, old_name)
 
@@ -403,8 +430,6 @@ class Tables:
         if table.info.name == old_name:
             return
         log.info("table.renamed", table=str(table.info.name), before=str(old_name))
-        # A start that finds the catalog away must not take its old name for its own.
-        ddl.log_created(self._memory, table.info, table.info.location[-8:])
         if self._by_name.get(old_name) is table:
             del self._by_name[old_name]
         named = self._by_name.get(table.info.name)
@@ -452,7 +477,11 @@ class Tables:
         Raises:
             CatalogUnavailable: ask again.
         """
+        adoptions = table.adoptions
         listing = await self.catalog.list_tables()
+        if table.adoptions != adoptions:
+            # Another answer came meanwhile, and nobody can say which one is newer.
+            return
         found = next((t for t in listing.tables if t.info.uuid == table.info.uuid), None)
         strangers = listing.unread - {known.info.name for known in self.all() if known is not table}
         if found is not None:

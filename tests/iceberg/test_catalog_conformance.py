@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Container, Sequence
+from collections.abc import AsyncIterator, Callable, Container, Mapping, Sequence
 from contextlib import asynccontextmanager
 from itertools import count
 from pathlib import Path
@@ -13,10 +13,11 @@ import pyarrow as pa
 import pytest
 import trio
 from pyiceberg.catalog.sql import SqlCatalog
+from pyiceberg.types import StringType
 
 from arka.iceberg.config import CATALOG_NAME
 from arka.options import IcebergOptions
-from arka.records import TableInfo
+from arka.records import FIELD_ID_KEY, TableInfo
 from arka.storage.catalog import open_catalog
 from arka.storage.ports import (
     Catalog,
@@ -68,6 +69,20 @@ class _RealSubject(_Files):
         table = self._foreign.load_table(tuple(info.name))
         table.append(pa.Table.from_batches([batch.cast(table.schema().as_arrow())]))
 
+    async def foreign_columns(
+        self, info: TableInfo, *, rename: Mapping[str, str], drop: Sequence[str], add: Sequence[str]
+    ) -> None:
+        with self._foreign.load_table(tuple(info.name)).transaction() as transaction:
+            # Two updates, since one cannot give a name that it takes away.
+            with transaction.update_schema() as update:
+                for column, name in rename.items():
+                    update.rename_column(column, name)
+                for column in drop:
+                    update.delete_column(column)
+            with transaction.update_schema() as update:
+                for column in add:
+                    update.add_column(column, StringType())
+
     async def set_mark(self, info: TableInfo, mark: CommitMark) -> None:
         table = self._foreign.load_table(tuple(info.name))
         with table.transaction() as transaction:
@@ -89,6 +104,19 @@ class _SimSubject(_Files):
 
     async def foreign_append(self, info: TableInfo, batch: pa.RecordBatch) -> None:
         self.catalog.foreign_append(info.name, pa.RecordBatch.from_arrays(batch.columns, schema=info.schema))
+
+    async def foreign_columns(
+        self, info: TableInfo, *, rename: Mapping[str, str], drop: Sequence[str], add: Sequence[str]
+    ) -> None:
+        def change(schema: pa.Schema, new_id: Callable[[], int]) -> pa.Schema:
+            kept = [
+                column.with_name(rename.get(column.name, column.name)) for column in schema if column.name not in drop
+            ]
+            return pa.schema(
+                [*kept, *(pa.field(n, pa.string(), metadata={FIELD_ID_KEY: b"%d" % new_id()}) for n in add)]
+            )
+
+        self.catalog.foreign_schema(info.name, change)
 
     async def set_mark(self, info: TableInfo, mark: CommitMark) -> None:
         self.catalog.set_mark(info.name, mark)

@@ -10,6 +10,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from arka._core.lsn import LsnAllocator
 from arka.errors import ErrorCode, Fenced, InternalError
 from arka.options import IcebergOptions
 from arka.records import TableInfo, TableName, TableType, Tier
@@ -21,7 +22,10 @@ from arka.storage.ports import (
     StagedFiles,
     TableFrames,
 )
+from arka.tiers.adoption import Adoption
 from arka.tiers.committer import TableCommitter
+from arka.tiers.keys import KeyIndex
+from arka.tiers.memory import MemoryTier
 from arka.tiers.table import Table, TableState
 from arka.tiers.watermarks import Watermark
 
@@ -63,6 +67,7 @@ class Bench:
         self.catalog = ScriptedCatalog()
         self.objects = Watermark(Tier.OBJECT_STORAGE)
         self.lsn = 0
+        memory = MemoryTier(LsnAllocator(1, 1000), KeyIndex(60.0, limit=1000))
         self.committer = TableCommitter(
             self.table,
             self.catalog,
@@ -72,7 +77,11 @@ class Bench:
             options=options or IcebergOptions(),
             rng=random.Random(1),
             on_committed=lambda table: None,
+            adoption=Adoption(self.catalog, memory, adopt_s=1.0, look_for=self.look_for),
         )
+
+    async def look_for(self, table: Table) -> None:
+        raise AssertionError(f"{table.info.name} is under its name")
 
     def write(self, count: int = 1, frame_bytes: int = 64) -> None:
         for _ in range(count):

@@ -1,0 +1,411 @@
+"""What others do to a table's schema, spec and properties is known here before it can do harm (R27)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import pyarrow as pa
+import pytest
+import trio
+from trio.testing import MockClock
+
+from arka._core.wire import FlightMessage
+from arka.errors import ArkaError, ErrorCode
+from arka.flight import exchange as exchange_module
+from arka.flight.acks import AckForm
+from arka.flight.exchange import Exchange
+from arka.options import Limits
+from arka.records import FIELD_ID_KEY, AckMessage, TableDefinition, TableName, TableType, Tier
+from arka.storage.ports import CatalogTable, CommitJob, CommitResult
+from arka.testing.simcatalog import SimCatalog
+from arka.testing.simnode import NAME, SimNode, with_options
+from arka.testing.simwriters import flight_messages, frame_buffer, parse_acks
+from arka.tiers.admission import Ledger
+from arka.tiers.pipeline import Pipeline
+from arka.tiers.table import Table, TableState
+
+PEOPLE = pa.schema([pa.field("id", pa.int64(), nullable=False), ("first", pa.utf8()), ("last", pa.utf8())])
+Change = Callable[[pa.Schema, Callable[[], int]], pa.Schema]
+
+
+class Stream:
+    """A write stream without a socket."""
+
+    def __init__(self, pipeline: Pipeline, schema: pa.Schema, **request: object) -> None:
+        self.schema = schema
+        self._ledger = Ledger(1 << 30)
+        self._request = {"table_name": str(NAME), "requested_durability": "iceberg_committed", **request}
+        self._exchange = Exchange(pipeline, Limits(), self, find=pipeline.tables.find_fresh, form=AckForm.METADATA)
+        self.acks: list[AckMessage] = []
+
+    def wake(self) -> None:
+        """See ``Outbound``: acks are looked for by ``settle``."""
+
+    async def open(self) -> Stream:
+        await self._send(FlightMessage(app_metadata=msgspec.json.encode(self._request)))
+        await self._send(FlightMessage(header=flight_messages(self.schema)))
+        return self
+
+    async def write(self, *rows: tuple[Any, ...], key: str = "", operation: str = "upsert") -> None:
+        columns = [list(column) for column in zip(*rows, strict=True)]
+        arrays = [pa.array(values, field.type) for values, field in zip(columns, self.schema, strict=True)]
+        header, buffer = frame_buffer(pa.record_batch(arrays, schema=self.schema))
+        request = {"operation": operation, **({"idempotency_key": key} if key else {})}
+        message = FlightMessage(
+            header=header, app_metadata=msgspec.json.encode(request), buffer=buffer, body_bytes=buffer.body_bytes
+        )
+        message.charge = self._ledger.request(buffer.size, lambda: None)
+        if not self._exchange.handle_at_once(message):
+            await self._exchange.handle(message)
+
+    async def settle(self) -> list[AckMessage]:
+        """Wait for all acks; returns the last one of each write."""
+        while not self._exchange.acks.settled:
+            self.acks += parse_acks(self._exchange.take(1 << 20))
+            await trio.sleep(0.01)
+        last = {ack.sequence: ack for ack in self.acks}
+        return [last[sequence] for sequence in sorted(last)]
+
+    def close(self) -> None:
+        self._exchange.close()
+
+    async def _send(self, message: FlightMessage) -> None:
+        message.charge = self._ledger.request(1, lambda: None)
+        await self._exchange.handle(message)
+
+
+@asynccontextmanager
+async def stream(pipeline: Pipeline, schema: pa.Schema, **request: object) -> AsyncIterator[Stream]:
+    made = Stream(pipeline, schema, **request)
+    try:
+        yield await made.open()
+    finally:
+        made.close()
+
+
+async def make(pipeline: Pipeline, *, keyed: bool = False) -> Table:
+    kind = TableType.PRIMARY_KEY if keyed else TableType.APPEND_ONLY
+    made = TableDefinition(NAME, PEOPLE, kind, ("id",) if keyed else ())
+    return (await pipeline.tables.create(made))[0]
+
+
+def renamed(**names: str) -> Change:
+    """Give columns other names."""
+    return lambda schema, _: pa.schema([field.with_name(names.get(field.name, field.name)) for field in schema])
+
+
+def without(*names: str) -> Change:
+    return lambda schema, _: pa.schema([field for field in schema if field.name not in names])
+
+
+def with_new(name: str, kind: pa.DataType, *, nullable: bool = True) -> Change:
+    def change(schema: pa.Schema, new_id: Callable[[], int]) -> pa.Schema:
+        return schema.append(pa.field(name, kind, nullable, {FIELD_ID_KEY: b"%d" % new_id()}))
+
+    return change
+
+
+def promoted(name: str, kind: pa.DataType) -> Change:
+    return lambda schema, _: schema.set(schema.get_field_index(name), schema.field(name).with_type(kind))
+
+
+def change(node: SimNode, *changes: Change) -> None:
+    """Let others change the table's schema; each change is one of theirs."""
+    for one in changes:
+        node.catalog.foreign_schema(NAME, one)
+
+
+SWAP = renamed(first="last", last="first")
+
+
+@pytest.mark.parametrize("keyed", [False, True])
+async def test_a_new_stream_means_the_columns_that_have_the_names_now(autojump_clock: MockClock, keyed: bool) -> None:
+    """Two names that others have swapped are swapped for a stream that opens 1 s later, without a commit between."""
+    node = SimNode()
+    async with node.run() as pipeline:
+        table = await make(pipeline, keyed=keyed)
+        async with stream(pipeline, PEOPLE) as old:
+            await old.write((1, "F", "L"))
+            await old.settle()
+        change(node, SWAP)
+        await trio.sleep(1.1)
+        async with stream(pipeline, PEOPLE) as new:
+            await new.write((2, "F", "L"))
+            assert [ack.durability_level for ack in await new.settle()] == ["iceberg_committed"]
+        assert node.catalog.rows(NAME).to_pylist() == [
+            {"id": 1, "last": "F", "first": "L"},
+            {"id": 2, "last": "L", "first": "F"},
+        ]
+        assert table.info.schema.names == ["id", "last", "first"]
+
+
+@pytest.mark.parametrize("keyed", [False, True])
+async def test_an_open_stream_goes_on_by_field_id(autojump_clock: MockClock, keyed: bool) -> None:
+    """Columns that others rename, reorder and widen while a stream is open get the values that its writer meant."""
+    node = SimNode()
+    async with node.run() as pipeline:
+        await make(pipeline, keyed=keyed)
+        async with stream(pipeline, PEOPLE) as old:
+            await old.write((1, "F", "L"))
+            await old.settle()
+            change(node, SWAP, lambda schema, _: pa.schema([schema.field(n) for n in ("first", "id", "last")]))
+            await old.write((2, "F", "L"))
+            await old.settle()
+            # The commit of the second write has brought the new schema: the third is bound to it.
+            await old.write((3, "F", "L"), (4, None, "L"))
+            assert [ack.error for ack in await old.settle()] == [None] * 3
+        expected = [{"id": n, "last": "F" if n < 4 else None, "first": "L"} for n in range(1, 5)]
+        assert node.catalog.rows(NAME).to_pylist() == expected
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [without("last")],
+        [without("last"), with_new("last", pa.utf8())],
+        [renamed(last="other"), with_new("last", pa.utf8()), without("other")],
+        [with_new("must", pa.int32(), nullable=False)],
+    ],
+    ids=["dropped", "dropped and added again", "renamed and dropped", "required column added"],
+)
+async def test_an_open_stream_is_refused_what_the_table_no_longer_takes(
+    autojump_clock: MockClock, changes: list[Change]
+) -> None:
+    """A column that was dropped is ``schema_mismatch`` before the memory ack, also if its name is another's now."""
+    node = SimNode()
+    async with node.run() as pipeline:
+        table = await make(pipeline)
+        async with stream(pipeline, PEOPLE) as old:
+            await old.write((1, "F", "L"), key="k1")
+            await old.settle()
+            change(node, *changes)
+            await pipeline.tables.find_fresh(NAME, max_age_s=0)
+            await old.write((2, "F", "L"))
+            await old.write((3, "F", "L"))
+            # What was accepted before is answered as it was: it is in the table.
+            await old.write((1, "F", "L"), key="k1")
+            assert [(ack.code, ack.duplicate) for ack in await old.settle()] == [
+                (None, False),
+                ("schema_mismatch", False),
+                ("schema_mismatch", False),
+                (None, True),
+            ]
+            assert sum(made.batch.num_rows for made in node.catalog._tables[NAME].changes) == 1
+            assert table.state is TableState.ACTIVE
+
+
+async def test_a_new_column_refuses_an_open_upsert_unless_partial(autojump_clock: MockClock) -> None:
+    """An upsert replaces the whole row: without the new column it may not, unless the table says ``arka.partial``."""
+    node = SimNode()
+    async with node.run() as pipeline:
+        await make(pipeline, keyed=True)
+        async with stream(pipeline, PEOPLE) as old:
+            await old.write((1, "F", "L"))
+            await old.settle()
+            change(node, with_new("age", pa.int32()))
+            await pipeline.tables.find_fresh(NAME, max_age_s=0)
+            await old.write((2, "F", "L"))
+            await old.write((1, "F", "L"), operation="delete")
+            # A property that others set takes effect for the stream that is open, too.
+            node.catalog.foreign_properties(NAME, {"arka.partial": "null"})
+            await pipeline.tables.find_fresh(NAME, max_age_s=0)
+            await old.write((3, "F", "L"))
+            codes = [ack.code for ack in await old.settle()]
+        assert codes == [None, "schema_mismatch", None, None]
+        assert node.ids() == [3]
+
+
+async def test_widened_types_and_new_columns_are_usable_at_once(autojump_clock: MockClock) -> None:
+    """A stream that opens after others have widened a type or added a column may use both."""
+    node = SimNode()
+    wide = pa.schema([*PEOPLE, ("age", pa.int64())])
+    async with node.run() as pipeline:
+        await make(pipeline)
+        change(node, with_new("age", pa.int32()))
+        narrow = pa.schema([*PEOPLE, ("age", pa.int32())])
+        await trio.sleep(1.1)
+        async with stream(pipeline, narrow) as old:
+            await old.write((1, "F", "L", 7))
+            await old.settle()
+            change(node, promoted("age", pa.int64()))
+            await trio.sleep(1.1)
+            async with stream(pipeline, wide) as new:
+                await new.write((2, "F", "L", 2**40))
+                await new.settle()
+            await old.write((3, "F", "L", 9))
+            await old.settle()
+        assert node.catalog.rows(NAME)["age"].to_pylist() == [7, 2**40, 9]
+
+
+async def test_the_last_adopted_schema_serves_while_the_catalog_is_unavailable(autojump_clock: MockClock) -> None:
+    """A stream waits 1 s at most for the catalog; a restart without it goes on with what was adopted last (R5)."""
+    node = SimNode()
+    swapped = pa.schema([PEOPLE.field(name) for name in ("id", "last", "first")])
+    async with node.run() as pipeline:
+        table = await make(pipeline)
+        change(node, SWAP)
+        await trio.sleep(1.1)
+        await pipeline.tables.find_fresh(NAME)
+        node.weather.away = True
+        node.weather.max_delay_s = 1000.0
+        await trio.sleep(1.1)
+        began = trio.current_time()
+        async with stream(pipeline, swapped) as new:
+            assert trio.current_time() - began == pytest.approx(1.0)
+            await new.write((1, "L", "F"))
+            # Nobody waits a second time for the same request.
+            async with stream(pipeline, swapped):
+                assert trio.current_time() - began == pytest.approx(1.0)
+            await pipeline.flush(table, Tier.DISK)
+    node.weather.max_delay_s = 0.0
+    async with node.run() as pipeline:
+        async with stream(pipeline, swapped) as new:
+            await new.write((2, "L", "F"))
+            node.weather.away = False
+            await new.settle()
+        assert node.catalog.rows(NAME).to_pylist() == [{"id": n, "last": "L", "first": "F"} for n in (1, 2)]
+
+
+async def test_an_answer_that_was_overtaken_is_not_adopted(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A commit's answer that comes after that of a later question brings no older schema back."""
+    node = SimNode()
+    commit = SimCatalog.commit
+
+    async def slow_commit(self: SimCatalog, job: CommitJob) -> CommitResult:
+        result = await commit(self, job)
+        change(node, SWAP)
+        await trio.sleep(5)
+        return result
+
+    async with node.run() as pipeline:
+        table = await make(pipeline)
+        monkeypatch.setattr(SimCatalog, "commit", slow_commit)
+        async with stream(pipeline, PEOPLE) as old, trio.open_nursery() as nursery:
+            await old.write((1, "F", "L"))
+            nursery.start_soon(old.settle)
+            await trio.sleep(3)
+            await pipeline.tables.find_fresh(NAME)
+            assert table.info.schema.names == ["id", "last", "first"]
+            await trio.sleep(2.5)
+            assert table.info.schema.names == ["id", "last", "first"]
+
+
+async def test_a_question_that_overlaps_a_commit_is_asked_again(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stream that opens while a commit's answer comes in gets the schema of its own moment."""
+    node = SimNode()
+    load = SimCatalog.load_table
+    loads: list[float] = []
+
+    async def slow_load(self: SimCatalog, name: TableName) -> CatalogTable:
+        loads.append(trio.current_time())
+        found = await load(self, name)
+        await trio.sleep(0.3)
+        return found
+
+    async with node.run() as pipeline:
+        table = await make(pipeline)
+        async with stream(pipeline, PEOPLE) as old:
+            await trio.sleep(2)
+            monkeypatch.setattr(SimCatalog, "load_table", slow_load)
+            await old.write((1, "F", "L"))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(pipeline.tables.find_fresh, NAME)
+                await trio.sleep(0.05)
+                change(node, SWAP)
+                await old.settle()
+            assert len(loads) == 2
+            assert table.info.schema.names == ["id", "last", "first"]
+
+
+async def test_a_batch_that_is_decoded_in_a_thread_meanwhile(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch whose decoding others overtake with a change is decoded again: its frame names the right columns."""
+    node = SimNode(with_options(wal__segment_bytes=32 << 20))
+    decodes = 0
+
+    async def compute(function: Any, *args: object) -> Any:
+        nonlocal decodes
+        decodes += 1
+        made = function(*args)
+        if decodes == 1:
+            change(node, SWAP)
+            await pipeline.tables.find_fresh(NAME, max_age_s=0)
+        return made
+
+    async with node.run() as pipeline:
+        await make(pipeline)
+        monkeypatch.setattr(exchange_module, "run_compute", compute)
+        async with stream(pipeline, PEOPLE) as old:
+            await old.write((1, "F" * (2 << 20), "L"))
+            assert [ack.error for ack in await old.settle()] == [None]
+        assert decodes == 2
+        (row,) = node.catalog.rows(NAME).to_pylist()
+        assert (row["last"][:2], row["first"]) == ("FF", "L")
+
+
+async def test_a_table_that_others_made_unusable_refuses_writes_until_it_is_mended(autojump_clock: MockClock) -> None:
+    """A format or type that Arka cannot write is told before the memory ack, in words, and ends when it is mended."""
+    node = SimNode()
+    async with node.run() as pipeline:
+        table = await make(pipeline)
+        async with stream(pipeline, PEOPLE) as old:
+            node.catalog.unusable[NAME] = "format version 3"
+            await pipeline.tables.find_fresh(NAME, max_age_s=0)
+            await old.write((1, "F", "L"))
+            assert "format version 3" in str(table.reason)
+            del node.catalog.unusable[NAME]
+            await pipeline.tables.find_fresh(NAME, max_age_s=0)
+            assert table.reason is None
+            await old.write((2, "F", "L"))
+            assert [ack.code for ack in await old.settle()] == ["table_stopped", None]
+        assert node.ids() == [2]
+
+
+async def test_a_table_of_another_under_the_same_name_is_found(autojump_clock: MockClock) -> None:
+    """A name that others gave to another table means that one for the next stream."""
+    node = SimNode()
+    async with node.run() as pipeline:
+        table = await make(pipeline)
+        node.catalog.remove(NAME)
+        await node.catalog.create_table(TableDefinition(NAME, PEOPLE), "00000001")
+        await trio.sleep(1.1)
+        other = await pipeline.tables.find_fresh(NAME)
+        assert other is not table
+        assert table.state is TableState.STOPPED
+        with pytest.raises(ArkaError) as caught:
+            table.check_active()
+        assert caught.value.code is ErrorCode.TABLE_STOPPED
+
+
+async def test_writes_know_how_they_were_accepted_after_a_restart(autojump_clock: MockClock) -> None:
+    """The log says which schema each waiting write was accepted under, by LSN, for as long as it waits."""
+    node = SimNode()
+    async with node.run() as pipeline:
+        table = await make(pipeline)
+        async with stream(pipeline, PEOPLE, requested_durability="disk") as old:
+            node.weather.away = True
+            await old.write((1, "F", "L"))
+            await old.settle()
+            first_lsn = table.last_lsn
+            node.weather.away = False
+            change(node, SWAP)
+            pipeline.tables.adoption.adopt(table, replace(node.catalog._tables[NAME].info))
+            await old.write((2, "F", "L"))
+            await old.settle()
+            last_lsn = table.last_lsn
+            accepted = [(info.schema_id, lsn) for info, lsn in table.bindings(0, last_lsn)]
+            assert [number for number, _ in accepted] == [0, 1]
+            assert first_lsn <= accepted[0][1] < last_lsn == accepted[1][1]
+            node.weather.away = True
+    async with node.run() as pipeline:
+        (table,) = pipeline.tables.all()
+        assert [(info.schema_id, lsn) for info, lsn in table.bindings(0, last_lsn)] == accepted
