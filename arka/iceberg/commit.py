@@ -88,7 +88,8 @@ def judge(metadata: TableMetadata, job: CommitJob) -> CommitResult | None:
     if mark.epoch > job.epoch:
         return CommitResult(CommitOutcome.FENCED, mark.committed_lsn, metadata.current_snapshot_id)
     if mark.committed_lsn >= job.staged.through_lsn:
-        return CommitResult(CommitOutcome.COMMITTED, mark.committed_lsn, _snapshot_of(metadata, job))
+        snapshot_id, named = _snapshot_of(metadata, job)
+        return CommitResult(CommitOutcome.COMMITTED, mark.committed_lsn, snapshot_id, named=named)
     if mark.committed_lsn != job.staged.after_lsn:
         return CommitResult(CommitOutcome.RECUT, mark.committed_lsn, metadata.current_snapshot_id)
     return None
@@ -167,7 +168,7 @@ def _attempt(config: CatalogConfig, opened: Catalog, table: Table, job: CommitJo
         snapshot_id = _stock_append(config, table, job)
     else:
         snapshot_id = _commit_own(config, opened, table, job, terms)
-    return CommitResult(CommitOutcome.COMMITTED, job.staged.through_lsn, snapshot_id)
+    return CommitResult(CommitOutcome.COMMITTED, job.staged.through_lsn, snapshot_id, named=True)
 
 
 def _commit_own(config: CatalogConfig, opened: Catalog, table: Table, job: CommitJob, terms: BuildTerms) -> int:
@@ -223,7 +224,7 @@ def _commit_own(config: CatalogConfig, opened: Catalog, table: Table, job: Commi
         if config.apart:
             # Its next commit is another process's; the runs that that one merges away shall not stay mapped here.
             _keyed.forget(config, job.table)
-    _garbage.landed(base, response.metadata, staged.merged_away, consecutive=consecutive)
+    _garbage.landed(base, response.metadata, staged.merged_away, staged.removed, consecutive=consecutive)
     _garbage.collect(base.table_uuid, table.io)
     _garbage.replaced(base, response.metadata, response.metadata_location, table.io)
     failpoints.hit("commit.response")
@@ -324,12 +325,16 @@ def _property_changes(job: CommitJob, properties: Mapping[str, str]) -> tuple[di
     return {**made, CLEANED: CLEANED_VALUE}, removed
 
 
-def _snapshot_of(metadata: TableMetadata, job: CommitJob) -> int | None:
-    """Find the snapshot that an earlier attempt of this job made; else the current one holds its rows."""
+def _snapshot_of(metadata: TableMetadata, job: CommitJob) -> tuple[int | None, bool]:
+    """Find the snapshot that an earlier attempt of this job made; else the current one holds its rows.
+
+    Returns:
+        The snapshot, and whether it is known to name the job's files.
+    """
     for snapshot in reversed(metadata.snapshots):
         if snapshot.summary is not None and snapshot.summary.get(SUMMARY_COMMIT_ID) == str(job.commit_id):
-            return snapshot.snapshot_id
-    return metadata.current_snapshot_id
+            return snapshot.snapshot_id, True
+    return metadata.current_snapshot_id, False
 
 
 def _describe(error: BaseException) -> str:

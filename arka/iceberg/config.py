@@ -32,6 +32,7 @@ class CatalogConfig:
         target_file_bytes: Arrow bytes after which an encoder starts a new file.
         stock_commit: commit through pyiceberg's public path; primary-key tables never do.
         index_dir: directory of the key indexes of primary-key tables, on the local disk.
+        attempts_dir: directory of the journals of encode attempts, on the local disk.
         index_bytes: memory that a worker keeps of such tables between commits.
         index_build_s: seconds of one job that may be spent on reading keys for an index; what is left is the next
             one's.
@@ -45,6 +46,7 @@ class CatalogConfig:
     target_file_bytes: int = 64 * 2**20
     stock_commit: bool = False
     index_dir: str = ""
+    attempts_dir: str = ""
     index_bytes: int = INDEX_BYTES
     index_build_s: float = _BUILD_S
     apart: bool = False
@@ -90,6 +92,7 @@ class CatalogConfig:
             target_file_bytes=options.target_file_bytes,
             stock_commit=options.stock_commit,
             index_dir=str(root / "keyindex"),
+            attempts_dir=str(root / "attempts"),
             index_bytes=index_bytes,
             index_build_s=min(_BUILD_S, options.job_deadline_s / 4),
         )

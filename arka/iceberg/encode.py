@@ -8,20 +8,33 @@ A batch of an unpartitioned table is a view of the mapped segment file until Par
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
+from typing import Final, TypeVar
+from uuid import uuid4
 
 import pyarrow as pa
 
 from arka import failpoints
 from arka._core.transforms import split_batch
+from arka.errors import ArkaError
+from arka.iceberg.attempts import Journal
 from arka.iceberg.config import CatalogConfig
+from arka.iceberg.filepool import FilePool
 from arka.iceberg.frames import read_frames
 from arka.iceberg.parquet import FileWriter, file_writer
 from arka.iceberg.partition import split_fields
 from arka.iceberg.stagedkeys import StagedKeys
 from arka.records import TableInfo, TableType
-from arka.storage.ports import StagedFile, StagedFiles, TableFrames
+from arka.storage.ports import StagedFile, StagedFiles, TableFrames, UnwritableRows
+
+T = TypeVar("T")
+
+#: What libraries raise for values that they cannot take. Others, such as AttributeError, are faults of the code.
+_DATA_ERRORS: Final = (pa.ArrowException, ValueError, TypeError, ArithmeticError, LookupError, NotImplementedError)
 
 
 @dataclass(slots=True)
@@ -46,7 +59,8 @@ def encode(config: CatalogConfig, job: TableFrames) -> StagedFiles:
         row that stands for each key, and the run of keys.
 
     Raises:
-        DataCorruption: a frame's CRC does not hold, or its bytes are no batch (R9).
+        DataCorruption: a frame's CRC does not hold (R9).
+        UnwritableRows: the rows' own data cannot be written (R32).
         OSError: the warehouse or the segment file failed.
 
     Durability: each file is durable on return.
@@ -55,54 +69,101 @@ def encode(config: CatalogConfig, job: TableFrames) -> StagedFiles:
     writer = file_writer(table, config.properties)
     stem = f"{job.after_lsn + 1}-{job.through_lsn}"
     keys = StagedKeys(config, job) if table.table_type is TableType.PRIMARY_KEY else None
-    sorter = _Sorter(table, writer, stem, config.target_file_bytes, keys)
     rows = 0
-    with writer.io.batch():
+    # The batch last in, first out: no thread of the pool writes once it is over.
+    with Journal(job.journal).open() as journal, writer.io.batch(), FilePool(config.target_file_bytes) as pool:
+        name = f"{stem}-{{number:05d}}-{job.attempt or uuid4().hex}"
+        sorter = _Sorter(table, writer, name, config.target_file_bytes, keys, pool, journal)
         frames = read_frames(job)
-        first = next(frames, None)
+        with own_data():
+            first = next(frames, None)
         if first is not None:
             frames = chain((first,), frames)
-        for batch, size, *_ in frames if keys is None else keys.settle(frames):
+        sized = ((frame.batch, float(frame.size)) for frame in frames) if keys is None else keys.settle(frames)
+        for batch, size in _guarded(sized):
             if batch.num_rows:
                 rows += batch.num_rows
                 sorter.add(batch, size)
-        files = sorter.finish()
+        sorter.finish()
+        files = pool.finish()
         failpoints.hit("encode.written")
     failpoints.hit("encode.synced")
-    first_lsn = 0 if first is None else first.lsn
-    made = StagedFiles(job.after_lsn, job.through_lsn, tuple(files), rows, notes=writer.notes, first_lsn=first_lsn)
+    made = StagedFiles(
+        job.after_lsn,
+        job.through_lsn,
+        tuple(files),
+        rows,
+        notes=writer.notes,
+        first_lsn=0 if first is None else first.lsn,
+        journals=(job.journal,) if job.journal else (),
+    )
     return made if keys is None else replace(made, keys=keys.write(stem), key_check=keys.check)
 
 
-class _Sorter:
-    """Gathers rows per partition and writes a partition out when it has enough for a file.
+@contextmanager
+def own_data() -> Iterator[None]:
+    """Tell errors of rows from those of the machine: only the former may set a write aside (R32).
 
-    One file is open at a time, however many partitions there are.
+    To be put around steps that turn rows in memory into other bytes in memory, and around no other.
+
+    Raises:
+        UnwritableRows: the rows' own data cannot be written.
     """
+    try:
+        yield
+    except (OSError, MemoryError, ArkaError):
+        # A file, the network, too little memory, or one of our own checks.
+        raise
+    except _DATA_ERRORS as error:
+        raise UnwritableRows(f"{type(error).__name__}: {error}") from error
+
+
+def _guarded(items: Iterable[T]) -> Iterator[T]:
+    """Yield what is read from frames; errors of their data become ``UnwritableRows``."""
+    iterator = iter(items)
+    while True:
+        with own_data():
+            item = next(iterator, None)
+        if item is None:
+            return
+        yield item
+
+
+class _Sorter:
+    """Gathers rows per partition and has a partition written when it has enough for a file."""
 
     def __init__(
-        self, table: TableInfo, writer: FileWriter, stem: str, target_bytes: int, keys: StagedKeys | None
+        self,
+        table: TableInfo,
+        writer: FileWriter,
+        name: str,
+        target_bytes: int,
+        keys: StagedKeys | None,
+        pool: FilePool,
+        journal: Journal,
     ) -> None:
         self._fields = split_fields(table)
         self._writer = writer
-        self._stem = stem
+        self._name = name
         self._target_bytes = target_bytes
         self._keys = keys
+        self._pool = pool
+        self._journal = journal
         # By key, not by value: -0.0 equals 0.0, and NaN not even itself.
         self._pending: dict[tuple[object, ...], _Pending] = {}
-        self._files: list[StagedFile] = []
 
     def add(self, batch: pa.RecordBatch, size: float) -> None:
         """Take one batch of about ``size`` Arrow bytes."""
-        for values, rows in split_batch(batch, self._fields):
+        with own_data():
+            parts = split_batch(batch, self._fields)
+        for values, rows in parts:
             self._append(values, rows, size * rows.num_rows / batch.num_rows)
 
-    def finish(self) -> list[StagedFile]:
-        """Write what is left; return all files."""
+    def finish(self) -> None:
+        """Have what is left written."""
         for pending in self._pending.values():
             self._write(pending)
         self._pending.clear()
-        return self._files
 
     def _append(self, values: tuple[object, ...], rows: pa.RecordBatch, size: float) -> None:
         key = tuple(value.hex() if isinstance(value, float) else value for value in values)
@@ -114,11 +175,22 @@ class _Sorter:
             self._write(pending)
 
     def _write(self, pending: _Pending) -> None:
-        stem = f"{self._stem}-{len(self._files):05d}"
+        number = self._pool.count
         batches = pending.batches
         if self._keys is not None:
-            batches = self._keys.take(batches, len(self._files))
-        self._files.append(self._writer.write(batches, pending.values, stem))
+            with own_data():
+                batches = self._keys.take(batches, number)
+        name = self._name.format(number=number)
+        self._pool.submit(pending.size, partial(self._make, batches, pending.values, name))
+
+    def _make(self, batches: list[pa.RecordBatch], values: tuple[object, ...], name: str) -> StagedFile:
+        """Write one file, in a thread of the pool. Its name is in the journal before it is in the warehouse."""
+        with own_data():
+            encoded = self._writer.encode(batches, values, name)
+        self._journal.begin(encoded.file.path)
+        made = self._writer.store(encoded)
+        self._journal.finished()
+        return made
 
 
-__all__ = ["encode"]
+__all__ = ["encode", "own_data"]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import threading
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Final
@@ -96,6 +97,8 @@ class _Batch:
         # Invariant: each descriptor is open; nothing else closes it. A descriptor from before the write
         # is what an error of the kernel's writeback is reported to.
         self._open: list[tuple[int, str]] = []
+        # Files of one job are written by several threads.
+        self._lock = threading.Lock()
 
     def write(self, path: str, data: bytes | memoryview | pa.Buffer, *, overwrite: bool) -> int:
         """Write a file; its durability comes with ``sync``."""
@@ -105,22 +108,41 @@ class _Batch:
         except FileNotFoundError:
             make_directory(os.path.dirname(path))
             descriptor = os.open(path, flags, _FILE_MODE)
-        self._open.append((descriptor, path))
-        with memoryview(data) as view:
-            written = 0
-            while written < view.nbytes:
-                written += os.write(descriptor, view[written:])
-        if len(self._open) >= _BATCH_FILES:
+        try:
+            with memoryview(data) as view:
+                written = 0
+                while written < view.nbytes:
+                    written += os.write(descriptor, view[written:])
+        except BaseException:
+            self._take_back([(descriptor, path)])
+            raise
+        with self._lock:
+            # Whole files alone are made durable: another thread may call for it at any moment.
+            self._open.append((descriptor, path))
+            full = len(self._open) >= _BATCH_FILES
+        if full:
             self.sync()
         return written
 
     def sync(self) -> None:
         """Make everything written so far durable, files first, then their directories."""
-        for descriptor, _ in self._open:
-            os.fsync(descriptor)
-        for directory in {os.path.dirname(path): None for _, path in self._open}:
-            sync_directory(directory)
-        self._close()
+        with self._lock:
+            taken, self._open = self._open, []
+        try:
+            for descriptor, _ in taken:
+                os.fsync(descriptor)
+            for directory in {os.path.dirname(path): None for _, path in taken}:
+                sync_directory(directory)
+        except BaseException:
+            self._take_back(taken)
+            raise
+        for descriptor, _ in taken:
+            os.close(descriptor)
+
+    def _take_back(self, files: list[tuple[int, str]]) -> None:
+        """Keep files that are not durable for ``abandon``."""
+        with self._lock:
+            self._open += files
 
     def abandon(self) -> None:
         """Remove what is not durable yet, as far as that is possible."""

@@ -2,7 +2,8 @@
 
 Owns: which manifest lists, manifests and superseded ``metadata.json`` files may go, and when. No property of the
 table decides that: a copy of the catalog that is younger than the grace period names files that are all there
-(R30). Does not own data files.
+(R30). Data and delete files go as well once no retained snapshot names them, if our own commits took
+them out. Does not own what attempts left (``leftovers``).
 
 What a worker knows dies with it. A file that is forgotten is left, never deleted, with one exception: the first
 commit that a worker makes to a table looks once for ``metadata.json`` files that earlier workers forgot.
@@ -29,6 +30,8 @@ from arka.iceberg.producer import discard
 GRACE_S: Final = 600.0
 #: Deletions after one commit; the rest waits for the next, so that no commit takes long.
 _DELETIONS_PER_COMMIT: Final = 16
+#: The same for manifests, data files and delete files: a commit of upserts replaces dozens of them.
+_FILES_PER_COMMIT: Final = 128
 #: ``<version>-<uuid>.metadata.json``, as pyiceberg names metadata files.
 _METADATA_NAME: Final = re.compile(r"(\d{5,})-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\.metadata\.json\Z")
 #: Locations that Arka made end in eight digits of the table's own: such a folder holds one table (R5).
@@ -53,8 +56,8 @@ class _Lineage:
     """Garbage of one table, valid while every snapshot in it was added by this process, one after another.
 
     Attributes:
-        replaced: manifests that a merge made useless, with the sequence number of the merging snapshot:
-            every snapshot from that one on does without them.
+        replaced: manifests, data files and delete files that a commit made useless, with the sequence number of its
+            snapshot: every snapshot from that one on does without them.
         unreferenced: files that no retained snapshot needs, with the time from which they may go.
     """
 
@@ -114,6 +117,7 @@ class Garbage:
         before: TableMetadata,
         after: TableMetadata,
         merged_away: Sequence[ManifestFile],
+        removed: Sequence[str] = (),
         *,
         consecutive: bool,
     ) -> None:
@@ -123,6 +127,7 @@ class Garbage:
             before: the metadata that the commit was based on.
             after: what it became.
             merged_away: manifests of the parent that the new snapshot does without.
+            removed: data and delete files of the parent that the new snapshot does without.
             consecutive: whether the parent was this worker's own last commit. After a rollback or another
                 writer's commit, snapshots may refer again to what was thought useless.
         """
@@ -133,6 +138,7 @@ class Garbage:
         due = self._clock() + self._grace_s
         newest = max(snapshot.sequence_number or 0 for snapshot in after.snapshots)
         lineage.replaced += ((newest, manifest.manifest_path) for manifest in merged_away)
+        lineage.replaced += ((newest, path) for path in removed)
         kept = {snapshot.snapshot_id for snapshot in after.snapshots}
         for snapshot in before.snapshots:
             if snapshot.snapshot_id not in kept:
@@ -148,7 +154,7 @@ class Garbage:
             return
         now = self._clock()
         gone: list[str] = []
-        while lineage.unreferenced and lineage.unreferenced[0][0] <= now and len(gone) < _DELETIONS_PER_COMMIT:
+        while lineage.unreferenced and lineage.unreferenced[0][0] <= now and len(gone) < _FILES_PER_COMMIT:
             gone.append(lineage.unreferenced.popleft()[1])
         discard(io, gone)
 

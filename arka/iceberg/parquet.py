@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final
-from uuid import uuid4
+from typing import Any, Final, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -43,6 +42,13 @@ _REMEMBERED_WRITERS: Final = 256
 _ALWAYS: Final[Mapping[str, Any]] = {"store_schema": False, "store_decimal_as_integer": True}
 
 
+class EncodedFile(NamedTuple):
+    """A file that is not written yet: what it will be, and its bytes."""
+
+    file: StagedFile
+    data: pa.Buffer
+
+
 class FileWriter:
     """Writes data files of one table at one schema and spec.
 
@@ -69,36 +75,53 @@ class FileWriter:
         self.notes = options.notes
 
     def write(self, batches: Sequence[pa.RecordBatch], partition: tuple[object, ...], stem: str) -> StagedFile:
-        """Write one file.
+        """Encode and store one file; see both.
+
+        Durability: the file is durable on return, or at the end of the batch that is open.
+        """
+        return self.store(self.encode(batches, partition, stem))
+
+    def encode(self, batches: Sequence[pa.RecordBatch], partition: tuple[object, ...], stem: str) -> EncodedFile:
+        """Turn rows into the bytes of one file; nothing is written.
 
         Args:
             batches: in row order, all in the table's schema, at least one row together; only read.
             partition: one value per partition field, in Iceberg's internal representation.
-            stem: begins the file's name; a UUID makes it unique.
+            stem: the file's name without its ending; unique in the table.
+
+        Raises:
+            MemoryError: there is too little.
+            Exception: the rows cannot be written as Parquet.
+        """
+        table = pa.Table.from_batches(batches, schema=self._info.schema)
+        if len(batches) > 1 and table.num_rows < len(batches) * _SMALL_BATCH_ROWS:
+            table = table.combine_chunks()
+        data, footer = self._encode_safely(table)
+        folder = PartitionFolder(self._spec, self._schema, partition) if partition else None
+        # The provider only asks a partition key for its path.
+        location = self._locations.new_data_location(f"{stem}.parquet", folder)  # type: ignore[arg-type]
+        file = StagedFile(
+            path=location,
+            partition=partition,
+            spec_id=self._info.spec_id,
+            rows=table.num_rows,
+            size=data.size,
+            stats=self._metrics.of(footer),
+        )
+        return EncodedFile(file, data)
+
+    def store(self, encoded: EncodedFile) -> StagedFile:
+        """Write an encoded file into the warehouse.
 
         Raises:
             OSError: the warehouse refused; nothing refers to what may be left of the file.
 
         Durability: the file is durable on return, or at the end of the batch that is open.
         """
-        table = pa.Table.from_batches(batches, schema=self._info.schema)
-        if len(batches) > 1 and table.num_rows < len(batches) * _SMALL_BATCH_ROWS:
-            table = table.combine_chunks()
-        data, footer = self._encode(table)
-        folder = PartitionFolder(self._spec, self._schema, partition) if partition else None
-        # The provider only asks a partition key for its path.
-        location = self._locations.new_data_location(f"{stem}-{uuid4()}.parquet", folder)  # type: ignore[arg-type]
-        size = write_file(self.io, location, data)
-        return StagedFile(
-            path=location,
-            partition=partition,
-            spec_id=self._info.spec_id,
-            rows=table.num_rows,
-            size=size,
-            stats=self._metrics.of(footer),
-        )
+        write_file(self.io, encoded.file.path, encoded.data)
+        return encoded.file
 
-    def _encode(self, table: pa.Table) -> tuple[pa.Buffer, pq.FileMetaData]:
+    def _encode_safely(self, table: pa.Table) -> tuple[pa.Buffer, pq.FileMetaData]:
         """Encode rows; where the table's own options fail, with safe ones (R17)."""
         dictionaries = _dictionary_columns(table, self._metrics.paths)
         try:

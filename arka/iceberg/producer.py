@@ -65,6 +65,7 @@ class StagedSnapshot:
         snapshot: as the table will know it.
         manifests: what its manifest list names, sequence numbers assigned.
         merged_away: manifests of its parent that it does without.
+        removed: locations of data and delete files of its parent that it does without.
         entries: the live entries of its own manifests, by their locations.
         written: locations of the files that exist only for it.
     """
@@ -72,6 +73,7 @@ class StagedSnapshot:
     snapshot: Snapshot
     manifests: list[ManifestFile]
     merged_away: list[ManifestFile]
+    removed: list[str]
     entries: dict[str, list[ManifestEntry]]
     written: list[str]
 
@@ -178,7 +180,8 @@ def stage_snapshot(
         summary=_summary(metadata, files, builder.removed, notes),
         schema_id=metadata.current_schema_id,
     )
-    return StagedSnapshot(snapshot, manifests, builder.merged_away, builder.entries, written)
+    removed_paths = [file.file_path for file in builder.removed]
+    return StagedSnapshot(snapshot, manifests, builder.merged_away, removed_paths, builder.entries, written)
 
 
 def snapshot_updates(

@@ -22,7 +22,7 @@ from uuid import UUID
 from arka import failpoints
 from arka.errors import ArkaError, InternalError
 from arka.iceberg.config import CatalogConfig
-from arka.records import TableDefinition, TableName
+from arka.records import TableDefinition, TableInfo, TableName
 from arka.storage.ports import (
     CatalogConflict,
     CatalogListing,
@@ -35,6 +35,7 @@ from arka.storage.ports import (
     TableExists,
     TableFrames,
     TableMissing,
+    UnwritableRows,
     WorkUnfinished,
 )
 
@@ -43,7 +44,15 @@ from arka.storage.ports import (
 _NICENESS: Final = 5
 
 #: What jobs raise on purpose: crosses to the server as it is.
-_DEFINITE: Final = (ArkaError, CatalogConflict, CatalogUnavailable, TableExists, TableMissing, WorkUnfinished)
+_DEFINITE: Final = (
+    ArkaError,
+    CatalogConflict,
+    CatalogUnavailable,
+    TableExists,
+    TableMissing,
+    UnwritableRows,
+    WorkUnfinished,
+)
 
 #: Bugs rather than weather: retrying cannot help.
 _BUGS: Final = (AssertionError, AttributeError, LookupError, NameError, TypeError, ValueError)
@@ -127,6 +136,16 @@ def encode(config: CatalogConfig, job: TableFrames) -> StagedFiles:
 
 
 @_job
+def discard_attempt(
+    config: CatalogConfig, table: TableInfo, commit_ids: tuple[str, ...], paths: tuple[str, ...]
+) -> bool:
+    """See ``arka.iceberg.leftovers.discard_attempt``."""
+    from arka.iceberg.leftovers import discard_attempt as run
+
+    return run(config, table, commit_ids, paths)
+
+
+@_job
 def commit(config: CatalogConfig, job: CommitJob) -> CommitResult:
     """See ``arka.iceberg.commit.commit``."""
     from arka.iceberg.commit import commit as run
@@ -186,6 +205,7 @@ __all__ = [
     "commit",
     "connect",
     "create_table",
+    "discard_attempt",
     "do_nothing",
     "drop_table",
     "encode",

@@ -11,8 +11,9 @@ manifests stay warm in one process. A large encode job is divided among the cont
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar, TypeVarTuple
 from uuid import UUID
@@ -20,23 +21,29 @@ from uuid import UUID
 import structlog
 import trio
 
+from arka.errors import ArkaError
 from arka.iceberg import worker
+from arka.iceberg.attempts import finished_files
 from arka.iceberg.config import CatalogConfig
 from arka.options import INDEX_BYTES, IcebergOptions
 from arka.records import TableDefinition, TableInfo, TableName, TableType
+from arka.storage.attempts import Attempts
 from arka.storage.ports import (
     CatalogListing,
     CatalogTable,
     CatalogUnavailable,
     CommitJob,
+    CommitOutcome,
     CommitResult,
+    DeadlineMissed,
     ReadJob,
     SegmentSlice,
     StagedFiles,
     TableFrames,
+    TableMissing,
     WorkUnfinished,
 )
-from arka.storage.workers import DeadlineMissed, Template, WorkerPool, open_pool
+from arka.storage.workers import Template, WorkerPool, open_pool
 
 #: Control calls at a time; scans may take all of them but one, so that a long one does not stop CreateTable.
 _CONTROL_WORKERS: Final = 2
@@ -58,13 +65,20 @@ class _Shards:
         self._quarantine = quarantine
         self._quarantined: set[UUID] = set()
 
-    async def run(self, table: TableInfo, job: Callable[[*Ts], T | Exception], *args: *Ts, beside: int = 0) -> T:
+    async def run(
+        self,
+        table: TableInfo,
+        job: Callable[[*Ts], T | Exception],
+        *args: *Ts,
+        beside: int = 0,
+        progress: Callable[[], int] | None = None,
+    ) -> T:
         """Run a table's job where that table's jobs run, or so many pools beside that."""
         uuid = table.uuid
         slow = uuid in self._quarantined
         pool = self._quarantine if slow else self.pools[(uuid.int + beside) % len(self.pools)]
         try:
-            result = await pool.run(job, *args)
+            result = await pool.run(job, *args, progress=progress)
         except DeadlineMissed:
             self._quarantined.add(uuid)
             _log.warning("catalog.deadline_missed", table=str(table.name), job=job.__name__)
@@ -89,6 +103,8 @@ class IcebergCatalog:
         commit: _Shards,
         builds: WorkerPool,
         control: WorkerPool,
+        attempts: Attempts,
+        open_fresh: Callable[[], AbstractAsyncContextManager[WorkerPool]],
     ) -> None:
         self._config = config
         self._config_apart = replace(config, apart=True)
@@ -96,6 +112,8 @@ class IcebergCatalog:
         self._commit = commit
         self._builds = builds
         self._control = control
+        self._attempts = attempts
+        self._open_fresh = open_fresh
         self._scans = trio.CapacityLimiter(_CONTROL_WORKERS - 1)
         # What was last said of each table's properties: once, not with each commit.
         self._noted: dict[UUID, tuple[str, ...]] = {}
@@ -153,15 +171,37 @@ class IcebergCatalog:
         """See ``ports.Catalog.list_tables``."""
         return await self._control.run(worker.list_tables, self._config)
 
-    async def encode(self, job: TableFrames) -> StagedFiles:
+    async def encode(self, job: TableFrames, *, fresh: bool = False) -> StagedFiles:
         """See ``ports.Catalog.encode``; a large job is divided among the workers."""
-        parts = divide(job, len(self._encode.pools), self._config.target_file_bytes)
+        try:
+            made = await self._encode_parts(job, fresh=fresh)
+        except Exception:
+            # Its processes are gone or idle, and nobody was given its files.
+            await self._discard(job.table, given=False)
+            raise
+        if made.notes != self._noted.get(job.table.uuid, ()):
+            self._noted[job.table.uuid] = made.notes
+            for note in made.notes:
+                _log.warning("catalog.property_unusable", table=str(job.table.name), detail=note)
+        return made
+
+    async def _encode_parts(self, job: TableFrames, *, fresh: bool) -> StagedFiles:
+        count = 1 if fresh else len(self._encode.pools)
+        try:
+            parts = [await self._attempts.begin(part) for part in divide(job, count, self._config.target_file_bytes)]
+        except OSError as error:
+            raise CatalogUnavailable(f"the journal of an attempt cannot be made: {error}") from error
+        if fresh:
+            async with self._open_fresh() as pool:
+                return await pool.run(worker.encode, self._config, parts[0], progress=_progress_of(parts[0]))
         staged: list[StagedFiles | None] = [None] * len(parts)
         errors: list[Exception] = []
 
         async def run(number: int, part: TableFrames) -> None:
             try:
-                staged[number] = await self._encode.run(job.table, worker.encode, self._config, part, beside=number)
+                staged[number] = await self._encode.run(
+                    job.table, worker.encode, self._config, part, beside=number, progress=_progress_of(part)
+                )
             except Exception as error:
                 errors.append(error)
                 nursery.cancel_scope.cancel()
@@ -172,12 +212,21 @@ class IcebergCatalog:
             await run(0, parts[0])
         if errors:
             raise errors[0]
-        made = _join([part for part in staged if part is not None])
-        if made.notes != self._noted.get(job.table.uuid, ()):
-            self._noted[job.table.uuid] = made.notes
-            for note in made.notes:
-                _log.warning("catalog.property_unusable", table=str(job.table.name), detail=note)
-        return made
+        return _join([part for part in staged if part is not None])
+
+    async def _discard(self, table: TableInfo, *, given: bool) -> None:
+        """Delete what attempts at a table's jobs left; what cannot be deleted now is looked at again later."""
+        for journal, record in await self._attempts.over(table.uuid, given=given):
+            try:
+                if record.files:
+                    gone = await self._builds.run(
+                        worker.discard_attempt, self._config, table, record.commits, record.files
+                    )
+                    _log.info("catalog.attempt_over", table=str(table.name), files=len(record.files), deleted=gone)
+            except (CatalogUnavailable, TableMissing, ArkaError) as error:
+                _log.debug("catalog.attempt_left", table=str(table.name), reason=str(error))
+                return
+            await self._attempts.end(table.uuid, [journal])
 
     async def commit(self, job: CommitJob) -> CommitResult:
         """See ``ports.Catalog.commit``.
@@ -185,6 +234,21 @@ class IcebergCatalog:
         What takes long before a commit, the making of an index, goes on in a process of its own, in parts: tables that
         wait for the same take turns there (R19).
         """
+        uuid, journals = job.table.uuid, job.staged.journals
+        try:
+            await self._attempts.give(journals, job.commit_id)
+        except OSError as error:
+            raise CatalogUnavailable(f"the journal of an attempt cannot be written: {error}") from error
+        result = await self._run_commit(job)
+        if result.outcome is CommitOutcome.COMMITTED:
+            if result.named:
+                await self._attempts.end(uuid, journals)
+            if self._attempts.waiting(uuid):
+                # The table has moved: no earlier commit of this log can land any more.
+                await self._discard(job.table, given=True)
+        return result
+
+    async def _run_commit(self, job: CommitJob) -> CommitResult:
         try:
             return await self._commit.run(job.table, worker.commit, self._config, job)
         except WorkUnfinished as error:
@@ -200,6 +264,10 @@ class IcebergCatalog:
         """See ``ports.Catalog.scan``."""
         async with self._scans:
             return await self._control.run(worker.scan, self._config, job, path)
+
+
+def _progress_of(job: TableFrames) -> Callable[[], int]:
+    return partial(finished_files, job.journal)
 
 
 def divide(job: TableFrames, most: int, file_bytes: int) -> list[TableFrames]:
@@ -237,7 +305,8 @@ def _join(parts: list[StagedFiles]) -> StagedFiles:
     if len(parts) == 1:
         return parts[0]
     files = tuple(file for part in parts for file in part.files)
-    return replace(parts[0], files=files, rows=sum(part.rows for part in parts))
+    journals = tuple(journal for part in parts for journal in part.journals)
+    return replace(parts[0], files=files, rows=sum(part.rows for part in parts), journals=journals)
 
 
 @asynccontextmanager
@@ -269,12 +338,16 @@ async def open_catalog(
         async def pool(size: int = 1) -> WorkerPool:
             return await stack.enter_async_context(open_pool(template, size, options.job_deadline_s))
 
+        attempts = Attempts(config.attempts_dir)
+        await attempts.load()
         yield IcebergCatalog(
             config,
             encode=_Shards([await pool() for _ in range(options.encode_workers)], await pool()),
             commit=_Shards([await pool() for _ in range(options.commit_workers)], await pool()),
             builds=await pool(),
             control=await pool(_CONTROL_WORKERS),
+            attempts=attempts,
+            open_fresh=partial(open_pool, template, 1, options.job_deadline_s),
         )
 
 

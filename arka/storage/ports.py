@@ -191,6 +191,8 @@ class TableFrames:
         slices: where they are, in LSN order.
         size: their bytes in the log; 0 where nobody has counted.
         accepted: the specs that the frames were accepted under, by LSN; empty if all of them have ``table``'s.
+        attempt: ends the name of each file that this attempt makes; fixed before it starts (R32).
+        journal: the local file in which the attempt names its files before it makes them.
     """
 
     table: TableInfo
@@ -201,6 +203,8 @@ class TableFrames:
     slices: tuple[SegmentSlice, ...]
     size: int = 0
     accepted: tuple[AcceptedSpec, ...] = ()
+    attempt: str = ""
+    journal: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +237,7 @@ class StagedFiles:
         keys: for a primary-key table the path of the run that says where each key's row now is (``arka._core.runs``),
             files by their number in ``files``; on the local disk.
         key_check: tells the secret that its hashes were made with from others.
+        journals: of the attempts that made the files.
         notes: which of the table's properties could not be used for the files, and what was used instead.
     """
 
@@ -244,6 +249,7 @@ class StagedFiles:
     key_check: bytes = b""
     notes: tuple[str, ...] = ()
     first_lsn: int = 0
+    journals: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,6 +286,7 @@ class CommitResult:
         snapshot_id: the snapshot that holds it.
         table: the table as the attempt loaded it, for the server to adopt (R27); None where nothing was loaded.
         unusable: why Arka cannot write to what it loaded; empty if it can.
+        named: whether a snapshot of the table is known to name the job's files; of COMMITTED alone.
     """
 
     outcome: CommitOutcome
@@ -287,6 +294,7 @@ class CommitResult:
     snapshot_id: int | None
     table: CatalogTable | None = None
     unusable: str = ""
+    named: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,6 +322,17 @@ class ReadJob:
 
 class CatalogUnavailable(Exception):
     """The catalog or the warehouse did not answer; whether a commit happened is unknown (R16)."""
+
+
+class DeadlineMissed(CatalogUnavailable):
+    """A job's worker was killed because the job finished nothing for too long."""
+
+
+class UnwritableRows(Exception):
+    """The rows of an encode job cannot be turned into files, because of their own data.
+
+    Never raised for a disk, a network, a lack of memory or a worker that died (R32).
+    """
 
 
 class WorkUnfinished(CatalogUnavailable):
@@ -375,11 +394,19 @@ class Catalog(Protocol):
         """Load every table of every namespace; one that cannot be read keeps no other out."""
         ...
 
-    async def encode(self, job: TableFrames) -> StagedFiles:
+    async def encode(self, job: TableFrames, *, fresh: bool = False) -> StagedFiles:
         """Write the job's rows as Parquet into the warehouse; durable on return.
+
+        What a failed attempt wrote is deleted, now or later; the same holds for files that no commit names in the end.
+
+        Args:
+            job: which rows.
+            fresh: in a worker process that has done nothing else.
 
         Raises:
             DataCorruption: a frame's CRC does not hold (R9).
+            DeadlineMissed: it finished no file for too long.
+            UnwritableRows: the rows' own data cannot be written (R32).
         """
         ...
 
@@ -532,6 +559,7 @@ __all__ = [
     "CommitMark",
     "CommitOutcome",
     "CommitResult",
+    "DeadlineMissed",
     "Disk",
     "DiskFile",
     "ObjectExists",
@@ -546,5 +574,6 @@ __all__ = [
     "TableFrames",
     "TableMissing",
     "Unusable",
+    "UnwritableRows",
     "WorkUnfinished",
 ]

@@ -10,8 +10,9 @@ import functools
 import multiprocessing
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from multiprocessing import forkserver
 from typing import Final, TypeVar, TypeVarTuple
 
@@ -20,12 +21,14 @@ import trio
 import trio_parallel
 
 from arka.iceberg import worker
-from arka.storage.ports import CatalogUnavailable
+from arka.storage.ports import CatalogUnavailable, DeadlineMissed
 
 #: An idle worker keeps its caches for as long as trio-parallel can wait: 24 h.
 _IDLE_S: Final = 86_400.0
 #: How long closing waits for an idle worker to leave (some milliseconds as a rule) before it kills it.
 _GRACE_S: Final = 2.0
+#: How often in a deadline a job's progress is looked at.
+_LOOKS: Final = 8
 #: What the fork server imports: the program, as it would without us, and what jobs need.
 _PRELOAD: Final = ["__main__", "arka.iceberg.template"]
 
@@ -33,10 +36,6 @@ _log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
-
-
-class DeadlineMissed(CatalogUnavailable):
-    """A job's worker was killed because the job took too long."""
 
 
 class Template:
@@ -91,7 +90,7 @@ class WorkerPool:
         template: what they are forked from.
         context: where the processes are kept.
         size: jobs at a time.
-        deadline_s: a job that takes longer is killed with its worker.
+        deadline_s: a job that takes longer is killed with its worker; progress starts it again (R32).
     """
 
     def __init__(self, template: Template, context: trio_parallel.WorkerContext, size: int, deadline_s: float) -> None:
@@ -101,8 +100,15 @@ class WorkerPool:
         self._processes = trio.CapacityLimiter(size)
         self._deadline_s = deadline_s
 
-    async def run(self, job: Callable[[*Ts], T | Exception], *args: *Ts) -> T:
+    async def run(
+        self, job: Callable[[*Ts], T | Exception], *args: *Ts, progress: Callable[[], int] | None = None
+    ) -> T:
         """Run one job; waits for a free worker first.
+
+        Args:
+            job: what is run.
+            args: its arguments.
+            progress: returns how much the job has finished so far; blocking. Each rise starts the deadline again.
 
         Returns:
             What the job returned.
@@ -118,8 +124,10 @@ class WorkerPool:
             await self._template.wait_ready()
             with trio.move_on_after(self._deadline_s) as deadline:
                 try:
-                    result: T | Exception = await self._context.run_sync(
-                        job, *args, kill_on_cancel=True, limiter=self._processes
+                    result: T | Exception = await self._run_watched(
+                        partial(self._context.run_sync, job, *args, kill_on_cancel=True, limiter=self._processes),
+                        deadline,
+                        progress,
                     )
                 except trio_parallel.BrokenWorkerError as error:
                     process = error.args[-1]
@@ -134,6 +142,34 @@ class WorkerPool:
         if isinstance(result, Exception):
             raise result
         return result
+
+    async def _run_watched(
+        self, run: Callable[[], Awaitable[T]], deadline: trio.CancelScope, progress: Callable[[], int] | None
+    ) -> T:
+        """Run a job, and move its deadline whenever it has finished something."""
+        if progress is None:
+            return await run()
+        failure: Exception | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch, deadline, progress)
+            try:
+                result = await run()
+            except Exception as error:
+                # Not through the nursery, which would make a group of it.
+                failure = error
+            nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+        return result
+
+    async def _watch(self, deadline: trio.CancelScope, progress: Callable[[], int]) -> None:
+        finished = 0
+        while True:
+            await trio.sleep(self._deadline_s / _LOOKS)
+            now = await trio.to_thread.run_sync(progress, abandon_on_cancel=True)
+            if now > finished:
+                finished = now
+                deadline.deadline = trio.current_time() + self._deadline_s
 
 
 @asynccontextmanager
@@ -168,4 +204,4 @@ async def open_pool(template: Template, size: int, deadline_s: float) -> AsyncIt
             raise reason from None
 
 
-__all__ = ["DeadlineMissed", "Template", "WorkerPool", "open_pool"]
+__all__ = ["Template", "WorkerPool", "open_pool"]

@@ -223,8 +223,9 @@ class SimCatalog:
         """See ``ports.Catalog.list_tables``."""
         return await self._call("list_tables", self._list)
 
-    async def encode(self, job: TableFrames) -> StagedFiles:
-        """See ``ports.Catalog.encode``."""
+    async def encode(self, job: TableFrames, *, fresh: bool = False) -> StagedFiles:
+        """See ``ports.Catalog.encode``; there are no processes, so ``fresh`` changes nothing."""
+        del fresh
         return await self._call("encode", lambda: self._encode(job))
 
     async def commit(self, job: CommitJob) -> CommitResult:

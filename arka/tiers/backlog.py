@@ -61,6 +61,11 @@ class Backlog:
         return self._last_lsn
 
     @property
+    def frames(self) -> int:
+        """How many frames are uncommitted."""
+        return sum(len(chunk.lsns) for chunk in self._chunks)
+
+    @property
     def frame_bytes(self) -> int:
         """Bytes of all uncommitted frames."""
         return sum(chunk.ends[-1] for chunk in self._chunks)
@@ -105,12 +110,13 @@ class Backlog:
         self._chunks.extendleft(reversed(earlier._chunks))
         earlier._chunks.clear()
 
-    def cut(self, through_lsn: int, limit_bytes: int = 2**62) -> Cut | None:
+    def cut(self, through_lsn: int, limit_bytes: int = 2**62, most_frames: int | None = None) -> Cut | None:
         """Choose the frames of the next commit, or of a read, oldest first.
 
         Args:
             through_lsn: nothing above it may be taken (R4).
             limit_bytes: about how many frame bytes; at least one frame is taken if any may be.
+            most_frames: how many frames at most, from 1; None for any number.
 
         Returns:
             The cut, or None when nothing may be taken.
@@ -123,6 +129,8 @@ class Backlog:
             if not slices:
                 within = max(within, 1)
             count = min(count, within)
+            if most_frames is not None:
+                count = min(count, most_frames - frames)
             if count == 0:
                 break
             slices.append(SegmentSlice(chunk.path, chunk.segment, chunk.epoch, chunk.offsets[:count].tobytes()))

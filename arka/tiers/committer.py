@@ -19,9 +19,19 @@ import trio
 from arka import failpoints
 from arka.errors import ArkaError, Fenced
 from arka.options import IcebergOptions
-from arka.storage.ports import Catalog, CatalogConflict, CatalogUnavailable, CommitJob, CommitOutcome, CommitResult
+from arka.storage.ports import (
+    Catalog,
+    CatalogConflict,
+    CatalogUnavailable,
+    CommitJob,
+    CommitOutcome,
+    CommitResult,
+    DeadlineMissed,
+    UnwritableRows,
+)
 from arka.tiers.adoption import Adoption
 from arka.tiers.backlog import Cut
+from arka.tiers.cutsize import CutSize
 from arka.tiers.retry import MAX_RETRY_S, persist
 from arka.tiers.table import Table, TableState, rollback_detail
 from arka.tiers.watermarks import Watermark
@@ -78,6 +88,7 @@ class TableCommitter:
         self._on_committed = on_committed
         self._adoption = adoption
         self._failures = 0
+        self._size = CutSize()
 
     async def run(self) -> bool:
         """Commit until the table is dropped or stopped, or is no longer under its name.
@@ -95,21 +106,30 @@ class TableCommitter:
         while table.state is TableState.ACTIVE:
             if not await self._wait_work(earliest):
                 continue
-            cut = table.backlog.cut(self._objects.lsn, self._options.commit_bytes)
+            cut = table.backlog.cut(self._objects.lsn, self._options.commit_bytes, self._size.frames)
             if cut is None:
                 continue
             started = trio.current_time()
             try:
                 job = await self._encode(cut)
-                result = await self._commit(job)
+                result = await self._commit(job, cut)
             except Fenced:
                 raise
+            except DeadlineMissed as error:
+                # Of a commit that missed it nobody knows whether it lands: the next one's look at the mark says (R15).
+                self._shrink(cut, str(error))
+                continue
+            except UnwritableRows as error:
+                if not self._shrink(cut, str(error)):
+                    earliest = trio.current_time() + await self._settle_unwritable(cut, str(error))
+                continue
             except (ArkaError, CatalogConflict) as error:
                 earliest = trio.current_time() + self._note_failure(str(error))
                 # It may be what others made of the table that does not fit: the next attempt begins with that.
                 await self._adoption.refresh(table, max_age_s=0)
                 continue
             self._failures = 0
+            self._size.grow(cut.frames, table.backlog.frames - cut.frames)
             await failpoints.reach("commit.answered")
             if result.outcome is CommitOutcome.TABLE_GONE:
                 return table.state is TableState.ACTIVE
@@ -145,6 +165,8 @@ class TableCommitter:
     def _has_full_commit(self) -> bool:
         """Whether there is as much to commit as one commit may take."""
         limit = self._options.commit_bytes
+        if self._size.frames is not None:
+            return self._table.backlog.frames >= self._size.frames
         if self._table.backlog.frame_bytes < limit:
             return False
         cut = self._table.backlog.cut(self._objects.lsn, limit)
@@ -154,18 +176,18 @@ class TableCommitter:
         """Have a cut's rows written as Parquet, for as long as it takes."""
         table = self._table
         job = table.frames(self._log_uuid, cut)
-        staged = await self._persist(partial(self._catalog.encode, job))
+        staged = await self._persist(partial(self._catalog.encode, job), cut)
         return CommitJob(
             table=table.info, log_uuid=self._log_uuid, epoch=self._epoch(), commit_id=uuid4(), staged=staged
         )
 
-    async def _commit(self, job: CommitJob) -> CommitResult:
+    async def _commit(self, job: CommitJob, cut: Cut) -> CommitResult:
         """Commit staged files, for as long as it takes.
 
         The same job again after an unknown outcome: the table's own mark says whether it had landed (R16), and
         no file is written twice.
         """
-        return await self._persist(partial(self._attempt, job))
+        return await self._persist(partial(self._attempt, job), cut)
 
     async def _attempt(self, job: CommitJob) -> CommitResult:
         """Commit once, and adopt what was loaded for it (R27)."""
@@ -177,13 +199,20 @@ class TableCommitter:
             self._adoption.refuse(self._table, result.unusable, question)
         return result
 
-    async def _persist(self, request: Callable[[], Awaitable[T]]) -> T:
-        """Repeat a request until the catalog answers it or the table ends."""
+    async def _persist(self, request: Callable[[], Awaitable[T]], cut: Cut) -> T:
+        """Repeat a request until the catalog answers it or the table ends.
+
+        Raises:
+            DeadlineMissed: it took too long, and a smaller cut may not (R32). A single write's request is repeated: it
+                has a process of its own by then (R19).
+        """
         table = self._table
         stalled = False
 
         def note_stalled(error: Exception) -> None:
             nonlocal stalled
+            if isinstance(error, DeadlineMissed) and cut.frames > 1:
+                raise error
             if not stalled:
                 stalled = True
                 log.warning("iceberg.stalled", table=str(table.info.name), reason=str(error))
@@ -223,6 +252,23 @@ class TableCommitter:
         self._table.backlog.discard_through(lsn)
         self._table.committed.advance(lsn, snapshot_id=snapshot_id)
         self._on_committed(self._table)
+
+    def _shrink(self, cut: Cut, reason: str) -> bool:
+        """Make the next cut half as large; False where this one has a single write (R32)."""
+        if not self._size.shrink(cut.frames):
+            return False
+        log.warning(
+            "iceberg.cut_halved",
+            table=str(self._table.info.name),
+            frames=cut.frames,
+            next_frames=self._size.frames,
+            reason=reason,
+        )
+        return True
+
+    async def _settle_unwritable(self, cut: Cut, reason: str) -> float:
+        """Decide about a single write whose own data cannot be written; returns the pause in seconds."""
+        return self._note_failure(reason)
 
     def _note_failure(self, reason: str) -> float:
         """Count a definite failure; stops the table when it does not pass. Returns the pause in seconds."""

@@ -42,7 +42,7 @@ class ScriptedCatalog:
         self.answers: list[CommitResult | Exception] = []
         self.encode_errors: list[Exception] = []
 
-    async def encode(self, job: TableFrames) -> StagedFiles:
+    async def encode(self, job: TableFrames, *, fresh: bool = False) -> StagedFiles:
         await trio.sleep(0.01)
         self.encoded.append((job.after_lsn, job.through_lsn))
         if self.encode_errors:
