@@ -361,6 +361,7 @@ class AckMessage(msgspec.Struct, frozen=True, omit_defaults=False):
     rows: int | None = None
     duplicate: bool = False
     snapshot_id: str | None = None
+    dropped_columns: list[str] | None = None
 
 
 __all__ = [

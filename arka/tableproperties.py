@@ -83,7 +83,8 @@ _METRICS_MODE: Final = Rule(
 #: A property that nobody writes may hold any text.
 _TEXT: Final = Rule(re.compile(r"(?s:.*)\Z"), "text")
 
-_OWN: Final[dict[str, Rule]] = {
+#: The ``arka.*`` properties that clients set.
+OWN_RULES: Final[dict[str, Rule]] = {
     PARTIAL: Rule(re.compile(rf"{PARTIAL_NULL}\Z"), PARTIAL_NULL),
     MERGE: Rule(re.compile(rf"(?:last|{MERGE_FIRST})\Z"), "last or first"),
     DELETE_MODE: Rule(re.compile(r"position\Z"), "position"),
@@ -134,13 +135,13 @@ _PREFIXES: Final[dict[str, Rule]] = {
 #: What a refusal of an unknown name offers.
 ALLOWED: Final = (
     "write.parquet.*, write.metadata.metrics.*, write.target-file-size-bytes, history.expire.*, commit.manifest*, "
-    f"commit.retry.*, comment, user.*, {', '.join(sorted(_OWN))}"
+    f"commit.retry.*, comment, user.*, {', '.join(sorted(OWN_RULES))}"
 )
 
 
 def rule_of(name: str) -> Rule | None:
     """Return what a value of a property must look like; None for a name that a client may not set."""
-    known = _OWN.get(name) or _EXACT.get(name)
+    known = OWN_RULES.get(name) or _EXACT.get(name)
     if known is not None:
         return known
     return next(
@@ -155,7 +156,7 @@ def problem_of(properties: Mapping[str, str], *, keyed: bool) -> str | None:
         properties: all of a table's properties; names that are not Arka's are not looked at.
         keyed: whether it is a primary-key table.
     """
-    for name, rule in _OWN.items():
+    for name, rule in OWN_RULES.items():
         value = properties.get(name)
         if value is None:
             continue
@@ -205,6 +206,7 @@ __all__ = [
     "MERGE",
     "MERGE_FIRST",
     "OWNER",
+    "OWN_RULES",
     "PARTIAL",
     "PARTIAL_NULL",
     "PRIMARY_KEY",

@@ -262,10 +262,11 @@ class AckQueue:
                 sequence += 1
                 continue
             data, index = self._encode_run(tier, sequence, limit, rise, left)
-            if self.coalesce:
+            if self.coalesce and not rise.dropped:
                 pending = data or pending
             else:
-                left -= self._emit(out, data)
+                left -= self._emit(out, pending) + self._emit(out, data)
+                pending = b""
             sequence = self._base + index
             if sequence < limit and left > 0 and not self._requested[index] & SPECIAL:
                 # It waits for a later rise, if there is one.
@@ -290,7 +291,9 @@ class AckQueue:
         """Encode the common acks from one write on, as far as a rise goes; returns them, and the index behind them."""
         in_memory = tier is Tier.MEMORY
         timestamp_us = self._accepted_us if in_memory else rise.timestamp_us
-        tail = "}" if in_memory or rise.snapshot_id is None else f',"snapshot_id":"{rise.snapshot_id}"}}'
+        tail = (
+            "}" if in_memory or rise.snapshot_id is None else f',"snapshot_id":"{rise.snapshot_id}"{_dropped(rise)}}}'
+        )
         return encode_run(
             self._lsns,
             self._rows,
@@ -317,11 +320,15 @@ class AckQueue:
             del self._special[sequence]
             return self._encode(tier, lsn, now_us(), sequence, None, special.code, special.detail)
         if tier is Tier.MEMORY:
-            timestamp_us, snapshot_id = self._accepted_us, None
+            timestamp_us, snapshot_id, more = self._accepted_us, None, ""
         else:
             timestamp_us, snapshot_id = rise.timestamp_us, rise.snapshot_id
+            # What was committed earlier is not what this rise speaks of.
+            more = _dropped(rise) if lsn > rise.after_lsn else ""
         rows = self._rows[index]
-        return self._encode(tier, lsn, timestamp_us, sequence, rows, special.code, None, snapshot_id, duplicate=True)
+        return self._encode(
+            tier, lsn, timestamp_us, sequence, rows, special.code, None, snapshot_id, duplicate=True, more=more
+        )
 
     def _take_failed(self, left: int, out: list[bytes]) -> None:
         """Give the failure to each write that is still open, in order."""
@@ -369,6 +376,7 @@ class AckQueue:
         snapshot_id: int | None = None,
         *,
         duplicate: bool = False,
+        more: str = "",
     ) -> bytes:
         text = f'{{"lsn":{lsn}'
         text += _middle(tier, timestamp_us, "null" if error is None else json.dumps(error)) + str(sequence)
@@ -380,8 +388,13 @@ class AckQueue:
             text += ',"duplicate":true'
         if snapshot_id is not None:
             text += f',"snapshot_id":"{snapshot_id}"'
-        body = (text + "}").encode()
+        body = (text + more + "}").encode()
         return _message(_HEADS[self.form] + varint(len(body)) + body)
+
+
+def _dropped(rise: Advance) -> str:
+    """The JSON text that names the columns which writes have lost (R24); empty for none."""
+    return f',"dropped_columns":{json.dumps(rise.dropped)}' if rise.dropped else ""
 
 
 def _middle(tier: Tier, timestamp_us: int, error: str) -> str:

@@ -245,8 +245,7 @@ def _check_key(info: TableInfo, metadata: TableMetadata) -> None:
         ids = set()
     if ids != {field.metadata[FIELD_ID_KEY] for field in info.key_schema()}:
         raise ArkaError(
-            f"{info.name}: others changed its primary key from {list(info.key_columns)} to {list(now)}: change it "
-            "back, or restart the server to go on with the new one",
+            f"{info.name}: others changed its primary key from {list(info.key_columns)} to {list(now)}: change it back",
             code=ErrorCode.TABLE_STOPPED,
         )
 

@@ -25,6 +25,7 @@ from arka.errors import ArkaError
 from arka.records import TableInfo
 from arka.storage.ports import Catalog, CatalogConflict, CatalogTable, CatalogUnavailable, TableMissing
 from arka.tiers import ddl
+from arka.tiers.foreign import judge
 from arka.tiers.memory import MemoryTier
 from arka.tiers.table import NEVER, Table
 
@@ -60,6 +61,7 @@ class Adoption:
         catalog: Catalog,
         memory: MemoryTier,
         *,
+        log_uuid: UUID,
         adopt_s: float,
         look_for: Callable[[Table], Awaitable[None]],
     ) -> None:
@@ -68,11 +70,13 @@ class Adoption:
         Args:
             catalog: what owns the tables.
             memory: takes the record of what was adopted.
+            log_uuid: the log.
             adopt_s: age after which a stream that opens asks again, in seconds.
             look_for: finds out what became of a table that is not under its name; raises CatalogUnavailable.
         """
         self._catalog = catalog
         self._memory = memory
+        self._log_uuid = log_uuid
         self._adopt_s = adopt_s
         self._look_for = look_for
         self._loads: dict[UUID, _Load] = {}
@@ -162,7 +166,7 @@ class Adoption:
         """
         if found.info.uuid != table.info.uuid or not table.is_committing:
             return True
-        if question.adoptions != table.adoptions and found.info != table.info:
+        if question.adoptions != table.adoptions and judge(table.info, found.info, self._log_uuid).info != table.info:
             # Which one is newer? Open streams are to have it now, so nobody is waited for.
             table.adopted_at = NEVER
             if table.info.uuid not in self._loads:
@@ -199,9 +203,10 @@ class Adoption:
         """
         table.adoptions += 1
         table.adopted_at = max(table.adopted_at, trio.current_time() if question is None else question.began)
-        if table.refusal:
-            log.info("table.mended", table=str(table.info.name))
-        table.refusal = ""
+        info, refusal, remarks = judge(table.info, info, self._log_uuid)
+        if (refusal, remarks) != (table.refusal, table.remarks):
+            log.warning("table.judged", table=str(info.name), refusal=refusal, remarks=remarks)
+        table.refusal, table.remarks = refusal, remarks
         if info == table.info:
             return
         log.info(

@@ -32,6 +32,7 @@ from arka.storage.ports import (
 from arka.tiers.adoption import Adoption
 from arka.tiers.backlog import Cut
 from arka.tiers.cutsize import CutSize
+from arka.tiers.foreign import dropped_columns
 from arka.tiers.retry import MAX_RETRY_S, persist
 from arka.tiers.table import Table, TableState, rollback_detail
 from arka.tiers.watermarks import Watermark
@@ -229,7 +230,7 @@ class TableCommitter:
         table = self._table
         match result.outcome:
             case CommitOutcome.COMMITTED:
-                self._advance(max(result.committed_lsn, cut.through_lsn), result.snapshot_id)
+                self._advance(max(result.committed_lsn, cut.through_lsn), result)
                 log.info(
                     "iceberg.committed",
                     table=str(table.info.name),
@@ -240,7 +241,7 @@ class TableCommitter:
                 )
             case CommitOutcome.RECUT if result.committed_lsn > table.committed.lsn:
                 # An attempt whose response was lost has landed: the table itself says how far it is (R16).
-                self._advance(result.committed_lsn, result.snapshot_id)
+                self._advance(result.committed_lsn, result)
             case CommitOutcome.RECUT:
                 table.stop(rollback_detail(table, result.committed_lsn))
             case CommitOutcome.FENCED:
@@ -248,9 +249,18 @@ class TableCommitter:
                     f"a newer epoch than {self._epoch()} has committed to {table.info.name}: this process is fenced"
                 )
 
-    def _advance(self, lsn: int, snapshot_id: int | None) -> None:
-        self._table.backlog.discard_through(lsn)
-        self._table.committed.advance(lsn, snapshot_id=snapshot_id)
+    def _advance(self, lsn: int, result: CommitResult) -> None:
+        """Raise the mark; where others have dropped columns, in steps that say which writes have lost them (R24)."""
+        table = self._table
+        table.backlog.discard_through(lsn)
+        if result.table is not None:
+            now = result.table.info.schema
+            accepted = table.bindings(table.committed.lsn, lsn)
+            dropped = [(last_lsn, dropped_columns(info.schema, now)) for info, last_lsn in accepted]
+            if any(names for _, names in dropped):
+                for last_lsn, names in dropped:
+                    table.committed.advance(last_lsn, snapshot_id=result.snapshot_id, dropped=names)
+        table.committed.advance(lsn, snapshot_id=result.snapshot_id)
         self._on_committed(self._table)
 
     def _shrink(self, cut: Cut, reason: str) -> bool:

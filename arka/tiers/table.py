@@ -98,6 +98,8 @@ class Table:
         self.adoptions = 0
         #: What others made of the table that Arka cannot write, as of the last look: new writes are refused (R27).
         self.refusal = ""
+        #: What others set that has no effect here.
+        self.remarks: tuple[str, ...] = ()
         #: The last LSN given to a write of this table; recovery raises it.
         self.last_lsn = committed_lsn
         self.ending: Ending | None = None
@@ -139,7 +141,11 @@ class Table:
     @property
     def reason(self) -> str | None:
         """Why the table takes no writes, or why something that others set has no effect; None if all is well."""
-        return self.ending.detail if self.ending is not None else self.refusal or None
+        return (
+            self.ending.detail
+            if self.ending is not None
+            else "; ".join(filter(None, (self.refusal, *self.remarks))) or None
+        )
 
     @property
     def ending_detail(self) -> str:

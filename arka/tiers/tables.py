@@ -120,7 +120,7 @@ class Tables:
         self._room = room
         self.catalog = catalog
         #: What others own of the tables.
-        self.adoption = Adoption(catalog, memory, adopt_s=adopt_s, look_for=self._look_for)
+        self.adoption = Adoption(catalog, memory, log_uuid=log_uuid, adopt_s=adopt_s, look_for=self._look_for)
         self._memory = memory
         self._disk = disk
         self._keys = keys
@@ -402,7 +402,7 @@ class Tables:
         committed_lsn = found.committed_lsn(self._log_uuid)
         known_from_lsn = 0 if committed_lsn else self._memory.last_lsn
         table = Table(found.info, committed_lsn, found.snapshot_id, known_from_lsn=known_from_lsn)
-        table.adopted_at = trio.current_time()
+        self.adoption.adopt(table, found.info)
         self._add(table)
         if self._parking.loaded:
             self._take_up(table)

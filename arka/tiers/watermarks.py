@@ -26,12 +26,16 @@ class Advance:
         lsn: everything up to here has reached it.
         timestamp_us: when, in microseconds since the Unix epoch.
         snapshot_id: the Iceberg snapshot that holds it (``iceberg_committed`` only).
+        dropped: the columns that the writes in ``(after_lsn, lsn]`` were accepted with and their table no longer has.
+        after_lsn: where the tier was before.
     """
 
     tier: Tier
     lsn: int
     timestamp_us: int
     snapshot_id: int | None = None
+    dropped: tuple[str, ...] = ()
+    after_lsn: int = 0
 
 
 Listener = Callable[[Advance], None]
@@ -80,7 +84,7 @@ class Watermark:
         """The latest rise."""
         return self._latest
 
-    def advance(self, lsn: int, *, snapshot_id: int | None = None) -> None:
+    def advance(self, lsn: int, *, snapshot_id: int | None = None, dropped: tuple[str, ...] = ()) -> None:
         """Raise the mark to ``lsn`` and tell everybody; at the same LSN it does nothing.
 
         Raises:
@@ -90,7 +94,7 @@ class Watermark:
             raise InternalError(f"the {self.tier.word} watermark cannot fall from {self._latest.lsn} to {lsn}")
         if lsn == self._latest.lsn:
             return
-        self._latest = Advance(self.tier, lsn, now_us(), snapshot_id)
+        self._latest = Advance(self.tier, lsn, now_us(), snapshot_id, dropped, self._latest.lsn)
         risen, self._risen = self._risen, trio.Event()
         risen.set()
         if self._bracket is None:

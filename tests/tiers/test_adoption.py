@@ -409,3 +409,112 @@ async def test_writes_know_how_they_were_accepted_after_a_restart(autojump_clock
     async with node.run() as pipeline:
         (table,) = pipeline.tables.all()
         assert [(info.schema_id, lsn) for info, lsn in table.bindings(0, last_lsn)] == accepted
+
+
+@pytest.mark.parametrize("coalesced", [False, True])
+async def test_the_last_ack_names_columns_that_were_dropped(autojump_clock: MockClock, coalesced: bool) -> None:
+    """Writes that were accepted before others dropped a column are told so, and no others (R24)."""
+    node = SimNode(with_options(iceberg__commit_interval_s=20.0))
+    async with node.run() as pipeline:
+        table = await make(pipeline)
+        async with stream(pipeline, PEOPLE, acks="watermark" if coalesced else "each") as old:
+            await old.write((0, "F", "L"))
+            await old.settle()
+            await old.write((1, "F", "L"))
+            change(node, without("last"))
+            await pipeline.tables.find_fresh(NAME, max_age_s=0)
+            async with stream(pipeline, PEOPLE.remove(2)) as new:
+                await new.write((2, "F"))
+                await pipeline.flush(table, Tier.ICEBERG_COMMITTED)
+                told = [ack.dropped_columns for ack in (await old.settle())[-1:] + await new.settle()]
+        assert told == [["last"], None]
+        assert node.catalog.rows(NAME).to_pylist() == [{"id": n, "first": "F"} for n in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "word"),
+    [
+        ("arka.merge", "sometimes", "last or first"),
+        ("arka.partial", "yes", "null"),
+        ("arka.delete-mode", "equality", "position"),
+        ("arka.unheard-of", "1", "not known"),
+    ],
+)
+async def test_a_property_that_has_no_effect_is_told(
+    autojump_clock: MockClock, name: str, value: str, word: str
+) -> None:
+    """A value of others that cannot take effect stands in DescribeTable's reason; the last good one holds."""
+    node = SimNode()
+    async with node.run() as pipeline:
+        table = await make(pipeline, keyed=True)
+        node.catalog.foreign_properties(
+            NAME, {name: value, "arka.partial": "null"} if name != "arka.partial" else {name: value}
+        )
+        await pipeline.tables.find_fresh(NAME, max_age_s=0)
+        assert name in str(table.reason)
+        assert word in str(table.reason)
+        assert table.info.properties.get(name) is None
+        async with stream(pipeline, PEOPLE) as old:
+            await old.write((1, "F", "L"))
+            assert [ack.error for ack in await old.settle()] == [None]
+        # Also after a restart.
+    async with node.run() as pipeline:
+        (table,) = pipeline.tables.all()
+        assert word in str(table.reason)
+
+
+async def test_merge_of_others_takes_effect(autojump_clock: MockClock) -> None:
+    """``arka.merge`` that others set decides from then on which upsert of a key stands."""
+    node = SimNode()
+    async with node.run() as pipeline:
+        table = await make(pipeline, keyed=True)
+        node.catalog.foreign_properties(NAME, {"arka.merge": "first"})
+        await pipeline.tables.find_fresh(NAME, max_age_s=0)
+        assert table.reason is None
+        async with stream(pipeline, PEOPLE) as old:
+            await old.write((1, "A", "L"))
+            await old.write((1, "B", "L"))
+            await old.settle()
+        assert node.catalog.rows(NAME)["first"].to_pylist() == ["A"]
+
+
+async def test_an_owner_that_others_set_is_obeyed_and_told(autojump_clock: MockClock) -> None:
+    """A primary-key table that is given to another log takes no writes here, and takes them when it is given back."""
+    node = SimNode()
+    async with node.run() as pipeline:
+        table = await make(pipeline, keyed=True)
+        owner = table.info.properties["arka.owner"]
+        async with stream(pipeline, PEOPLE) as old:
+            for given in ("other 00000000-0000-0000-0000-000000000001", owner):
+                node.catalog.foreign_properties(NAME, {"arka.owner": given})
+                await pipeline.tables.find_fresh(NAME, max_age_s=0)
+                assert ("other" in str(table.reason)) == (given != owner)
+                await old.write((1, "F", "L"))
+            assert [ack.code for ack in await old.settle()] == ["table_stopped", None]
+
+
+async def test_a_key_that_others_change_is_refused_until_it_is_changed_back(autojump_clock: MockClock) -> None:
+    """Other key columns would double rows: new writes are refused with both keys; the old key goes on."""
+    node = SimNode()
+    async with node.run() as pipeline:
+        table = await make(pipeline, keyed=True)
+        found = node.catalog._tables[NAME]
+        async with stream(pipeline, PEOPLE) as old:
+            for keys in (("first",), ("id",)):
+                found.info = replace(found.info, key_columns=keys)
+                await pipeline.tables.find_fresh(NAME, max_age_s=0)
+                assert ("primary key" in str(table.reason)) == (keys == ("first",))
+                await old.write((1, "F", "L"))
+            assert [ack.code for ack in await old.settle()] == ["table_stopped", None]
+
+
+async def test_a_table_type_that_others_set_has_no_effect(autojump_clock: MockClock) -> None:
+    """A table keeps the type that it was made with; the reason says so."""
+    node = SimNode()
+    async with node.run() as pipeline:
+        table = await make(pipeline)
+        found = node.catalog._tables[NAME]
+        found.info = replace(found.info, table_type=TableType.PRIMARY_KEY, key_columns=("id",))
+        await pipeline.tables.find_fresh(NAME, max_age_s=0)
+        assert table.info.table_type is TableType.APPEND_ONLY
+        assert "arka.table-type" in str(table.reason)

@@ -77,7 +77,7 @@ class Bench:
             options=options or IcebergOptions(),
             rng=random.Random(1),
             on_committed=lambda table: None,
-            adoption=Adoption(self.catalog, memory, adopt_s=1.0, look_for=self.look_for),
+            adoption=Adoption(self.catalog, memory, log_uuid=LOG, adopt_s=1.0, look_for=self.look_for),
         )
 
     async def look_for(self, table: Table) -> None:
