@@ -8,6 +8,10 @@ from __future__ import annotations
 
 def arka_server() -> None:
     """Run ``arka-server``."""
+    from arka.importpath import leave_working_directory_out, protect_children
+
+    leave_working_directory_out()
+    protect_children()
     from arka.cli import main_server
 
     main_server()
@@ -15,6 +19,9 @@ def arka_server() -> None:
 
 def arka() -> None:
     """Run ``arka``."""
+    from arka.importpath import leave_working_directory_out
+
+    leave_working_directory_out()
     from arka.cli import main
 
     main()

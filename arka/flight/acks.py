@@ -77,6 +77,15 @@ _HEADS: Final = {
 }
 
 
+#: gRPC stacks whose stock Flight readers choke on a message without data, as their user-agents begin (T20).
+_CHOKING: Final = ("grpc-go/", "tonic/")
+
+
+def chokes_on_metadata(user_agent: str) -> bool:
+    """Whether a client's stock reader takes batches alone, by the tokens of its user-agent (protocol 3, ``ack_as``)."""
+    return any(token.startswith(_CHOKING) for token in user_agent.split())
+
+
 def _message(payload: bytes) -> bytes:
     """Prefix a gRPC message with its flag byte and length."""
     return b"\0" + len(payload).to_bytes(4, "big") + payload
@@ -92,7 +101,7 @@ class AckQueue:
 
     def __init__(self) -> None:
         """Start empty, and without knowing how far any tier is: ``advance`` says so."""
-        self.form = AckForm.METADATA
+        self._form = AckForm.METADATA
         self.coalesce = False
         #: Of each write, tell the tier that it asked for alone.
         self.requested_only = False
@@ -112,6 +121,18 @@ class AckQueue:
         self._preamble: deque[bytes] = deque()
         self._schema_sent = False
         self._accepted_us = now_us()
+
+    @property
+    def form(self) -> AckForm:
+        """How acks travel; ``BATCH`` makes the empty schema due: its reader is made before the first write."""
+        return self._form
+
+    @form.setter
+    def form(self, form: AckForm) -> None:
+        self._form = form
+        if form is AckForm.BATCH and not self._schema_sent:
+            self._schema_sent = True
+            self._preamble.append(_message(_SCHEMA_HEADER))
 
     @property
     def writes(self) -> int:
@@ -209,9 +230,6 @@ class AckQueue:
         if self._failure is not None and left > 0:
             self._take_failed(left, out)
         self._trim()
-        if self.form is AckForm.BATCH and out and not self._schema_sent:
-            self._schema_sent = True
-            out.insert(0, _message(_SCHEMA_HEADER))
         return b"".join(out)
 
     def _append(self, lsn: int, rows: int, requested: int) -> int:
@@ -303,7 +321,7 @@ class AckQueue:
             tier=tier,
             through_lsn=_ALL if in_memory else rise.lsn,
             first_sequence=self._base,
-            head=_HEADS[self.form],
+            head=_HEADS[self._form],
             middle=_middle(tier, timestamp_us, "null").encode(),
             tail=tail.encode(),
             last_only=self.coalesce,
@@ -389,7 +407,7 @@ class AckQueue:
         if snapshot_id is not None:
             text += f',"snapshot_id":"{snapshot_id}"'
         body = (text + more + "}").encode()
-        return _message(_HEADS[self.form] + varint(len(body)) + body)
+        return _message(_HEADS[self._form] + varint(len(body)) + body)
 
 
 def _dropped(rise: Advance) -> str:
@@ -402,4 +420,4 @@ def _middle(tier: Tier, timestamp_us: int, error: str) -> str:
     return f',"durability_level":"{tier.word}","timestamp_us":{timestamp_us},"error":{error},"sequence":'
 
 
-__all__ = ["AckForm", "AckQueue", "Duplicate", "Rejection"]
+__all__ = ["AckForm", "AckQueue", "Duplicate", "Rejection", "chokes_on_metadata"]

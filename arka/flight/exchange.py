@@ -20,6 +20,7 @@ from arka.flight import messages
 from arka.flight.acks import AckForm, AckQueue
 from arka.flight.decode import BatchDecoder, DecodedBatch, read_schema
 from arka.flight.ordering import StreamOrder
+from arka.flight.refusals import check_not_sql
 from arka.options import Limits
 from arka.records import Operation, TableName, TableType, Tier, WriteRequest, parse_write_request
 from arka.storage.threads import run_compute
@@ -88,7 +89,8 @@ class Exchange:
         self.acks = AckQueue()
         self.acks.form = form
         self._order = StreamOrder()
-        self._form_fixed = form is AckForm.PUT_RESULT
+        # What ack_as: auto stands for; of DoPut all there is.
+        self._auto_form = form
         self._moved = trio.Event()
         self._attending = False
         pipeline.listen_failure(self._on_failure)
@@ -206,6 +208,7 @@ class Exchange:
             if not self._named_by_request:
                 await self._bind(name)
         elif descriptor.type == messages.DESCRIPTOR_CMD and descriptor.cmd:
+            check_not_sql(bytes(descriptor.cmd))
             raise InvalidRequest("The descriptor must be a path that names the table, found a command")
 
     async def _take_schema(self, message: FlightMessage) -> None:
@@ -288,10 +291,11 @@ class Exchange:
             self._order.requested = request.ordered
         form, coalesce, requested_only = self.acks.form, self.acks.coalesce, self.acks.requested_only
         if request.ack_as is not None:
-            if request.ack_as.lower() not in _FORMS:
-                raise InvalidRequest(f"Unknown ack_as {request.ack_as!r}: expected metadata or batch")
-            if not self._form_fixed:
-                form = _FORMS[request.ack_as.lower()]
+            word = request.ack_as.lower()
+            if word not in ("auto", *_FORMS):
+                raise InvalidRequest(f"Unknown ack_as {request.ack_as!r}: expected auto, metadata or batch")
+            if self._auto_form is not AckForm.PUT_RESULT:
+                form = _FORMS.get(word, self._auto_form)
         if request.acks is not None:
             if request.acks.lower() not in _ACKS:
                 raise InvalidRequest(f"Unknown acks {request.acks!r}: expected {', '.join(_ACKS)}")
@@ -302,6 +306,8 @@ class Exchange:
             if self.acks.writes:
                 raise InvalidRequest("ack_as and acks belong to the whole stream: send them before the first batch")
             self.acks.form, self.acks.coalesce, self.acks.requested_only = wanted
+            # The empty schema may be due.
+            self._tell()
 
     # -- the table --------------------------------------------------------------------------------
 

@@ -28,6 +28,8 @@ from arka.tiers.room import Room
 
 log = structlog.get_logger(__name__)
 
+#: Longest part of a user-agent that is looked at.
+_USER_AGENT_BYTES: Final = 1024
 _TIMEOUT: Final = re.compile(rb"(\d{1,8})([HMSmun])\Z")
 _SECONDS_PER_UNIT: Final = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 
@@ -44,6 +46,7 @@ class Call:
             repeated key joined by commas.
         peer: the client's address, for logs.
         deadline: trio time at which the client gives up; None if it does not.
+        user_agent: what the client says that it is; empty if it says nothing.
     """
 
     def __init__(
@@ -54,7 +57,9 @@ class Call:
         deadline: float | None,
         intake: StreamIntake,
         output: StreamOutput,
+        user_agent: str = "",
     ) -> None:
+        self.user_agent = user_agent
         self.method = method
         self.metadata = metadata
         self.peer = peer
@@ -157,6 +162,7 @@ class Request:
     timeout: bytes | None
     content_bytes: int
     fields: list[tuple[bytes, bytes]]
+    user_agent: str = ""
 
 
 def read_request(fields: list[tuple[bytes, bytes]]) -> Request:
@@ -169,6 +175,7 @@ def read_request(fields: list[tuple[bytes, bytes]]) -> Request:
         is_grpc=known.get(b":method") == b"POST" and re.match(rb"application/grpc(?:[+;]|\Z)", kind) is not None,
         is_head=known.get(b":method") == b"HEAD",
         timeout=known.get(b"grpc-timeout"),
+        user_agent=known.get(b"user-agent", b"")[:_USER_AGENT_BYTES].decode("ascii", "backslashreplace"),
         content_bytes=int(known.get(b"content-length", b"-1")),
         fields=fields,
     )

@@ -21,10 +21,11 @@ import trio
 
 from arka.errors import ArkaError, ErrorCode, InvalidRequest, Unavailable
 from arka.flight import messages
-from arka.flight.acks import AckForm
+from arka.flight.acks import AckForm, chokes_on_metadata
 from arka.flight.exchange import Exchange
 from arka.flight.grpc import Call, Route
 from arka.flight.publicschema import public_schema
+from arka.flight.refusals import check_not_sql, unknown_action
 from arka.flight.schemas import describe_partition, describe_schema, parse_create_table
 from arka.options import Limits
 from arka.records import TableName, Tier
@@ -51,6 +52,9 @@ _ACTIONS: Final = {
 #: How long a list of tables waits for the actions that were asked for before it, in seconds.
 _LIST_PATIENCE_S: Final = 2.0
 
+#: The words of a ticket's ``compression``, and what Arrow calls them.
+_COMPRESSIONS: Final = {"none": None, "lz4": "lz4", "zstd": "zstd"}
+
 #: More than any table has.
 _MOST_ROWS: Final = 2**62
 
@@ -71,6 +75,7 @@ class _Ticket(msgspec.Struct, frozen=True):
     wait_for_lsn: int | None = None
     columns: list[str] | None = None
     limit: int | None = None
+    compression: str = "none"
 
 
 class FlightService:
@@ -121,6 +126,7 @@ class FlightService:
             "GetFlightInfo": (self.get_flight_info, False),
             "GetSchema": (self.get_schema, False),
             "Handshake": (self.handshake, False),
+            "PollFlightInfo": (self.poll_flight_info, False),
         }
         adopt = {"DoAction": self._adopt_action}
         return {
@@ -139,6 +145,8 @@ class FlightService:
         await self._write_stream(call, AckForm.PUT_RESULT)
 
     async def _write_stream(self, call: Call, form: AckForm) -> None:
+        if form is AckForm.METADATA and chokes_on_metadata(call.user_agent):
+            form = AckForm.BATCH
         exchange = Exchange(self._pipeline, self._limits, call, find=self._find, form=form, follow=call.follow)
         call.attach_outbox(exchange)
         try:
@@ -181,7 +189,10 @@ class FlightService:
             raise InvalidRequest(f"limit must not be negative: {ticket.limit}")
         columns = None if ticket.columns is None else tuple(ticket.columns)
         limit = None if ticket.limit is None else min(ticket.limit, _MOST_ROWS)
-        request = ReadRequest(columns, limit, ticket.at_lsn, ticket.wait_for_lsn)
+        compression = ticket.compression.lower()
+        if compression not in _COMPRESSIONS:
+            raise InvalidRequest(f"Unknown compression {ticket.compression!r}: expected {', '.join(_COMPRESSIONS)}")
+        request = ReadRequest(columns, limit, ticket.at_lsn, ticket.wait_for_lsn, _COMPRESSIONS[compression])
         with self._spill() as path:
             await read_table(self._pipeline, table, request, str(path))
             source = await run_compute(pa.memory_map, str(path), "r")
@@ -236,6 +247,14 @@ class FlightService:
         info = _flight_info(table, messages.parse("FlightDescriptor", data))
         await call.send(info.SerializeToString())
 
+    async def poll_flight_info(self, call: Call) -> None:
+        """Refuse: there are no queries that take long to plan."""
+        await self._named_table(await _request(call))
+        raise ArkaError(
+            "PollFlightInfo: nothing here takes long to plan; use GetFlightInfo, or DoGet at once",
+            code=ErrorCode.UNIMPLEMENTED,
+        )
+
     async def list_flights(self, call: Call) -> None:
         """Send the FlightInfo of each table; criteria, if any, are a prefix of its full name."""
         prefix = bytes(messages.parse("Criteria", await _request(call)).expression).decode("utf-8", "replace")
@@ -247,6 +266,7 @@ class FlightService:
 
     async def _named_table(self, data: bytes) -> Table:
         descriptor = messages.parse("FlightDescriptor", data)
+        check_not_sql(bytes(descriptor.cmd))
         if not descriptor.path:
             raise InvalidRequest("The descriptor must be a path that names a table")
         # As new as what DoGet will read: one answer everywhere (R27).
@@ -298,10 +318,7 @@ class FlightService:
             case "Flush":
                 result = await self._flush(body)
             case unknown:
-                raise ArkaError(
-                    f"Unknown action {unknown!r}: expected one of {', '.join(_ACTIONS)}",
-                    code=ErrorCode.UNIMPLEMENTED,
-                )
+                raise unknown_action(unknown, _ACTIONS)
         await call.send(messages.build("Result", body=json.dumps(result).encode()))
 
     def _effect_of(self, action: str, body: bytes) -> tuple[str, Callable[[], Awaitable[Any]]] | None:
@@ -410,6 +427,7 @@ def _parse_body(body: bytes) -> _NameBody:
 
 def _parse_ticket(data: bytes) -> _Ticket:
     """Read a ticket: JSON or a bare table name."""
+    check_not_sql(data)
     if len(data) > _MAX_TICKET_BYTES:
         raise InvalidRequest(f"The ticket has {len(data)} bytes, the limit is {_MAX_TICKET_BYTES}")
     if data.lstrip()[:1] == b"{":

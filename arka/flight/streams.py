@@ -222,7 +222,7 @@ class Streams:
         if request.timeout is not None:
             deadline = trio.current_time() + parse_timeout(request.timeout)
         metadata = parse_metadata(request.fields)
-        call = Call(request.path, metadata, self._peer, deadline, stream.intake, stream.output)
+        call = Call(request.path, metadata, self._peer, deadline, stream.intake, stream.output, request.user_agent)
         if self.draining and route.flight_data:
             stream.intake.withhold()
         self._h2.send_headers(stream.id, _RESPONSE_FIELDS)

@@ -30,6 +30,7 @@ from arka.iceberg.config import CatalogConfig
 from arka.iceberg.control import key_columns
 from arka.iceberg.deletes import live_rows
 from arka.iceberg.marks import mark_of, marks_of
+from arka.iceberg.pieces import pieces
 from arka.iceberg.schema import UnsupportedType, arrow_schema, field_id
 from arka.iceberg.tail import open_tail
 from arka.records import FIELD_ID_KEY, TableName
@@ -88,7 +89,8 @@ def scan(config: CatalogConfig, job: ReadJob, path: str) -> int:
     wide = pa.schema([*schema, *(whole.field(name) for name in tail.needs if name not in schema.names)])
     rows = 0
     stream_schema = schema.with_metadata(scan_notes(base.marks, base.snapshot_id))
-    with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, stream_schema) as stream:
+    options = pa.ipc.IpcWriteOptions(compression=job.compression)
+    with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, stream_schema, options=options) as stream:
         found = (tail.hide(batch) for batch in _batches(table, base, wide, tail.batch_rows))
         for batch in chain(found, tail.rows()):
             # Views of the log and of the snapshot's files alike: the metadata is this answer's.
@@ -101,7 +103,8 @@ def scan(config: CatalogConfig, job: ReadJob, path: str) -> int:
                         "ask for fewer columns or rows, or try again later",
                         code=ErrorCode.OVERLOADED,
                     )
-                stream.write_batch(wanted)
+                for piece in pieces(wanted, compressed=job.compression is not None):
+                    stream.write_batch(piece)
                 rows += wanted.num_rows
             if job.limit is not None and rows >= job.limit:
                 break

@@ -10,13 +10,22 @@ import gc
 import importlib
 import signal
 
+from arka.importpath import leave_working_directory_out
+
 # Before all else: the rest takes seconds. A terminal and a service manager send these to the whole group, and the
 # server, which drains first, needs workers until it ends. This process ends when the server's pipe to it is closed.
 for _number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(_number, signal.SIG_IGN)
 signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
 
+#: Why workers cannot do their jobs; None when they can. An exception here would end this process, and the server would
+#: take that for an outage (R40).
+failure: str | None = None
+
+leave_working_directory_out()
 for _module in (
+    # Before anything else of pyiceberg.
+    "arka.iceberg.isolation",
     "sqlite3",
     "sqlalchemy.dialects.sqlite",
     "arka.iceberg.worker",
@@ -25,10 +34,14 @@ for _module in (
     "arka.iceberg.encode",
     "arka.iceberg.scan",
 ):
-    importlib.import_module(_module)
+    try:
+        importlib.import_module(_module)
+    except Exception as _error:
+        failure = f"{_module}: {type(_error).__name__}: {_error}"
+        break
 
 # A collection in a worker would write to each object's header, and so copy the pages that all share.
 gc.collect()
 gc.freeze()
 
-__all__: list[str] = []
+__all__ = ["failure"]

@@ -10,18 +10,21 @@ workers are forked from (``arka.iceberg.template``). The server never loads pyic
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from typing import Final, ParamSpec, TypeVar
 from uuid import UUID
 
 from arka import failpoints
 from arka.errors import ArkaError, InternalError
 from arka.iceberg.config import CatalogConfig
+from arka.importpath import leave_working_directory_out
 from arka.records import TableDefinition, TableInfo, TableName
 from arka.storage.ports import (
     CatalogConflict,
@@ -74,6 +77,9 @@ def initialise(server_pid: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.nice(_NICENESS)
+    # The server's path came along, which may begin with its working directory (R40).
+    leave_working_directory_out()
+    importlib.import_module("arka.iceberg.isolation")
     threading.Thread(target=_end_with_server, daemon=True).start()
     failpoints.arm(os.environ.get(failpoints.VARIABLE, ""), server_pid=server_pid)
     logging.getLogger("pyiceberg").setLevel(logging.ERROR)
@@ -85,6 +91,19 @@ def _end_with_server() -> None:
     assert server is not None
     server.join()
     os._exit(1)
+
+
+def check_installation(answer: Connection) -> None:
+    """Send why this process cannot import what jobs need; None if it can.
+
+    Args:
+        answer: takes one text or None.
+    """
+    try:
+        reason: str | None = importlib.import_module("arka.iceberg.template").failure
+    except Exception as error:
+        reason = _describe(error)
+    answer.send(reason)
 
 
 def do_nothing() -> None:
@@ -202,6 +221,7 @@ def scan(config: CatalogConfig, job: ReadJob, path: str) -> int:
 
 
 __all__ = [
+    "check_installation",
     "commit",
     "connect",
     "create_table",

@@ -26,6 +26,7 @@ from arka import failpoints
 from arka.errors import ConfigurationError
 from arka.options import ObjectStoreOptions
 from arka.storage.ports import Buffer, ObjectExists, ObjectMeta, ObjectStore, StoreRefused, StoreUnavailable
+from arka.storage.storesettings import check_store_settings, explain, first_line
 
 T = TypeVar("T")
 
@@ -327,20 +328,30 @@ def open_object_store(options: ObjectStoreOptions) -> ObjectStore:
     parts = urlsplit(options.url)
     if parts.scheme == "file":
         return FileObjectStore(Path(unquote(parts.path)), requests)
-    config: dict[str, str] = dict(options.config)
+    check_store_settings(options.config)
+
+    def attempt(config: Mapping[str, str]) -> Any:
+        try:
+            return from_url(  # type: ignore[call-overload]
+                options.url,
+                config=dict(config) or None,
+                client_options={
+                    "timeout": _REQUEST_TIMEOUT,
+                    "connect_timeout": _CONNECT_TIMEOUT,
+                    "allow_http": _wants_http(config),
+                },
+                retry_config={"max_retries": _RETRIES, "retry_timeout": _RETRY_TIMEOUT},
+            )
+        except BaseException as error:
+            # obstore's panics are no Exception: what it cannot take must not look like a bug of the server's.
+            if type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(first_line(error)) from None
+
     try:
-        store = from_url(  # type: ignore[call-overload]
-            options.url,
-            config=config or None,
-            client_options={
-                "timeout": _REQUEST_TIMEOUT,
-                "connect_timeout": _CONNECT_TIMEOUT,
-                "allow_http": _wants_http(config),
-            },
-            retry_config={"max_retries": _RETRIES, "retry_timeout": _RETRY_TIMEOUT},
-        )
+        store = attempt(options.config)
     except (obstore.exceptions.BaseError, ValueError, TypeError) as error:
-        raise ConfigurationError(f"object_store.url {options.url!r} cannot be opened: {error}") from error
+        raise ConfigurationError(explain(options.url, options.config, error, attempt)) from error
     return RemoteObjectStore(store, options.url, requests)
 
 

@@ -309,6 +309,7 @@ class ReadJob:
         at_lsn: the last LSN that the answer may hold; None for the newest there is.
         tail: the frames that the newest snapshot may lack, up to ``at_lsn``; None for none.
         max_bytes: most bytes of the answer (R23).
+        compression: of the answer's buffers, ``lz4`` or ``zstd``; None for none.
     """
 
     table: TableInfo
@@ -318,6 +319,7 @@ class ReadJob:
     at_lsn: int | None = None
     tail: TableFrames | None = None
     max_bytes: int = 2**62
+    compression: str | None = None
 
 
 class CatalogUnavailable(Exception):

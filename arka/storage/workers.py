@@ -6,6 +6,7 @@ Owns: the template that workers are forked from, and the pools of them. Does not
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import multiprocessing
 import os
@@ -20,7 +21,9 @@ import structlog
 import trio
 import trio_parallel
 
+from arka.errors import ConfigurationError
 from arka.iceberg import worker
+from arka.importpath import SAFE_PATH
 from arka.storage.ports import CatalogUnavailable, DeadlineMissed
 
 #: An idle worker keeps its caches for as long as trio-parallel can wait: 24 h.
@@ -54,6 +57,7 @@ class Template:
 
         Raises:
             CatalogUnavailable: it does not start.
+            ConfigurationError: it cannot import what jobs need: the installation is broken (R40).
 
         Cancellation: it goes on starting.
         """
@@ -64,21 +68,38 @@ class Template:
             # The mask is inherited: an interrupt from the terminal must not hit it before it ignores interrupts. Here,
             # one that comes meanwhile is delivered at the second call.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+            safe_path = os.environ.get(SAFE_PATH)
+            # It starts with its working directory on its path, else: a folder there would stand in for a module (R40).
+            os.environ[SAFE_PATH] = "1"
             try:
                 forkserver.ensure_running()
             finally:
+                if safe_path is None:
+                    del os.environ[SAFE_PATH]
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
             await trio.to_thread.run_sync(_fork_once, abandon_on_cancel=True)
             self._ready = True
 
 
 def _fork_once() -> None:
-    process = multiprocessing.get_context("forkserver").Process(target=worker.do_nothing, daemon=True)
-    try:
-        process.start()
-        process.join()
-    except (OSError, EOFError) as error:
-        raise CatalogUnavailable(f"the process that workers are forked from does not start: {error!r}") from None
+    context = multiprocessing.get_context("forkserver")
+    answer, sender = context.Pipe(duplex=False)
+    process = context.Process(target=worker.check_installation, args=(sender,), daemon=True)
+    reason: str | None = None
+    with answer, sender:
+        try:
+            process.start()
+            sender.close()
+            with contextlib.suppress(EOFError):
+                reason = answer.recv()
+            process.join()
+        except (OSError, EOFError) as error:
+            raise CatalogUnavailable(f"the process that workers are forked from does not start: {error!r}") from None
+    if reason is not None:
+        raise ConfigurationError(
+            f"This installation is broken: worker processes cannot import what they need ({reason}). Install it again, "
+            "or take what stands in the way off PYTHONPATH"
+        )
     if process.exitcode != 0:
         raise CatalogUnavailable(f"a process forked for a worker ended with exit code {process.exitcode}")
 

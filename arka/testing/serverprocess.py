@@ -37,6 +37,8 @@ class ServerProcess:
         log: the file that gets the output of every start.
         flight: where Flight listens, as ``host:port``; set by ``start``.
         failpoints: what ``ARKA_FAILPOINTS`` says to the next process; empty for none.
+        cwd: its working directory; None for the caller's.
+        variables: more variables of its environment.
     """
 
     def __init__(self, data: Path, settings: Mapping[str, object] | None = None, *flags: str) -> None:
@@ -52,6 +54,8 @@ class ServerProcess:
         self.log = data.with_name(f"{data.name}.log")
         self.flight = ""
         self.failpoints = ""
+        self.cwd: Path | None = None
+        self.variables: dict[str, str] = {}
         self._flags = flags
         self._environment = {name: value for name, value in os.environ.items() if not name.startswith("ARKA_")}
         for key, value in (settings or {}).items():
@@ -87,7 +91,8 @@ class ServerProcess:
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [program, "--data-dir", str(self.data), *ports, *self._flags],
-                env=self._environment | wished,
+                cwd=self.cwd,
+                env=self._environment | wished | self.variables,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -33,12 +33,14 @@ class ReadRequest:
         limit: most rows; None for all.
         at_lsn: the last LSN that the answer may hold; None for all that was accepted before the request.
         wait_for_lsn: wait until the log has got so far; None for not at all.
+        compression: of the answer's buffers, ``lz4`` or ``zstd``; None for none.
     """
 
     columns: tuple[str, ...] | None = None
     limit: int | None = None
     at_lsn: int | None = None
     wait_for_lsn: int | None = None
+    compression: str | None = None
 
 
 async def read_table(pipeline: Pipeline, table: Table, request: ReadRequest, path: str) -> int:
@@ -94,6 +96,7 @@ async def read_table(pipeline: Pipeline, table: Table, request: ReadRequest, pat
             at_lsn=request.at_lsn,
             tail=_frames_of(pipeline, table, through_lsn),
             max_bytes=room,
+            compression=request.compression,
         )
         try:
             return await pipeline.tables.catalog.scan(job, path)

@@ -7,6 +7,8 @@ there, then change ``arka.iceberg`` or this test.
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 from importlib.metadata import version
 from typing import Any
 
@@ -228,3 +230,20 @@ def test_small_s3_objects_take_one_request() -> None:
     assert arguments["allow_delayed_open"] is True
     assert arguments["access_key"] == "me"
     assert arguments["endpoint_override"] == "http://127.0.0.1:1"
+
+
+def test_where_settings_come_from():
+    """All of pyiceberg's own settings come through two methods of its Config, which ``isolation`` replaces (R40)."""
+    program = (
+        "import os\n"
+        "os.environ['PYICEBERG_MAX_WORKERS'] = 'many'\n"
+        "from pyiceberg.utils.config import Config\n"
+        "assert Config().config['max-workers'] == 'many'\n"
+        "assert isinstance(Config.__dict__['_from_configuration_files'], staticmethod)\n"
+        "assert isinstance(Config.__dict__['_from_environment_variables'], staticmethod)\n"
+        "import arka.iceberg.isolation\n"
+        "import pyiceberg.catalog\n"
+        "assert dict(Config().config) == {}\n"
+        "assert dict(pyiceberg.catalog._ENV_CONFIG.config) == {}\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
