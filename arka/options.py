@@ -77,6 +77,12 @@ class Limits:
         "How long writes wait, and their streams get no window, while the disk has no room; then they are refused.",
         at_least=0,
     )
+    table_disk_share: float = option(
+        0.5,
+        "The part of disk_bytes that one table may hold of the log while others commit; then it is set apart.",
+        at_least=0.01,
+        at_most=1,
+    )
     message_bytes: int = option(256 * MIB, "Largest gRPC message; a larger one ends its stream.", at_least=64 * KIB)
     batch_bytes: int = option(128 * MIB, "Largest batch body; a larger one gets an error ack.", at_least=64 * KIB)
     batch_rows: int = option(2**24, "Most rows of one batch.", at_least=1)

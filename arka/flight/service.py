@@ -379,6 +379,7 @@ class FlightService:
                 "writes_from_lsn": table.backlog.first_lsn,
                 "frame_bytes": table.backlog.frame_bytes,
                 "parked_bytes": self._pipeline.tables.parked_bytes(table),
+                "set_apart_bytes": self._pipeline.tables.apart.behind_bytes(table),
             },
             "snapshot_id": None
             if table.committed.latest.snapshot_id is None

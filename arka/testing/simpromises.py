@@ -232,7 +232,7 @@ class Promises:
         """Whether an object was ever seen that holds the frame with this LSN."""
         if lsn not in self._stored:
             for key, data in self._objects.items():
-                if ("/wal/" in key or "/parked/" in key) and key not in self._parsed:
+                if ("/wal/" in key or "/parked/" in key or "/behind/" in key) and key not in self._parsed:
                     assert self.log_uuid is not None
                     self._parsed.add(key)
                     found = parse_object(key, memoryview(data), self.log_uuid)

@@ -19,6 +19,7 @@ from arka.options import MIB, Settings
 from arka.records import LsnRange, Tier
 from arka.storage.ports import Catalog, Disk, ObjectStore
 from arka.storage.threads import run_compute
+from arka.tiers.apart import Apart
 from arka.tiers.committer import TableCommitter
 from arka.tiers.keys import KeyIndex
 from arka.tiers.logclock import LogClock
@@ -43,6 +44,7 @@ from arka.wal.writer import WalWriter
 #: The log's folder in the data directory, and that of what is brought back from parking.
 WAL_FOLDER: Final = "wal"
 _PARKED_FOLDER: Final = "parked"
+_BEHIND_FOLDER: Final = "behind"
 #: At least so many segments fit into ``limits.disk_bytes``.
 _SEGMENTS: Final = 8
 
@@ -180,6 +182,28 @@ async def assemble(
         rng=world.rng,
     )
 
+    behind = Parking(
+        world.store,
+        world.disk,
+        found.data_dir / _BEHIND_FOLDER,
+        space,
+        node_id=node_id,
+        log_uuid=log_uuid,
+        objects=marks.objects,
+        wait_connected=uplink.wait_connected,
+        retry_s=settings.object_store.retry_s,
+        rng=world.rng,
+        folder=_BEHIND_FOLDER,
+    )
+
+    apart = Apart(
+        behind,
+        marks.objects,
+        limit_bytes=settings.limits.disk_bytes,
+        share=settings.limits.table_disk_share,
+        log_bytes=lambda lsn: release.held_bytes(lsn),
+    )
+
     def make_committer(table: Table) -> TableCommitter:
         return TableCommitter(
             table,
@@ -205,6 +229,7 @@ async def assemble(
         make_committer=make_committer,
         room=space.room,
         adopt_s=settings.iceberg.adopt_s,
+        apart=apart,
     )
     release = LogRelease(
         checkpoint_store,
@@ -225,6 +250,7 @@ async def assemble(
     parts = Parts(memory, writer, found.state, objects, uplink, tables, marks, keys, space, release)
     pipeline = Pipeline(log_uuid, parts, settings, survival=world.survival)
     # A segment more than is owed: the next one is allocated whole before the active one is full.
+    apart.count_unwritten(pipeline.unwritten_bytes)
     space.count_owed(lambda: wal_options.segment_bytes + pipeline.owed_bytes(world.shared), pipeline.unwritten_bytes)
     reservation = LsnReservation(found.allocator, found.state, reserve_store_block=uplink.reserve_block)
     return OpenLog(pipeline, reservation, log_uuid, epoch, recovered.last_lsn, found.first_lsn)

@@ -107,7 +107,7 @@ class TableCommitter:
         while table.state is TableState.ACTIVE:
             if not await self._wait_work(earliest):
                 continue
-            cut = table.backlog.cut(self._objects.lsn, self._options.commit_bytes, self._size.frames)
+            cut = table.commitable.cut(self._objects.lsn, self._options.commit_bytes, self._size.frames)
             if cut is None:
                 continue
             started = trio.current_time()
@@ -130,7 +130,7 @@ class TableCommitter:
                 await self._adoption.refresh(table, max_age_s=0)
                 continue
             self._failures = 0
-            self._size.grow(cut.frames, table.backlog.frames - cut.frames)
+            self._size.grow(cut.frames, table.commitable.frames - cut.frames)
             await failpoints.reach("commit.answered")
             if result.outcome is CommitOutcome.TABLE_GONE:
                 return table.state is TableState.ACTIVE
@@ -144,7 +144,7 @@ class TableCommitter:
         """Wait until there is something to commit and it is time; False: look at the state again."""
         table = self._table
         changed = table.changed
-        first = table.backlog.first_lsn
+        first = table.commitable.first_lsn
         if first is None:
             await changed.wait()
             return False
@@ -167,10 +167,10 @@ class TableCommitter:
         """Whether there is as much to commit as one commit may take."""
         limit = self._options.commit_bytes
         if self._size.frames is not None:
-            return self._table.backlog.frames >= self._size.frames
-        if self._table.backlog.frame_bytes < limit:
+            return self._table.commitable.frames >= self._size.frames
+        if self._table.commitable.frame_bytes < limit:
             return False
-        cut = self._table.backlog.cut(self._objects.lsn, limit)
+        cut = self._table.commitable.cut(self._objects.lsn, limit)
         return cut is not None and cut.frame_bytes >= limit * _FULL_SHARE
 
     async def _encode(self, cut: Cut) -> CommitJob:
@@ -252,7 +252,7 @@ class TableCommitter:
     def _advance(self, lsn: int, result: CommitResult) -> None:
         """Raise the mark; where others have dropped columns, in steps that say which writes have lost them (R24)."""
         table = self._table
-        table.backlog.discard_through(lsn)
+        table.discard_through(lsn)
         if result.table is not None:
             now = result.table.info.schema
             accepted = table.bindings(table.committed.lsn, lsn)

@@ -1,7 +1,7 @@
-"""Parking: the frames of a table that cannot be committed leave the log and stay in the object store (R18).
+"""Parking: frames of one table leave the log and stay in the object store (R18, R33).
 
-Owns: the objects below ``parked/<table uuid>/``, the way there and back. Does not own why a table is stopped
-(``arka.tiers.table``, ``arka.tiers.tables``).
+Owns: the objects below ``parked/<table uuid>/`` or ``behind/<table uuid>/``, the way there and back. Does not own why a
+table is stopped (``arka.tiers.table``, ``arka.tiers.tables``) or set apart (``arka.tiers.apart``).
 
 A parked object is a WAL object (``arka.wal.objectfile``) with the frames of one table alone, as they stood in
 their segment; its ``stored_through`` is the table's committed LSN when it was parked. The next start that finds
@@ -11,7 +11,8 @@ the table in the catalog again brings the frames back, before those of the log, 
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Final
 from uuid import UUID
 
 import structlog
+import trio
 
 from arka._core.framing import KIND_BATCH, FrameError, crc_seed, verify_frame
 from arka.errors import DataCorruption
@@ -40,13 +42,33 @@ log = structlog.get_logger(__name__)
 _OBJECT_BYTES: Final = 16 * MIB
 
 
+@dataclass(frozen=True, slots=True)
+class _Object:
+    """One object: its key, its bytes, those of its frames, the LSN of its last frame."""
+
+    key: str
+    size: int
+    frame_bytes: int
+    last_lsn: int
+
+
 @dataclass(slots=True)
 class _Parked:
-    """What the store holds of one table: keys by first LSN, bytes, the last LSN."""
+    """What the store holds of one table: objects by first LSN."""
 
-    keys: list[str] = field(default_factory=list)
-    size: int = 0
-    last_lsn: int = 0
+    objects: list[_Object] = field(default_factory=list)
+
+    @property
+    def keys(self) -> list[str]:
+        return [each.key for each in self.objects]
+
+    @property
+    def size(self) -> int:
+        return sum(each.size for each in self.objects)
+
+    @property
+    def last_lsn(self) -> int:
+        return max((each.last_lsn for each in self.objects), default=0)
 
 
 class Parking:
@@ -65,6 +87,7 @@ class Parking:
         wait_connected: Callable[[], Awaitable[int]],
         retry_s: float,
         rng: random.Random,
+        folder: str = "parked",
     ) -> None:
         """Join the store and the local disk.
 
@@ -79,7 +102,10 @@ class Parking:
             wait_connected: waits for this process's epoch and returns it.
             retry_s: the first pause after a failed request.
             rng: for the jitter of retries.
+            folder: below the node's name: ``parked``, whose bytes count as held on the disk, or ``behind``.
         """
+        self._folder = folder
+        self._copies = 0
         self._store = store
         self._disk = disk
         self._directory = directory
@@ -99,6 +125,11 @@ class Parking:
         parked = self._parked.get(table)
         return 0 if parked is None else parked.size
 
+    def frame_bytes(self, table: UUID) -> int:
+        """Bytes of the frames that are here of a table."""
+        parked = self._parked.get(table)
+        return 0 if parked is None else sum(each.frame_bytes for each in parked.objects)
+
     async def load(self) -> None:
         """Look what is parked, once there is an epoch. Outages are waited for.
 
@@ -108,7 +139,7 @@ class Parking:
         Cancellation: nothing changes.
         """
         self._epoch = await self._wait_connected()
-        prefix = f"{self._node_id}/parked/"
+        prefix = f"{self._node_id}/{self._folder}/"
 
         async def ask() -> None:
             self._parked.clear()
@@ -117,12 +148,10 @@ class Parking:
                 parked = self._parked.setdefault(uuid, _Parked())
                 head = memoryview(await self._store.get_range(meta.key, 0, OBJECT_HEADER_BYTES))
                 header = ObjectHeader.from_bytes(f"{self._store.url}/{meta.key}", head)
-                parked.keys.append(meta.key)
-                parked.size += meta.size
-                parked.last_lsn = max(parked.last_lsn, header.last_lsn)
+                parked.objects.append(_Object(meta.key, meta.size, header.frame_bytes, header.last_lsn))
 
         await self._persist(ask)
-        self._space.note_held("parked", sum(parked.size for parked in self._parked.values()))
+        self._note_held(sum(parked.size for parked in self._parked.values()))
         await self._disk.run(self._clear)
         self.loaded = True
 
@@ -139,18 +168,113 @@ class Parking:
         Durability: each frame is in the store before the backlog lets go of it.
         """
         await self._objects.wait_reached(table.last_lsn)
-        parked = self._parked.setdefault(table.info.uuid, _Parked())
-        table.backlog.discard_through(parked.last_lsn)
-        frames = 0
-        while (cut := table.backlog.cut(table.last_lsn, _OBJECT_BYTES)) is not None:
-            for piece in cut.slices:
-                await self._park_slice(table, piece, parked)
-            table.backlog.discard_through(cut.through_lsn)
-            frames += cut.frames
+        frames = await self.move(table, table.last_lsn)
         if frames:
+            parked = self._parked[table.info.uuid]
             log.warning(
                 "table.parked", table=str(table.info.name), frames=frames, bytes=parked.size, last_lsn=parked.last_lsn
             )
+
+    async def move(self, table: Table, through_lsn: int) -> int:
+        """Move a table's frames up to ``through_lsn`` out of the log; nobody else cuts them meanwhile.
+
+        Args:
+            table: whose.
+            through_lsn: at most the ``object_storage`` mark (R4).
+
+        Returns:
+            How many frames were moved.
+
+        Raises:
+            DataCorruption: a frame in the log is damaged.
+
+        Cancellation: what was moved so far stays so.
+
+        Durability: each frame is in the store before the backlog lets go of it.
+        """
+        parked = self._parked.setdefault(table.info.uuid, _Parked())
+        table.backlog.discard_through(parked.last_lsn)
+        frames = 0
+        while (cut := table.backlog.cut(through_lsn, _OBJECT_BYTES)) is not None:
+            objects = [await self._park_slice(table, piece) for piece in cut.slices]
+            # In one step: a read finds each frame in one of the two places.
+            parked.objects += objects
+            self._note_held(sum(each.size for each in objects))
+            table.backlog.discard_through(cut.through_lsn)
+            frames += cut.frames
+        return frames
+
+    def parked_through(self, uuid: UUID) -> int:
+        """The last LSN that the store holds of a table here; 0 for none."""
+        parked = self._parked.get(uuid)
+        return 0 if parked is None else parked.last_lsn
+
+    async def fetch_first(self, table: Table) -> Backlog:
+        """Bring the first object back that holds frames which are not committed; what is committed is deleted.
+
+        Returns:
+            Its frames; empty when there is none.
+
+        Raises:
+            DataCorruption: it is damaged.
+
+        Cancellation: the next call does it again.
+        """
+        parked = self._parked.setdefault(table.info.uuid, _Parked())
+        await self.discard_through(table.info.uuid, table.committed.lsn)
+        found = Backlog()
+        if parked.objects:
+            object_ = await self._fetch(parked.objects[0].key)
+            await self._disk.run(partial(self._clear, f"{table.info.uuid}-"))
+            if not self._stop_if_rolled_back(table, object_):
+                await self._disk.run(partial(self._write_back, table, 0, object_, found))
+        return found
+
+    async def discard_through(self, uuid: UUID, lsn: int) -> None:
+        """Delete the objects whose frames all lie at or below ``lsn``: the table holds them. Outages are waited for."""
+        parked = self._parked.get(uuid)
+        if parked is None:
+            return
+        done = [each for each in parked.objects if each.last_lsn <= lsn]
+        if done:
+            await self._persist(partial(self._store.delete, [each.key for each in done]))
+            parked.objects = [each for each in parked.objects if each not in done]
+            self._note_held(-sum(each.size for each in done))
+        if not parked.objects:
+            await self._disk.run(partial(self._clear, f"{uuid}-"))
+
+    @asynccontextmanager
+    async def copied(self, table: Table) -> AsyncIterator[Backlog]:
+        """Copy what is here of a table to the local disk, for a read; the copy goes with the block (R25).
+
+        Yields:
+            The frames that were not committed when the block began.
+
+        Raises:
+            DataCorruption: an object is damaged.
+        """
+        found = Backlog()
+        self._copies += 1
+        prefix = f"read-{self._copies}-"
+        copied: list[str] = []
+        try:
+            # Also what is moved meanwhile: between the last look and the block nothing can be.
+            while (each := self._next_to_copy(table, copied)) is not None:
+                copied.append(each.key)
+                try:
+                    object_ = await self._fetch(each.key)
+                except DataCorruption:
+                    if each.last_lsn <= table.committed.lsn:
+                        # Committed and deleted meanwhile.
+                        continue
+                    raise
+                await self._disk.run(partial(self._write_back, table, len(copied), object_, found, prefix))
+            found.discard_through(table.committed.lsn)
+            yield found
+        finally:
+            if copied:
+                with trio.CancelScope(shield=True):
+                    await self._disk.run(partial(self._clear, prefix))
 
     async def bring_back(self, table: Table) -> int:
         """Put a table's parked frames before those that the log has for it.
@@ -171,12 +295,7 @@ class Parking:
         earlier = Backlog()
         for number, key in enumerate(parked.keys):
             found = await self._fetch(key)
-            if found.header.stored_through > table.committed.lsn:
-                table.stop(
-                    f"Table {table.info.name} stands at LSN {table.committed.lsn}, but {found.header.stored_through} "
-                    "was committed before its writes were parked: nothing is replayed (R20); drop it, or move it back "
-                    "and restart"
-                )
+            if self._stop_if_rolled_back(table, found):
                 return 0
             if found.header.last_lsn > table.committed.lsn:
                 await self._disk.run(partial(self._write_back, table, number, found, earlier))
@@ -193,15 +312,39 @@ class Parking:
         parked = self._parked.pop(uuid, None)
         if parked is not None:
             await self._persist(partial(self._store.delete, parked.keys))
-            self._space.note_held("parked", -parked.size)
+            self._note_held(-parked.size)
             await self._disk.run(partial(self._clear, f"{uuid}-"))
+
+    def _next_to_copy(self, table: Table, copied: list[str]) -> _Object | None:
+        """The first object with frames that are not committed and not copied."""
+        parked = self._parked.get(table.info.uuid)
+        objects = () if parked is None else parked.objects
+        waiting = (each for each in objects if each.last_lsn > table.committed.lsn and each.key not in copied)
+        return next(waiting, None)
+
+    def _stop_if_rolled_back(self, table: Table, found: WalObject) -> bool:
+        """Stop a table that stands below what it had when its frames were moved (R20); returns whether it did."""
+        if found.header.stored_through <= table.committed.lsn:
+            return False
+        table.stop(
+            f"Table {table.info.name} stands at LSN {table.committed.lsn}, but {found.header.stored_through} "
+            "was committed before its writes were parked: nothing is replayed (R20); drop it, or move it back "
+            "and restart"
+        )
+        return True
+
+    def _note_held(self, delta: int) -> None:
+        """Count what is parked; what is set apart counts in the share of its table instead (R33)."""
+        if self._folder == "parked":
+            self._space.note_held("parked", delta)
 
     # -- to the store -----------------------------------------------------------------------------
 
-    async def _park_slice(self, table: Table, piece: SegmentSlice, parked: _Parked) -> None:
+    async def _park_slice(self, table: Table, piece: SegmentSlice) -> _Object:
         encoded = await self._disk.run(partial(self._encode, table, piece))
+        _, _, frames, _ = encoded.parts
         # Its own for each epoch: a process that was fenced in the midst of this cannot be in the way.
-        key = f"{self._node_id}/parked/{table.info.uuid}/{encoded.ref.first_lsn:016d}-{self._epoch:010d}.wal"
+        key = f"{self._node_id}/{self._folder}/{table.info.uuid}/{encoded.ref.first_lsn:016d}-{self._epoch:010d}.wal"
 
         async def put() -> None:
             try:
@@ -211,10 +354,7 @@ class Parking:
                 log.debug("parking.exists", key=key)
 
         await self._persist(put)
-        parked.keys.append(key)
-        parked.size += encoded.size
-        parked.last_lsn = max(parked.last_lsn, encoded.ref.last_lsn)
-        self._space.note_held("parked", encoded.size)
+        return _Object(key, encoded.size, len(frames), encoded.ref.last_lsn)
 
     def _encode(self, table: Table, piece: SegmentSlice) -> EncodedObject:
         """Gather one segment's frames of a table into an object. Blocking."""
@@ -260,11 +400,11 @@ class Parking:
         await self._persist(get)
         return found[-1]
 
-    def _write_back(self, table: Table, number: int, found: WalObject, earlier: Backlog) -> None:
+    def _write_back(self, table: Table, number: int, found: WalObject, earlier: Backlog, prefix: str = "") -> None:
         """Write an object's frames where a worker can map them; their CRCs hold as they are. Blocking."""
         header = found.header
         start = OBJECT_HEADER_BYTES + header.table_bytes
-        path = self._directory / f"{table.info.uuid}-{number:06d}.wal"
+        path = self._directory / f"{prefix}{table.info.uuid}-{number:06d}-{header.first_lsn}.wal"
         file = self._disk.create(path, HEADER_BYTES)
         try:
             block = SegmentHeader(

@@ -284,6 +284,9 @@ class Pipeline:
         if not appended.duplicate:
             table.last_lsn = appended.lsn
             self._space.note_accepted(payload.size)
+            table.room_left -= payload.size
+            if table.room_left < 0:
+                self.tables.apart.judge_room(table)
         return appended
 
     def knows(self, table: Table, key: bytes) -> bool:
@@ -385,6 +388,10 @@ class Pipeline:
         """Keep room for an answer that is about to be written; see ``DiskSpace.spill_room``."""
         return self._space.spill_room()
 
+    def copy_room(self) -> int:
+        """Bytes that the log's file system has for a copy that goes at once; see ``DiskSpace.copy_room``."""
+        return self._space.copy_room()
+
     def note_held(self, kind: str, delta: int) -> None:
         """Count bytes beside the log that ``limits.disk_bytes`` is for; see ``DiskSpace.note_held``."""
         self._space.note_held(kind, delta)
@@ -447,6 +454,10 @@ class Pipeline:
             await self._marks.objects.wait_reached(lsn)
         if tier >= Tier.ICEBERG_COMMITTED:
             table.hurry()
+            while table.is_committing and not table.taken_up:
+                await table.changed.wait()
+            # Also what an earlier process parked or set apart.
+            lsn = max(lsn, self.tables.apart.through_lsn(table))
             while table.committed.lsn < lsn:
                 table.check_active()
                 with trio.move_on_after(self._commit_interval_s):

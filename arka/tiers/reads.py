@@ -14,6 +14,7 @@ import trio
 from arka.errors import ArkaError, ErrorCode, Unavailable
 from arka.records import MAX_LSN
 from arka.storage.ports import CatalogUnavailable, ReadJob, TableFrames, TableMissing
+from arka.tiers.backlog import Backlog, Cut
 from arka.tiers.pipeline import Pipeline
 from arka.tiers.table import Table, TableState
 from arka.tiers.watermarks import Watermark
@@ -88,24 +89,8 @@ async def read_table(pipeline: Pipeline, table: Table, request: ReadRequest, pat
         # Also while it waits for its turn behind others.
         trio.move_on_after(pipeline.read_pin_s),
     ):
-        job = ReadJob(
-            table=table.info,
-            log_uuid=pipeline.log_uuid,
-            columns=request.columns,
-            limit=request.limit,
-            at_lsn=request.at_lsn,
-            tail=_frames_of(pipeline, table, through_lsn),
-            max_bytes=room,
-            compression=request.compression,
-        )
-        try:
-            return await pipeline.tables.catalog.scan(job, path)
-        except CatalogUnavailable as error:
-            raise Unavailable(f"{table.info.name} cannot be read now: {error}") from error
-        except TableMissing as error:
-            raise ArkaError(
-                f"Table not found: {table.info.name}: others dropped or renamed it", code=ErrorCode.TABLE_NOT_FOUND
-            ) from error
+        async with pipeline.tables.apart.copied(table, pipeline.copy_room) as behind:
+            return await _scan(pipeline, table, request, path, behind, through_lsn, room)
     raise Unavailable(
         f"{table.info.name} was not read in {pipeline.read_pin_s:g} s (limits.read_pin_s): other reads are before it, "
         "or it is too large for that"
@@ -148,6 +133,36 @@ async def _wait_for_lsn(pipeline: Pipeline, disk: Watermark, lsn: int) -> None:
     raise Unavailable(f"LSN {lsn} was not on disk {waited}: try again")
 
 
+async def _scan(
+    pipeline: Pipeline,
+    table: Table,
+    request: ReadRequest,
+    path: str,
+    behind: Backlog,
+    through_lsn: int,
+    max_bytes: int,
+) -> int:
+    """Write a table's rows; what is set apart of it is on the local disk (``behind``)."""
+    job = ReadJob(
+        table=table.info,
+        log_uuid=pipeline.log_uuid,
+        columns=request.columns,
+        limit=request.limit,
+        at_lsn=request.at_lsn,
+        tail=_frames_of(pipeline, table, through_lsn, behind),
+        max_bytes=max_bytes,
+        compression=request.compression,
+    )
+    try:
+        return await pipeline.tables.catalog.scan(job, path)
+    except CatalogUnavailable as error:
+        raise Unavailable(f"{table.info.name} cannot be read now: {error}") from error
+    except TableMissing as error:
+        raise ArkaError(
+            f"Table not found: {table.info.name}: others dropped or renamed it", code=ErrorCode.TABLE_NOT_FOUND
+        ) from error
+
+
 async def _wait_taken_up(table: Table) -> None:
     with trio.move_on_after(_TAKE_UP_S):
         while table.state is TableState.ACTIVE and not table.taken_up:
@@ -156,9 +171,15 @@ async def _wait_taken_up(table: Table) -> None:
         raise Unavailable(f"{table.info.name} was not compared with the catalog yet, which does not answer: try again")
 
 
-def _frames_of(pipeline: Pipeline, table: Table, through_lsn: int) -> TableFrames | None:
+def _frames_of(pipeline: Pipeline, table: Table, through_lsn: int, behind: Backlog) -> TableFrames | None:
     """The frames up to ``through_lsn`` that this process does not know to be committed."""
     cut = table.backlog.cut(through_lsn) if table.state is TableState.ACTIVE else None
+    earlier = behind.cut(through_lsn) if table.state is TableState.ACTIVE else None
+    if cut is None or earlier is None:
+        cut = cut or earlier
+    else:
+        slices, frames = (*earlier.slices, *cut.slices), earlier.frames + cut.frames
+        cut = Cut(cut.through_lsn, slices, frames, earlier.frame_bytes + cut.frame_bytes)
     if cut is None:
         return None
     if cut.through_lsn <= table.committed.lsn:

@@ -179,6 +179,10 @@ class LogRelease:
         else:
             self._held.append(_HeldSegment(ref, last_lsn, size))
 
+    def held_bytes(self, lsn: int) -> int:
+        """Bytes of the segments that hold frames from ``lsn`` on."""
+        return sum(held.size for held in self._held if held.last_lsn >= lsn)
+
     def last_holds_all(self, needed: int) -> bool:
         """Whether nothing of the log is needed any more, and the one segment that is left may still be active.
 

@@ -157,6 +157,11 @@ class DiskSpace:
             self._spilling -= room
             self._look()
 
+    def copy_room(self) -> int:
+        """Bytes that the file system has for a copy that goes with the request it is for: half of what is left."""
+        self._look()
+        return max(self._free - self._kept + self._free_bytes // _FREE_PART, 0) // 2
+
     async def run(self) -> None:
         """Watch the file system, and how long writes have waited, until cancelled."""
         while True:

@@ -87,6 +87,12 @@ class Table:
         self.known_from_lsn = known_from_lsn
         self.committed = Watermark(Tier.ICEBERG_COMMITTED, committed_lsn, snapshot_id)
         self.backlog = Backlog()
+        #: What is set apart in the object store goes up to here; 0 if nothing is (R33). Invariant: it lies below the
+        #: backlog, and ``fetched`` is the part of it that was brought back to be committed.
+        self.behind_lsn = 0
+        self.fetched = Backlog()
+        #: How many bytes may be accepted until somebody looks whether that is still so.
+        self.room_left = 0
         #: Whether its writes are let in: below the log's room once the table is in the node's list.
         self.room = Room("table", table=str(info.name))
         #: The schemas that waiting frames may use, by id (R24).
@@ -205,9 +211,19 @@ class Table:
         if committed_lsn < max(self.committed.lsn, self.recorded_lsn):
             self.stop(rollback_detail(self, committed_lsn))
             return
-        self.backlog.discard_through(committed_lsn)
+        self.discard_through(committed_lsn)
         self.last_lsn = max(self.last_lsn, committed_lsn)
         self.committed.advance(committed_lsn, snapshot_id=found.snapshot_id)
+
+    @property
+    def commitable(self) -> Backlog:
+        """The frames that a commit takes from: what is set apart goes first, as far as it was brought back (R33)."""
+        return self.fetched if self.behind_lsn > self.committed.lsn else self.backlog
+
+    def discard_through(self, lsn: int) -> None:
+        """Let go of the frames up to ``lsn``: the table holds them."""
+        self.fetched.discard_through(lsn)
+        self.backlog.discard_through(lsn)
 
     def frames(self, log_uuid: UUID, cut: Cut) -> TableFrames:
         """Say what a worker needs to read the frames of a cut of the backlog."""

@@ -28,6 +28,7 @@ from arka.records import KnownTable, TableDefinition, TableInfo, TableName, owne
 from arka.storage.ports import Catalog, CatalogListing, CatalogTable, CatalogUnavailable, TableMissing
 from arka.tiers import ddl
 from arka.tiers.adoption import Adoption
+from arka.tiers.apart import Apart
 from arka.tiers.committer import TableCommitter
 from arka.tiers.creates import OpenCreates, PendingCreate
 from arka.tiers.keys import KeyIndex
@@ -101,6 +102,7 @@ class Tables:
         make_committer: Callable[[Table], TableCommitter],
         room: Room,
         adopt_s: float = 1.0,
+        apart: Apart,
     ) -> None:
         """Join the list to what it is about.
 
@@ -116,7 +118,10 @@ class Tables:
             make_committer: makes the task that commits a table.
             room: the log's room for new writes.
             adopt_s: see ``Adoption``.
+            apart: knows the tables that are far behind.
         """
+        #: Tables that are set apart.
+        self.apart = apart
         self._room = room
         self.catalog = catalog
         #: What others own of the tables.
@@ -210,6 +215,7 @@ class Tables:
     def note_committed(self, table: Table) -> None:
         """Start the retention of the keys that a table holds (R21)."""
         self._keys.note_committed(table.info.uuid, table.committed.lsn, self._clock.now_us())
+        self.apart.judge_room(table)
 
     def listed(self) -> list[Table]:
         """The tables that are not dropped, by full name."""
@@ -279,9 +285,13 @@ class Tables:
                 for pending in self._creates.pending():
                     retry = partial(self._retry_create, pending)
                     nursery.start_soon(partial(self.wait_catalog, retry, retry_s=_DROP_RETRY_S))
+                # What is set apart comes before what is parked: a table is taken up once parked frames are known.
+                await self.apart.load()
                 await self._parking.load()
                 for uuid in self._orphans:
                     await self._parking.forget(uuid)
+                    await self.apart.forget(uuid)
+                nursery.start_soon(self.apart.run, self._tended)
                 for table in self.all():
                     self._take_up(table)
                 # Tables come and go; the nursery stays open for them.
@@ -436,6 +446,11 @@ class Tables:
         if named is None or named.state is not TableState.ACTIVE:
             self._by_name[table.info.name] = table
 
+    def _tended(self) -> list[Table]:
+        """The tables that may be set apart: what was parked of a table comes before what the log has of it."""
+        active = [table for table in self.all() if table.state is TableState.ACTIVE and table.coming is None]
+        return [table for table in active if table.taken_up or not self.parked_bytes(table)]
+
     def _take_up(self, table: Table) -> None:
         """Begin to commit a table, or to park it; what was parked earlier comes first (R18)."""
         if table.coming is not None or self._nursery is None:
@@ -445,16 +460,24 @@ class Tables:
 
     async def _tend(self, table: Table) -> None:
         """Commit a table for as long as that goes, then park what it has."""
-        if table.info.uuid in self._unread:
-            await self.wait_catalog(partial(self._read_at_last, table))
+        while table.info.uuid in self._unread:
+            with self.apart.committing(table):
+                await self.wait_catalog(partial(self._read_at_last, table))
+            await self.apart.move_if_wanted(table)
         parked_lsn = await self._parking.bring_back(table) if table.state is TableState.ACTIVE else 0
         if parked_lsn and self._nursery is not None:
             self._nursery.start_soon(self._forget_parked, table, parked_lsn)
+        self.apart.take_up(table)
         table.taken_up = table.state is TableState.ACTIVE
         table.wake()
-        while table.state is TableState.ACTIVE:
-            if await self._make_committer(table).run():
-                await self.wait_catalog(partial(self._look_for, table))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.apart.feed, table)
+            while table.state is TableState.ACTIVE:
+                with self.apart.committing(table):
+                    if await self._make_committer(table).run():
+                        await self.wait_catalog(partial(self._look_for, table))
+                await self.apart.move_if_wanted(table)
+            nursery.cancel_scope.cancel()
         if table.state is TableState.STOPPED:
             await self._parking.park(table)
 
@@ -686,6 +709,7 @@ class Tables:
         done.set(None)
         if self._parking.loaded:
             await self._parking.forget(info.uuid)
+            await self.apart.forget(info.uuid)
         else:
             self._orphans.add(info.uuid)
 
