@@ -1,6 +1,6 @@
-"""Three gRPC stacks that are not ours write through a real server, each with its stock client.
+"""Four gRPC stacks that are not ours write through a real server, each with its stock client.
 
-The programs and what they check stand in ``go``, ``java`` and ``javascript`` beside this file.
+The programs and what they check stand in ``go``, ``java``, ``javascript`` and ``rust`` beside this file.
 """
 
 from __future__ import annotations
@@ -64,16 +64,37 @@ def javascript_command(workshop) -> list[str]:
     return [node, str(workshop.made_from(HERE / "javascript", "javascript", make) / "main.js")]
 
 
+def rust_command(workshop) -> list[str]:
+    cargo = workshop.tool("cargo")
+    least = next(
+        line.partition('"')[2].rstrip('"')
+        for line in (HERE / "rust" / "Cargo.toml").read_text().splitlines()
+        if line.startswith("rust-version")
+    )
+    workshop.require_version("Rust", workshop.ask(cargo, "--version").split()[1], least)
+
+    def make(directory: Path) -> None:
+        # Cargo.lock pins all that it is made of.
+        workshop.fetch(cargo, "fetch", "--locked", "--quiet", cwd=directory)
+        workshop.build(cargo, "build", "--locked", "--offline", "--quiet", cwd=directory)
+
+    return [str(workshop.made_from(HERE / "rust", "rust", make) / "target" / "debug" / "arka-rust")]
+
+
+RUST_SCENARIOS = {"ping_pong", "all_tiers", "batches_alone", "read_back", "metadata_if_asked"}
+
+
 @pytest.mark.parametrize(
     ("command", "scenarios"),
     [
-        # arrow-go's record reader chokes on metadata-only messages: it alone reads acks as batches (T20).
+        # The stock readers of arrow-go and arrow-rs choke on metadata-only messages: they read acks as batches (T20).
         pytest.param(go_command, {*SCENARIOS, "record_reader"}, id="go"),
         pytest.param(java_command, {*SCENARIOS}, id="java"),
         pytest.param(javascript_command, {*SCENARIOS}, id="javascript"),
+        pytest.param(rust_command, RUST_SCENARIOS, id="rust"),
     ],
 )
-@pytest.mark.timeout(900)  # a cold build fetches everything first
+@pytest.mark.timeout(1500)  # a cold build fetches everything first
 def test_stock_client(command, scenarios, workshop, request):
     """A stock client writes while it reads acks, meets errors, cancels, runs into a deadline, closes early.
 

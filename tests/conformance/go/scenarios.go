@@ -184,7 +184,8 @@ func readBack(ctx context.Context, c *client) (string, error) {
 	return fmt.Sprintf("%d rows", rows), nil
 }
 
-// recordReader: with ack_as batch, arrow-go's own record reader, which rejects metadata-only messages, reads acks (T20).
+// recordReader: arrow-go's own record reader, made before the first write and without any option, reads acks (T20). It
+// rejects metadata-only messages: the server knows it by its user-agent.
 func recordReader(ctx context.Context, c *client) (string, error) {
 	table, err := c.fresh(ctx, "record_reader")
 	if err != nil {
@@ -194,16 +195,13 @@ func recordReader(ctx context.Context, c *client) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	request := writeRequest{RequestedDurability: "disk", AckAs: "batch"}
-	if err := stream.Send(&flight.FlightData{FlightDescriptor: describe(table), AppMetadata: request.encode()}); err != nil {
+	reader, err := flight.NewRecordReader(stream)
+	if err != nil {
 		return "", err
 	}
 	writer := flight.NewRecordWriter(stream, ipc.WithSchema(schema))
+	writer.SetFlightDescriptor(describe(table))
 	if err := writer.Write(newBatch(0, 1)); err != nil {
-		return "", err
-	}
-	reader, err := flight.NewRecordReader(stream)
-	if err != nil {
 		return "", err
 	}
 	defer reader.Release()

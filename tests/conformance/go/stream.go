@@ -43,13 +43,12 @@ func describe(table string) *flight.FlightDescriptor {
 type writeRequest struct {
 	TableName           string `json:"table_name,omitempty"`
 	RequestedDurability string `json:"requested_durability,omitempty"`
-	AckAs               string `json:"ack_as,omitempty"`
 }
 
 func (r writeRequest) encode() []byte {
 	encoded, err := json.Marshal(r)
 	if err != nil {
-		panic(err) // three strings always encode
+		panic(err) // two strings always encode
 	}
 	return encoded
 }
@@ -73,14 +72,19 @@ func (c *client) openExchange(ctx context.Context, table, durability string) (*e
 		return nil, err
 	}
 	receive := func() ([]byte, error) {
-		message, err := stream.Recv()
-		if err != nil {
-			return nil, err
+		for {
+			message, err := stream.Recv()
+			if err != nil {
+				return nil, err
+			}
+			if len(message.DataBody) != 0 {
+				return nil, fmt.Errorf("an ack came with data")
+			}
+			// The empty schema comes first: it is for the record reader, and has no metadata.
+			if len(message.AppMetadata) != 0 {
+				return message.AppMetadata, nil
+			}
 		}
-		if len(message.DataHeader) != 0 {
-			return nil, fmt.Errorf("an ack came with data")
-		}
-		return message.AppMetadata, nil
 	}
 	return &exchange{
 		stream: stream,
