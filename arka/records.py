@@ -325,6 +325,7 @@ class WriteRequest(msgspec.Struct, frozen=True):
     ack_as: str | None = None
     acks: str | None = None
     ordered: bool | None = None
+    settled_lsn: int | None = None
     resume_after_lsn: int | None = None
 
 

@@ -84,6 +84,10 @@ class Exchange:
         # Whether a WriteRequest has come that is not a batch's own: from then on a schema is checked when it comes.
         self._asked = False
         self._defaults = _WriteOptions()
+        # Lost ranges up to here do not count in handshakes (R37).
+        self._settled_lsn = 0
+        # Whether the stream holds its table open (R37): from its first write on.
+        self._holds = False
         self._key_prefix: str | None = None
         self._key_next = 0
         self.acks = AckQueue()
@@ -161,6 +165,9 @@ class Exchange:
         self._pipeline.unlisten_failure(self._on_failure)
         if self._table is not None:
             self._table.unlisten_end(self._on_end)
+            if self._holds:
+                self._holds = False
+                self._pipeline.activity.let_go(self._table)
         if self._decoder is not None:
             self._decoder.close()
 
@@ -259,6 +266,7 @@ class Exchange:
             _check_key(request.idempotency_key)
             self._key_prefix = request.idempotency_key
             self._key_next = 0
+        self._settled_lsn = max(self._settled_lsn, request.settled_lsn or 0)
         if request.resume_after_lsn is not None:
             self._resume(request)
         elif request.idempotency_key is not None:
@@ -273,13 +281,15 @@ class Exchange:
                     "resume_after_lsn with an idempotency_key needs key_start: the next batch's number"
                 )
             self._key_next = request.key_start
-        self.acks.handshake(self._pipeline.resume_marks(self._bound_table(), request.resume_after_lsn))
+        marks = self._pipeline.resume_marks(self._bound_table(), request.resume_after_lsn, self._settled_lsn)
+        self.acks.handshake(marks)
         self._order.resume()
         self._tell()
 
     def _resume_with_batch(self, metadata: bytes | None) -> None:
         """Take a resume_after_lsn that came with a batch: it holds for this batch and those behind it."""
         request = parse_write_request(metadata or b"{}")
+        self._settled_lsn = max(self._settled_lsn, request.settled_lsn or 0)
         if request.resume_after_lsn is not None:
             self._resume(request)
 
@@ -319,6 +329,7 @@ class Exchange:
             assert self._table is not None
             raise InvalidRequest(f"The stream writes to {self._table.info.name}: {name} needs a stream of its own")
         table = await self._find(name)
+        assert not self._holds, "a stream's table is fixed with its first write"
         if self._table is not None:
             self._table.unlisten_end(self._on_end)
             if self._decoder is not None:
@@ -360,6 +371,9 @@ class Exchange:
         decoder = self._decoder if self._decoder is not None else self._require_decoder()
         if _resumes(message.app_metadata):
             self._resume_with_batch(message.app_metadata)
+        if not self._holds:
+            await self._pipeline.hold(self._bound_table())
+            self._holds = True
         number, self._key_next = self._key_next, self._key_next + 1
         while True:
             try:

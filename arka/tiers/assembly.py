@@ -149,7 +149,7 @@ async def assemble(
     )
     memory = MemoryTier(found.allocator, keys)
     found_lost = [*found.replay.lost, *_note_lost(memory, found)]
-    lost = merge_lost([found.checkpoints.lost, (LostRange(gap, clock.now_us()) for gap in found_lost)])
+    lost = merge_lost([found.checkpoints.lost, (LostRange(gap, clock.now_us(), tables) for gap, tables in found_lost)])
     marks = Marks(Watermark(Tier.DISK, recovered.last_lsn), Watermark(Tier.OBJECT_STORAGE))
     objects = ObjectTier(
         world.store,
@@ -262,6 +262,9 @@ def _hand_over(found: Found, tables: Tables, objects: ObjectTier, release: LogRe
     for uuid, lsn in replay.dropped.items():
         keys.drop_table(uuid, lsn)
     tables.restore(replay.known(found.checkpoints.tables), replay.drops, replay.dropped, replay.creates.open.values())
+    for known in tables.all():
+        known.quiet = replay.is_quiet(known.info.uuid, found.checkpoints)
+        known.created_lsn = replay.made_lsn(known.info.uuid)
     for uuid, frames in replay.tables.items():
         table = tables.get(uuid)
         if table is not None:
@@ -272,14 +275,18 @@ def _hand_over(found: Found, tables: Tables, objects: ObjectTier, release: LogRe
             objects.submit_recovered(appended)
 
 
-def _note_lost(memory: MemoryTier, found: Found) -> list[LsnRange]:
-    """Record the LSNs that may have been given and are gone (R3); none are from a log that was closed."""
+def _note_lost(memory: MemoryTier, found: Found) -> list[tuple[LsnRange, frozenset[UUID] | None]]:
+    """Record the LSNs that may have been given and are gone (R3), and which tables' they may be (R37).
+
+    None are from a log that was closed.
+    """
     last_lsn = found.recovered.last_lsn
     if found.first_lsn == last_lsn + 1 or found.recovered.closed:
         return []
     lost = LsnRange(last_lsn, found.first_lsn - 1)
-    memory.append_control(KIND_LOST, encode_lost(lost))
-    return [lost]
+    hurt = found.replay.writing(found.replay.known(found.checkpoints.tables), found.checkpoints)
+    memory.append_control(KIND_LOST, encode_lost(lost, hurt))
+    return [(lost, hurt)]
 
 
 __all__ = ["WAL_FOLDER", "Found", "OpenLog", "Surroundings", "assemble"]

@@ -23,6 +23,7 @@ from arka._core.framing import KIND_BATCH, crc32c, run_end
 from arka.errors import AdmissionRejected, ArkaError, Closed, ErrorCode, Fenced, OutcomeUnknown, Unavailable
 from arka.options import Settings
 from arka.records import Operation, Tier
+from arka.tiers.activity import TableActivity
 from arka.tiers.disk import DiskTier
 from arka.tiers.keys import KeyIndex
 from arka.tiers.memory import Appended, MemoryTier, Releasable
@@ -127,6 +128,8 @@ class Pipeline:
             linger_s=settings.wal.group_linger_s,
             on_durable=self._note_durable,
         )
+        #: Which tables are quiet (R37).
+        self.activity = TableActivity(parts.memory, parts.marks.disk, lambda: parts.state.state.birth, parts.tables.all)
         # Where the log ended on this disk when the process began.
         self._recovered_lsn = parts.marks.disk.lsn
         self._draining = False
@@ -152,6 +155,7 @@ class Pipeline:
             nursery.start_soon(self._run_disk)
             nursery.start_soon(self._writer.keep_spare)
             nursery.start_soon(self._watch_rooms)
+            nursery.start_soon(self.activity.run)
             link = partial(self.uplink.run, self._state, self._objects, self._recovered_lsn)
             nursery.start_soon(self.guard_log, link)
             nursery.start_soon(self.guard_log, self._objects.run)
@@ -169,7 +173,11 @@ class Pipeline:
 
     async def _run_release(self) -> None:
         await self.uplink.wait_connected()
-        await self._release.run(self.needed_from, self.tables.remembered)
+        await self._release.run(self.needed_from, self.tables.remembered, self._quiet_tables)
+
+    def _quiet_tables(self) -> tuple[int, list[UUID]]:
+        quiet = [table.info.uuid for table in self.tables.all() if table.quiet]
+        return self._state.state.birth, quiet
 
     async def _run_tables(self, task_status: trio.TaskStatus[None]) -> None:
         await self.guard_log(partial(self.tables.run, task_status))
@@ -229,6 +237,7 @@ class Pipeline:
 
         Cancellation: as a crash at that moment.
         """
+        self.activity.close()
         self.memory.close()
         await self._disk_ended.wait()
         await self._writer.close()
@@ -270,6 +279,9 @@ class Pipeline:
         else:
             # A resend is answered whatever the gates say: refusing it would say that it is not in the table.
             self._check_known(table, known.lsn)
+        if table.quiet and known is None:
+            # In the log before the write; a stream, whose acks matter, has waited until it is on disk.
+            self.activity.note_writing(table)
         digest = crc32c(payload.ipc) if key else 0
         appended = self.memory.append(
             table.info,
@@ -282,6 +294,7 @@ class Pipeline:
             urgent=requested > Tier.MEMORY,
         )
         if not appended.duplicate:
+            assert not table.quiet, "a write of a table that the log calls quiet"
             table.last_lsn = appended.lsn
             self._space.note_accepted(payload.size)
             table.room_left -= payload.size
@@ -424,15 +437,31 @@ class Pipeline:
             Tier.ICEBERG_COMMITTED: table.committed.lsn,
         }
 
-    def resume_marks(self, table: Table, lsn: int) -> dict[Tier, int]:
-        """Answer a handshake: per tier the largest W such that nothing up to min(W, ``lsn``) is missing (3.3)."""
+    async def hold(self, table: Table) -> None:
+        """Hold a table open for a stream's writes (R37); see ``TableActivity.hold``. Undone by ``activity.let_go``."""
+        if self._failure is not None or self._draining:
+            # Nothing new is accepted any more.
+            table.streams += 1
+            return
+        await self.activity.hold(table)
+
+    def resume_marks(self, table: Table, lsn: int, settled_lsn: int = 0) -> dict[Tier, int]:
+        """Answer a handshake: per tier the largest W such that nothing up to min(W, ``lsn``) is missing (3.3).
+
+        Args:
+            table: the stream's table: only what it can have lost counts (R37).
+            lsn: the highest LSN that the client was ever given.
+            settled_lsn: lost ranges up to here are the client's past.
+        """
         marks = self.table_marks(table)
         idle = not table.backlog and table.last_lsn <= table.committed.lsn
         if table.taken_up and idle and lsn > table.known_from_lsn:
             # Nothing of this table is on its way: it holds all there is. What was given before it was known here was
             # another table's.
             marks[Tier.ICEBERG_COMMITTED] = marks[Tier.OBJECT_STORAGE]
-        cap = min([lsn, *(lost.range.after for lost in self._release.remembered_lost())])
+        lost = (found.range for found in self._release.remembered_lost() if found.counts_against(table.info.uuid))
+        hurt = (found for found in lost if found.through > max(table.created_lsn, settled_lsn))
+        cap = min([lsn, *(found.after for found in hurt)])
         return {tier: min(mark, cap) for tier, mark in marks.items()}
 
     async def flush(self, table: Table, tier: Tier) -> int:

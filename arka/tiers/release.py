@@ -70,6 +70,12 @@ class _Checkpoint(msgspec.Struct, frozen=True, array_like=True):
     #: Every table known: UUID, ``TableInfo.to_bytes``, the last LSN that Iceberg was seen to hold of it, and the LSN
     #: from which on it is known.
     tables: list[tuple[bytes, bytes, int, int]]
+    #: Of the log on the disk that ``quiet`` speaks of (R37).
+    birth: int = 0
+    #: UUIDs of the tables that were quiet when this was written.
+    quiet: list[bytes] = []
+    #: (after, through, UUIDs): against whom a lost range counts; one that is not here counts against all.
+    lost_tables: list[tuple[int, int, list[bytes]]] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +85,12 @@ class LostRange:
     range: LsnRange
     #: By the log's clock.
     noted_us: int
+    #: Which tables may have lost writes in it; None for all (R37).
+    tables: frozenset[UUID] | None = None
+
+    def counts_against(self, table: UUID) -> bool:
+        """Whether writes of this table may be among them."""
+        return self.tables is None or table in self.tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +102,16 @@ class LoadedCheckpoints:
         tables: the tables that the newest one knows.
         through_lsn: everything up to here is covered.
         clock_us: the highest value of the log's clock.
+        birth: of the log on the disk that ``quiet`` speaks of.
+        quiet: the tables that were quiet when the newest one was written (R37).
     """
 
     lost: tuple[LostRange, ...]
     tables: tuple[KnownTable, ...]
     through_lsn: int
     clock_us: int
+    birth: int = 0
+    quiet: frozenset[UUID] = frozenset()
 
 
 @dataclass(slots=True)
@@ -155,6 +171,7 @@ class LogRelease:
         self._epoch = epoch
         self._lost = list(lost)
         self._covered_lsn = after_lsn
+        self._quiet: Callable[[], tuple[int, Iterable[UUID]]] = lambda: (0, ())
         self._retention_us = int(retention_s * 1e6)
         self._grace_s = grace_s
         # Oldest first; the last one may be active.
@@ -197,12 +214,18 @@ class LogRelease:
         self._lost = [lost for lost in self._lost if lost.noted_us >= oldest_us]
         return self._lost
 
-    async def run(self, needed_from: Callable[[], int], tables: Callable[[], Iterable[KnownTable]]) -> None:
+    async def run(
+        self,
+        needed_from: Callable[[], int],
+        tables: Callable[[], Iterable[KnownTable]],
+        quiet: Callable[[], tuple[int, Iterable[UUID]]] = lambda: (0, ()),
+    ) -> None:
         """Look for what may go, until cancelled. Outages are waited for.
 
         Args:
             needed_from: returns the least LSN that a later tier still needs.
             tables: returns every table that is known.
+            quiet: returns the log's birth and the quiet tables (R37).
 
         Raises:
             Fenced: another process owns the log.
@@ -210,6 +233,7 @@ class LogRelease:
 
         Cancellation: what was not deleted yet is deleted after the next start.
         """
+        self._quiet = quiet
         while True:
             await trio.sleep(_POLL_S)
             # Also of tables that nobody commits to any more.
@@ -245,6 +269,12 @@ class LogRelease:
         return True
 
     async def _write_checkpoint(self, through_lsn: int, tables: Iterable[KnownTable]) -> None:
+        birth, quiet = self._quiet()
+        lost_tables = [
+            (lost.range.after, lost.range.through, [table.bytes for table in sorted(lost.tables)])
+            for lost in self.remembered_lost()
+            if lost.tables is not None
+        ]
         record = _Checkpoint(
             log_uuid=str(self._log_uuid),
             epoch=self._epoch(),
@@ -256,6 +286,9 @@ class LogRelease:
             keys=[(table.bytes, packed) for table, packed in self._keys.uncovered(through_lsn)],
             dropped=[(table.bytes, lsn) for table, lsn in self._keys.dropped()],
             tables=[(table.info.uuid.bytes, table.info.to_bytes(), *table[1:]) for table in tables],
+            birth=birth,
+            quiet=[table.bytes for table in quiet],
+            lost_tables=lost_tables,
         )
         body = msgspec.msgpack.encode(record)
         key = f"{self._node_id}/checkpoint/{self._epoch():010d}/{through_lsn:016d}"
@@ -358,7 +391,14 @@ async def load_checkpoints(
         clock_us = max(clock_us, newest.clock_us)
         behind_us = clock_us - newest.clock_us
         _take_keys(f"{store.url}/{meta.key}", newest, keys, clock_us)
-        noted = [LostRange(LsnRange(*bounds), noted_us + behind_us) for *bounds, noted_us in newest.lost]
+        against = {
+            LsnRange(after, through): frozenset(UUID(bytes=table) for table in hurt)
+            for after, through, hurt in newest.lost_tables
+        }
+        noted = [
+            LostRange(found, noted_us + behind_us, against.get(found))
+            for found, noted_us in ((LsnRange(after, through), noted_us) for after, through, noted_us in newest.lost)
+        ]
         lost = merge_lost([lost, noted])
         through_lsn = max(through_lsn, newest.through_lsn)
     if newest is None:
@@ -371,7 +411,8 @@ async def load_checkpoints(
         tables = tuple(KnownTable(TableInfo.from_bytes(data), *lsns) for _, data, *lsns in newest.tables)
     except ValueError as error:
         raise DataCorruption(f"{store.url}/{metas[-1].key}", _CRC_BYTES, "table records", str(error)) from error
-    return LoadedCheckpoints(tuple(remembered), tables, through_lsn, clock_us)
+    quiet = frozenset(UUID(bytes=table) for table in newest.quiet)
+    return LoadedCheckpoints(tuple(remembered), tables, through_lsn, clock_us, newest.birth, quiet)
 
 
 def covered_lsn(key: str) -> int:
@@ -426,8 +467,11 @@ def merge_lost(groups: Sequence[Iterable[LostRange]]) -> list[LostRange]:
     for group in groups:
         for lost in group:
             known = merged.get(lost.range)
-            if known is None or lost.noted_us < known.noted_us:
-                merged[lost.range] = lost
+            if known is not None:
+                # Of two that disagree the one that counts against more.
+                both = None if lost.tables is None or known.tables is None else lost.tables | known.tables
+                lost = LostRange(lost.range, min(lost.noted_us, known.noted_us), both)
+            merged[lost.range] = lost
     return [merged[key] for key in sorted(merged)]
 
 

@@ -20,9 +20,10 @@ from arka.records import KnownTable, LsnRange, TableInfo, TableName
 from arka.tiers import ddl
 from arka.tiers.creates import ReplayedCreates
 from arka.tiers.keys import KeyIndex, pack_entry
+from arka.tiers.release import LoadedCheckpoints
 from arka.tiers.table import Binding, Table
 from arka.wal.recovery import RecoveredFrame
-from arka.wal.segment import parse_lost
+from arka.wal.segment import KIND_ACTIVITY, Activity, parse_lost, parse_lost_tables
 
 log = structlog.get_logger(__name__)
 
@@ -111,7 +112,16 @@ class Replay:
         self.drops: dict[UUID, ddl.PendingDrop] = {}
         # The LSN of each table's last drop record.
         self.dropped: dict[UUID, int] = {}
-        self.lost: list[LsnRange] = []
+        # Each with the tables that it counts against; None for all.
+        self.lost: list[tuple[LsnRange, frozenset[UUID] | None]] = []
+        # The birth of the log on this disk: records of another one mean nothing here (R37).
+        self.birth = 0
+        # By table: whether its last record says quiet, and that record's LSN.
+        self.activity: dict[UUID, tuple[bool, int]] = {}
+        self._tracked = False
+        # LSNs of the intents to create, by location suffix; and of those whose tables were made, by UUID.
+        self._intents: dict[str, int] = {}
+        self._made: dict[UUID, int] = {}
 
     def take(self, frame: RecoveredFrame) -> None:
         """Take one frame, in LSN order."""
@@ -124,9 +134,14 @@ class Replay:
                 self._frames(info.uuid).learn(info)
             case kind if kind == KIND_CREATE:
                 payload = frame.payload()
-                self.creates.take(header.lsn, ddl.parse_create(payload))
+                asked = ddl.parse_create(payload)
+                self.creates.take(header.lsn, asked)
                 created = ddl.parse_created(payload)
-                if created is not None:
+                if created is None:
+                    self._intents[asked.location_suffix] = header.lsn
+                else:
+                    if created.location.endswith(asked.location_suffix) and asked.location_suffix in self._intents:
+                        self._made[created.uuid] = self._intents[asked.location_suffix]
                     frames = self._frames(created.uuid)
                     # Of a table that others made, a record of what was adopted comes behind its first frames.
                     is_first = not frames.infos
@@ -141,6 +156,7 @@ class Replay:
                 # What was written before the drop went with the table; what comes behind it, in a table that was
                 # registered again, does not.
                 self.tables.pop(uuid, None)
+                self.activity.pop(uuid, None)
                 self.dropped[uuid] = header.lsn
                 if record.done:
                     self.drops.pop(uuid, None)
@@ -149,7 +165,13 @@ class Replay:
                         header.lsn, TableName(record.namespace, record.name), record.purge
                     )
             case kind if kind == KIND_LOST:
-                self.lost.append(parse_lost(frame.payload()))
+                payload = frame.payload()
+                self.lost.append((parse_lost(payload), parse_lost_tables(payload)))
+            case kind if kind == KIND_ACTIVITY:
+                activity = Activity.from_bytes(frame.payload())
+                if activity.birth == self.birth:
+                    self._tracked = True
+                    self.activity.update((table, (activity.quiet, header.lsn)) for table in activity.tables)
 
     def known(self, remembered: Iterable[KnownTable]) -> list[KnownTable]:
         """Join the tables that the log describes to those that its newest checkpoint remembers.
@@ -167,6 +189,33 @@ class Replay:
                 known = recorded.pop(uuid, KnownTable(info, 0, frames.created_lsn))
                 recorded[uuid] = known._replace(info=info)
         return list(recorded.values())
+
+    def writing(self, remembered: Iterable[KnownTable], checkpoint: LoadedCheckpoints) -> frozenset[UUID] | None:
+        """The tables that may have had unfinished writes when the last process died; None if nobody kept count (R37).
+
+        Args:
+            remembered: the tables that are known now.
+            checkpoint: what the newest one says of quiet tables; the log says what came after.
+        """
+        told = bool(self.birth) and checkpoint.birth == self.birth
+        if not self._tracked and not told:
+            return None
+        found = {table.info.uuid for table in remembered} | self.activity.keys()
+        return frozenset(table for table in found if not self.is_quiet(table, checkpoint))
+
+    def made_lsn(self, table: UUID) -> int:
+        """The LSN at which the log began to make a table; 0 for one that it may only have come to know."""
+        return self._made.get(table, 0)
+
+    def is_quiet(self, table: UUID, checkpoint: LoadedCheckpoints) -> bool:
+        """Whether the log says that a table is quiet."""
+        frames = self.tables.get(table)
+        last_lsn = 0 if frames is None else frames.last_lsn
+        record = self.activity.get(table)
+        if record is not None:
+            quiet, lsn = record
+            return quiet and last_lsn < lsn
+        return checkpoint.birth == self.birth and table in checkpoint.quiet and last_lsn <= checkpoint.through_lsn
 
     def _frames(self, uuid: UUID) -> TableFrames:
         frames = self.tables.get(uuid)

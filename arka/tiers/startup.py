@@ -7,6 +7,7 @@ a catalog that is away delays only what needs it: with a log on the disk the sta
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -102,6 +103,9 @@ class _Start:
             assert taken is not None
             taken, state = await self._new_disk(taken)
         state_file = LogStateFile(self._wal_dir, self._world.disk, state)
+        if not state.birth:
+            await state_file.raise_to(birth=secrets.randbits(63) | 1)
+        self._replay.birth = state_file.state.birth
         # A higher epoch, before a segment carries it; a higher ceiling, before a write does.
         await self._note_epoch(state_file, taken)
         recovered = await self._recover(state_file.state)

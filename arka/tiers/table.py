@@ -115,6 +115,16 @@ class Table:
         self.drop_lsn: int | None = None
         #: Whether its backlog and ``last_lsn`` speak of all its frames, parked ones too.
         self.taken_up = False
+        #: This log made the table, and none of its writes has an LSN up to here; 0 where that is not known.
+        self.created_lsn = 0
+        #: Whether the log says that nobody writes to it (R37); ``arka.tiers.activity`` alone changes the next four.
+        self.quiet = False
+        #: LSN of the last record that it is written to.
+        self.writing_lsn = 0
+        #: Streams that hold it open.
+        self.streams = 0
+        #: Since when it has been without one, on trio's clock; None before anybody looked.
+        self.idle_since: float | None = None
         self.hurried_lsn = 0
         self.changed = trio.Event()
         self._end_listeners: dict[Callable[[Ending], None], None] = {}

@@ -593,7 +593,10 @@ class Tables:
         found, created = await ddl.create_table(self.catalog, definition, suffix, owner=self._owner)
         await failpoints.reach("create.done")
         self._creates.made(found.info, suffix)
-        return self.register(found), created
+        table = self.register(found)
+        if created:
+            table.created_lsn = self._memory.last_lsn
+        return table, created
 
     async def _finish_create(self, pending: PendingCreate, listing: CatalogListing) -> None:
         """Do a create that an earlier process wrote into the log, whose client was told nothing.

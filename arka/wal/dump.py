@@ -29,7 +29,7 @@ from arka.wal.logstate import LogState, newest_slot, read_slots
 from arka.wal.named import find_unnamed
 from arka.wal.scan import SegmentScan, TornBytes, may_have_tail
 from arka.wal.seal import SEAL_NAME, SealMark, read_seal
-from arka.wal.segment import FRAME_HEADER_BYTES, HEADER_BYTES, SegmentHeader, parse_mark
+from arka.wal.segment import FRAME_HEADER_BYTES, HEADER_BYTES, KIND_ACTIVITY, SegmentHeader, parse_mark
 from arka.wal.walk import DamagedStretch, list_segments, walk_frames
 
 _KIND_WORDS: Final = {
@@ -38,6 +38,7 @@ _KIND_WORDS: Final = {
     KIND_CREATE: "create",
     KIND_DROP: "drop",
     KIND_LOST: "lost",
+    KIND_ACTIVITY: "activity",
     KIND_GROUP: "group",
     KIND_FOOTER: "footer",
 }

@@ -28,8 +28,8 @@ _MAGIC: Final = magic(b"ARKL")
 #: A page each, so that writing one slot cannot tear the other.
 _SLOT_BYTES: Final = 4096
 _SLOTS: Final = 2
-# magic, crc, version, reserved, log uuid, epoch, lsn ceiling, generation, store ceiling, started epoch
-_LAYOUT: Final = struct.Struct("<IIII16sQQQQQ")
+# magic, crc, version, reserved, log uuid, epoch, lsn ceiling, generation, store ceiling, started epoch, birth
+_LAYOUT: Final = struct.Struct("<IIII16sQQQQQQ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,8 @@ class LogState:
         generation: how often the state was written.
         started_epoch: the highest epoch whose start the object store was seen to record; 0 for none: nothing was ever
             served from a disk that was just made or restored, and it may be made again (R13).
+        birth: a random number of this log on this disk; 0 where none was made yet. What only a disk's own log can know
+            carries it, and means nothing after a restore (R37).
     """
 
     log_uuid: UUID
@@ -53,6 +55,7 @@ class LogState:
     store_ceiling: int
     generation: int = 1
     started_epoch: int = 0
+    birth: int = 0
 
     @classmethod
     async def create(
@@ -140,6 +143,7 @@ class LogState:
             self.generation,
             self.store_ceiling,
             self.started_epoch,
+            self.birth,
         )
         return seal_block(fields.ljust(_SLOT_BYTES, b"\0"))
 
@@ -216,9 +220,15 @@ class LogStateFile:
         return self._state
 
     async def raise_to(
-        self, *, epoch: int = 0, lsn_ceiling: int = 0, store_ceiling: int = 0, started_epoch: int = 0
+        self,
+        *,
+        epoch: int = 0,
+        lsn_ceiling: int = 0,
+        store_ceiling: int = 0,
+        started_epoch: int = 0,
+        birth: int = 0,
     ) -> None:
-        """Raise parts of the state; one that is higher already stays.
+        """Raise parts of the state; one that is higher already stays, and so does a birth.
 
         Raises:
             Shortage: the old state is in force: ask again (R31).
@@ -236,6 +246,7 @@ class LogStateFile:
                 lsn_ceiling=max(lsn_ceiling, old.lsn_ceiling),
                 store_ceiling=max(store_ceiling, old.store_ceiling),
                 started_epoch=max(started_epoch, old.started_epoch),
+                birth=old.birth or birth,
             )
             if wanted != old:
                 self._state = await wanted.write(self._directory, self._disk)
@@ -262,8 +273,8 @@ def read_slots(directory: Path, disk: Disk) -> list[LogState | DataCorruption] |
             slots.append(error)
             continue
         fields = _LAYOUT.unpack_from(data, offset)
-        uuid, epoch, ceiling, generation, store_ceiling, started = fields[4:]
-        slots.append(LogState(UUID(bytes=uuid), epoch, ceiling, store_ceiling, generation, started))
+        uuid, epoch, ceiling, generation, store_ceiling, started, birth = fields[4:]
+        slots.append(LogState(UUID(bytes=uuid), epoch, ceiling, store_ceiling, generation, started, birth))
     return slots
 
 

@@ -28,7 +28,7 @@ from arka._core.framing import KIND_BATCH, KIND_CREATE, KIND_DROP, KIND_LOST, Fr
 from arka.errors import ConfigurationError, DataCorruption
 from arka.records import Operation, TableInfo
 from arka.storage.ports import Disk
-from arka.wal.segment import FRAME_HEADER_BYTES, parse_lost
+from arka.wal.segment import FRAME_HEADER_BYTES, KIND_ACTIVITY, Activity, parse_lost
 from arka.wal.spans import LsnSpan, subtract_spans
 from arka.wal.survey import IntactSegment, LogSurvey, TableKey
 from arka.wal.walk import FoundFrame, walk_frames
@@ -38,7 +38,7 @@ REPORT_NAME: Final = "salvage.json"
 #: Of ``salvage.json``.
 _REPORT_VERSION: Final = 1
 
-_RECORD_WORDS: Final = {KIND_CREATE: "create", KIND_DROP: "drop", KIND_LOST: "lost"}
+_RECORD_WORDS: Final = {KIND_CREATE: "create", KIND_DROP: "drop", KIND_LOST: "lost", KIND_ACTIVITY: "activity"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +206,8 @@ def _record_payload(kind: int, payload: bytes) -> Any:
     try:
         if kind == KIND_LOST:
             return parse_lost(payload)._asdict()
+        if kind == KIND_ACTIVITY:
+            return msgspec.to_builtins(Activity.from_bytes(payload)._asdict())
         return msgspec.json.decode(msgspec.json.encode(msgspec.msgpack.decode(payload)))
     except (msgspec.MsgspecError, ValueError, TypeError):
         return payload.hex()

@@ -27,9 +27,9 @@ from arka._core.framing import (
     verify_frame,
 )
 from arka.errors import DataCorruption
-from arka.wal.segment import HEADER_BYTES, Footer, GroupMark, SegmentHeader, corruption, parse_mark
+from arka.wal.segment import HEADER_BYTES, KIND_ACTIVITY, Footer, GroupMark, SegmentHeader, corruption, parse_mark
 
-_LSN_KINDS = frozenset({KIND_BATCH, KIND_CREATE, KIND_DROP, KIND_LOST})
+_LSN_KINDS = frozenset({KIND_BATCH, KIND_CREATE, KIND_DROP, KIND_LOST, KIND_ACTIVITY})
 
 
 class TornBytes(NamedTuple):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -38,6 +38,9 @@ from arka.wal.blocks import FORMAT_VERSION, check_block, magic, seal_block
 HEADER_BYTES: Final = 4096
 FRAME_HEADER_BYTES: Final = 128
 
+#: Kind of a frame that says which tables are written to or quiet from here on (R37); it takes an LSN.
+KIND_ACTIVITY: Final = 8
+
 #: Kinds that take an LSN; the others are the log's own.
 CONTROL_KINDS: Final = frozenset({KIND_TABLE, KIND_GROUP, KIND_FOOTER})
 
@@ -55,6 +58,11 @@ _GROUP: Final = struct.Struct("<16sQQQQ")
 # nonce, synced through, own offset, first lsn, last lsn, frames
 _FOOTER: Final = struct.Struct("<16sQQQQQ")
 _LOST: Final = struct.Struct("<QQ")
+# number of tables, whose UUIDs follow
+_COUNT: Final = struct.Struct("<Q")
+# birth, 1 for quiet; UUIDs follow
+_ACTIVITY: Final = struct.Struct("<QQ")
+_UUID_BYTES: Final = 16
 
 
 def segment_name(number: int) -> str:
@@ -241,9 +249,17 @@ def parse_mark(data: memoryview, offset: int, header: FrameHeader) -> GroupMark 
     return None
 
 
-def encode_lost(lost: LsnRange) -> bytes:
-    """Encode the payload of a LOST frame (R3)."""
-    return _LOST.pack(lost.after, lost.through)
+def encode_lost(lost: LsnRange, tables: Collection[UUID] | None = None) -> bytes:
+    """Encode the payload of a LOST frame (R3).
+
+    Args:
+        lost: the range.
+        tables: those that it counts against; None for all (R37).
+    """
+    payload = _LOST.pack(lost.after, lost.through)
+    if tables is None:
+        return payload
+    return payload + _COUNT.pack(len(tables)) + b"".join(table.bytes for table in tables)
 
 
 def parse_lost(payload: bytes) -> LsnRange:
@@ -252,9 +268,57 @@ def parse_lost(payload: bytes) -> LsnRange:
     Raises:
         ValueError: it is none.
     """
-    if len(payload) != _LOST.size:
-        raise ValueError(f"a lost range has {_LOST.size} bytes, found {len(payload)}")
-    return LsnRange(*_LOST.unpack(payload))
+    parse_lost_tables(payload)
+    return LsnRange(*_LOST.unpack_from(payload))
+
+
+def parse_lost_tables(payload: bytes) -> frozenset[UUID] | None:
+    """Decode which tables a LOST frame counts against; None for all, as in every frame of an older version.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if len(payload) == _LOST.size:
+        return None
+    head = _LOST.size + _COUNT.size
+    if len(payload) < head or len(payload) != head + _COUNT.unpack_from(payload, _LOST.size)[0] * _UUID_BYTES:
+        raise ValueError(f"a lost range has {_LOST.size} bytes, or {head} and its tables; found {len(payload)}")
+    return frozenset(_uuids(payload[head:]))
+
+
+class Activity(NamedTuple):
+    """The payload of an ACTIVITY frame: from here on, these tables are quiet, or are written to (R37).
+
+    Attributes:
+        birth: of the log on the disk that it was written to; means nothing on another.
+        quiet: which of the two.
+        tables: which tables.
+    """
+
+    birth: int
+    quiet: bool
+    tables: tuple[UUID, ...]
+
+    def to_bytes(self) -> bytes:
+        """Encode it."""
+        return _ACTIVITY.pack(self.birth, self.quiet) + b"".join(table.bytes for table in self.tables)
+
+    @classmethod
+    def from_bytes(cls, payload: bytes) -> Activity:
+        """Decode it.
+
+        Raises:
+            ValueError: it is none.
+        """
+        names = payload[_ACTIVITY.size :]
+        if len(payload) < _ACTIVITY.size or len(names) % _UUID_BYTES:
+            raise ValueError(f"an activity record has {_ACTIVITY.size} bytes and UUIDs, found {len(payload)}")
+        birth, quiet = _ACTIVITY.unpack_from(payload)
+        return cls(birth, bool(quiet), tuple(_uuids(names)))
+
+
+def _uuids(data: bytes) -> list[UUID]:
+    return [UUID(bytes=data[at : at + _UUID_BYTES]) for at in range(0, len(data), _UUID_BYTES)]
 
 
 def corruption(path: str, error: FrameError) -> DataCorruption:
@@ -299,8 +363,10 @@ __all__ = [
     "CONTROL_KINDS",
     "FRAME_HEADER_BYTES",
     "HEADER_BYTES",
+    "KIND_ACTIVITY",
     "MARK_BYTES",
     "UNFINISHED_SUFFIX",
+    "Activity",
     "AppendedRange",
     "Footer",
     "GroupMark",
@@ -309,6 +375,7 @@ __all__ = [
     "corruption",
     "encode_lost",
     "parse_lost",
+    "parse_lost_tables",
     "parse_mark",
     "parse_segment_name",
     "read_slice",
