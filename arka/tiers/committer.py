@@ -43,6 +43,8 @@ T = TypeVar("T")
 
 #: A commit may cost at most this share of the interval before commits are spread out.
 _COST_SHARE = 0.5
+#: Longest pause for what a commit cost, in commit intervals: an attempt that an outage made long is no measure.
+_MAX_PAUSE_INTERVALS = 4
 #: A commit of so much of iceberg.commit_bytes is full: frames are not cut in pieces.
 _FULL_SHARE = 0.9
 #: Consecutive definite failures (not outages) after which a table is stopped.
@@ -90,6 +92,8 @@ class TableCommitter:
         self._adoption = adoption
         self._failures = 0
         self._size = CutSize()
+        # Seconds of the last attempts at what the commit under way needs.
+        self._cost_s = 0.0
 
     async def run(self) -> bool:
         """Commit until the table is dropped or stopped, or is no longer under its name.
@@ -111,6 +115,7 @@ class TableCommitter:
             if cut is None:
                 continue
             started = trio.current_time()
+            self._cost_s = 0.0
             try:
                 job = await self._encode(cut)
                 result = await self._commit(job, cut)
@@ -136,9 +141,13 @@ class TableCommitter:
                 return table.state is TableState.ACTIVE
             self._apply(cut, result)
             await failpoints.reach("commit.advanced")
-            now = trio.current_time()
-            earliest = max(started + self._options.commit_interval_s, now + (now - started) * (1 / _COST_SHARE - 1) / 2)
+            earliest = max(started + self._options.commit_interval_s, trio.current_time() + self._pause_s())
         return False
+
+    def _pause_s(self) -> float:
+        """How long commits of the table pause for what the last one cost: its last attempts, not an outage before."""
+        pause_s = self._cost_s * (1 / _COST_SHARE - 1) / 2
+        return min(pause_s, _MAX_PAUSE_INTERVALS * self._options.commit_interval_s)
 
     async def _wait_work(self, earliest: float) -> bool:
         """Wait until there is something to commit and it is time; False: look at the state again."""
@@ -177,7 +186,7 @@ class TableCommitter:
         """Have a cut's rows written as Parquet, for as long as it takes."""
         table = self._table
         job = table.frames(self._log_uuid, cut)
-        staged = await self._persist(partial(self._catalog.encode, job), cut)
+        staged = await self._persist("the warehouse to take data files", partial(self._catalog.encode, job), cut)
         return CommitJob(
             table=table.info, log_uuid=self._log_uuid, epoch=self._epoch(), commit_id=uuid4(), staged=staged
         )
@@ -188,7 +197,7 @@ class TableCommitter:
         The same job again after an unknown outcome: the table's own mark says whether it had landed (R16), and
         no file is written twice.
         """
-        return await self._persist(partial(self._attempt, job), cut)
+        return await self._persist("the catalog to commit", partial(self._attempt, job), cut)
 
     async def _attempt(self, job: CommitJob) -> CommitResult:
         """Commit once, and adopt what was loaded for it (R27)."""
@@ -200,18 +209,27 @@ class TableCommitter:
             self._adoption.refuse(self._table, result.unusable, question)
         return result
 
-    async def _persist(self, request: Callable[[], Awaitable[T]], cut: Cut) -> T:
-        """Repeat a request until the catalog answers it or the table ends.
+    async def _persist(self, doing: str, request: Callable[[], Awaitable[T]], cut: Cut) -> T:
+        """Repeat a request until the catalog answers it or the table ends; ``doing`` says what is waited for.
 
         Raises:
             DeadlineMissed: it took too long, and a smaller cut may not (R32). A single write's request is repeated: it
                 has a process of its own by then (R19).
         """
         table = self._table
+        started = 0.0
+
+        async def attempt() -> T:
+            nonlocal started
+            started = trio.current_time()
+            table.effort.begin(doing)
+            return await request()
+
         stalled = False
 
         def note_stalled(error: Exception) -> None:
             nonlocal stalled
+            table.effort.fail(str(error))
             if isinstance(error, DeadlineMissed) and cut.frames > 1:
                 raise error
             if not stalled:
@@ -220,7 +238,9 @@ class TableCommitter:
             if table.state is not TableState.ACTIVE:
                 raise ArkaError(f"{table.info.name} ended while the catalog was away") from error
 
-        result = await persist(request, CatalogUnavailable, note_stalled, retry_s=self._options.retry_s, rng=self._rng)
+        result = await persist(attempt, CatalogUnavailable, note_stalled, retry_s=self._options.retry_s, rng=self._rng)
+        self._cost_s += trio.current_time() - started
+        table.effort.succeed()
         if stalled:
             log.info("iceberg.recovered", table=str(table.info.name))
         return result
@@ -283,6 +303,7 @@ class TableCommitter:
     def _note_failure(self, reason: str) -> float:
         """Count a definite failure; stops the table when it does not pass. Returns the pause in seconds."""
         self._failures += 1
+        self._table.effort.fail(reason)
         log.error("iceberg.failed", table=str(self._table.info.name), failures=self._failures, reason=reason)
         if self._failures >= _MAX_FAILURES:
             self._table.stop(f"Table {self._table.info.name} cannot be committed: {reason}")

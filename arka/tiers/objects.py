@@ -29,6 +29,7 @@ from arka.storage.ports import Buffer, ObjectExists, ObjectStore, StoreUnavailab
 from arka.storage.threads import run_compute
 from arka.tiers.lease import EpochLease
 from arka.tiers.retry import persist
+from arka.tiers.watch import Effort
 from arka.wal.objectfile import EncodedObject, ObjectRef, encode_object, first_frame_above
 from arka.wal.segment import AppendedRange
 
@@ -107,6 +108,8 @@ class ObjectTier:
         self._uploaded = trio.Event()
         self._objects = 0
         self._stalled = False
+        #: What is tried to bring the log into the store, for the watch (R35).
+        self.effort = Effort("the object store, which has not answered since the start")
 
     @property
     def connected(self) -> bool:
@@ -328,15 +331,18 @@ class ObjectTier:
 
     async def _persist(self, request: Callable[[], Awaitable[T]]) -> T:
         """Repeat a request until it is answered."""
+        self.effort.begin("the object store to answer")
         answer = await persist(
             request, StoreUnavailable, self._note_stalled, retry_s=self._options.retry_s, rng=self._rng
         )
+        self.effort.succeed()
         if self._stalled:
             self._stalled = False
             log.info("objects.recovered", store=self._store.url)
         return answer
 
     def _note_stalled(self, error: Exception) -> None:
+        self.effort.fail(str(error))
         if not self._stalled:
             self._stalled = True
             log.warning("objects.stalled", store=self._store.url, reason=str(error))

@@ -8,7 +8,7 @@ table's failure stays in the table.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -31,9 +31,10 @@ from arka.tiers.objects import ObjectTier
 from arka.tiers.release import LogRelease
 from arka.tiers.room import Room
 from arka.tiers.space import POLL_S, DiskSpace, SharedRoom
-from arka.tiers.table import Table
+from arka.tiers.table import Table, TableState
 from arka.tiers.tables import Tables
 from arka.tiers.uplink import Taken, Uplink
+from arka.tiers.watch import Effort, State, Watch, Watched
 from arka.tiers.watermarks import Bracket, Watermark
 from arka.wal.logstate import LogStateFile
 from arka.wal.writer import AppendedRange, WalPoisoned, WalWriter
@@ -130,6 +131,15 @@ class Pipeline:
         )
         #: Which tables are quiet (R37).
         self.activity = TableActivity(parts.memory, parts.marks.disk, lambda: parts.state.state.birth, parts.tables.all)
+        self._disk_effort = Effort("the disk to take a group")
+        disk, stored = Tier.DISK.word, Tier.OBJECT_STORAGE.word
+        self._watch = Watch(
+            [
+                Watched(disk, self._disk_effort, self._disk_state, settings.wal.group_linger_s),
+                Watched(stored, parts.objects.effort, self._objects_state, settings.object_store.linger_s),
+            ],
+            self._watched_tables,
+        )
         # Where the log ended on this disk when the process began.
         self._recovered_lsn = parts.marks.disk.lsn
         self._draining = False
@@ -156,6 +166,7 @@ class Pipeline:
             nursery.start_soon(self._writer.keep_spare)
             nursery.start_soon(self._watch_rooms)
             nursery.start_soon(self.activity.run)
+            nursery.start_soon(self._watch.run)
             link = partial(self.uplink.run, self._state, self._objects, self._recovered_lsn)
             nursery.start_soon(self.guard_log, link)
             nursery.start_soon(self.guard_log, self._objects.run)
@@ -408,6 +419,48 @@ class Pipeline:
     def note_held(self, kind: str, delta: int) -> None:
         """Count bytes beside the log that ``limits.disk_bytes`` is for; see ``DiskSpace.note_held``."""
         self._space.note_held(kind, delta)
+
+    # -- what stands still (R35) ------------------------------------------------------------------
+
+    def _disk_state(self) -> State:
+        reached = self._marks.disk.lsn
+        held_back = self._writer.held_back
+        if held_back is None:
+            self._disk_effort.succeed()
+        else:
+            self._disk_effort.fail(f"no new segment of the log can be made: {held_back}")
+        waits = self.memory.queued_bytes > 0 or self._disk_tier.writing_bytes > 0
+        return State(reached, max(self.memory.last_lsn, reached + 1) if waits else reached)
+
+    def _objects_state(self) -> State:
+        reached = self._marks.objects.lsn
+        found = self._objects.statistics()
+        waits = self._objects.unstored_bytes > 0 or found.uploading > 0
+        return State(reached, max(self._marks.disk.lsn, reached + 1) if waits else reached)
+
+    def _watched_tables(self) -> Iterator[Watched]:
+        for table in self.tables.all():
+            if table.state is TableState.ACTIVE:
+                yield self._watched(table)
+
+    def _watched(self, table: Table) -> Watched:
+        if table.watched is None:
+
+            def look() -> State:
+                # What is not in the store yet waits for that tier.
+                first_lsn, stored_lsn = table.backlog.first_lsn, self._marks.objects.lsn
+                waits = first_lsn is not None and first_lsn <= stored_lsn
+                return State(table.committed.lsn, min(table.backlog.last_lsn, stored_lsn) if waits else 0)
+
+            word = Tier.ICEBERG_COMMITTED.word
+            table.watched = Watched(word, table.effort, look, self._commit_interval_s, lambda: str(table.info.name))
+        return table.watched
+
+    def stalled(self, table: Table) -> str | None:
+        """Why a table's writes make no progress, for people; None: they do, or there are none."""
+        if table.state is not TableState.ACTIVE or table.last_lsn <= table.committed.lsn:
+            return None
+        return self._watch.stalled_above() or self._watched(table).stalled
 
     # -- what streams listen to -------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ from arka.tiers.replay import ProgressLog, Replay
 from arka.tiers.reservation import DISK_BLOCK
 from arka.tiers.restore import restore_log
 from arka.tiers.tables import Tables
-from arka.tiers.uplink import Taken, Uplink, ask_store
+from arka.tiers.uplink import Patience, Taken, Uplink, ask_store
 from arka.wal.logstate import LogState, LogStateFile
 from arka.wal.named import find_headless
 from arka.wal.recovery import RecoveredLog, recover
@@ -39,6 +39,8 @@ log = structlog.get_logger(__name__)
 
 #: How long a start that could go on without asks a store, and then a catalog, that fail, in seconds.
 _PATIENCE_S: Final = 5.0
+#: How long it waits for a store that answers slowly, all steps together, in seconds.
+_SLOW_S: Final = 30.0
 #: The pause between two questions to the catalog.
 _RETRY_S: Final = 1.0
 #: How long it waits for the catalog's first answer, in seconds: on a busy machine a worker takes many to begin.
@@ -84,6 +86,8 @@ class _Start:
         self._uplink = Uplink(world.store, self._checkpoint_store, claim)
         self._keys = KeyIndex(settings.idempotency.retention_s, limit=settings.idempotency.keys)
         self._replay = Replay()
+        # Of all steps together: a slow store must not hold each of them up.
+        self._patience = Patience(_PATIENCE_S, _SLOW_S)
 
     async def run(self) -> OpenLog:
         """Do all of it."""
@@ -97,7 +101,7 @@ class _Start:
         if state is not None:
             # What a failed fsync left in the page cache is not on the disk: make it so before the store hears of it.
             state = await state.write(self._wal_dir, self._world.disk)
-        taken = await self._take(state, patience_s=None if state is None else _PATIENCE_S)
+        taken = await self._take(state, patience=None if state is None else self._patience)
         is_new = state is None
         if state is None:
             assert taken is not None
@@ -110,7 +114,7 @@ class _Start:
         await self._note_epoch(state_file, taken)
         recovered = await self._recover(state_file.state)
         if taken is None and not await self._may_start_alone(state, recovered):
-            taken = await self._take(state, patience_s=None)
+            taken = await self._take(state, patience=None)
             await self._note_epoch(state_file, taken)
         first_lsn = max(state.lsn_ceiling, recovered.last_lsn + 1)
         ceiling = min(first_lsn + DISK_BLOCK, state_file.state.store_ceiling)
@@ -129,16 +133,16 @@ class _Start:
         opened = await assemble(self._settings, self._world, found, self._uplink, self._checkpoint_store)
         if taken is not None:
             # Nothing is served from a new disk before its start is recorded: an older one could be let in beside it.
-            await self._connect(taken, opened, patience_s=None if is_new else _PATIENCE_S)
+            await self._connect(taken, opened, patience=None if is_new else self._patience)
         await self._know_tables(opened.pipeline.tables)
         return opened
 
     # -- the store --------------------------------------------------------------------------------
 
-    async def _take(self, state: LogState | None, *, patience_s: float | None) -> Taken | None:
+    async def _take(self, state: LogState | None, *, patience: Patience | None) -> Taken | None:
         """Take the epoch; None when the store is away and patience is over."""
         try:
-            return await ask_store(partial(self._uplink.take, state), patience_s=patience_s)
+            return await ask_store(partial(self._uplink.take, state), patience=patience)
         except StoreUnavailable:
             return None
 
@@ -198,10 +202,10 @@ class _Start:
 
         return await ask_store(attempt)
 
-    async def _connect(self, taken: Taken, opened: OpenLog, *, patience_s: float | None) -> None:
+    async def _connect(self, taken: Taken, opened: OpenLog, *, patience: Patience | None) -> None:
         """Let the log go to the store; if that goes away just now, the pipeline does it later."""
         try:
-            await ask_store(partial(opened.pipeline.connect, taken), patience_s=patience_s)
+            await ask_store(partial(opened.pipeline.connect, taken), patience=patience)
         except StoreUnavailable as error:
             log.warning("objects.unavailable", reason=str(error))
 

@@ -20,6 +20,7 @@ from arka.records import TableInfo, Tier
 from arka.storage.ports import AcceptedSpec, CatalogTable, TableFrames
 from arka.tiers.backlog import Backlog, Cut
 from arka.tiers.room import Room
+from arka.tiers.watch import Effort, Watched
 from arka.tiers.watermarks import Watermark
 
 #: Before every moment of trio's clock.
@@ -93,6 +94,9 @@ class Table:
         self.fetched = Backlog()
         #: How many bytes may be accepted until somebody looks whether that is still so.
         self.room_left = 0
+        #: What is tried to bring its writes into Iceberg, for the watch (R35).
+        self.effort = Effort("the catalog, which has not named the table since the start")
+        self.watched: Watched | None = None
         #: Whether its writes are let in: below the log's room once the table is in the node's list.
         self.room = Room("table", table=str(info.name))
         #: The schemas that waiting frames may use, by id (R24).

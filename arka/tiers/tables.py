@@ -313,10 +313,17 @@ class Tables:
             try:
                 await request()
             except CatalogUnavailable as error:
+                self._tell_waiting(str(error))
                 log.warning("catalog.unavailable", reason=str(error), retry_s=retry_s)
                 await trio.sleep(retry_s)
             else:
                 return
+
+    def _tell_waiting(self, reason: str) -> None:
+        """Tell the watch why tables that nobody commits yet wait (R35)."""
+        for table in self.all():
+            if not table.taken_up:
+                table.effort.fail(reason)
 
     def restore(
         self,

@@ -7,8 +7,10 @@ before anything is uploaded (R11). Does not own any of these steps.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from math import inf
 from typing import Final, TypeVar
 
 import structlog
@@ -31,8 +33,6 @@ T = TypeVar("T")
 
 #: Pause between two attempts to reach a store that is away, in seconds.
 _RETRY_S: Final = 1.0
-#: How long a start that could go on without waits for a request that is under way, in seconds.
-_ANSWER_S: Final = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +190,7 @@ class Uplink:
             try:
                 await attempt()
             except StoreUnavailable as error:
+                objects.effort.fail(str(error))
                 log.debug("objects.unavailable", reason=str(error))
                 await trio.sleep(_RETRY_S)
             except ConfigurationError as error:
@@ -213,32 +214,59 @@ class Uplink:
         return self._lease
 
 
-async def ask_store(request: Callable[[], Awaitable[T]], *, patience_s: float | None = None) -> T:
+class Patience:
+    """How long the steps of a start wait for a store, all together (R31): one slow step leaves less to the next.
+
+    Only waiting counts: what the disk takes between two steps does not.
+    """
+
+    def __init__(self, failing_s: float, slow_s: float) -> None:
+        """Set the times.
+
+        Args:
+            failing_s: for how long requests that fail are made again.
+            slow_s: for how long answers are waited for.
+        """
+        self._failing_s = failing_s
+        self._slow_s = slow_s
+
+    @contextmanager
+    def spend(self) -> Iterator[tuple[float, float]]:
+        """Wait for one step; yields until when failed requests are made again, and until when answers are awaited."""
+        started = trio.current_time()
+        try:
+            yield started + self._failing_s, started + self._slow_s
+        finally:
+            spent = trio.current_time() - started
+            self._failing_s = max(0.0, self._failing_s - spent)
+            self._slow_s = max(0.0, self._slow_s - spent)
+
+
+async def ask_store(request: Callable[[], Awaitable[T]], *, patience: Patience | None = None) -> T:
     """Repeat a request of a start until the store answers.
 
     Args:
         request: raises StoreUnavailable to be asked again.
-        patience_s: for how long it is asked again; None for ever. A request that is under way is waited for a little
-            longer: a slow store is no reason to go on without.
+        patience: for how long it is asked again, and waited for; None for ever.
 
     Raises:
         ConfigurationError: the store refuses our requests: a person has to act.
         StoreUnavailable: patience is over.
     """
-    deadline = None if patience_s is None else trio.current_time() + patience_s
-    scope = trio.CancelScope() if deadline is None else trio.CancelScope(deadline=deadline + _ANSWER_S)
-    with scope:
-        while True:
-            try:
-                return await request()
-            except StoreRefused as error:
-                raise ConfigurationError(f"The object store refuses our requests: {error}") from error
-            except StoreUnavailable as error:
-                log.warning("objects.unavailable", reason=str(error), retry_s=_RETRY_S)
-                if deadline is not None and trio.current_time() >= deadline:
-                    raise
-                await trio.sleep(_RETRY_S)
-    raise StoreUnavailable("the object store has not answered for too long")
+    with nullcontext((inf, inf)) if patience is None else patience.spend() as (retry_until, wait_until):
+        with trio.CancelScope(deadline=wait_until):
+            while True:
+                try:
+                    return await request()
+                except StoreRefused as error:
+                    raise ConfigurationError(f"The object store refuses our requests: {error}") from error
+                except StoreUnavailable as error:
+                    log.warning("objects.unavailable", reason=str(error), retry_s=_RETRY_S)
+                    if trio.current_time() >= retry_until:
+                        raise
+                    await trio.sleep(_RETRY_S)
+        log.warning("objects.slow", hint="the start goes on without the store; the log goes there once it answers")
+        raise StoreUnavailable("the object store has not answered for too long")
 
 
-__all__ = ["Taken", "Uplink", "ask_store"]
+__all__ = ["Patience", "Taken", "Uplink", "ask_store"]

@@ -220,3 +220,35 @@ async def test_full_commits_follow_each_other(autojump_clock: MockClock, nursery
     await bench.table.committed.wait_reached(9)
     assert trio.current_time() - started > 4.0
     assert [through - after for after, through in bench.catalog.encoded] == [2, 2, 2, 2, 1]
+
+
+@pytest.mark.parametrize("slow_s", [0.0, 30.0])
+async def test_an_outage_slows_nothing_down(
+    autojump_clock: MockClock, bench: Bench, slow_s: float
+) -> None:
+    """After an outage commits follow each other as before: its time is no cost, and a long attempt has a cap (R35)."""
+    bench.objects.advance(1_000)
+    bench.catalog.answers = [CatalogUnavailable("away") for _ in range(20)]
+    real = bench.catalog.commit
+
+    async def commit(job: CommitJob) -> CommitResult:
+        if len(bench.catalog.answers) == 1:
+            # The last attempt waits for the catalog and is then answered.
+            bench.catalog.answers.clear()
+            await trio.sleep(slow_s)
+        return await real(job)
+
+    bench.catalog.commit = commit  # type: ignore[method-assign]
+    started = trio.current_time()
+    bench.write()
+    await bench.table.committed.wait_reached(1)
+    recovered = trio.current_time()
+    assert recovered - started > 30
+    for lsn in range(2, 6):
+        bench.write()
+        await bench.table.committed.wait_reached(lsn)
+    assert trio.current_time() - recovered < 4 * 4 * IcebergOptions().commit_interval_s + 1
+    bench.write()
+    waited = trio.current_time()
+    await bench.table.committed.wait_reached(6)
+    assert trio.current_time() - waited < 1
