@@ -17,7 +17,12 @@ from pyiceberg.table.update import AddSnapshotUpdate, TableUpdate
 
 def now_ms() -> int:
     """Return the wall clock's time in milliseconds."""
-    return int(time.time() * 1000)
+    return time.time_ns() // 1_000_000
+
+
+def time_after(newest: int) -> int:
+    """Return now, or a millisecond after ``newest`` if that is later; both in milliseconds."""
+    return max(now_ms(), newest + 1)
 
 
 def newest_ms(metadata: TableMetadata) -> int:
@@ -31,7 +36,7 @@ def newest_ms(metadata: TableMetadata) -> int:
 
 def next_ms(metadata: TableMetadata) -> int:
     """Return the time of a table's next change: now, or a millisecond after its newest time if that is later."""
-    return max(now_ms(), newest_ms(metadata) + 1)
+    return time_after(newest_ms(metadata))
 
 
 def forward_updates(base: TableMetadata, updates: Iterable[TableUpdate]) -> tuple[TableUpdate, ...]:
@@ -58,4 +63,4 @@ def forward_metadata(base: TableMetadata, made: TableMetadata) -> TableMetadata:
     return made.model_copy(update={"last_updated_ms": next_ms(base)})
 
 
-__all__ = ["forward_metadata", "forward_updates", "newest_ms", "next_ms", "now_ms"]
+__all__ = ["forward_metadata", "forward_updates", "newest_ms", "next_ms", "now_ms", "time_after"]

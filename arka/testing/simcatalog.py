@@ -26,6 +26,7 @@ from arka.iceberg.frames import FrameRows
 from arka.iceberg.partition import new_partition_spec, partition_fields
 from arka.iceberg.scan import check_columns, scan_notes
 from arka.iceberg.schema import arrow_schema, field_id, new_iceberg_schema
+from arka.iceberg.timestamps import time_after
 from arka.records import Operation, TableDefinition, TableInfo, TableName, TableType
 from arka.storage.ports import (
     CatalogConflict,
@@ -104,6 +105,8 @@ class _SimTable:
     info: TableInfo
     marks: dict[UUID, CommitMark] = field(default_factory=dict)
     snapshots: list[int] = field(default_factory=list)
+    #: When each snapshot was made, as its metadata says, in milliseconds.
+    times: list[int] = field(default_factory=list)
     commits: dict[UUID, int] = field(default_factory=dict)
     #: Everything that was ever committed, in order, foreign rows included.
     changes: list[FrameRows] = field(default_factory=list)
@@ -159,6 +162,7 @@ class SimCatalog:
         table = self._tables[name]
         table.changes.append(FrameRows(align_batch(batch, table.info.schema), batch.nbytes, Operation.UPSERT, 0))
         table.snapshots.append(next(self._snapshot_ids))
+        table.times.append(time_after(table.times[-1] if table.times else 0))
 
     def foreign_schema(self, name: TableName, change: Callable[[pa.Schema, Callable[[], int]], pa.Schema]) -> None:
         """Let another writer give a table another schema.
@@ -353,6 +357,7 @@ class SimCatalog:
         table.ends[job.log_uuid, job.staged.through_lsn] = len(table.changes), table.info
         table.marks[job.log_uuid] = replace(mark, committed_lsn=job.staged.through_lsn, epoch=job.epoch)
         table.snapshots.append(next(self._snapshot_ids))
+        table.times.append(time_after(table.times[-1] if table.times else 0))
         table.commits[job.commit_id] = table.snapshots[-1]
         return CommitResult(CommitOutcome.COMMITTED, job.staged.through_lsn, table.snapshots[-1], table.describe())
 

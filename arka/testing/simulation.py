@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 from unittest import mock
@@ -65,10 +66,15 @@ from arka.tiers.pipeline import Pipeline
 from arka.tiers.reads import ReadRequest, read_table
 from arka.tiers.startup import open_pipeline
 from arka.tiers.table import Table, TableState
+from arka.tiers.watch import PATIENCE_S
 
 _DATA: Final = Path("/data")
 #: Longest virtual time that a quiet engine may take to bring everything down, in seconds.
 _DRAIN_S: Final = 900.0
+#: What may lack for a while, and is never the error of a write or fsync here.
+_LACKS: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+#: Longest time for which a table may stand still without a word, in seconds.
+_SILENCE_S: Final = PATIENCE_S + 3.0
 #: How many lines of a failed run are shown.
 _TAIL_LINES: Final = 60
 
@@ -168,6 +174,7 @@ class _Life:
                 for writer in writers:
                     streams.start_soon(writer.run, self)
                 streams.start_soon(self._watch_memory)
+                streams.start_soon(self._watch_stalls)
                 if self.quiet:
                     await self._drain()
                     streams.cancel_scope.cancel()
@@ -335,7 +342,7 @@ class _Life:
             if self.left.is_set():
                 # The world is the next life's now.
                 return
-            match rng.randrange(16):
+            match rng.randrange(17):
                 case 0:
                     self.crash()
                 case 1:
@@ -368,8 +375,18 @@ class _Life:
                     self.world.weather.bring_back(self.world.promises.drop_asked)
                 case 15 if self.opened.is_set():
                     self._cut_off()
+                case 16 if self.opened.is_set():
+                    self._run_short()
                 case _:
                     pass
+
+    def _run_short(self) -> None:
+        """Let descriptors or memory lack for a while: files can neither be made nor opened (R31)."""
+        error = self._rng.choice(_LACKS)
+        self.world.trace.count("shortage")
+        for _ in range(self._rng.randint(1, 40)):
+            self.disk.fail_next("create", error)
+            self.disk.fail_next("open", error)
 
     def _cut_power_soon(self) -> None:
         self.world.trace.count("power cut inside a disk job")
@@ -414,6 +431,9 @@ class _Life:
             if not self.quiet:
                 # What the disk and the store do to a process, and what the next owner does to a frozen one.
                 allowed += (OSError, StoreUnavailable)
+            cause = leaf.__cause__ if leaf.__cause__ is not None else leaf
+            if self.opened.is_set() and isinstance(cause, OSError) and cause.errno in _LACKS:
+                raise PromiseBroken(f"{self.name} ended for lack of something: {leaf!r}") from leaf
             poisoned = isinstance(leaf, ArkaError) and leaf.code is ErrorCode.OUTCOME_UNKNOWN and not self.quiet
             fenced = isinstance(leaf, Fenced) and self.superseded
             if not self.process.alive or isinstance(leaf, allowed) or poisoned or fenced:
@@ -446,6 +466,20 @@ class _Life:
                 self.world.promises.fail(
                     f"{self.pipeline.memory.queued_bytes} bytes wait for the disk, {charged} are charged"
                 )
+
+    async def _watch_stalls(self) -> None:
+        """Check that what stands still is said: no stall without a word (R35)."""
+        since: dict[Table, tuple[tuple[int, ...], float]] = {}
+        while True:
+            await trio.sleep(1.0)
+            for table in self.pipeline.tables.all():
+                marks = tuple(self.pipeline.table_marks(table).values())[1:]
+                waits = table.state is TableState.ACTIVE and table.last_lsn > table.committed.lsn
+                known, started = since.get(table, ((), 0.0))
+                if not waits or marks != known or not self.process.alive:
+                    since[table] = (marks, trio.current_time())
+                elif trio.current_time() - started > _SILENCE_S and self.pipeline.stalled(table) is None:
+                    self.world.promises.fail(f"{table.info.name} stands still at {marks}, and nobody says so")
 
     async def _drain(self) -> None:
         """Let every writer finish and everything come down."""
@@ -537,6 +571,9 @@ class _World:
                     old.crash()
                 frozen = []
                 await trio.sleep(after_s)
+                for found in self.weather.tables._tables.values():
+                    if any(later <= earlier for earlier, later in pairwise(found.times)):
+                        self.promises.fail(f"{found.info.name}: the times of its snapshots go back: {found.times}")
                 self.promises.check_end({table.info.uuid for table in self.weather.tables._tables.values()})
                 self._check_keyed()
             nursery.cancel_scope.cancel()

@@ -158,10 +158,16 @@ def change_seal(disk: Disk, directory: Path, mark: SealMark) -> None:
 
 
 def write_whole(disk: Disk, path: Path, parts: Sequence[Buffer]) -> None:
-    """Put a file in place as a whole: a crash leaves the old one or the new one. Blocking."""
+    """Put a file in place as a whole: a crash leaves the old one or the new one. Blocking.
+
+    Raises:
+        Shortage: the old one is there: ask again (R31).
+        OSError: the old one or the new one is there.
+    """
     unfinished = path.with_name(path.name + ".new")
-    disk.remove(unfinished)
-    file = disk.create(unfinished, 0)
+    with short_of():
+        disk.remove(unfinished)
+        file = disk.create(unfinished, 0)
     try:
         file.write(0, parts)
         failpoints.hit("whole.written")

@@ -254,7 +254,13 @@ class WalWriter:
         async with self._lock:
             if self._closed:
                 return
-            await self._disk.run(self._finish)
+            while True:
+                try:
+                    await self._disk.run(self._finish)
+                except Shortage:
+                    await trio.sleep(RETRY_S)
+                else:
+                    break
             self._closed = True
 
     async def _lock_at_once(self) -> None:
@@ -475,6 +481,9 @@ class WalWriter:
             write_seal(self._disk, self._directory, mark)
             self._mark = mark
             failpoints.hit("stop.marked")
+        except Shortage:
+            # What is done already is not done again.
+            raise
         except BaseException as error:
             self._poison = error
             raise WalPoisoned(f"{self._directory}: the log cannot be sealed: {error}") from error

@@ -22,8 +22,9 @@ class _Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ahead_ms = 0
-        real = timestamps.time.time
+        real, real_ns = timestamps.time.time, timestamps.time.time_ns
         monkeypatch.setattr(timestamps.time, "time", lambda: real() + self.ahead_ms / 1000)
+        monkeypatch.setattr(timestamps.time, "time_ns", lambda: real_ns() + self.ahead_ms * 1_000_000)
 
 
 @pytest.fixture

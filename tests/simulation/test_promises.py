@@ -6,13 +6,16 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import count
 from typing import Any
 from uuid import UUID
 
 import pytest
 
+from arka.iceberg import timestamps
 from arka.storage.ports import CommitJob, CommitMark, CommitOutcome, CommitResult
+from arka.testing import simcatalog
 from arka.testing.simcatalog import SimCatalog
 from arka.testing.simulation import Outcome, simulate, simulate_many
 from arka.tiers.disk import DiskTier
@@ -20,8 +23,10 @@ from arka.tiers.effects import Effects
 from arka.tiers.epochs import EpochLease
 from arka.tiers.keys import KeyIndex
 from arka.tiers.logclock import LogClock
+from arka.tiers.pipeline import Pipeline
 from arka.tiers.replay import TableFrames
 from arka.tiers.watermarks import now_us
+from arka.wal import shortage, writer
 
 #: Within so many seeds a broken engine has to be caught.
 CATCH_SEEDS = 150
@@ -57,6 +62,25 @@ def catch() -> str:
         if outcome.broken is not None:
             return outcome.broken
     pytest.fail(f"{CATCH_SEEDS} seeds found nothing wrong with a broken engine")
+
+
+def test_catches_shortage_as_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that takes a lack of descriptors or memory for a failed write is caught (R31)."""
+    monkeypatch.setattr(shortage, "short_of", lambda *_: nullcontext())
+    monkeypatch.setattr(writer, "short_of", lambda *_: nullcontext())
+    assert "for lack of something" in catch()
+
+
+def test_catches_silent_stall(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that watches its tiers and not its tables is caught (R35)."""
+    monkeypatch.setattr(Pipeline, "_watched_tables", lambda self: iter(()))
+    assert "nobody says so" in catch()
+
+
+def test_catches_times_that_go_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Snapshots dated by the wall clock alone are caught by a clock that jumps (R34)."""
+    monkeypatch.setattr(simcatalog, "time_after", lambda newest: timestamps.now_ms())
+    assert "go back" in catch()
 
 
 def test_catches_ack_before_fsync(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -223,9 +223,7 @@ async def test_full_commits_follow_each_other(autojump_clock: MockClock, nursery
 
 
 @pytest.mark.parametrize("slow_s", [0.0, 30.0])
-async def test_an_outage_slows_nothing_down(
-    autojump_clock: MockClock, bench: Bench, slow_s: float
-) -> None:
+async def test_an_outage_slows_nothing_down(autojump_clock: MockClock, bench: Bench, slow_s: float) -> None:
     """After an outage commits follow each other as before: its time is no cost, and a long attempt has a cap (R35)."""
     bench.objects.advance(1_000)
     bench.catalog.answers = [CatalogUnavailable("away") for _ in range(20)]
