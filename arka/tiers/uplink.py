@@ -8,9 +8,8 @@ before anything is uploaded (R11). Does not own any of these steps.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
-from math import inf
 from typing import Final, TypeVar
 
 import structlog
@@ -253,20 +252,26 @@ async def ask_store(request: Callable[[], Awaitable[T]], *, patience: Patience |
         ConfigurationError: the store refuses our requests: a person has to act.
         StoreUnavailable: patience is over.
     """
-    with nullcontext((inf, inf)) if patience is None else patience.spend() as (retry_until, wait_until):
+    if patience is None:
+        return await _repeat(request, None)
+    with patience.spend() as (retry_until, wait_until):
         with trio.CancelScope(deadline=wait_until):
-            while True:
-                try:
-                    return await request()
-                except StoreRefused as error:
-                    raise ConfigurationError(f"The object store refuses our requests: {error}") from error
-                except StoreUnavailable as error:
-                    log.warning("objects.unavailable", reason=str(error), retry_s=_RETRY_S)
-                    if trio.current_time() >= retry_until:
-                        raise
-                    await trio.sleep(_RETRY_S)
+            return await _repeat(request, retry_until)
         log.warning("objects.slow", hint="the start goes on without the store; the log goes there once it answers")
         raise StoreUnavailable("the object store has not answered for too long")
+
+
+async def _repeat(request: Callable[[], Awaitable[T]], until: float | None) -> T:
+    while True:
+        try:
+            return await request()
+        except StoreRefused as error:
+            raise ConfigurationError(f"The object store refuses our requests: {error}") from error
+        except StoreUnavailable as error:
+            log.warning("objects.unavailable", reason=str(error), retry_s=_RETRY_S)
+            if until is not None and trio.current_time() >= until:
+                raise
+            await trio.sleep(_RETRY_S)
 
 
 __all__ = ["Patience", "Taken", "Uplink", "ask_store"]
