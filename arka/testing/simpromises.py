@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 from uuid import UUID
 
+import trio
+
 from arka.iceberg.frames import FrameRows
 from arka.records import AckMessage, Operation, Tier
 from arka.storage.ports import CommitJob
@@ -34,6 +36,7 @@ class Write:
         key: its idempotency key; empty for none.
         requested: the tier it asks for.
         sends: how often it was sent.
+        sent_s: when it was last sent (trio's clock).
         lsn: the LSN that its acks have named, once that binds.
         reached: the highest tier of which an ack binds; -1 for none.
         refused: it was told that it is not in the table and never will be.
@@ -47,6 +50,7 @@ class Write:
     requested: Tier
     victims: tuple[tuple[int, int], ...] = ()
     sends: int = 0
+    sent_s: float = 0.0
     lsn: int = 0
     reached: int = -1
     refused: bool = False
@@ -72,9 +76,14 @@ class StreamAcks:
     Attributes:
         writes: the stream's writes by sequence.
         coalesced: ``acks: watermark``.
+        ordered: the stream keeps its order across refusals.
     """
 
     coalesced: bool
+    #: Whether writes behind a retryable refusal must be refused too (R36).
+    ordered: bool = False
+    #: The first sequence that was refused in such a way; -1 for none.
+    refused_from: int = -1
     writes: list[Write] = field(default_factory=list)
     next_tier: list[int] = field(default_factory=list)
     last_sequence: dict[Tier, int] = field(default_factory=dict)
@@ -109,6 +118,10 @@ class Promises:
         self.drop_asked: set[UUID] = set()
         self.drop_confirmed: set[UUID] = set()
         self.acks: Counter[str] = Counter()
+        #: ``limits.stall_s`` of this run.
+        self.stall_s = 0.0
+        # By process and table: when it last had room for writes, and when it last got some after ``stall_s`` without.
+        self._room_at: dict[tuple[str, UUID], tuple[float, float]] = {}
         # By process: the LSNs that its acks have named, by write.
         self._told: dict[str, dict[int, int]] = {}
 
@@ -157,6 +170,10 @@ class Promises:
         if stream.next_tier[ack.sequence] > write.requested:
             self.fail(f"write {write.number} got an error after its last ack: {ack}")
         stream.next_tier[ack.sequence] = len(Tier)
+        if ack.code == "overloaded":
+            self._check_refusal(node, write)
+        if ack.code in ("overloaded", "unavailable") and stream.ordered and stream.refused_from < 0:
+            stream.refused_from = ack.sequence
         if ack.code == "outcome_unknown":
             return
         if ack.code == "table_dropped":
@@ -167,12 +184,31 @@ class Promises:
         if ack.code not in ("overloaded", "unavailable"):
             write.finished = True
 
+    def _check_refusal(self, node: Node, write: Write) -> None:
+        """A write is refused only where there was no room for ``limits.stall_s`` (R23, R36)."""
+        now_s = trio.current_time()
+        last_s, shut_until_s = self._room_at.get((node.name, write.table), (-self.stall_s, now_s))
+        # Its client may hear of it late: there may be room again.
+        if now_s - last_s < self.stall_s and shut_until_s < write.sent_s and not node.superseded:
+            self.fail(
+                f"{node.name} refused write {write.number} {now_s - last_s:.1f} s after there was room for it; "
+                f"limits.stall_s is {self.stall_s:g}"
+            )
+
+    def note_room(self, name: str, table: UUID) -> None:
+        """Note that a process has room for writes of a table now, whatever it says."""
+        now_s = trio.current_time()
+        last_s, shut_until_s = self._room_at.get((name, table), (-self.stall_s, now_s))
+        self._room_at[name, table] = now_s, now_s if now_s - last_s >= self.stall_s else shut_until_s
+
     def _check_order(self, stream: StreamAcks, ack: AckMessage, tier: Tier) -> None:
         sequence = ack.sequence
         if sequence <= stream.last_sequence.get(tier, -1):
             self.fail(f"{tier.word} acks of one stream go back to sequence {sequence}: {ack}")
         if stream.next_tier[sequence] != tier:
             self.fail(f"sequence {sequence} got {tier.word}, expected tier {stream.next_tier[sequence]}: {ack}")
+        if 0 <= stream.refused_from < sequence and tier is Tier.MEMORY and not ack.duplicate:
+            self.fail(f"sequence {sequence} was accepted behind the refused {stream.refused_from} of an ordered stream")
         if tier > stream.writes[sequence].requested:
             self.fail(f"sequence {sequence} asked for {stream.writes[sequence].requested.word}: {ack}")
         if not stream.coalesced:

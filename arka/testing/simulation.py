@@ -175,6 +175,9 @@ class _Life:
                     streams.start_soon(writer.run, self)
                 streams.start_soon(self._watch_memory)
                 streams.start_soon(self._watch_stalls)
+                streams.start_soon(self._watch_room)
+                if world.short and not self.quiet:
+                    streams.start_soon(self._hold_up_tables)
                 if self.quiet:
                     await self._drain()
                     streams.cancel_scope.cancel()
@@ -456,6 +459,31 @@ class _Life:
 
     # -- the end ----------------------------------------------------------------------------------
 
+    async def _watch_room(self) -> None:
+        """Look for room that nobody can overlook: half of the disk's limit is free, and the table has little in it."""
+        limit = self.limits.disk_bytes
+        while True:
+            tables = self.pipeline.tables
+            used = self.pipeline._space.used_bytes + self.pipeline.unwritten_bytes()
+            for table in tables.all():
+                waiting = table.backlog.frame_bytes + tables.apart.behind_bytes(table)
+                if used < limit // 2 and waiting < limit // 4:
+                    self.world.promises.note_room(self.name, table.info.uuid)
+            await trio.sleep(0.25)
+
+    async def _hold_up_tables(self) -> None:
+        """Let the commits of one table fail for a while, beside others that go on (R33)."""
+        rng, world = self.world.shortage_rng, self.world
+        while True:
+            await trio.sleep(rng.uniform(0.1, 3))
+            name = rng.choice(world.tables)
+            world.trace.count("table held up")
+            world.weather.tables.unreadable.add(name)
+            try:
+                await trio.sleep(rng.choice((1.0, 10.0, 60.0)) * rng.random())
+            finally:
+                world.weather.tables.unreadable.discard(name)
+
     async def _watch_memory(self) -> None:
         """Hold the ledger against what it counts."""
         while True:
@@ -517,9 +545,17 @@ class _World:
             Writer(number, rng.choice(self.tables), self.promises, random.Random(rng.random()))
             for number in range(rng.randint(1, 4))
         ]
+        # Of its own, so that a seed's history without shortage stays what it is.
+        self.shortage_rng = shortage = random.Random(f"shortage {seed}")
+        #: Whether the disk has little room, and tables fall behind one by one.
+        self.short = shortage.random() < 0.3
+        limits = replace(Limits(), disk_free_bytes=0)
+        if self.short:
+            limits = replace(limits, disk_bytes=shortage.choice((48, 160)) * KIB, stall_s=shortage.choice((3.0, 20.0)))
+        self.promises.stall_s = limits.stall_s
         self.settings = Settings(
             server=ServerOptions(node_id="sim"),
-            limits=replace(Limits(), disk_free_bytes=0),
+            limits=limits,
             wal=WalOptions(
                 segment_bytes=rng.choice((8, 32, 256)) * KIB,
                 group_bytes=rng.choice((1, 64)) * KIB,
@@ -666,6 +702,8 @@ class _World:
                 self.promises.fail(f"a table was stopped: {fields}")
         if event == "table.parked":
             self.trace.counts["parked"] += 1
+        if event in ("table.set_apart", "disk.refusing", "table.refusing"):
+            self.trace.counts[event] += 1
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:

@@ -99,6 +99,8 @@ class Writer:
         self._promises = promises
         self._rng = rng
         self.keyed = rng.random() < 0.6
+        #: What its streams say of order; None for nothing.
+        self.ordered = random.Random(f"ordered {number}").choice((None, None, True, False))
         self._coalesced = rng.random() < 0.3
         self._resumes = rng.random() < 0.5
         self._requested = rng.choice(list(Tier))
@@ -167,6 +169,8 @@ class _Session:
             server.pipeline, server.limits, self, find=server.pipeline.tables.find_fresh, form=AckForm.METADATA
         )
         self._acks = StreamAcks(writer._coalesced)
+        # Mostly what its table's default is.
+        self._ordered: bool | None = writer.ordered
         self._awake = trio.Event()
 
     def wake(self) -> None:
@@ -177,9 +181,16 @@ class _Session:
         """Bind the table, write, read acks until all are there or patience ends."""
         writer, exchange = self._writer, self._exchange
         try:
-            request = {"table_name": str(writer.table), "acks": "watermark" if writer._coalesced else "each"}
+            request: dict[str, Any] = {
+                "table_name": str(writer.table),
+                "acks": "watermark" if writer._coalesced else "each",
+            }
+            if self._ordered is not None:
+                request |= {"ordered": self._ordered}
             await self._handle(FlightMessage(app_metadata=msgspec.json.encode(request)), 0)
             table = exchange._bound_table()
+            keyed = table.info.table_type is TableType.PRIMARY_KEY
+            self._acks.ordered = keyed if self._ordered is None else self._ordered
             if writer._resumes and writer._mine:
                 asked = writer._highest_lsn
                 marks = self._server.pipeline.resume_marks(table, asked)
@@ -225,6 +236,7 @@ class _Session:
 
     def _sent(self, write: Write) -> None:
         write.sends += 1
+        write.sent_s = trio.current_time()
         # A refusal speaks of one attempt.
         write.refused = False
         self._acks.add(write)

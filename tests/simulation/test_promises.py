@@ -25,6 +25,7 @@ from arka.tiers.keys import KeyIndex
 from arka.tiers.logclock import LogClock
 from arka.tiers.pipeline import Pipeline
 from arka.tiers.replay import TableFrames
+from arka.tiers.room import Room
 from arka.tiers.watermarks import now_us
 from arka.wal import shortage, writer
 
@@ -174,3 +175,16 @@ def test_catches_action_cancelled_with_its_client(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(Effects, "do", do)
     assert "has no outcome" in catch()
+
+
+def test_catches_refusal_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that refuses as soon as there is no room, and holds nothing back, is caught (R23, R36)."""
+    close = Room.close
+
+    def refuse(self: Room, reason: str) -> None:
+        close(self, reason)
+        self._own_refusing = True
+        self._settle()
+
+    monkeypatch.setattr(Room, "close", refuse)
+    assert "after there was room" in catch()
