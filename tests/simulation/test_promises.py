@@ -27,7 +27,7 @@ from arka.tiers.pipeline import Pipeline
 from arka.tiers.replay import TableFrames
 from arka.tiers.room import Room
 from arka.tiers.watermarks import now_us
-from arka.wal import shortage, writer
+from arka.wal import logstate, seal, writer
 
 #: Within so many seeds a broken engine has to be caught.
 CATCH_SEEDS = 150
@@ -67,8 +67,8 @@ def catch() -> str:
 
 def test_catches_shortage_as_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that takes a lack of descriptors or memory for a failed write is caught (R31)."""
-    monkeypatch.setattr(shortage, "short_of", lambda *_: nullcontext())
-    monkeypatch.setattr(writer, "short_of", lambda *_: nullcontext())
+    for module in (writer, logstate, seal):
+        monkeypatch.setattr(module, "short_of", lambda *_: nullcontext())
     assert "for lack of something" in catch()
 
 
