@@ -37,6 +37,7 @@ class ServerProcess:
         log: the file that gets the output of every start.
         flight: where Flight listens, as ``host:port``; set by ``start``.
         failpoints: what ``ARKA_FAILPOINTS`` says to the next process; empty for none.
+        program: what is run.
         cwd: its working directory; None for the caller's.
         variables: more variables of its environment.
     """
@@ -54,6 +55,7 @@ class ServerProcess:
         self.log = data.with_name(f"{data.name}.log")
         self.flight = ""
         self.failpoints = ""
+        self.program = Path(sys.executable).with_name("arka-server")
         self.cwd: Path | None = None
         self.variables: dict[str, str] = {}
         self._flags = flags
@@ -85,12 +87,11 @@ class ServerProcess:
 
     def spawn(self) -> None:
         """Start the process without waiting for anything."""
-        program = str(Path(sys.executable).with_name("arka-server"))
         ports = ("--port", "0", "--http-port", "0")
         wished = {failpoints.VARIABLE: self.failpoints} if self.failpoints else {}
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [program, "--data-dir", str(self.data), *ports, *self._flags],
+                [str(self.program), "--data-dir", str(self.data), *ports, *self._flags],
                 cwd=self.cwd,
                 env=self._environment | wished | self.variables,
                 stdin=subprocess.DEVNULL,

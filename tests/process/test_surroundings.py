@@ -21,7 +21,8 @@ pytestmark = pytest.mark.process
 #: What a folder of a user's may be called.
 NAMES = ("arka", "pyiceberg", "json", "pyarrow", "multiprocessing", "sqlalchemy", "socket", "trio")
 TRAP = "raise SystemError('imported from the working directory')\n"
-SETTINGS = "catalog:\n  arka:\n    uri: sqlite:////nowhere/at/all.db\n    type: glue\nmax-workers: many\n"
+#: Not even YAML: whoever reads it fails.
+SETTINGS = "catalog: [\n  arka: }: :\n"
 
 
 def write_one_row(server: ServerProcess) -> None:
@@ -96,6 +97,8 @@ def test_settings_of_pyiceberg(place: str, make_server: Callable[..., ServerProc
         server.variables["PYICEBERG_HOME"] = str(here)
     else:
         server.variables |= {
+            # A value and a table of one name: whoever reads both fails.
+            "PYICEBERG_CATALOG": "x",
             "PYICEBERG_CATALOG__ARKA__URI": "sqlite:////nowhere/at/all.db",
             "PYICEBERG_CATALOG__ARKA__PY_IO_IMPL": "nowhere.AtAll",
             "PYICEBERG_MAX_WORKERS": "many",
