@@ -16,6 +16,7 @@ import trio
 from arka.iceberg.frames import FrameRows
 from arka.records import AckMessage, Operation, Tier
 from arka.storage.ports import CommitJob
+from arka.testing.simschemas import MOST_AGE_S, SchemaHistory, misplaced
 from arka.testing.simworld import MachineDisk, Trace
 from arka.wal.objectfile import parse_object
 
@@ -41,6 +42,7 @@ class Write:
         reached: the highest tier of which an ack binds; -1 for none.
         refused: it was told that it is not in the table and never will be.
         finished: its last ack has come.
+        shapes: of each time that it was sent, the ids of the fields that its further columns were meant for.
     """
 
     number: int
@@ -55,6 +57,7 @@ class Write:
     reached: int = -1
     refused: bool = False
     finished: bool = False
+    shapes: set[tuple[int, ...]] = field(default_factory=set)
 
 
 class Node(Protocol):
@@ -122,6 +125,8 @@ class Promises:
         self.stall_s = 0.0
         # By process and table: when it last had room for writes, and when it last got some after ``stall_s`` without.
         self._room_at: dict[tuple[str, UUID], tuple[float, float]] = {}
+        # By table UUID: the schemas that others gave it.
+        self._schemas: dict[UUID, SchemaHistory] = {}
         # By process: the LSNs that its acks have named, by write.
         self._told: dict[str, dict[int, int]] = {}
 
@@ -155,7 +160,8 @@ class Promises:
             self._take_error(node, stream, write, ack)
             return
         self.acks[tier.word] += 1
-        if ack.code is not None:
+        # Its payload is in its table's columns, which others may have changed since it was sent first.
+        if ack.code is not None and write.table not in self._schemas:
             self.fail(f"write {write.number} was sent with the payload it had before, and got {ack.code}")
         self._check_order(stream, ack, tier)
         first = stream.last_sequence.get(tier, -1) + 1 if stream.coalesced and not ack.duplicate else ack.sequence
@@ -320,6 +326,22 @@ class Promises:
         """Note the last LSN that a process gave."""
         self._given_lsn = max(self._given_lsn, lsn)
 
+    def take_schema(self, table: UUID, schema_id: int) -> None:
+        """Record that others gave a table another schema."""
+        self._schemas.setdefault(table, SchemaHistory()).note(trio.current_time(), schema_id)
+
+    def take_binding(self, table: UUID, schema_id: int, began: float) -> None:
+        """Check that a stream means the columns of a schema that its table had not long before it opened (R27).
+
+        Args:
+            table: its UUID.
+            schema_id: what the stream was bound to.
+            began: when its client named the table; the catalog has answered since, whoever asked.
+        """
+        history = self._schemas.get(table, SchemaHistory())
+        if schema_id not in history.between(began - MOST_AGE_S, trio.current_time()):
+            self.fail(f"a stream to table {table} was bound to schema {schema_id}, which the table no longer had")
+
     def take_snapshot(self, table: UUID, snapshot_id: int) -> None:
         """Note a snapshot, ours or another writer's."""
         self._snapshots.setdefault(table, set()).add(str(snapshot_id))
@@ -334,6 +356,9 @@ class Promises:
         counts = self.committed.setdefault(table, Counter())
         order = self._commit_order.setdefault(table, {})
         for change in changes:
+            wrong = None if change.operation is Operation.DELETE else misplaced(change.batch, self.writes)
+            if wrong is not None:
+                self.fail(f"{job.table.name}: {wrong}")
             numbers = change.batch.column("id").to_pylist()
             if change.operation is Operation.DELETE:
                 # The others are those of its victims.

@@ -46,6 +46,7 @@ from arka.options import (
 from arka.records import TableDefinition, TableName, TableType
 from arka.storage.ports import CommitJob, StoreUnavailable
 from arka.testing.simpromises import PromiseBroken, Promises
+from arka.testing.simschemas import change_schema, wide_definition
 from arka.testing.simstore import SimStore
 from arka.testing.simworld import (
     CatalogWeather,
@@ -58,7 +59,7 @@ from arka.testing.simworld import (
     compute_inline,
     deterministic,
 )
-from arka.testing.simwriters import Writer, definition_of
+from arka.testing.simwriters import Writer
 from arka.tiers.admission import Ledger
 from arka.tiers.assembly import OpenLog, Surroundings
 from arka.tiers.effects import Effects
@@ -189,6 +190,13 @@ class _Life:
             await self._stop()
             nursery.cancel_scope.cancel()
 
+    def troubles(self) -> int | None:
+        """How much befell the catalog so far; None while it may not answer this process in time."""
+        weather, trace = self.world.weather, self.world.trace
+        if weather.away or weather.max_delay_s > 0.05 or self.process.cut_off or self.process.frozen or self.superseded:
+            return None
+        return sum(count for fault, count in trace.counts.items() if fault.startswith("catalog "))
+
     def _take_start(self, opened: OpenLog) -> None:
         self.world.promises.take_start(
             self.name, log_uuid=opened.log_uuid, next_lsn=opened.next_lsn, disk=opened.recovered_lsn
@@ -218,9 +226,9 @@ class _Life:
             await self._persist(partial(self._ask, "CreateTable", name, create))
             self._check_owed(str(name))
         except ArkaError as error:
-            if error.code is not ErrorCode.TABLE_STOPPED:
+            if error.code not in (ErrorCode.TABLE_STOPPED, ErrorCode.TABLE_EXISTS):
                 raise
-            if self.quiet:
+            if self.quiet and error.code is ErrorCode.TABLE_STOPPED:
                 # Dropped by a process whose disk is gone, and the drop's record with it.
                 await self._persist(partial(self.pipeline.tables.drop, name, purge=False))
                 await self._persist(partial(self.pipeline.tables.create, self.world.definition(name)))
@@ -255,7 +263,13 @@ class _Life:
                 await self._persist(partial(self._ask, "CreateTable", name, create))
                 self._check_owed(str(name))
             except ArkaError as error:
-                expected = (ErrorCode.TABLE_NOT_FOUND, ErrorCode.TABLE_STOPPED, ErrorCode.TABLE_DROPPED)
+                expected = (
+                    ErrorCode.TABLE_NOT_FOUND,
+                    ErrorCode.TABLE_STOPPED,
+                    ErrorCode.TABLE_DROPPED,
+                    # Others have changed its columns.
+                    ErrorCode.TABLE_EXISTS,
+                )
                 if error.code not in expected and not isinstance(error, Unavailable):
                     raise
 
@@ -347,6 +361,8 @@ class _Life:
             if self.left.is_set():
                 # The world is the next life's now.
                 return
+            if rng.random() < 0.8:
+                self.world.change_schema()
             match rng.randrange(17):
                 case 0:
                     self.crash()
@@ -618,7 +634,7 @@ class _World:
 
     def definition(self, name: TableName) -> TableDefinition:
         """What the table of this name is made as."""
-        return definition_of(name, keyed=name in self._keyed)
+        return wide_definition(name, keyed=name in self._keyed)
 
     def _check_keyed(self) -> None:
         for name, table in self.weather.tables._tables.items():
@@ -682,6 +698,16 @@ class _World:
             self.store.away = away
         else:
             self.weather.away = away
+
+    def change_schema(self) -> None:
+        """Let others change the columns of a table of ours."""
+        name = self.rng.choice(self.tables)
+        what, change = change_schema(self.rng)
+        table = self.weather.tables._tables.get(name)
+        if table is not None:
+            self.trace.count(f"schema {what}")
+            self.weather.tables.foreign_schema(name, change)
+            self.promises.take_schema(table.info.uuid, table.info.schema_id)
 
     def append_foreign(self) -> None:
         """Let another writer add a snapshot to a table of ours."""

@@ -20,22 +20,12 @@ from arka.errors import ArkaError, ErrorCode
 from arka.flight.acks import AckForm
 from arka.flight.exchange import Exchange
 from arka.options import Limits
-from arka.records import AckMessage, TableDefinition, TableInfo, TableName, TableType, Tier
+from arka.records import AckMessage, TableInfo, TableName, TableType, Tier
 from arka.testing.simpromises import Node, Promises, StreamAcks, Write
+from arka.testing.simschemas import SCHEMA, definition_of, fields_of, stream_schema, values_for
 from arka.testing.simworld import Process
 from arka.tiers.admission import Ledger
 from arka.tiers.pipeline import Pipeline
-
-SCHEMA: Final = pa.schema([pa.field("id", pa.int64()), pa.field("part", pa.int32()), pa.field("filler", pa.utf8())])
-
-
-def definition_of(name: TableName, *, keyed: bool) -> TableDefinition:
-    """A table that clients write to."""
-    if keyed:
-        required = pa.schema([field.with_nullable(field.name == "filler") for field in SCHEMA])
-        return TableDefinition(name, required, TableType.PRIMARY_KEY, ("part", "id"))
-    return TableDefinition(name, SCHEMA)
-
 
 #: What a message is charged beside its buffer: its frame's key and padding, and its header fields.
 _OVERHEAD_BYTES: Final = 1024
@@ -52,6 +42,10 @@ class Server(Node, Protocol):
     @property
     def pipeline(self) -> Pipeline:
         """The running pipeline."""
+        ...
+
+    def troubles(self) -> int | None:
+        """How much befell the catalog so far; None while it may not answer this server in time."""
         ...
 
     async def make_table(self, name: TableName) -> None:
@@ -105,7 +99,6 @@ class Writer:
         self._resumes = rng.random() < 0.5
         self._requested = rng.choice(list(Tier))
         self._pause_s = rng.choice((0.0, 0.01, 0.2))
-        self._header = flight_messages(SCHEMA)
         self._mine: list[Write] = []
         self._highest_lsn = 0
 
@@ -172,6 +165,9 @@ class _Session:
         # Mostly what its table's default is.
         self._ordered: bool | None = writer.ordered
         self._awake = trio.Event()
+        self._schema = SCHEMA
+        # The ids of the fields that its further columns mean.
+        self._fields: dict[str, int] = {}
 
     def wake(self) -> None:
         """See ``Outbound``."""
@@ -187,6 +183,7 @@ class _Session:
             }
             if self._ordered is not None:
                 request |= {"ordered": self._ordered}
+            began, troubles = trio.current_time(), self._server.troubles()
             await self._handle(FlightMessage(app_metadata=msgspec.json.encode(request)), 0)
             table = exchange._bound_table()
             keyed = table.info.table_type is TableType.PRIMARY_KEY
@@ -195,7 +192,16 @@ class _Session:
                 asked = writer._highest_lsn
                 marks = self._server.pipeline.resume_marks(table, asked)
                 self._promises.take_handshake(self._server, table.info.uuid, writer._mine, asked, marks)
-            await self._handle(FlightMessage(header=writer._header), 0)
+            # As a client does that has just asked for the table's schema.
+            self._schema = stream_schema(table.info.schema)
+            await self._handle(FlightMessage(header=flight_messages(self._schema)), 0)
+            bound = exchange._require_decoder().table
+            meant = fields_of(bound.schema)
+            self._fields = {name: meant[name] for name in self._schema.names if name in meant}
+            # One that takes no writes binds nobody.
+            calm = troubles is not None and self._server.troubles() == troubles
+            if calm and table.is_committing and not table.refusal:
+                self._promises.take_binding(bound.uuid, bound.schema_id, began)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._read_acks)
                 await self._write(table.info)
@@ -220,9 +226,15 @@ class _Session:
         keys = [(write.number, part) for part in range(write.rows)]
         if write.victims:
             keys = [(write.number, -1), *write.victims]
-        columns = [[number for number, _ in keys], [part for _, part in keys], [filler] * write.rows]
+        columns: list[list[object]] = [
+            [number for number, _ in keys],
+            [part for _, part in keys],
+            [filler] * write.rows,
+        ]
+        columns += values_for(write.number, write.rows, self._fields)
+        schema = self._schema
         header, buffer = frame_buffer(
-            pa.record_batch([pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)], schema=SCHEMA)
+            pa.record_batch([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
         )
         request = {"requested_durability": write.requested.word}
         if write.key:
@@ -237,6 +249,7 @@ class _Session:
     def _sent(self, write: Write) -> None:
         write.sends += 1
         write.sent_s = trio.current_time()
+        write.shapes.add(tuple(self._fields.values()))
         # A refusal speaks of one attempt.
         write.refused = False
         self._acks.add(write)

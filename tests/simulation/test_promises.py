@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from itertools import count
 from typing import Any
 from uuid import UUID
 
+import pyarrow as pa
 import pytest
 
 from arka.iceberg import timestamps
@@ -188,3 +189,13 @@ def test_catches_refusal_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Room, "close", refuse)
     assert "after there was room" in catch()
+
+
+def test_catches_streams_bound_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine whose open streams follow names instead of field ids is caught once others swap two names (R27)."""
+
+    def by_name(stream: Sequence[pa.Field], bound: object, table: object) -> list[pa.Field]:
+        return list(stream)
+
+    monkeypatch.setattr("arka.flight.decode.rename_fields", by_name)
+    assert "it was meant for" in catch()
