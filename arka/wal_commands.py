@@ -148,7 +148,8 @@ def salvage(
     \b
     --to OUT        an Arrow IPC stream for each table (batches with arka.lsn, arka.key and arka.operation
                     as custom metadata) and salvage.json: what is there, what is missing, what is damaged
-    --resubmit URL  sends the writes to a running server, in LSN order for each table. One whose idempotency
+    --resubmit URL  sends the writes to a running server, in LSN order for each table. One that its table's own
+                    mark of this log says is committed is left out, unless it was set aside. One whose idempotency
                     key the server knows is a duplicate there, and adds nothing; keys are forgotten
                     idempotency.retention_s after their commit
     --discard       renames DIR/wal to DIR/wal.discarded-<time>; nothing is deleted
@@ -196,10 +197,12 @@ def _salvage(
         _show_copied(copied, out)
         code = EXIT_DAMAGED if headless or not copied.complete else 0
     if location is not None:
-        from arka.client.resubmit import resubmit
+        from arka.client.resubmit import SentLog, resubmit
 
         reader = LogReader(survey, disk)
-        sent = resubmit(reader.writes(), location, durability=tier, above_lsn=above_lsn, keyless=keyless)
+        epochs = [mark.epoch for mark in (survey.state, survey.seal) if mark is not None]
+        log = None if survey.log_uuid is None else SentLog(survey.log_uuid, max([0, *survey.epochs, *epochs]))
+        sent = resubmit(reader.writes(), location, durability=tier, above_lsn=above_lsn, keyless=keyless, log=log)
         _show_sent(sent, location, tier)
         if reader.unreadable:
             code = EXIT_DAMAGED
@@ -274,6 +277,8 @@ def _show_sent(sent: Resubmitted, location: str, tier: Tier) -> None:
         click.echo(f"of those, {sent.different} have other bytes there: encoded by another library, or other rows")
     if sent.below:
         click.echo(f"left out: {sent.below} writes that are not above the LSN of --above")
+    if sent.committed:
+        click.echo(f"left out: {sent.committed} writes that their table's own mark says are in it")
     if sent.keyless:
         click.echo(f"left out: {sent.keyless} writes without an idempotency key; see --keyless")
     _list("refused", [f"{count} writes: {reason}" for reason, count in sent.refused.most_common()])

@@ -49,6 +49,7 @@ class Resubmitted:
         refused: by reason: not in the table, or the server cannot say.
         below: left out for their LSN.
         keyless: left out because they have no idempotency key.
+        committed: left out because the table says that it holds them.
     """
 
     acked: int = 0
@@ -57,6 +58,7 @@ class Resubmitted:
     refused: Counter[str] = field(default_factory=Counter)
     below: int = 0
     keyless: int = 0
+    committed: int = 0
 
     @property
     def complete(self) -> bool:
@@ -64,8 +66,27 @@ class Resubmitted:
         return not self.refused
 
 
+@dataclass(frozen=True, slots=True)
+class SentLog:
+    """Which log writes come from.
+
+    Attributes:
+        uuid: the log.
+        epoch: the last one in which this disk's process wrote it.
+    """
+
+    uuid: UUID
+    epoch: int
+
+
 def resubmit(
-    writes: Iterable[SalvagedWrite], location: str, *, durability: Tier, above_lsn: int = 0, keyless: bool = False
+    writes: Iterable[SalvagedWrite],
+    location: str,
+    *,
+    durability: Tier,
+    above_lsn: int = 0,
+    keyless: bool = False,
+    log: SentLog | None = None,
 ) -> Resubmitted:
     """Send writes to a server, each table's in the order in which they come.
 
@@ -75,6 +96,8 @@ def resubmit(
         durability: the tier whose ack is waited for.
         above_lsn: writes up to this LSN are left out.
         keyless: whether to send writes without an idempotency key.
+        log: where the writes come from; None if nothing says. What a table's own mark of that log says is committed
+            is left out (R38), but for writes that were set aside.
 
     Returns:
         What became of them. A table that refuses a stream gets no more writes.
@@ -86,10 +109,12 @@ def resubmit(
     """
     report = Resubmitted()
     try:
-        with flight.FlightClient(location) as client, _Sender(client, durability, report) as sender:
+        with flight.FlightClient(location) as client, _Sender(client, durability, report, log) as sender:
             for write in writes:
                 if write.lsn <= above_lsn:
                     report.below += 1
+                elif sender.holds(write):
+                    report.committed += 1
                 elif not write.key and not keyless:
                     report.keyless += 1
                 else:
@@ -106,14 +131,22 @@ class _ServerAway(Exception):
 class _Sender:
     """The streams of a conversation: one for each table and schema, a limited number at a time."""
 
-    def __init__(self, client: Any, durability: Tier, report: Resubmitted) -> None:
+    def __init__(self, client: Any, durability: Tier, report: Resubmitted, log: SentLog | None) -> None:
         self._client = client
         self._durability = durability
         self._report = report
-        self._names = _table_names(client)
+        described = _tables(client)
+        self._names = {uuid: table["name"] for uuid, table in described.items()}
+        # By table: the last LSN of the writes' log that it holds, and the LSNs below that it does not.
+        self._held = {uuid: _held_of(table, log) for uuid, table in described.items()}
         self._streams: OrderedDict[tuple[UUID, int], _Stream] = OrderedDict()
         # Tables that get no more writes, and why: what follows must not come before what was refused.
         self._closed: dict[UUID, str] = {}
+
+    def holds(self, write: SalvagedWrite) -> bool:
+        """Whether the table says that it holds a write."""
+        committed_lsn, aside = self._held.get(write.table.uuid, (0, frozenset()))
+        return write.lsn <= committed_lsn and write.lsn not in aside
 
     def send(self, write: SalvagedWrite) -> None:
         """Send one write, or count why not."""
@@ -275,18 +308,28 @@ class _Stream:
         return reason
 
 
-def _table_names(client: Any) -> dict[UUID, str]:
+def _held_of(table: dict[str, Any], log: SentLog | None) -> tuple[int, frozenset[int]]:
+    """Up to which LSN of a log a table holds all writes, by its own mark; and those up to there that it lacks."""
+    mark = None if log is None else table.get("logs", {}).get(str(log.uuid))
+    if log is None or mark is None or mark["epoch"] > log.epoch:
+        # The log went on from another disk than the one that was salvaged: the mark speaks of that one's LSNs.
+        return 0, frozenset()
+    return mark["committed_lsn"], frozenset(table.get("set_aside", ()))
+
+
+def _tables(client: Any) -> dict[UUID, dict[str, Any]]:
     """The server's tables by UUID: a name may stand for another table by now (R5)."""
     try:
         (listed,) = client.do_action(flight.Action("ListTables", b""))
-        names: dict[UUID, str] = {}
+        tables: dict[UUID, dict[str, Any]] = {}
         for name in json.loads(listed.body.to_pybytes()):
-            body = json.dumps({"name": name}).encode()
+            body = json.dumps({"name": name, "logs": True}).encode()
             (described,) = client.do_action(flight.Action("DescribeTable", body))
-            names[UUID(json.loads(described.body.to_pybytes())["table_uuid"])] = name
+            table = json.loads(described.body.to_pybytes())
+            tables[UUID(table["table_uuid"])] = table
     except _CALL_ERRORS as error:
         raise _ServerAway(_reason(error)) from error
-    return names
+    return tables
 
 
 def _reason(error: BaseException) -> str:
@@ -295,4 +338,4 @@ def _reason(error: BaseException) -> str:
     return text.removeprefix("Flight returned ").strip("'\"") or type(error).__name__
 
 
-__all__ = ["Resubmitted", "resubmit"]
+__all__ = ["Resubmitted", "SentLog", "resubmit"]

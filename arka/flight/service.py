@@ -30,6 +30,7 @@ from arka.flight.schemas import describe_partition, describe_schema, parse_creat
 from arka.options import Limits
 from arka.records import TableName, Tier
 from arka.storage.threads import run_compute
+from arka.tiers.ddl import load_table
 from arka.tiers.effects import Effects
 from arka.tiers.pipeline import Pipeline
 from arka.tiers.reads import ReadRequest, read_table
@@ -65,6 +66,8 @@ class _NameBody(msgspec.Struct, frozen=True):
     name: str
     purge: bool = False
     durability: str = Tier.ICEBERG_COMMITTED.word
+    #: DescribeTable: name what the table's own marks of all logs say.
+    logs: bool = False
 
 
 class _Ticket(msgspec.Struct, frozen=True):
@@ -358,10 +361,17 @@ class FlightService:
             self._effects.adopt(action.type, *effect)
 
     async def _describe_table(self, body: bytes) -> Any:
-        table = await self._find(TableName.parse(_parse_body(body).name), max_age_s=0)
+        asked = _parse_body(body)
+        table = await self._find(TableName.parse(asked.name), max_age_s=0)
         info = table.info
         marks = self._pipeline.table_marks(table)
+        logs: dict[str, Any] = {}
+        if asked.logs:
+            found = await load_table(self._pipeline.tables.catalog, info.name)
+            committed = () if found is None or found.info.uuid != info.uuid else found.marks
+            logs = {"logs": {str(m.log_uuid): {"committed_lsn": m.committed_lsn, "epoch": m.epoch} for m in committed}}
         return {
+            **logs,
             "name": str(info.name),
             "table_uuid": str(info.uuid),
             "table_type": info.table_type.value,

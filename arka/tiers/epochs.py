@@ -168,8 +168,8 @@ async def _check_disk(store: ObjectStore, claim: Claim, newest: EpochRecord | No
         raise ConfigurationError(
             f"This data directory holds log {local.log_uuid}, written up to epoch {local.epoch}, but {store.url} "
             f"holds no epoch of node {claim.node_id}: check --node-id and --object-store. If that store is lost for "
-            "good, start with an empty data directory; what is not in Iceberg yet has to be sent again "
-            "(arka wal salvage)"
+            "good, set the log aside with `arka wal salvage DATA_DIR --discard`, start, and send again what is not in "
+            "Iceberg yet with `arka wal salvage DATA_DIR/wal.discarded-TIME --resubmit URL`. Catalog and warehouse stay"
         )
     if local.log_uuid != newest.log_uuid:
         raise ConfigurationError(
@@ -219,8 +219,9 @@ def _stale(store: ObjectStore, claim: Claim, local: LocalLog, record: EpochRecor
     return ConfigurationError(
         f"This data directory is stale: it ends in epoch {local.epoch}, at LSN {local.lsn_ceiling - 1} at most, and "
         f"epoch {record.epoch} of node {claim.node_id} in {store.url}, taken by {record.host} (pid {record.pid}), "
-        f"{how}. It is not replayed by itself. Start with the newest data directory, or with an empty one; what only "
-        "this one holds is sent again by `arka wal salvage --resubmit`, or given up by `arka wal salvage --discard`"
+        f"{how}. It is not replayed by itself. Start with the newest data directory, or set this log aside with "
+        "`arka wal salvage DATA_DIR --discard`: the start brings back what the store has. What only this one holds is "
+        "then sent again by `arka wal salvage DATA_DIR/wal.discarded-TIME --resubmit URL`"
     )
 
 
