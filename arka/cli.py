@@ -46,6 +46,7 @@ _FLAGS: Final = {
     "warehouse": ("--warehouse", "iceberg.warehouse"),
     "demo_tables": ("--demo-tables", "server.demo_tables"),
     "take_over": ("--take-over", "server.take_over"),
+    "adopt_warehouse": ("--adopt-warehouse", "server.adopt_warehouse"),
     "log_format": ("--log-format", "log.format"),
     "log_level": ("--log-level", "log.level"),
 }
@@ -65,6 +66,7 @@ log = structlog.get_logger(__name__)
 @click.option("--warehouse", metavar="URL", help="Iceberg warehouse.  [file://DATA/warehouse]")
 @click.option("--demo-tables", is_flag=True, default=None, help="Register the example tables at start.")
 @click.option("--take-over", is_flag=True, default=None, help="Take the log from a server that runs elsewhere.")
+@click.option("--adopt-warehouse", is_flag=True, default=None, help="Start a data directory that was moved or copied.")
 @click.option("--log-format", metavar="console|json", help="Log lines for people or for machines.  [console]")
 @click.option("--log-level", metavar="LEVEL", help="debug, info, warning or error.  [info]")
 @click.option("--show-config", is_flag=True, help="Print every setting with its origin and exit.")

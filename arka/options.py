@@ -50,6 +50,9 @@ class ServerOptions:
     )
     drain_s: float = option(10.0, "Longest time from SIGTERM to exit.", at_least=0.1, at_most=3600)
     demo_tables: bool = option(False, "Register the example tables at start.")
+    adopt_warehouse: bool = option(
+        False, "Write the tables' paths again for a data directory that was moved or copied with its warehouse."
+    )
     take_over: bool = option(False, "Take the node's log from another data directory's server that still runs.")
 
 

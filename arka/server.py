@@ -26,14 +26,18 @@ from arka.flight import messages
 from arka.flight.grpc import Health
 from arka.flight.http2 import ConnectionFactory
 from arka.flight.service import FlightService, prepare_spill_dir
+from arka.iceberg.config import CatalogConfig
 from arka.options import Limits, Settings
-from arka.storage.catalog import IcebergCatalog, open_catalog
+from arka.settings_shared import store_settings
+from arka.storage.catalog import IcebergCatalog, adopt_warehouse, open_catalog
 from arka.storage.datadir import announce, device_of, disk_uuid, free_bytes, lock_data_dir, shares_device
 from arka.storage.descriptors import budget, raise_limit
 from arka.storage.disk import PosixDisk
 from arka.storage.objects import open_folder, open_object_store, read_range
+from arka.storage.place import settle_place
 from arka.storage.ports import CatalogUnavailable
 from arka.storage.survival import local_tiers
+from arka.storage.warehouse import MarkedWarehouse
 from arka.tiers.admission import Ledger
 from arka.tiers.assembly import WAL_FOLDER, OpenLog, Surroundings
 from arka.tiers.demo import demo_definitions
@@ -193,6 +197,16 @@ async def serve(
     data_dir = Path(await trio.Path(settings.server.data_dir).absolute())
     limits = _limits(settings)
     with lock_data_dir(data_dir):
+        config = CatalogConfig.from_options(settings.iceberg, data_dir, settings.iceberg.catalog)
+        await settle_place(
+            config,
+            data_dir,
+            PosixDisk(),
+            data_dir / WAL_FOLDER,
+            partial(adopt_warehouse, config),
+            adopting=settings.server.adopt_warehouse,
+            take_over=settings.server.take_over,
+        )
         listeners = await _listen(settings.server.host, settings.server.port)
         async with _engine(settings, data_dir) as opened:
             ledger = Ledger(settings.limits.memory_bytes)
@@ -256,6 +270,7 @@ async def _engine(settings: Settings, data_dir: Path) -> AsyncIterator[OpenLog]:
     index_bytes = settings.limits.index_bytes
     async with open_catalog(settings.iceberg, data_dir, settings.iceberg.catalog, index_bytes=index_bytes) as catalog:
         surroundings = Surroundings(
+            warehouse=_open_warehouse(settings, data_dir),
             disk=PosixDisk(),
             disk_uuid=disk_uuid(data_dir),
             store=open_object_store(settings.object_store),
@@ -278,6 +293,23 @@ async def _engine(settings: Settings, data_dir: Path) -> AsyncIterator[OpenLog]:
             warming.start_soon(_warm, catalog)
             yield opened
             warming.cancel_scope.cancel()
+
+
+def _open_warehouse(settings: Settings, data_dir: Path) -> MarkedWarehouse | None:
+    """Open the warehouse's marker; None where the warehouse is the catalog's own (R28)."""
+    config = CatalogConfig.from_options(settings.iceberg, data_dir, settings.iceberg.catalog)
+    if config.is_rest:
+        return None
+    if config.warehouse.startswith("file:"):
+        return MarkedWarehouse(config, data_dir, None)
+    options = replace(
+        settings.object_store, url=config.warehouse, config=store_settings(config.warehouse, settings.iceberg.catalog)
+    )
+    try:
+        return MarkedWarehouse(config, data_dir, open_object_store(options))
+    except ConfigurationError as error:
+        log.warning("warehouse.unmarked", warehouse=config.warehouse, hint=error.detail)
+        return None
 
 
 async def _warm(catalog: IcebergCatalog) -> None:

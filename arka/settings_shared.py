@@ -46,4 +46,19 @@ def shared_s3_properties(
     return found
 
 
-__all__ = ["shared_s3_properties"]
+def store_settings(warehouse: str, catalog: Mapping[str, str]) -> dict[str, str]:
+    """Return obstore's settings for a warehouse in S3: what pyiceberg's ``s3.*`` properties say, in its names.
+
+    Args:
+        warehouse: its URL.
+        catalog: the catalog's properties.
+
+    Returns:
+        Empty for a warehouse that is not in S3: the environment says how it is reached.
+    """
+    if not warehouse.startswith(_S3):
+        return {}
+    return {spellings[0]: catalog[name] for name, spellings in _S3_NAMES if name in catalog}
+
+
+__all__ = ["shared_s3_properties", "store_settings"]

@@ -382,7 +382,10 @@ class FlightService:
             "location": info.location,
             "properties": dict(info.properties),
             "state": table.state.value,
-            "reason": "; ".join(filter(None, (self._pipeline.stalled(table), table.reason))) or None,
+            "reason": "; ".join(
+                filter(None, (self._pipeline.tables.watch.trouble, self._pipeline.stalled(table), table.reason))
+            )
+            or None,
             "holding_back": table.room.reason,
             "watermarks": {tier.word: lsn for tier, lsn in marks.items()},
             "lag": {

@@ -17,7 +17,9 @@ from arka.errors import ConfigurationError
 from arka.iceberg.catalogtables import make_catalog_tables
 from arka.iceberg.config import CATALOG_NAME, CatalogConfig
 from arka.iceberg.fileio import FILE_IO_CLASS
+from arka.iceberg.sight import catalog_file, look, on_change
 from arka.iceberg.sqlcatalog import LeanSqlCatalog, ServerSqlCatalog
+from arka.storage.ports import WarehouseChanged
 
 #: How long SQLite waits for another process's transaction, in milliseconds.
 _SQLITE_BUSY_MS: Final = 30_000
@@ -45,6 +47,7 @@ def connect(config: CatalogConfig) -> Catalog:
     """Open a catalog; a SQL catalog's tables are made if they are missing.
 
     Raises:
+        WarehouseChanged: the file of a catalog that this node has used before is gone.
         ConfigurationError: an SQLite database that is not a file.
         OSError: the directory of an SQLite file cannot be made.
         Exception: what SQLAlchemy or the REST client raise when the catalog does not answer.
@@ -70,6 +73,11 @@ def connect(config: CatalogConfig) -> Catalog:
     else:
         # A connection that broke while nobody used it is replaced instead of failing the next request.
         properties.setdefault("pool_pre_ping", "true")
+    if config.is_joined():
+        # Its tables are there, or the database is not the one that it was: making them would hide that (R28).
+        properties["init_catalog_tables"] = "false"
+        if (file := catalog_file(config.uri)) is not None and not os.path.exists(file):
+            raise WarehouseChanged(f"the catalog file {file} is gone")
     kind = ServerSqlCatalog if config.stock_commit else LeanSqlCatalog
     if properties.get("init_catalog_tables", "true").lower() not in ("false", "0", "no", "off"):
         make_catalog_tables(config.uri, busy_s=_SQLITE_BUSY_MS / 1000)
@@ -86,12 +94,22 @@ def catalog(config: CatalogConfig) -> Catalog:
     """Return this process's catalog for ``config``, opening it at the first call.
 
     Raises:
+        WarehouseChanged: the catalog's file is gone or another one; the next call opens what is there then.
         Exception: as ``connect``; a later call tries again.
     """
     known = _opened.get(config)
     if known is None:
         known = _opened[config] = connect(config)
+    look(config)
     return known
+
+
+@on_change
+def _close_all() -> None:
+    """Close what is open: an open database is its file, whatever lies under the name now."""
+    for opened in _opened.values():
+        opened.close()
+    _opened.clear()
 
 
 __all__ = ["catalog", "connect"]

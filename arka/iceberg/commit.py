@@ -24,11 +24,12 @@ from arka.iceberg.avronames import has_plain_names
 from arka.iceberg.catalogs import catalog
 from arka.iceberg.config import CatalogConfig
 from arka.iceberg.control import check_format, describe, key_columns
+from arka.iceberg.fileio import WarehouseFileIO
 from arka.iceberg.garbage import Garbage
 from arka.iceberg.keybuild import BuildTerms
 from arka.iceberg.keyindex import IndexUnusable
 from arka.iceberg.locations import REDIRECTING
-from arka.iceberg.manifests import ManifestMemory
+from arka.iceberg.manifests import ManifestMemory, metadata_files
 from arka.iceberg.marks import mark_of
 from arka.iceberg.producer import (
     data_file,
@@ -38,6 +39,7 @@ from arka.iceberg.producer import (
     stage_snapshot,
 )
 from arka.iceberg.rowdelta import Delta, KeyedTables
+from arka.iceberg.sight import check_files_here, check_same, look, on_change
 from arka.records import FIELD_ID_KEY, TableInfo, TableType
 from arka.storage.ports import CatalogConflict, CatalogUnavailable, CommitJob, CommitOutcome, CommitResult
 from arka.tableproperties import (
@@ -58,6 +60,14 @@ _ATTEMPTS: Final = 5
 _memory = ManifestMemory()
 _garbage = Garbage()
 _keyed = KeyedTables()
+
+
+@on_change
+def _forget_all() -> None:
+    """Begin again with what is there: files that this process wrote or read may be in no warehouse any more."""
+    _memory.forget()
+    _garbage.forget()
+    _keyed.forget_all()
 
 
 class MarkUnmoved:
@@ -106,32 +116,46 @@ def commit(config: CatalogConfig, job: CommitJob) -> CommitResult:
         A definite outcome.
 
     Raises:
+        WarehouseChanged: catalog, warehouse or table folder are not the ones that the job began with, or files that
+            the new metadata names are not there. The outcome is unknown (R28).
         CatalogUnavailable: the outcome is unknown, or other writers won every attempt; run the job again.
         WorkUnfinished: the index of the table's keys is being made; run the job again.
         Exception: what the catalog or the warehouse raised before anything could have been committed.
 
     Durability: with COMMITTED, files, metadata and the catalog's pointer to it are durable.
 
-    Source: R15, R16.
+    Source: R15, R16, R28.
     """
+    check_same(job.staged.places)
+    look(config, job.table.location)
+    result, table = _run(config, job)
+    if result.outcome is not CommitOutcome.COMMITTED or table is None:
+        return result
+    check_same(job.staged.places)
+    return replace(result, seen=check_files_here(metadata_files(table, _memory)))
+
+
+def _run(config: CatalogConfig, job: CommitJob) -> tuple[CommitResult, Table | None]:
+    """Do what ``commit`` does, but for the look at its end; returns the table as it is then, if there is one."""
     terms = BuildTerms(config.index_build_s, apart=config.apart)
     opened = catalog(config)
     identifier = tuple(job.table.name)
     for _ in range(_ATTEMPTS):
         table = _load(opened, identifier)
         if table is None:
-            return CommitResult(CommitOutcome.TABLE_GONE, 0, None)
+            return CommitResult(CommitOutcome.TABLE_GONE, 0, None), None
         verdict = judge(table.metadata, job)
         seen = _seen(table, job)
         if verdict is not None:
-            return replace(verdict, **seen)
+            return replace(verdict, **seen), table
         try:
-            return replace(_attempt(config, opened, table, job, terms), **seen)
+            return replace(_attempt(config, opened, table, job, terms), **seen), table
         except (CommitFailedException, NoSuchTableError):
             # Definitely not committed: look again at what the table has become.
             continue
         except _UnknownOutcome as error:
-            return _resolve(opened, identifier, job, error)
+            resolved = _resolve(opened, identifier, job, error)
+            return resolved, _load(opened, identifier)
     raise CatalogUnavailable(f"table {job.table.name}: other writers won {_ATTEMPTS} attempts in a row")
 
 
@@ -141,12 +165,15 @@ class _UnknownOutcome(Exception):
 
 def _load(opened: Catalog, identifier: tuple[str, ...]) -> Table | None:
     try:
-        return opened.load_table(identifier)
+        table = opened.load_table(identifier)
     except (NoSuchTableError, NoSuchNamespaceError):
         return None
     except ValueError as error:
         # What lies there is no metadata: others may mend it, and no row is lost by waiting.
         raise CatalogUnavailable(f"table {'.'.join(identifier)}: its metadata cannot be read: {error}") from error
+    if isinstance(table.io, WarehouseFileIO):
+        table.io.confine(table.metadata.location)
+    return table
 
 
 def _seen(table: Table, job: CommitJob) -> dict[str, Any]:
@@ -211,6 +238,8 @@ def _commit_own(config: CatalogConfig, opened: Catalog, table: Table, job: Commi
         # Nothing is deleted: the commit may have landed or may land yet.
         raise _UnknownOutcome(_describe(error)) from error
     failpoints.hit("commit.swapped")
+    # Before anything is deleted for it: only what is certainly ours is (R29).
+    check_same(job.staged.places)
     consecutive = _memory.knows_current(base)
     _memory.remember(base.table_uuid, staged.snapshot.manifest_list, staged.manifests)
     for manifest in staged.merged_away:
@@ -227,6 +256,7 @@ def _commit_own(config: CatalogConfig, opened: Catalog, table: Table, job: Commi
     _garbage.landed(base, response.metadata, staged.merged_away, staged.removed, consecutive=consecutive)
     _garbage.collect(base.table_uuid, table.io)
     _garbage.replaced(base, response.metadata, response.metadata_location, table.io)
+    table.metadata, table.metadata_location = response.metadata, response.metadata_location
     failpoints.hit("commit.response")
     return staged.snapshot.snapshot_id
 

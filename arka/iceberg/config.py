@@ -6,6 +6,8 @@ builds these.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,10 @@ from arka.options import INDEX_BYTES, IcebergOptions
 _BUILD_S: Final = 2.0
 #: pyiceberg's name for the catalog; part of the key of each row of a SQL catalog, so it never changes.
 CATALOG_NAME: Final = "arka"
+#: The file at the top of a warehouse by which it is known again.
+MARKER_FILE: Final = "arka-warehouse.json"
+#: The file in the data directory that names the warehouse and the catalog of its log.
+JOINED_FILE: Final = "warehouse.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +42,7 @@ class CatalogConfig:
         index_bytes: memory that a worker keeps of such tables between commits.
         index_build_s: seconds of one job that may be spent on reading keys for an index; what is left is the next
             one's.
+        joined: the file that says which warehouse and catalog this node has been joined to; empty for none.
         apart: whether the process holds up none but tables whose indexes are made.
     """
 
@@ -49,12 +56,34 @@ class CatalogConfig:
     attempts_dir: str = ""
     index_bytes: int = INDEX_BYTES
     index_build_s: float = _BUILD_S
+    joined: str = ""
     apart: bool = False
 
     @property
     def is_rest(self) -> bool:
         """Whether the catalog speaks REST; anything else is a database that SQLAlchemy opens."""
         return self.uri.startswith(("http://", "https://"))
+
+    @property
+    def catalog_digest(self) -> str:
+        """What tells this catalog from others, without its password."""
+        return hashlib.sha256(self.uri.encode()).hexdigest()[:16]
+
+    def is_joined(self) -> bool:
+        """Whether this node has used this catalog before: then it is there, and is never made (R28)."""
+        try:
+            joined = json.loads(Path(self.joined).read_bytes()) if self.joined else {}
+        except (OSError, ValueError):
+            return False
+        return isinstance(joined, dict) and joined.get("catalog") == self.catalog_digest
+
+    def is_marked(self) -> bool:
+        """Whether the warehouse was given a marker when this node was joined to it."""
+        try:
+            joined = json.loads(Path(self.joined).read_bytes()) if self.joined else {}
+        except (OSError, ValueError):
+            return False
+        return isinstance(joined, dict) and joined.get("url") == self.warehouse and bool(joined.get("marked"))
 
     @classmethod
     def from_options(
@@ -94,8 +123,9 @@ class CatalogConfig:
             index_dir=str(root / "keyindex"),
             attempts_dir=str(root / "attempts"),
             index_bytes=index_bytes,
+            joined=str(root / JOINED_FILE),
             index_build_s=min(_BUILD_S, options.job_deadline_s / 4),
         )
 
 
-__all__ = ["CATALOG_NAME", "CatalogConfig"]
+__all__ = ["CATALOG_NAME", "JOINED_FILE", "MARKER_FILE", "CatalogConfig"]

@@ -25,12 +25,14 @@ from arka import failpoints
 from arka._core.rowkeys import is_key_type
 from arka.errors import InvalidRequest
 from arka.iceberg.catalogs import catalog
-from arka.iceberg.config import CatalogConfig
-from arka.iceberg.fileio import local_path
+from arka.iceberg.config import MARKER_FILE, CatalogConfig
+from arka.iceberg.fileio import local_path, make_directory
+from arka.iceberg.manifests import ManifestMemory, metadata_files
 from arka.iceberg.marks import is_mark, marks_of
 from arka.iceberg.partition import new_partition_spec, partition_fields, split_fields
 from arka.iceberg.runfiles import forget_table
 from arka.iceberg.schema import UnsupportedType, arrow_schema, new_iceberg_schema
+from arka.iceberg.sight import check_files
 from arka.records import TableDefinition, TableInfo, TableName, TableType
 from arka.storage.ports import (
     CatalogConflict,
@@ -40,6 +42,7 @@ from arka.storage.ports import (
     TableExists,
     TableMissing,
     Unusable,
+    WarehouseChanged,
 )
 from arka.tableproperties import CLEANED, CLEANED_VALUE, PRIMARY_KEY, TABLE_TYPE, is_reserved
 
@@ -71,6 +74,7 @@ def create_table(config: CatalogConfig, definition: TableDefinition, location_su
         raise TableExists(f"Table already exists: {definition.name}")
     opened.create_namespace_if_not_exists((definition.name.namespace,))
     location = f"{config.warehouse}/{definition.name.namespace}/{definition.name.name}-{location_suffix}"
+    _make_folder(config, location)
     failpoints.hit("catalog.create")
     try:
         table = opened.create_table(
@@ -85,6 +89,32 @@ def create_table(config: CatalogConfig, definition: TableDefinition, location_su
         raise TableExists(f"Table already exists: {definition.name}") from error
     failpoints.hit("catalog.created")
     return describe(table)
+
+
+def _make_folder(config: CatalogConfig, location: str) -> None:
+    """Make the folder of a new table in a local warehouse, with those above it; nothing else ever makes these (R28).
+
+    Raises:
+        WarehouseChanged: the warehouse that this node has used is not there, or has lost its marker.
+    """
+    root, folder = local_path(config.warehouse), local_path(location)
+    if root is None or folder is None or config.is_rest:
+        return
+    if config.is_marked() and not os.path.exists(os.path.join(root, MARKER_FILE)):
+        raise WarehouseChanged(f"the warehouse {root} has no {MARKER_FILE}: it is not mounted, or was emptied")
+    make_directory(os.path.join(folder, "metadata"))
+
+
+def look_at(config: CatalogConfig, info: TableInfo) -> None:
+    """Look for the files of a table's current metadata.
+
+    Raises:
+        FilesMissing: one is not there.
+        TableMissing: no such table.
+        OSError: the warehouse did not answer.
+    """
+    table = _load_same(catalog(config), info.name, info.uuid)
+    check_files(metadata_files(table, ManifestMemory()), table.io)
 
 
 def drop_table(config: CatalogConfig, name: TableName, uuid: UUID, purge: bool) -> None:
@@ -286,5 +316,6 @@ __all__ = [
     "key_columns",
     "list_tables",
     "load_table",
+    "look_at",
     "new_properties",
 ]

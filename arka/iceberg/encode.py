@@ -27,6 +27,7 @@ from arka.iceberg.filepool import FilePool
 from arka.iceberg.frames import read_frames
 from arka.iceberg.parquet import FileWriter, file_writer
 from arka.iceberg.partition import split_fields
+from arka.iceberg.sight import look
 from arka.iceberg.stagedkeys import StagedKeys
 from arka.records import TableInfo, TableType
 from arka.storage.ports import StagedFile, StagedFiles, TableFrames, UnwritableRows
@@ -59,6 +60,7 @@ def encode(config: CatalogConfig, job: TableFrames) -> StagedFiles:
         row that stands for each key, and the run of keys.
 
     Raises:
+        WarehouseChanged: catalog, warehouse or table folder are gone, or others than before (R28).
         DataCorruption: a frame's CRC does not hold (R9).
         UnwritableRows: the rows' own data cannot be written (R32).
         OSError: the warehouse or the segment file failed.
@@ -66,6 +68,8 @@ def encode(config: CatalogConfig, job: TableFrames) -> StagedFiles:
     Durability: each file is durable on return.
     """
     table = job.table
+    # Before the first file: nothing is written into the empty mount point of a warehouse that is not mounted.
+    places = look(config, table.location)
     writer = file_writer(table, config.properties)
     stem = f"{job.after_lsn + 1}-{job.through_lsn}"
     keys = StagedKeys(config, job) if table.table_type is TableType.PRIMARY_KEY else None
@@ -96,6 +100,7 @@ def encode(config: CatalogConfig, job: TableFrames) -> StagedFiles:
         notes=writer.notes,
         first_lsn=0 if first is None else first.lsn,
         journals=(job.journal,) if job.journal else (),
+        places=places,
     )
     return made if keys is None else replace(made, keys=keys.write(stem), key_check=keys.check)
 

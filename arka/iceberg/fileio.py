@@ -10,6 +10,7 @@ before ``close`` returns, so that the catalog's compare-and-swap can only ever n
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import threading
@@ -71,16 +72,23 @@ def sync_directory(path: str) -> None:
         os.close(descriptor)
 
 
-def make_directory(path: str) -> None:
+def make_directory(path: str, above: str = "") -> None:
     """Create a directory and its missing parents, each entry durable on return.
 
+    Args:
+        path: the directory.
+        above: a directory that has to exist if ``path`` lies in it; empty for none.
+
     Raises:
+        FileNotFoundError: ``above`` does not exist.
         OSError: a parent is not a directory, or the disk refused.
     """
     if os.path.isdir(path):
         return
+    if path == above:
+        raise FileNotFoundError(errno.ENOENT, "the table's folder is gone", path)
     parent = os.path.dirname(path)
-    make_directory(parent)
+    make_directory(parent, above)
     with contextlib.suppress(FileExistsError):
         os.mkdir(path)
     # Also when another process made it: its fsync may still be under way.
@@ -93,7 +101,8 @@ class _Batch:
     On a journalling file system the first fsync after several writes does most of the work of all.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, above: str = "") -> None:
+        self._above = above
         # Invariant: each descriptor is open; nothing else closes it. A descriptor from before the write
         # is what an error of the kernel's writeback is reported to.
         self._open: list[tuple[int, str]] = []
@@ -106,7 +115,7 @@ class _Batch:
         try:
             descriptor = os.open(path, flags, _FILE_MODE)
         except FileNotFoundError:
-            make_directory(os.path.dirname(path))
+            make_directory(os.path.dirname(path), self._above)
             descriptor = os.open(path, flags, _FILE_MODE)
         try:
             with memoryview(data) as view:
@@ -157,13 +166,14 @@ class _Batch:
         self._open.clear()
 
 
-def write_durable(path: str, data: bytes | memoryview | pa.Buffer, *, overwrite: bool = False) -> int:
+def write_durable(path: str, data: bytes | memoryview | pa.Buffer, *, overwrite: bool = False, above: str = "") -> int:
     """Write a whole file.
 
     Args:
         path: absolute; missing directories are created.
         data: all of its bytes.
         overwrite: replace an existing file.
+        above: see ``make_directory``.
 
     Returns:
         The number of bytes.
@@ -174,7 +184,7 @@ def write_durable(path: str, data: bytes | memoryview | pa.Buffer, *, overwrite:
 
     Durability: contents and directory entry are fsynced on return.
     """
-    batch = _Batch()
+    batch = _Batch(above)
     try:
         size = batch.write(path, data, overwrite=overwrite)
         batch.sync()
@@ -214,17 +224,19 @@ class LocalFile(InputFile, OutputFile):
         location: its URL.
         path: where it is.
         batch: makes it durable later, together with others; None: at the end of the write.
+        above: see ``make_directory``.
 
     Attributes:
         path: where it is.
         size: bytes, once this object has written it.
     """
 
-    def __init__(self, location: str, path: str, batch: _Batch | None = None) -> None:
+    def __init__(self, location: str, path: str, batch: _Batch | None = None, above: str = "") -> None:
         super().__init__(location=location)
         self.path = path
         self.size: int | None = None
         self._batch = batch
+        self._above = above
 
     def __len__(self) -> int:
         return self.size if self.size is not None else os.stat(self.path).st_size
@@ -252,8 +264,10 @@ class LocalFile(InputFile, OutputFile):
             raise FileExistsError(f"Cannot create file, already exists: {self.location}")
 
         def publish(data: memoryview) -> None:
-            write = write_durable if self._batch is None else self._batch.write
-            self.size = write(self.path, data, overwrite=overwrite)
+            if self._batch is None:
+                self.size = write_durable(self.path, data, overwrite=overwrite, above=self._above)
+            else:
+                self.size = self._batch.write(self.path, data, overwrite=overwrite)
 
         return _DurableStream(publish)
 
@@ -297,6 +311,15 @@ class WarehouseFileIO(FileIO):
         super().__init__(properties=properties)
         self._remote: PyArrowFileIO | None = None
         self._batch: _Batch | None = None
+        self._above = ""
+
+    def confine(self, location: str) -> None:
+        """Make no folder of a table, and none above it: only CreateTable does that (R28).
+
+        Args:
+            location: the table's.
+        """
+        self._above = local_path(location) or ""
 
     @contextlib.contextmanager
     def batch(self) -> Iterator[None]:
@@ -307,7 +330,7 @@ class WarehouseFileIO(FileIO):
         Raises:
             OSError: the disk refused.
         """
-        self._batch = _Batch()
+        self._batch = _Batch(self._above)
         try:
             yield
             self._batch.sync()
@@ -330,7 +353,9 @@ class WarehouseFileIO(FileIO):
     def new_output(self, location: str) -> OutputFile:
         """Return the file at ``location`` for writing."""
         path = local_path(location)
-        return self._other().new_output(location) if path is None else LocalFile(location, path, self._batch)
+        return (
+            self._other().new_output(location) if path is None else LocalFile(location, path, self._batch, self._above)
+        )
 
     def list_remote(self, location: str) -> dict[str, float]:
         """See ``list_folder``; one LIST (or its pages) of a folder that is not local.

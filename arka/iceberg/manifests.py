@@ -33,6 +33,7 @@ from pyiceberg.table.metadata import TableMetadata
 from arka.iceberg.avronames import PlainManifestWriter
 from arka.iceberg.locations import table_locations
 from arka.iceberg.tableoptions import avro_codec_name
+from arka.storage.ports import FilesMissing
 
 #: Manifests of one tier, and of one spec, that are merged into one.
 MERGE_AT: Final = 32
@@ -59,6 +60,12 @@ class ManifestMemory:
     def __init__(self) -> None:
         self._lists: OrderedDict[UUID, tuple[str, list[ManifestFile]]] = OrderedDict()
         self._entries: OrderedDict[str, list[ManifestEntry]] = OrderedDict()
+        self._entry_count = 0
+
+    def forget(self) -> None:
+        """Forget everything: what was written may be in no warehouse any more."""
+        self._lists.clear()
+        self._entries.clear()
         self._entry_count = 0
 
     def knows_current(self, metadata: TableMetadata) -> bool:
@@ -102,6 +109,23 @@ class ManifestMemory:
     def forget_entries(self, location: str) -> None:
         """Drop the entries of a manifest that is in no current manifest list any more."""
         self._entry_count -= len(self._entries.pop(location, ()))
+
+
+def metadata_files(table: Table, memory: ManifestMemory) -> list[str]:
+    """List the files that a table's current state consists of, data files aside.
+
+    Raises:
+        FilesMissing: the manifest list is not there, so that what it names cannot be known.
+    """
+    files = [table.metadata_location]
+    current = table.metadata.current_snapshot()
+    if current is not None:
+        files.append(current.manifest_list)
+        try:
+            files += (manifest.manifest_path for manifest in memory.manifests(table.metadata, table.io))
+        except FileNotFoundError as error:
+            raise FilesMissing(current.manifest_list) from error
+    return files
 
 
 class ManifestBuilder:
@@ -278,4 +302,5 @@ __all__ = [
     "ManifestBuilder",
     "ManifestMemory",
     "avro_codec",
+    "metadata_files",
 ]

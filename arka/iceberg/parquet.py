@@ -64,6 +64,7 @@ class FileWriter:
     def __init__(self, info: TableInfo, io: WarehouseFileIO) -> None:
         properties = dict(info.properties)
         self.io = io
+        io.confine(info.location)
         self._info = info
         self._schema: Schema = iceberg_schema(info.schema, info.schema_id)
         self._spec: PartitionSpec = partition_spec(info.partition, info.spec_id)

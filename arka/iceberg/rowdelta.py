@@ -481,5 +481,10 @@ class KeyedTables:
         if found is not None:
             found.close()
 
+    def forget_all(self) -> None:
+        """Begin again with every table at its next commit."""
+        while self._open:
+            self._open.popitem()[1].close()
+
 
 __all__ = ["Delta", "KeyedTable", "KeyedTables"]

@@ -213,6 +213,23 @@ def list_tables(config: CatalogConfig) -> CatalogListing:
 
 
 @_job
+def adopt(config: CatalogConfig, old: str, new: str) -> list[str]:
+    """See ``arka.iceberg.adopt.adopt``."""
+    from arka.iceberg.adopt import Move
+    from arka.iceberg.adopt import adopt as run
+
+    return run(config, Move(old, new))
+
+
+@_job
+def look_at(config: CatalogConfig, info: TableInfo) -> None:
+    """See ``arka.iceberg.control.look_at``."""
+    from arka.iceberg.control import look_at as run
+
+    run(config, info)
+
+
+@_job
 def scan(config: CatalogConfig, job: ReadJob, path: str) -> int:
     """See ``arka.iceberg.scan.scan``."""
     from arka.iceberg.scan import scan as run
@@ -221,6 +238,7 @@ def scan(config: CatalogConfig, job: ReadJob, path: str) -> int:
 
 
 __all__ = [
+    "adopt",
     "check_installation",
     "commit",
     "connect",
@@ -233,5 +251,6 @@ __all__ = [
     "initialise",
     "list_tables",
     "load_table",
+    "look_at",
     "scan",
 ]

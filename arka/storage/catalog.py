@@ -10,6 +10,7 @@ manifests stay warm in one process. A large encode job is divided among the cont
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import replace
@@ -260,6 +261,10 @@ class IcebergCatalog:
             except WorkUnfinished as error:
                 unfinished = error
 
+    async def look_at(self, table: TableInfo) -> None:
+        """See ``ports.Catalog.look_at``."""
+        await self._control.run(worker.look_at, self._config, table)
+
     async def scan(self, job: ReadJob, path: str) -> int:
         """See ``ports.Catalog.scan``."""
         async with self._scans:
@@ -351,4 +356,13 @@ async def open_catalog(
         )
 
 
-__all__ = ["IcebergCatalog", "divide", "open_catalog"]
+async def adopt_warehouse(config: CatalogConfig, old: str, new: str) -> list[str]:
+    """Rewrite the paths of all tables in a worker process; see ``arka.iceberg.adopt.adopt``.
+
+    Cancellation: the worker is killed; the catalog's transaction has happened or not.
+    """
+    async with open_pool(Template(), 1, math.inf) as pool:
+        return await pool.run(worker.adopt, config, old, new)
+
+
+__all__ = ["IcebergCatalog", "adopt_warehouse", "divide", "open_catalog"]

@@ -227,11 +227,16 @@ class StagedFile:
     stats: dict[str, object]
 
 
+#: Local places, each as path, device and inode: catalog file, warehouse, table folder (R28). Empty where none is local.
+Places = tuple[tuple[str, int, int], ...]
+
+
 @dataclass(frozen=True, slots=True)
 class StagedFiles:
     """What an encode job made; its commit covers ``(after_lsn, through_lsn]``.
 
     Attributes:
+        places: what was looked at before the first file was written; the same must be there after the commit (R28).
         rows: in the files together.
         first_lsn: of the first write in them; 0 if there is none.
         keys: for a primary-key table the path of the run that says where each key's row now is (``arka._core.runs``),
@@ -250,6 +255,7 @@ class StagedFiles:
     notes: tuple[str, ...] = ()
     first_lsn: int = 0
     journals: tuple[str, ...] = ()
+    places: Places = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,6 +293,7 @@ class CommitResult:
         table: the table as the attempt loaded it, for the server to adopt (R27); None where nothing was loaded.
         unusable: why Arka cannot write to what it loaded; empty if it can.
         named: whether a snapshot of the table is known to name the job's files; of COMMITTED alone.
+        seen: whether all files of the table's current metadata were seen to be there after a commit (R28).
     """
 
     outcome: CommitOutcome
@@ -295,6 +302,7 @@ class CommitResult:
     table: CatalogTable | None = None
     unusable: str = ""
     named: bool = False
+    seen: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,6 +347,25 @@ class UnwritableRows(Exception):
 
 class WorkUnfinished(CatalogUnavailable):
     """A job has done a part of its work and goes on with it when it is run again."""
+
+
+class WarehouseChanged(CatalogUnavailable):
+    """Catalog or warehouse are gone, or not the ones that a request began with; its outcome is unknown (R28)."""
+
+
+class FilesMissing(WarehouseChanged):
+    """A file that a table's current metadata names is not there.
+
+    Args:
+        location: its URL.
+    """
+
+    def __init__(self, location: str) -> None:
+        super().__init__(location)
+        self.location = location
+
+    def __str__(self) -> str:
+        return f"the file {self.location} is gone, and the table's current metadata needs it"
 
 
 class TableExists(Exception):
@@ -416,6 +443,15 @@ class Catalog(Protocol):
         """Commit staged files; see CommitOutcome. Durable on return of COMMITTED."""
         ...
 
+    async def look_at(self, table: TableInfo) -> None:
+        """Look for the files of a table's current metadata: metadata file, manifest list, manifests (R28).
+
+        Raises:
+            FilesMissing: one is not there.
+            TableMissing: no such table.
+        """
+        ...
+
     async def scan(self, job: ReadJob, path: str) -> int:
         """Write a table's rows as an Arrow IPC stream to the local file ``path``: a snapshot's, and frames above it.
 
@@ -432,6 +468,44 @@ class Catalog(Protocol):
                 ``overloaded``: the answer would have more than ``max_bytes``.
             DataCorruption: a frame's CRC does not hold (R9).
         """
+        ...
+
+
+class Warehouse(Protocol):
+    """The mark by which a warehouse is known again, and what this node's disk knows of it (R28, R29)."""
+
+    @property
+    def url(self) -> str:
+        """The warehouse, for people."""
+        ...
+
+    async def read_marker(self) -> UUID | None:
+        """Return the UUID in the warehouse's marker; None where there is no marker.
+
+        Raises:
+            CatalogUnavailable: the warehouse does not answer, or what lies there is no marker.
+        """
+        ...
+
+    async def make_marker(self, uuid: UUID) -> UUID | None:
+        """Make the marker, and the warehouse's folder; one that is there already stands.
+
+        Returns:
+            The UUID in the marker; None where nothing may be written at the top of the warehouse.
+
+        Raises:
+            CatalogUnavailable: the warehouse does not answer; the marker may be there.
+
+        Durability: durable on return.
+        """
+        ...
+
+    async def known(self) -> UUID | None:
+        """Return the UUID of the warehouse that this disk's log was joined to; None if it never was."""
+        ...
+
+    async def know(self, uuid: UUID) -> None:
+        """Remember it; durable on return."""
         ...
 
 
@@ -564,9 +638,11 @@ __all__ = [
     "DeadlineMissed",
     "Disk",
     "DiskFile",
+    "FilesMissing",
     "ObjectExists",
     "ObjectMeta",
     "ObjectStore",
+    "Places",
     "SegmentSlice",
     "StagedFile",
     "StagedFiles",
@@ -577,5 +653,7 @@ __all__ = [
     "TableMissing",
     "Unusable",
     "UnwritableRows",
+    "Warehouse",
+    "WarehouseChanged",
     "WorkUnfinished",
 ]

@@ -236,6 +236,10 @@ class SimCatalog:
         """See ``ports.Catalog.commit``."""
         return await self._call("commit", lambda: self._commit(job))
 
+    async def look_at(self, table: TableInfo) -> None:
+        """See ``ports.Catalog.look_at``."""
+        await self._call("look_at", lambda: self._look_at(table))
+
     async def scan(self, job: ReadJob, path: str) -> int:
         """See ``ports.Catalog.scan``."""
         return await self._call("scan", lambda: self._scan(job, path))
@@ -288,6 +292,9 @@ class SimCatalog:
         if table.info.uuid != uuid:
             raise TableMissing(f"Table not found: {name} with UUID {uuid}")
         return table
+
+    def _look_at(self, table: TableInfo) -> None:
+        self._find_same(table.name, table.uuid)
 
     def _create(self, definition: TableDefinition, location_suffix: str) -> CatalogTable:
         schema = new_iceberg_schema(definition.schema, definition.key_columns)

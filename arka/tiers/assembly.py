@@ -17,7 +17,7 @@ from arka._core.framing import KIND_LOST
 from arka._core.lsn import LsnAllocator
 from arka.options import MIB, Settings
 from arka.records import LsnRange, Tier
-from arka.storage.ports import Catalog, Disk, ObjectStore
+from arka.storage.ports import Catalog, Disk, ObjectStore, Warehouse
 from arka.storage.threads import run_compute
 from arka.tiers.apart import Apart
 from arka.tiers.committer import TableCommitter
@@ -62,6 +62,7 @@ class Surroundings:
         read_range: reads ``(path, start, end)`` of a segment for the object tier.
         read_free: returns the free bytes of the log's file system.
         read_spill_free: the same of the file system of spill files; None: it is the log's.
+        warehouse: the warehouse's marker; None where it cannot have one (R28).
         shared: which later tiers write to the log's own file system (R23).
         survival: what each tier survives with these settings (R14).
         rng: for the jitter of retries.
@@ -80,6 +81,7 @@ class Surroundings:
     compute: Compute = run_compute
     shared: SharedRoom = NOT_SHARED
     read_spill_free: Callable[[], int] | None = None
+    warehouse: Warehouse | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +215,7 @@ async def assemble(
             epoch=lambda: uplink.epoch,
             options=settings.iceberg,
             rng=world.rng,
+            watch=tables.watch,
             on_committed=tables.note_committed,
             adoption=tables.adoption,
         )
@@ -230,6 +233,7 @@ async def assemble(
         room=space.room,
         adopt_s=settings.iceberg.adopt_s,
         apart=apart,
+        warehouse=world.warehouse,
     )
     release = LogRelease(
         checkpoint_store,

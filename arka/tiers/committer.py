@@ -28,6 +28,7 @@ from arka.storage.ports import (
     CommitResult,
     DeadlineMissed,
     UnwritableRows,
+    WarehouseChanged,
 )
 from arka.tiers.adoption import Adoption
 from arka.tiers.backlog import Cut
@@ -35,6 +36,7 @@ from arka.tiers.cutsize import CutSize
 from arka.tiers.foreign import dropped_columns
 from arka.tiers.retry import MAX_RETRY_S, persist
 from arka.tiers.table import Table, TableState, rollback_detail
+from arka.tiers.warehouse import WarehouseWatch
 from arka.tiers.watermarks import Watermark
 
 log = structlog.get_logger(__name__)
@@ -64,6 +66,7 @@ class TableCommitter:
         epoch: Callable[[], int],
         options: IcebergOptions,
         rng: random.Random,
+        watch: WarehouseWatch,
         on_committed: Callable[[Table], None],
         adoption: Adoption,
     ) -> None:
@@ -78,6 +81,7 @@ class TableCommitter:
                 the object store before there is an epoch.
             options: cadence and sizes.
             rng: for the jitter of retries.
+            watch: knows whether catalog and warehouse are ours (R28).
             on_committed: told after the mark rose.
             adoption: takes what each commit has loaded (R27).
         """
@@ -88,6 +92,7 @@ class TableCommitter:
         self._epoch = epoch
         self._options = options
         self._rng = rng
+        self._watch = watch
         self._on_committed = on_committed
         self._adoption = adoption
         self._failures = 0
@@ -96,10 +101,11 @@ class TableCommitter:
         self._cost_s = 0.0
 
     async def run(self) -> bool:
-        """Commit until the table is dropped or stopped, or is no longer under its name.
+        """Commit until the table is dropped or stopped, or it has to be looked for in the catalog.
 
         Returns:
-            Whether the table is not under its name any more: it may have been renamed.
+            Whether that is so: it is not under its name any more and may have been renamed, or catalog and warehouse
+            were others for a while and the table's own mark has to say how far it is (R28).
 
         Raises:
             Fenced: a newer epoch of the log has committed to the table.
@@ -111,6 +117,7 @@ class TableCommitter:
         while table.state is TableState.ACTIVE:
             if not await self._wait_work(earliest):
                 continue
+            await self._watch.wait_ours()
             cut = table.commitable.cut(self._objects.lsn, self._options.commit_bytes, self._size.frames)
             if cut is None:
                 continue
@@ -119,8 +126,15 @@ class TableCommitter:
             try:
                 job = await self._encode(cut)
                 result = await self._commit(job, cut)
+                await self._look(result, cut)
             except Fenced:
                 raise
+            except WarehouseChanged as error:
+                if await self._watch.report(error):
+                    table.stop(f"Table {table.info.name} cannot be read: {error}. Restore it, and restart the server")
+                    return False
+                await self._watch.wait_ours()
+                return table.state is TableState.ACTIVE
             except DeadlineMissed as error:
                 # Of a commit that missed it nobody knows whether it lands: the next one's look at the mark says (R15).
                 self._shrink(cut, str(error))
@@ -209,10 +223,26 @@ class TableCommitter:
             self._adoption.refuse(self._table, result.unusable, question)
         return result
 
+    async def _look(self, result: CommitResult, cut: Cut) -> None:
+        """Let nothing be acknowledged that a reader does not find (R28).
+
+        Raises:
+            WarehouseChanged: what the commit wrote to is not what it was, or a file of the table is gone.
+        """
+        if self._watch.trouble is not None:
+            raise WarehouseChanged(self._watch.trouble)
+        if result.outcome is CommitOutcome.COMMITTED:
+            if result.seen:
+                self._watch.note_seen(self._table.info.uuid)
+            else:
+                confirm = partial(self._watch.confirm, self._table.info)
+                await self._persist("looking for the table's files", confirm, cut)
+
     async def _persist(self, doing: str, request: Callable[[], Awaitable[T]], cut: Cut) -> T:
         """Repeat a request until the catalog answers it or the table ends; ``doing`` says what is waited for.
 
         Raises:
+            WarehouseChanged: catalog or warehouse are others: the same again would be about files of another one.
             DeadlineMissed: it took too long, and a smaller cut may not (R32). A single write's request is repeated: it
                 has a process of its own by then (R19).
         """
@@ -230,7 +260,7 @@ class TableCommitter:
         def note_stalled(error: Exception) -> None:
             nonlocal stalled
             table.effort.fail(str(error))
-            if isinstance(error, DeadlineMissed) and cut.frames > 1:
+            if isinstance(error, WarehouseChanged) or (isinstance(error, DeadlineMissed) and cut.frames > 1):
                 raise error
             if not stalled:
                 stalled = True

@@ -25,7 +25,7 @@ import trio
 from arka import failpoints
 from arka.errors import ArkaError, ErrorCode, Unavailable
 from arka.records import KnownTable, TableDefinition, TableInfo, TableName, owner_property
-from arka.storage.ports import Catalog, CatalogListing, CatalogTable, CatalogUnavailable, TableMissing
+from arka.storage.ports import Catalog, CatalogListing, CatalogTable, CatalogUnavailable, TableMissing, Warehouse
 from arka.tiers import ddl
 from arka.tiers.adoption import Adoption
 from arka.tiers.apart import Apart
@@ -37,6 +37,7 @@ from arka.tiers.memory import MemoryTier
 from arka.tiers.parking import Parking
 from arka.tiers.room import Room
 from arka.tiers.table import Ending, Table, TableState
+from arka.tiers.warehouse import WarehouseWatch
 from arka.tiers.watermarks import Watermark
 
 log = structlog.get_logger(__name__)
@@ -103,6 +104,7 @@ class Tables:
         room: Room,
         adopt_s: float = 1.0,
         apart: Apart,
+        warehouse: Warehouse | None = None,
     ) -> None:
         """Join the list to what it is about.
 
@@ -119,6 +121,7 @@ class Tables:
             room: the log's room for new writes.
             adopt_s: see ``Adoption``.
             apart: knows the tables that are far behind.
+            warehouse: its marker; None where it cannot have one.
         """
         #: Tables that are set apart.
         self.apart = apart
@@ -134,6 +137,8 @@ class Tables:
         self._log_uuid = log_uuid
         self._owner = owner_property(node_id, log_uuid)
         self._make_committer = make_committer
+        #: Whether catalog and warehouse are the ones that this log was joined to (R28, R33).
+        self.watch = WarehouseWatch(warehouse, catalog, self._known_names)
         self._by_uuid: dict[UUID, Table] = {}
         self._by_name: dict[TableName, Table] = {}
         # Creates whose outcome is not in the log: those of an earlier process are finished here (R41).
@@ -154,6 +159,9 @@ class Tables:
         self._draining = False
         self._nursery: trio.Nursery | None = None
         self._reconciled = False
+
+    def _known_names(self) -> list[TableName]:
+        return [table.info.name for table in self._by_uuid.values() if table.state is not TableState.DROPPED]
 
     # -- the list ---------------------------------------------------------------------------------
 
@@ -278,6 +286,7 @@ class Tables:
             self.adoption.start(nursery)
             task_status.started()
             try:
+                nursery.start_soon(self.watch.run)
                 await self.wait_catalog(self.reconcile)
                 for uuid in self._pending_drops:
                     retry = partial(self._retry_drop, uuid)
@@ -515,6 +524,8 @@ class Tables:
         found = next((t for t in listing.tables if t.info.uuid == table.info.uuid), None)
         strangers = listing.unread - {known.info.name for known in self.all() if known is not table}
         if found is not None:
+            # What is adopted is acknowledged: a reader has to find it (R28).
+            await self.watch.confirm(found.info)
             self._adopt(table, found)
         elif strangers and table.info.uuid not in listing.unusable:
             raise CatalogUnavailable(
@@ -597,6 +608,11 @@ class Tables:
 
         Cancellation: the intent stays open: the next start finishes it (R41).
         """
+        try:
+            # Folders are made below a marker that was just read, and nowhere else (R28).
+            await self.watch.check()
+        except CatalogUnavailable as error:
+            raise Unavailable(f"{definition.name} was not created: {error}") from error
         found, created = await ddl.create_table(self.catalog, definition, suffix, owner=self._owner)
         await failpoints.reach("create.done")
         self._creates.made(found.info, suffix)

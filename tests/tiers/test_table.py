@@ -27,6 +27,7 @@ from arka.tiers.committer import TableCommitter
 from arka.tiers.keys import KeyIndex
 from arka.tiers.memory import MemoryTier
 from arka.tiers.table import Table, TableState
+from arka.tiers.warehouse import WarehouseWatch
 from arka.tiers.watermarks import Watermark
 
 LOG = UUID(int=7)
@@ -48,6 +49,9 @@ class ScriptedCatalog:
         if self.encode_errors:
             raise self.encode_errors.pop(0)
         return StagedFiles(job.after_lsn, job.through_lsn, (), 0)
+
+    async def look_at(self, table: TableInfo) -> None:
+        await trio.sleep(0.01)
 
     async def commit(self, job: CommitJob) -> CommitResult:
         await trio.sleep(0.01)
@@ -76,6 +80,7 @@ class Bench:
             epoch=lambda: 3,
             options=options or IcebergOptions(),
             rng=random.Random(1),
+            watch=WarehouseWatch(None, self.catalog, lambda: ()),
             on_committed=lambda table: None,
             adoption=Adoption(self.catalog, memory, log_uuid=LOG, adopt_s=1.0, look_for=self.look_for),
         )
