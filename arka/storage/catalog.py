@@ -10,7 +10,6 @@ manifests stay warm in one process. A large encode job is divided among the cont
 
 from __future__ import annotations
 
-import math
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import replace
@@ -48,6 +47,9 @@ from arka.storage.workers import Template, WorkerPool, open_pool
 
 #: Control calls at a time; scans may take all of them but one, so that a long one does not stop CreateTable.
 _CONTROL_WORKERS: Final = 2
+
+#: How long rewriting the paths of all tables may take, in seconds.
+_ADOPT_S: Final = 86_400.0
 
 #: Of an offset in a slice.
 _OFFSET_BYTES: Final = 8
@@ -361,7 +363,7 @@ async def adopt_warehouse(config: CatalogConfig, old: str, new: str) -> list[str
 
     Cancellation: the worker is killed; the catalog's transaction has happened or not.
     """
-    async with open_pool(Template(), 1, math.inf) as pool:
+    async with open_pool(Template(), 1, _ADOPT_S) as pool:
         return await pool.run(worker.adopt, config, old, new)
 
 

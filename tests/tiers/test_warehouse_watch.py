@@ -1,0 +1,169 @@
+"""The last tier's look at where it writes, on a virtual clock (R28)."""
+
+from __future__ import annotations
+
+from typing import Any
+from uuid import UUID, uuid4
+
+import pyarrow as pa
+import pytest
+import trio
+from trio.testing import MockClock
+
+from arka.records import TableInfo, TableName, TableType
+from arka.storage.ports import CatalogListing, CatalogTable, CatalogUnavailable, FilesMissing, WarehouseChanged
+from arka.tiers.warehouse import SEEN_S, WarehouseWatch
+
+INFO = TableInfo(
+    uuid4(), TableName("default", "t"), pa.schema([]), 0, TableType.APPEND_ONLY, (), 0, (), "file:///t-00000000", {}
+)
+
+
+class World:
+    """A warehouse that can be emptied or exchanged, and a catalog that remembers what it has read."""
+
+    url = "file:///warehouse"
+
+    def __init__(self, *, tables: bool) -> None:
+        self.tables = tables
+        self.marker: UUID | None = None
+        self.joined: UUID | None = None
+        self.answers = True
+        self.whole = True
+        self.writable = True
+        self.made: list[UUID] = []
+        self.looks = 0
+
+    async def read_marker(self) -> UUID | None:
+        await trio.lowlevel.checkpoint()
+        if not self.answers:
+            raise CatalogUnavailable("no answer")
+        return self.marker
+
+    async def make_marker(self, uuid: UUID) -> UUID | None:
+        await trio.lowlevel.checkpoint()
+        if not self.writable:
+            return None
+        self.made.append(uuid)
+        self.marker = self.marker or uuid
+        return self.marker
+
+    async def known(self) -> UUID | None:
+        return self.joined
+
+    async def know(self, uuid: UUID) -> None:
+        self.joined = uuid
+
+    async def list_tables(self) -> CatalogListing:
+        await trio.lowlevel.checkpoint()
+        return CatalogListing((CatalogTable(INFO, (), None),) if self.tables else ())
+
+    async def look_at(self, table: TableInfo) -> None:
+        await trio.lowlevel.checkpoint()
+        self.looks += 1
+        if not self.whole:
+            raise FilesMissing(f"{table.location}/metadata/00001.metadata.json")
+
+
+def _watch(world: World) -> WarehouseWatch:
+    catalog: Any = world
+    return WarehouseWatch(world, catalog, lambda: [INFO.name] if world.tables else [])
+
+
+@pytest.fixture
+def world() -> World:
+    return World(tables=True)
+
+
+async def test_unmarked_warehouse_that_is_whole_is_marked(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    """A warehouse of an older data directory, and a new one, are marked at the first start."""
+    for tables in (True, False):
+        world = World(tables=tables)
+        watch = _watch(world)
+        nursery.start_soon(watch.run)
+        await watch.wait_ours()
+        assert world.made == [world.joined]
+        assert watch.trouble is None
+
+
+async def test_no_marker_is_made_in_an_empty_warehouse(
+    world: World, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    """An empty mount point gets no marker, though the catalog's answer is remembered and looks whole."""
+    watch = _watch(world)
+    nursery.start_soon(watch.run)
+    await watch.wait_ours()
+    kept, world.marker, world.whole = world.marker, None, False
+    assert not await watch.report(WarehouseChanged("the warehouse is another one than before"))
+    with trio.move_on_after(30):
+        await watch.wait_ours()
+    assert "no marker" in (watch.trouble or "")
+    assert world.made == [kept]
+    with pytest.raises(WarehouseChanged):
+        await watch.check()
+    world.marker, world.whole = kept, True
+    await watch.wait_ours()
+    assert watch.trouble is None
+
+
+async def test_another_marker_is_not_ours(world: World, nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    """A warehouse with another UUID is refused until the own one is back; the disk's memory decides after a restart."""
+    world.joined = uuid4()
+    world.marker = uuid4()
+    watch = _watch(world)
+    nursery.start_soon(watch.run)
+    with trio.move_on_after(30):
+        await watch.wait_ours()
+    assert str(world.joined) in (watch.trouble or "")
+    assert not await watch.is_ours()
+    world.marker = world.joined
+    await watch.wait_ours()
+    assert await watch.is_ours()
+
+
+async def test_a_file_that_is_gone_is_the_tables_trouble_while_the_marker_is_ours(
+    world: World, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    """With the marker readable a missing file stops its table alone; without it everything stalls (R33)."""
+    watch = _watch(world)
+    nursery.start_soon(watch.run)
+    await watch.wait_ours()
+    gone = FilesMissing("file:///t-00000000/metadata/m0.avro")
+    assert await watch.report(gone)
+    assert watch.trouble is None
+    world.answers = False
+    assert not await watch.report(gone)
+    assert watch.trouble is not None
+    world.answers = True
+    await watch.wait_ours()
+
+
+async def test_files_are_seen_within_a_minute_of_an_ack(
+    world: World, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    """A table's files are looked for once a minute, and again after catalog or warehouse were others."""
+    watch = _watch(world)
+    nursery.start_soon(watch.run)
+    await watch.wait_ours()
+    before = world.looks
+    await watch.confirm(INFO)
+    await watch.confirm(INFO)
+    assert world.looks == before + 1
+    await trio.sleep(SEEN_S)
+    await watch.confirm(INFO)
+    assert world.looks == before + 2
+    await watch.report(WarehouseChanged("gone"))
+    await watch.wait_ours()
+    world.whole = False
+    with pytest.raises(FilesMissing):
+        await watch.confirm(INFO)
+
+
+async def test_warehouse_that_cannot_be_marked(world: World, nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    """Where nothing may be written at the top, the check is one of each table's files."""
+    world.writable = False
+    watch = _watch(world)
+    nursery.start_soon(watch.run)
+    await watch.wait_ours()
+    assert world.joined is None
+    assert await watch.is_ours()
