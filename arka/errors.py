@@ -29,6 +29,7 @@ class ErrorCode(StrEnum):
     UNAUTHENTICATED = "unauthenticated"
     PERMISSION_DENIED = "permission_denied"
     OUTCOME_UNKNOWN = "outcome_unknown"
+    SET_ASIDE = "set_aside"
     OUT_OF_RANGE = "out_of_range"
     UNIMPLEMENTED = "unimplemented"
     INTERNAL = "internal"

@@ -178,6 +178,40 @@ def salvage(
         fail(error, EXIT_FAILURE)
 
 
+@wal.command()
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--to", "out", metavar="OUT", type=click.Path(path_type=Path), help="Copy them into this folder.")
+def aside(directory: Path, out: Path | None) -> None:
+    """List the writes that were set aside: their own data could not be written to their table.
+
+    DIR is a data directory; a server may be running on it. With --to each write becomes an Arrow IPC stream,
+    NAMESPACE.TABLE-LSN.arrows, with arka.lsn, arka.key, arka.operation and arka.reason as custom metadata of its batch.
+
+    Exit codes: 0 all could be read, 3 one is damaged.
+    """
+    from arka.errors import DataCorruption
+    from arka.wal.asidefile import copy_aside, parse_aside, read_aside
+
+    # As the server lays copies of what the object store has beside the log.
+    found = sorted((directory / "checkpoints").glob("*/aside/*/*"))
+    code = 0
+    for path in found:
+        try:
+            write = parse_aside(str(path), "/".join(path.parts[-4:]), path.read_bytes())
+            rows = read_aside(write)
+        except DataCorruption as error:
+            click.echo(f"arka: damaged: {error.detail}", err=True)
+            code = EXIT_DAMAGED
+            continue
+        key = rows.key.decode(errors="replace")
+        line = f"lsn={write.lsn} table={rows.table.name} uuid={write.table} rows={rows.batch.num_rows} key={key}"
+        click.echo(f"{line} reason={write.reason}")
+        if out is not None:
+            click.echo(f"copied to {copy_aside(write, rows, out)}")
+    click.echo(f"{len(found)} writes are set aside")
+    sys.exit(code)
+
+
 def _salvage(
     log_directory: Path, out: Path | None, location: str | None, tier: Tier, above_lsn: int, *, keyless: bool
 ) -> int:

@@ -56,6 +56,14 @@ class Duplicate:
     code: ErrorCode | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class SetAside:
+    """A write that reaches each tier but the last: there it ends with an error (R32)."""
+
+    detail: str
+    duplicate: bool
+
+
 def _field(tag: bytes, value: bytes) -> bytes:
     return tag + varint(len(value)) + value
 
@@ -111,7 +119,7 @@ class AckQueue:
         self._lsns = array("q")
         self._rows = array("q")
         self._requested = bytearray()
-        self._special: dict[int, Rejection | Duplicate] = {}
+        self._special: dict[int, Rejection | Duplicate | SetAside] = {}
         # Invariant: _cursor[t] is the first sequence whose ack for tier t is not out; never rises with t.
         self._cursor = [0, 0, 0, 0]
         # Rises that some unsent ack may still need for its timestamp, oldest first; never empty.
@@ -186,6 +194,19 @@ class AckQueue:
         """Note a write that is not in the table and never will be; returns its sequence."""
         self._special[self.writes] = Rejection(code, detail)
         return self._append(0, 0, Tier.MEMORY | SPECIAL)
+
+    def set_aside(self, lsn: int, detail: str) -> None:
+        """Let the writes with this LSN end with ``set_aside`` where they would be ``iceberg_committed``.
+
+        Args:
+            lsn: of a write that no commit will hold; the last tier has not come to it yet.
+            detail: what its client is told.
+        """
+        for index, known in enumerate(self._lsns):
+            sequence = self._base + index
+            if known == lsn and sequence >= self._cursor[Tier.ICEBERG_COMMITTED]:
+                self._special[sequence] = SetAside(detail, isinstance(self._special.get(sequence), Duplicate))
+                self._requested[index] |= SPECIAL
 
     def handshake(self, marks: dict[Tier, int]) -> None:
         """Answer ``resume_after_lsn``: one ack per tier with sequence -1 (protocol 3.3)."""
@@ -337,6 +358,8 @@ class AckQueue:
         if isinstance(special, Rejection):
             del self._special[sequence]
             return self._encode(tier, lsn, now_us(), sequence, None, special.code, special.detail)
+        if isinstance(special, SetAside) and tier is Tier.ICEBERG_COMMITTED:
+            return self._encode(tier, lsn, now_us(), sequence, None, ErrorCode.SET_ASIDE, special.detail)
         if tier is Tier.MEMORY:
             timestamp_us, snapshot_id, more = self._accepted_us, None, ""
         else:
@@ -344,6 +367,9 @@ class AckQueue:
             # What was committed earlier is not what this rise speaks of.
             more = _dropped(rise) if lsn > rise.after_lsn else ""
         rows = self._rows[index]
+        if isinstance(special, SetAside):
+            duplicate = special.duplicate
+            return self._encode(tier, lsn, timestamp_us, sequence, rows, None, None, snapshot_id, duplicate=duplicate)
         return self._encode(
             tier, lsn, timestamp_us, sequence, rows, special.code, None, snapshot_id, duplicate=True, more=more
         )

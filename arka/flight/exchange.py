@@ -165,6 +165,7 @@ class Exchange:
         self._pipeline.unlisten_failure(self._on_failure)
         if self._table is not None:
             self._table.unlisten_end(self._on_end)
+            self._table.unlisten_aside(self._on_aside)
             if self._holds:
                 self._holds = False
                 self._pipeline.activity.let_go(self._table)
@@ -332,10 +333,12 @@ class Exchange:
         assert not self._holds, "a stream's table is fixed with its first write"
         if self._table is not None:
             self._table.unlisten_end(self._on_end)
+            self._table.unlisten_aside(self._on_aside)
             if self._decoder is not None:
                 self._decoder.close()
         self._table, self._decoder = table, None
         table.listen_end(self._on_end)
+        table.listen_aside(self._on_aside)
         if self._follow is not None:
             self._follow(table.room)
 
@@ -568,6 +571,9 @@ class Exchange:
         if self.acks.unsent:
             self._moved.set()
             self._tell()
+
+    def _on_aside(self, lsn: int, detail: str) -> None:
+        self.acks.set_aside(lsn, detail)
 
     def _on_end(self, ending: Ending) -> None:
         self.acks.fail(ending.code, ending.detail)

@@ -388,6 +388,7 @@ class FlightService:
             or None,
             "holding_back": table.room.reason,
             "watermarks": {tier.word: lsn for tier, lsn in marks.items()},
+            "set_aside": sorted(table.asides),
             "lag": {
                 "writes_from_lsn": table.backlog.first_lsn,
                 "frame_bytes": table.backlog.frame_bytes,

@@ -50,6 +50,7 @@ _STATUS_OF: Final[dict[ErrorCode, Status]] = {
     ErrorCode.UNAUTHENTICATED: Status.UNAUTHENTICATED,
     ErrorCode.PERMISSION_DENIED: Status.PERMISSION_DENIED,
     ErrorCode.OUTCOME_UNKNOWN: Status.UNAVAILABLE,
+    ErrorCode.SET_ASIDE: Status.FAILED_PRECONDITION,
     ErrorCode.OUT_OF_RANGE: Status.OUT_OF_RANGE,
     ErrorCode.UNIMPLEMENTED: Status.UNIMPLEMENTED,
     ErrorCode.INTERNAL: Status.INTERNAL,

@@ -45,6 +45,7 @@ from arka.storage.ports import (
     TableFrames,
     TableMissing,
     Unusable,
+    UnwritableRows,
 )
 from arka.tableproperties import MERGE, MERGE_FIRST
 
@@ -146,6 +147,8 @@ class SimCatalog:
         self.calls: list[str] = []
         self.unreadable: set[TableName] = set()
         self.unusable: dict[TableName, str] = {}
+        #: Values of a column ``id`` whose rows cannot be written (R32).
+        self.poison: set[int] = set()
 
     # What a test does to the world.
 
@@ -323,6 +326,14 @@ class SimCatalog:
 
     def _encode(self, job: TableFrames) -> StagedFiles:
         frames = list(self._frames(job))
+        for frame in frames:
+            # Of append-only tables: a delete names others' rows.
+            if (
+                self.poison
+                and job.table.table_type is TableType.APPEND_ONLY
+                and not self.poison.isdisjoint(frame.batch.column("id").to_pylist())
+            ):
+                raise UnwritableRows(f"the rows of LSN {frame.lsn} cannot be written")
         rows = sum(frame.batch.num_rows for frame in frames)
         if rows == 0:
             return StagedFiles(job.after_lsn, job.through_lsn, (), 0)

@@ -127,6 +127,10 @@ class Promises:
         self._room_at: dict[tuple[str, UUID], tuple[float, float]] = {}
         # By table UUID: the schemas that others gave it.
         self._schemas: dict[UUID, SchemaHistory] = {}
+        #: Writes whose own data cannot be written to their table (R32).
+        self.poison: set[int] = set()
+        #: Each so many writes to an append-only table is one; 0 for none.
+        self.poison_every = 0
         # By process: the LSNs that its acks have named, by write.
         self._told: dict[str, dict[int, int]] = {}
 
@@ -182,6 +186,10 @@ class Promises:
             stream.refused_from = ack.sequence
         if ack.code == "outcome_unknown":
             return
+        if ack.code == "set_aside":
+            if write.number not in self.poison:
+                self.fail(f"write {write.number} was set aside, and its data can be written: {ack}")
+            write.refused = True
         if ack.code == "table_dropped":
             if write.table not in self.drop_asked:
                 self.fail(f"write {write.number} got table_dropped and nobody dropped its table")
@@ -371,6 +379,8 @@ class Promises:
                     self.fail(f"rows of write {number}, which nobody sent, are in {job.table.name}")
                 elif counts[number] > write.rows:
                     self.fail(f"write {number} (LSN {write.lsn}) is in {job.table.name} twice")
+                elif number in self.poison:
+                    self.fail(f"write {number} cannot be written and is in {job.table.name}")
                 elif write.refused:
                     self.fail(f"write {number} was refused for good and is in {job.table.name}")
 
@@ -401,6 +411,8 @@ class Promises:
             write = self.writes[number]
             if write.table != table:
                 continue
+            if number in self.poison:
+                continue
             if not write.victims and not found[number] and not any((number, n) in doomed for n in range(write.rows)):
                 self.fail(f"a read of table {table} through {through_lsn} lacks write {number} (LSN {lsn})")
             for victim in write.victims:
@@ -419,6 +431,14 @@ class Promises:
         if sorted(keys) != sorted(expected):
             self.fail(f"table {table} has the keys {sorted(keys)}, expected {sorted(expected)}")
 
+    def _check_aside(self, write: Write) -> None:
+        """Check that a write that cannot be in its table is where its ack says (R32)."""
+        key = f"/aside/{write.table}/{write.lsn:016d}"
+        if write.reached >= Tier.DISK and write.lsn and not any(name.endswith(key) for name in self._objects):
+            self.fail(f"write {write.number} (LSN {write.lsn}) cannot be written, and was not set aside")
+        if write.key and not write.refused and write.sends and write.reached >= Tier.DISK:
+            self.note(f"write {write.number} was set aside, and its client was not told in this history")
+
     def check_end(self, present: set[UUID]) -> None:
         """Check everything that was promised, after a drain; ``present`` are the catalog's tables."""
         for table in self.drop_confirmed & present:
@@ -431,7 +451,9 @@ class Promises:
             found = self.committed.get(write.table, Counter())[write.number]
             if found not in (0, write.rows):
                 self.fail(f"{found} of {write.rows} rows of write {write.number} are there")
-            if write.reached >= Tier.DISK and found == 0:
+            if write.number in self.poison:
+                self._check_aside(write)
+            elif write.reached >= Tier.DISK and found == 0:
                 self.fail(f"write {write.number} (LSN {write.lsn}) was acked {Tier(write.reached).word} and is lost")
             if write.refused and found:
                 self.fail(f"write {write.number} was refused for good and is there")

@@ -557,6 +557,10 @@ class _World:
         self.weather = CatalogWeather(rng, trace)
         self.weather.on_commit = self._take_commit
         self.promises = Promises(trace, self.store.objects)
+        odd = random.Random(f"unwritable {seed}")
+        self.promises.poison_every = odd.choice((0, 0, 0, 5, 17))
+        self.promises.poison = self.weather.tables.poison
+        self.weather.most_frames = odd.choice((0, 0, 0, 2, 9))
         self.tables = [TableName("default", f"t{number}") for number in range(rng.randint(1, 3))]
         self._keyed = {name for name in self.tables if rng.random() < 0.4}
         self.writers = [

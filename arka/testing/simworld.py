@@ -36,12 +36,15 @@ from arka.storage.ports import (
     CommitJob,
     CommitOutcome,
     CommitResult,
+    DeadlineMissed,
     DiskFile,
     ObjectExists,
     ObjectMeta,
     SegmentSlice,
+    StagedFiles,
     StoreUnavailable,
     TableExists,
+    TableFrames,
     TableMissing,
 )
 from arka.testing.simcatalog import SimCatalog
@@ -55,6 +58,11 @@ T = TypeVar("T")
 _WALL_NS: Final = 1_767_225_600 * 10**9
 
 WAL: Final = Path("/data/wal")
+
+#: How long an encode job takes that misses its deadline, in seconds.
+_DEADLINE_S: Final = 5.0
+#: Of an offset in a slice.
+_OFFSET_BYTES: Final = 8
 
 
 class Trace:
@@ -400,6 +408,7 @@ class CatalogWeather:
         away: while set, every request fails; those that change something may still have done so.
         fault_share: the share of requests that fail.
         max_delay_s: the longest that a request takes.
+        most_frames: cuts of more frames miss their deadline; 0 for none.
     """
 
     def __init__(self, rng: random.Random, trace: Trace) -> None:
@@ -408,6 +417,7 @@ class CatalogWeather:
         self.away = False
         self.fault_share = 0.0
         self.max_delay_s = 0.0
+        self.most_frames = 0
         self.tables = SimCatalog(lambda piece, log_uuid: ())
         # Tables that somebody took out of the catalog, with the name that each had.
         self._vanished: list[tuple[TableName, Any]] = []
@@ -487,6 +497,18 @@ class ProcessCatalog(SimCatalog):
         self._snapshot_ids = weather.tables._snapshot_ids
         self.unreadable = weather.tables.unreadable
         self.unusable = weather.tables.unusable
+        self.poison = weather.tables.poison
+
+    async def encode(self, job: TableFrames, *, fresh: bool = False) -> StagedFiles:
+        """See ``Catalog.encode``; cuts of too many frames are late in some worlds (R32)."""
+        most = self._weather.most_frames
+        if most and sum(len(piece.offsets) // _OFFSET_BYTES for piece in job.slices) > most:
+            await self._process.gate()
+            await trio.sleep(_DEADLINE_S)
+            self._weather.trace.count("catalog encode late")
+            await self._process.gate()
+            raise DeadlineMissed("encode: it finished no file for too long")
+        return await super().encode(job, fresh=fresh)
 
     async def _call(self, name: str, effect: Callable[[], T]) -> T:
         weather, rng = self._weather, self._weather.rng
@@ -527,8 +549,10 @@ class ProcessCatalog(SimCatalog):
     def _commit(self, job: CommitJob) -> CommitResult:
         table = self._tables.get(job.table.name)
         before = len(table.changes) if table is not None else 0
+        # A commit past a write that is set aside changes nothing.
+        snapshots = len(table.snapshots) if table is not None else 0
         result = super()._commit(job)
-        if table is not None and result.outcome is CommitOutcome.COMMITTED and len(table.changes) > before:
+        if table is not None and result.outcome is CommitOutcome.COMMITTED and len(table.snapshots) > snapshots:
             self._weather.on_commit(job, table.changes[before:])
         return result
 

@@ -135,6 +135,10 @@ class Writer:
         key = f"w{number}" if self.keyed else ""
         write = Write(number, rows, table.uuid, key, requested, victims)
         self._promises.writes[number] = write
+        every = self._promises.poison_every
+        if every and number % every == 1 and table.table_type is TableType.APPEND_ONLY:
+            # Without a draw: histories without such writes stay as they were.
+            self._promises.poison.add(number)
         self._mine.append(write)
         return write
 

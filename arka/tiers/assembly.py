@@ -20,6 +20,7 @@ from arka.records import LsnRange, Tier
 from arka.storage.ports import Catalog, Disk, ObjectStore, Warehouse
 from arka.storage.threads import run_compute
 from arka.tiers.apart import Apart
+from arka.tiers.aside import Aside, Asides
 from arka.tiers.committer import TableCommitter
 from arka.tiers.keys import KeyIndex
 from arka.tiers.logclock import LogClock
@@ -109,6 +110,7 @@ class Found:
         keys: the checkpoints' keys.
         allocator: gives the LSNs that are reserved.
         first_lsn: the first of them.
+        asides: the writes that are set aside.
     """
 
     data_dir: Path
@@ -119,6 +121,7 @@ class Found:
     keys: KeyIndex
     allocator: LsnAllocator
     first_lsn: int
+    asides: Asides
 
 
 async def assemble(
@@ -206,6 +209,17 @@ async def assemble(
         log_bytes=lambda lsn: release.held_bytes(lsn),
     )
 
+    aside = Aside(
+        world.store,
+        world.checkpoints,
+        world.disk,
+        node_id=node_id,
+        log_uuid=log_uuid,
+        epoch=lambda: uplink.epoch,
+        retry_s=settings.object_store.retry_s,
+        rng=world.rng,
+    )
+
     def make_committer(table: Table) -> TableCommitter:
         return TableCommitter(
             table,
@@ -218,6 +232,7 @@ async def assemble(
             watch=tables.watch,
             on_committed=tables.note_committed,
             adoption=tables.adoption,
+            set_aside=aside.keep,
         )
 
     tables = Tables(
@@ -265,6 +280,7 @@ def _hand_over(found: Found, tables: Tables, objects: ObjectTier, release: LogRe
     replay, keys = found.replay, found.keys
     for uuid, lsn in replay.dropped.items():
         keys.drop_table(uuid, lsn)
+    tables.asides = found.asides
     tables.restore(replay.known(found.checkpoints.tables), replay.drops, replay.dropped, replay.creates.open.values())
     for known in tables.all():
         known.quiet = replay.is_quiet(known.info.uuid, found.checkpoints)

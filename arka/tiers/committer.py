@@ -19,6 +19,7 @@ import trio
 from arka import failpoints
 from arka.errors import ArkaError, Fenced
 from arka.options import IcebergOptions
+from arka.records import TableType
 from arka.storage.ports import (
     Catalog,
     CatalogConflict,
@@ -27,6 +28,7 @@ from arka.storage.ports import (
     CommitOutcome,
     CommitResult,
     DeadlineMissed,
+    StagedFiles,
     UnwritableRows,
     WarehouseChanged,
 )
@@ -51,6 +53,8 @@ _MAX_PAUSE_INTERVALS = 4
 _FULL_SHARE = 0.9
 #: Consecutive definite failures (not outages) after which a table is stopped.
 _MAX_FAILURES = 5
+#: How often a single write that cannot be written is tried in a fresh worker before it is set aside (R32).
+_FRESH_TRIES = 2
 
 
 class TableCommitter:
@@ -69,6 +73,7 @@ class TableCommitter:
         watch: WarehouseWatch,
         on_committed: Callable[[Table], None],
         adoption: Adoption,
+        set_aside: Callable[[Table, Cut, str], Awaitable[None]],
     ) -> None:
         """Join a table to the catalog.
 
@@ -84,6 +89,7 @@ class TableCommitter:
             watch: knows whether catalog and warehouse are ours (R28).
             on_committed: told after the mark rose.
             adoption: takes what each commit has loaded (R27).
+            set_aside: keeps a write that cannot be written, durably, and tells its streams (R32).
         """
         self._table = table
         self._catalog = catalog
@@ -95,6 +101,7 @@ class TableCommitter:
         self._watch = watch
         self._on_committed = on_committed
         self._adoption = adoption
+        self._set_aside = set_aside
         self._failures = 0
         self._size = CutSize()
         # Seconds of the last attempts at what the commit under way needs.
@@ -118,13 +125,13 @@ class TableCommitter:
             if not await self._wait_work(earliest):
                 continue
             await self._watch.wait_ours()
-            cut = table.commitable.cut(self._objects.lsn, self._options.commit_bytes, self._size.frames)
+            cut = self._next_cut()
             if cut is None:
                 continue
             started = trio.current_time()
             self._cost_s = 0.0
             try:
-                job = await self._encode(cut)
+                job = await self._encode(cut) if cut.through_lsn not in table.asides else self._pass(cut)
                 result = await self._commit(job, cut)
                 await self._look(result, cut)
             except Fenced:
@@ -185,6 +192,26 @@ class TableCommitter:
                 await changed.wait()
             return False
         return True
+
+    def _next_cut(self) -> Cut | None:
+        """Choose what to commit next; a write that is set aside is a cut of its own."""
+        table = self._table
+        through_lsn, most = self._objects.lsn, self._size.frames
+        aside = table.next_aside()
+        if aside is not None and aside == table.commitable.first_lsn:
+            most = 1
+        elif aside is not None:
+            through_lsn = min(through_lsn, aside - 1)
+        return table.commitable.cut(through_lsn, self._options.commit_bytes, most)
+
+    def _pass(self, cut: Cut) -> CommitJob:
+        """Make a commit that moves the table's mark past a write that is set aside, and adds nothing (R32)."""
+        table = self._table
+        # Invariant: it is durable elsewhere before the mark passes it; ``asides`` holds nothing else.
+        staged = StagedFiles(table.committed.lsn, cut.through_lsn, (), 0)
+        return CommitJob(
+            table=table.info, log_uuid=self._log_uuid, epoch=self._epoch(), commit_id=uuid4(), staged=staged
+        )
 
     def _has_full_commit(self) -> bool:
         """Whether there is as much to commit as one commit may take."""
@@ -327,8 +354,34 @@ class TableCommitter:
         return True
 
     async def _settle_unwritable(self, cut: Cut, reason: str) -> float:
-        """Decide about a single write whose own data cannot be written; returns the pause in seconds."""
-        return self._note_failure(reason)
+        """Decide about a single write whose own data cannot be written; returns the pause in seconds.
+
+        It is tried twice more, each time in a worker that has done nothing else: only an error in its own data, both
+        times, sets it aside. A primary-key table stops before it: later writes of its keys may rest on it.
+        """
+        table = self._table
+        job = table.frames(self._log_uuid, cut)
+        for _ in range(_FRESH_TRIES):
+            try:
+                await self._persist(
+                    "a fresh worker to take a single write", partial(self._catalog.encode, job, fresh=True), cut
+                )
+            except UnwritableRows as error:
+                reason = str(error)
+            except Fenced:
+                raise
+            except (ArkaError, CatalogConflict) as error:
+                return self._note_failure(str(error))
+            else:
+                # It was something else than its data: the next cut tries again.
+                return self._options.retry_s
+        if table.info.table_type is TableType.PRIMARY_KEY:
+            table.stop(
+                f"Table {table.info.name} stops before LSN {cut.through_lsn}, whose data cannot be written: {reason}"
+            )
+        else:
+            await self._set_aside(table, cut, reason)
+        return 0.0
 
     def _note_failure(self, reason: str) -> float:
         """Count a definite failure; stops the table when it does not pass. Returns the pause in seconds."""

@@ -341,7 +341,7 @@ class Parking:
     # -- to the store -----------------------------------------------------------------------------
 
     async def _park_slice(self, table: Table, piece: SegmentSlice) -> _Object:
-        encoded = await self._disk.run(partial(self._encode, table, piece))
+        encoded = await self._disk.run(partial(encode_slice, self._disk, self._log_uuid, self._epoch, table, piece))
         _, _, frames, _ = encoded.parts
         # Its own for each epoch: a process that was fenced in the midst of this cannot be in the way.
         key = f"{self._node_id}/{self._folder}/{table.info.uuid}/{encoded.ref.first_lsn:016d}-{self._epoch:010d}.wal"
@@ -355,34 +355,6 @@ class Parking:
 
         await self._persist(put)
         return _Object(key, encoded.size, len(frames), encoded.ref.last_lsn)
-
-    def _encode(self, table: Table, piece: SegmentSlice) -> EncodedObject:
-        """Gather one segment's frames of a table into an object. Blocking."""
-        data = self._disk.map(Path(piece.path))
-        seed = crc_seed(self._log_uuid, piece.epoch, piece.segment)
-        frames = bytearray()
-        schemas: dict[int, None] = {}
-        first_lsn = last_lsn = 0
-        for offset in memoryview(piece.offsets).cast("Q"):
-            try:
-                header = verify_frame(data, offset, seed)
-            except FrameError as error:
-                raise DataCorruption(piece.path, offset, error.expected, error.found) from error
-            frames += data[offset : offset + header.frame_bytes]
-            schemas[header.schema_id] = None
-            first_lsn, last_lsn = first_lsn or header.lsn, header.lsn
-        return encode_object(
-            self._log_uuid,
-            self._epoch,
-            piece.segment,
-            piece.epoch,
-            first_lsn=first_lsn,
-            last_lsn=last_lsn,
-            tables=tuple(_at_schema(table, number) for number in schemas),
-            frames=frames,
-            predecessor=None,
-            stored_through=table.committed.lsn,
-        )
 
     # -- and back ---------------------------------------------------------------------------------
 
@@ -441,6 +413,35 @@ class Parking:
         await persist(request, StoreUnavailable, _note_stalled, retry_s=self._retry_s, rng=self._rng)
 
 
+def encode_slice(disk: Disk, log_uuid: UUID, epoch: int, table: Table, piece: SegmentSlice) -> EncodedObject:
+    """Gather one segment's frames of a table into an object. Blocking."""
+    data = disk.map(Path(piece.path))
+    seed = crc_seed(log_uuid, piece.epoch, piece.segment)
+    frames = bytearray()
+    schemas: dict[int, None] = {}
+    first_lsn = last_lsn = 0
+    for offset in memoryview(piece.offsets).cast("Q"):
+        try:
+            header = verify_frame(data, offset, seed)
+        except FrameError as error:
+            raise DataCorruption(piece.path, offset, error.expected, error.found) from error
+        frames += data[offset : offset + header.frame_bytes]
+        schemas[header.schema_id] = None
+        first_lsn, last_lsn = first_lsn or header.lsn, header.lsn
+    return encode_object(
+        log_uuid,
+        epoch,
+        piece.segment,
+        piece.epoch,
+        first_lsn=first_lsn,
+        last_lsn=last_lsn,
+        tables=tuple(_at_schema(table, number) for number in schemas),
+        frames=frames,
+        predecessor=None,
+        stored_through=table.committed.lsn,
+    )
+
+
 def _note_stalled(error: Exception) -> None:
     log.debug("parking.stalled", reason=str(error))
 
@@ -450,4 +451,4 @@ def _at_schema(table: Table, schema_id: int) -> TableInfo:
     return replace(table.info, schema=table.schemas[schema_id], schema_id=schema_id)
 
 
-__all__ = ["Parking"]
+__all__ = ["Parking", "encode_slice"]

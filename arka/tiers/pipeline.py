@@ -356,6 +356,8 @@ class Pipeline:
         """Refuse to answer for a known write whose own outcome nobody can say now."""
         if self._failure is not None and lsn > self._marks.disk.lsn:
             raise self._failure
+        if lsn in table.asides:
+            raise ArkaError(table.asides[lsn], code=ErrorCode.SET_ASIDE)
         if table.ending is not None and lsn > table.committed.lsn:
             raise ArkaError(table.ending.detail, code=table.ending.code)
 
@@ -512,6 +514,9 @@ class Pipeline:
             # Nothing of this table is on its way: it holds all there is. What was given before it was known here was
             # another table's.
             marks[Tier.ICEBERG_COMMITTED] = marks[Tier.OBJECT_STORAGE]
+        if asides := [aside for aside in table.asides if aside > settled_lsn]:
+            # They are in no snapshot and never will be (R32).
+            marks[Tier.ICEBERG_COMMITTED] = min(marks[Tier.ICEBERG_COMMITTED], min(asides) - 1)
         lost = (found.range for found in self._release.remembered_lost() if found.counts_against(table.info.uuid))
         hurt = (found for found in lost if found.through > max(table.created_lsn, settled_lsn))
         cap = min([lsn, *(found.after for found in hurt)])

@@ -21,6 +21,7 @@ from arka import failpoints
 from arka._core.lsn import LsnAllocator
 from arka.options import Settings
 from arka.storage.ports import CatalogUnavailable, StoreUnavailable
+from arka.tiers.aside import load_asides
 from arka.tiers.assembly import WAL_FOLDER, Found, OpenLog, Surroundings, assemble
 from arka.tiers.epochs import Claim, EpochLease
 from arka.tiers.keys import KeyIndex
@@ -129,6 +130,7 @@ class _Start:
             keys=self._keys,
             allocator=LsnAllocator(first_lsn, ceiling),
             first_lsn=first_lsn,
+            asides=await ask_store(partial(load_asides, self._world.checkpoints, self._node_id)),
         )
         opened = await assemble(self._settings, self._world, found, self._uplink, self._checkpoint_store)
         if taken is not None:

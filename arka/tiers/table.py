@@ -132,6 +132,9 @@ class Table:
         self.hurried_lsn = 0
         self.changed = trio.Event()
         self._end_listeners: dict[Callable[[Ending], None], None] = {}
+        #: By LSN, the writes that are not in the table and never will be, and what their writers are told (R32).
+        self.asides: dict[int, str] = {}
+        self._aside_listeners: dict[Callable[[int, str], None], None] = {}
 
     @property
     def state(self) -> TableState:
@@ -285,6 +288,25 @@ class Table:
     def stop(self, detail: str) -> None:
         """Stop a table that cannot be committed for good: waiting writes end with ``outcome_unknown`` (R18)."""
         self.end(Ending(TableState.STOPPED, ErrorCode.OUTCOME_UNKNOWN, detail))
+
+    def set_aside(self, lsn: int, detail: str) -> None:
+        """Take note of a write that is set aside, and tell the streams; it is durable elsewhere (R32)."""
+        self.asides[lsn] = detail
+        for listener in tuple(self._aside_listeners):
+            listener(lsn, detail)
+
+    def next_aside(self) -> int | None:
+        """The first set-aside LSN that no commit has passed; None if there is none."""
+        first = self.commitable.first_lsn
+        return None if first is None else min((lsn for lsn in self.asides if lsn >= first), default=None)
+
+    def listen_aside(self, listener: Callable[[int, str], None]) -> None:
+        """Call ``listener`` with each write that is set aside; it must not raise or wait."""
+        self._aside_listeners[listener] = None
+
+    def unlisten_aside(self, listener: Callable[[int, str], None]) -> None:
+        """Stop calling ``listener``."""
+        self._aside_listeners.pop(listener, None)
 
     def listen_end(self, listener: Callable[[Ending], None]) -> None:
         """Call ``listener`` if the table ends; it must not raise or wait."""

@@ -151,6 +151,8 @@ class Tables:
         self._orphans: set[UUID] = set()
         # The task that commits or parks a table, by its UUID.
         self._tenders: dict[UUID, _Tender] = {}
+        #: By table and LSN, what an earlier process set aside; given once, before ``restore`` (R32).
+        self.asides: Mapping[UUID, Mapping[int, str]] = {}
         # Tables that were in the catalog at the start and could not be read.
         self._unread: set[UUID] = set()
         # The first LSN that each read under way needs.
@@ -436,6 +438,7 @@ class Tables:
 
     def _add(self, table: Table) -> None:
         self._by_uuid[table.info.uuid] = table
+        table.asides.update(self.asides.get(table.info.uuid, {}))
         table.room.put_below(self._room)
         self.note_committed(table)
         named = self._by_name.get(table.info.name)

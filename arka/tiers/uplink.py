@@ -17,6 +17,7 @@ import trio
 
 from arka.errors import ConfigurationError, DataCorruption, Fenced
 from arka.storage.ports import ObjectStore, StoreRefused, StoreUnavailable
+from arka.tiers.aside import mirror_asides
 from arka.tiers.chain import Chain
 from arka.tiers.epochs import Claim, EpochLease, LocalLog, take_epoch
 from arka.tiers.mirror import CheckpointStore
@@ -117,6 +118,7 @@ class Uplink:
         lease, node_id = self._lease, self._claim.node_id
         try:
             released_lsn = await self._checkpoints.mirror()
+            await mirror_asides(self._store, self._checkpoints.local, node_id)
             chain = Chain(self._store, node_id, lease.log_uuid, released_lsn=released_lsn)
             return Taken(lease, released_lsn, chain, await chain.find_head())
         except DataCorruption:

@@ -15,10 +15,20 @@ import pyarrow as pa
 import pytest
 
 from arka.iceberg import timestamps
-from arka.storage.ports import CommitJob, CommitMark, CommitOutcome, CommitResult
+from arka.storage.ports import (
+    CatalogUnavailable,
+    CommitJob,
+    CommitMark,
+    CommitOutcome,
+    CommitResult,
+    UnwritableRows,
+)
 from arka.testing import simcatalog
 from arka.testing.simcatalog import SimCatalog
 from arka.testing.simulation import Outcome, simulate, simulate_many
+from arka.tiers.aside import Aside
+from arka.tiers.committer import TableCommitter
+from arka.tiers.cutsize import CutSize
 from arka.tiers.disk import DiskTier
 from arka.tiers.effects import Effects
 from arka.tiers.epochs import EpochLease
@@ -201,3 +211,34 @@ def test_catches_streams_bound_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("arka.flight.decode.rename_fields", by_name)
     assert "it was meant for" in catch()
+
+
+def test_catches_cuts_that_never_shrink(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that cuts what failed the same way again is caught: its table never gets on (R32)."""
+    monkeypatch.setattr(CutSize, "shrink", lambda self, failed: failed > 1)
+    assert catch()
+
+
+def test_catches_set_aside_for_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that sets a write aside because the catalog or the disk failed is caught (R32)."""
+
+    async def persist(self: Any, doing: str, request: Any, cut: Any) -> Any:
+        try:
+            return await request()
+        except CatalogUnavailable as error:
+            raise UnwritableRows(str(error)) from error
+
+    monkeypatch.setattr(TableCommitter, "_persist", persist)
+    broken = catch()
+    assert "its data can be written" in broken or "is lost" in broken or "was stopped" in broken
+
+
+def test_catches_a_write_set_aside_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that passes a set-aside write before it is durable in the store is caught (R32)."""
+
+    async def keep(self: Any, table: Any, cut: Any, reason: str) -> None:
+        table.set_aside(cut.through_lsn, reason)
+
+    monkeypatch.setattr(Aside, "keep", keep)
+    broken = catch()
+    assert "was not set aside" in broken or "acked iceberg_committed" in broken

@@ -23,6 +23,7 @@ from arka.storage.ports import (
     TableFrames,
 )
 from arka.tiers.adoption import Adoption
+from arka.tiers.backlog import Cut
 from arka.tiers.committer import TableCommitter
 from arka.tiers.keys import KeyIndex
 from arka.tiers.memory import MemoryTier
@@ -83,10 +84,14 @@ class Bench:
             watch=WarehouseWatch(None, self.catalog, lambda: ()),
             on_committed=lambda table: None,
             adoption=Adoption(self.catalog, memory, log_uuid=LOG, adopt_s=1.0, look_for=self.look_for),
+            set_aside=self.keep_aside,
         )
 
     async def look_for(self, table: Table) -> None:
         raise AssertionError(f"{table.info.name} is under its name")
+
+    async def keep_aside(self, table: Table, cut: Cut, reason: str) -> None:
+        table.set_aside(cut.through_lsn, reason)
 
     def write(self, count: int = 1, frame_bytes: int = 64) -> None:
         for _ in range(count):
