@@ -15,7 +15,9 @@ from arka.records import PartitionField, TableInfo, TableName, TableType
 
 def table(tmp_path, partition=()):
     schema = pa.schema([pa.field("s", pa.string(), metadata={"PARQUET:field_id": "1"})])
-    location = f"file://{tmp_path}/t-00000000"
+    folder = tmp_path / "t-00000000"
+    folder.mkdir()
+    location = f"file://{folder}"
     return TableInfo(
         uuid4(), TableName("default", "t"), schema, 0, TableType.APPEND_ONLY, (), 0, tuple(partition), location, {}
     )

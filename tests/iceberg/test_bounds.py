@@ -30,7 +30,9 @@ LAST = "\U0010ffff"
 
 def write(tmp_path, column: pa.Array, properties: dict[str, str] | None = None) -> StagedFile:
     schema = pa.schema([pa.field("v", column.type, metadata={"PARQUET:field_id": "1"})])
-    location = f"file://{tmp_path}/t-00000000"
+    folder = tmp_path / "t-00000000"
+    folder.mkdir(exist_ok=True)
+    location = f"file://{folder}"
     name = TableName("default", "t")
     info = TableInfo(uuid4(), name, schema, 0, TableType.APPEND_ONLY, (), 0, (), location, properties or {})
     batch = pa.record_batch([column], schema=schema)
