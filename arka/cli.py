@@ -20,6 +20,7 @@ import structlog
 import trio
 
 from arka import failpoints
+from arka.backup_command import backup
 from arka.errors import ArkaError, ConfigurationError, DataCorruption, Fenced, InternalError
 from arka.exits import EXIT_CONFIGURATION, EXIT_DAMAGED, EXIT_FAILURE, EXIT_FENCED, EXIT_SIGNAL, complain, fail
 from arka.logs import configure_logging
@@ -184,6 +185,7 @@ def main() -> None:
     """Look after an Arka server's data."""
 
 
+main.add_command(backup)
 main.add_command(wal)
 
 

@@ -29,6 +29,7 @@ from arka.flight.service import FlightService, prepare_spill_dir
 from arka.iceberg.config import CatalogConfig
 from arka.options import Limits, Settings
 from arka.settings_shared import store_settings
+from arka.storage.backup import settle_restored
 from arka.storage.catalog import IcebergCatalog, adopt_warehouse, open_catalog
 from arka.storage.datadir import announce, device_of, disk_uuid, free_bytes, lock_data_dir, shares_device
 from arka.storage.descriptors import budget, raise_limit
@@ -207,6 +208,7 @@ async def serve(
             adopting=settings.server.adopt_warehouse,
             take_over=settings.server.take_over,
         )
+        await settle_restored(data_dir, PosixDisk(), data_dir / WAL_FOLDER)
         listeners = await _listen(settings.server.host, settings.server.port)
         async with _engine(settings, data_dir) as opened:
             ledger = Ledger(settings.limits.memory_bytes)

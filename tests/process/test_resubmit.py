@@ -22,6 +22,7 @@ from arka.records import FIELD_ID_KEY, Operation, TableInfo, TableName, TableTyp
 from arka.storage.disk import PosixDisk
 from arka.testing.segmentfile import frame_buffer
 from arka.testing.serverprocess import ServerProcess
+from arka.wal.logstate import LogState
 from arka.wal.salvage import LogReader
 from arka.wal.survey import survey_log
 from arka.wal.writer import WalWriter
@@ -58,6 +59,7 @@ def make_log(
     disk = PosixDisk()
 
     async def main() -> None:
+        await LogState.create(directory, disk, log_uuid=LOG, epoch=1, lsn_ceiling=1 << 20, store_ceiling=1 << 40)
         writer = await WalWriter.open(
             directory, disk, log_uuid=LOG, epoch=1, first_segment=1, options=WalOptions(segment_bytes=1 << 20)
         )

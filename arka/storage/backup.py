@@ -1,0 +1,454 @@
+"""A copy of an embedded data directory, made while its server may be running, and its first start (R2, R38).
+
+Owns: in which order what is copied, when a copy is consistent, and the LSNs that a restored one begins at. Does not own
+the formats of what it copies, nor where a data directory may lie (``arka.storage.place``).
+
+A copy must be a state that a crash could have left: then an ordinary start brings it up. Files are created once and
+not changed, but for the catalog, the seal mark, the log's state and the last segment. So the order does it:
+
+1. The catalog, by SQLite's own backup. What it names was written before.
+2. The warehouse. Superseded metadata files, manifests and manifest lists stay for ten minutes (R30), so what the
+   catalog names is all there, if this takes less.
+3. The object store. A commit holds only what the store has (R4), so the store's copy has at least what the catalog's
+   has. WAL objects are listed twice: below the highest of the first listing, the second lacks none that was acked.
+4. The log, last: only what the disk has is uploaded (R4), so it reaches as far as the store's copy, keys included. Of
+   the segments the newest comes first, so that none has a successor in the copy without having its footer. Of a
+   segment that is written to, the intact frames are copied. The seal mark must be the same before and after.
+
+In between nothing may be let go of (R12): rows that the catalog's copy lacks must still be in the log's. So an attempt
+counts only if no segment, checkpoint or object went, no checkpoint was added, and the epoch is the same. Else there is
+another one, which copies only what is new. In the end the copy's log is judged as a start would judge it.
+
+Rows that had no more than a memory ack when the log was copied may be missing. Indexes of keys, spill files and
+journals of attempts are not copied: the first are made again, and the others are of the running process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+import structlog
+
+from arka._core.framing import KIND_FOOTER
+from arka._core.lsn import LSN_END
+from arka.errors import ArkaError, ConfigurationError, Unavailable
+from arka.iceberg.config import JOINED_FILE, CatalogConfig
+from arka.options import IcebergOptions
+from arka.storage.ports import Disk
+from arka.wal.dump import verify_log
+from arka.wal.logstate import STATE_NAME, LogState, newest_slot, read_slots
+from arka.wal.seal import SEAL_NAME, read_seal
+from arka.wal.segment import HEADER_BYTES, SegmentHeader
+from arka.wal.walk import FoundFrame, list_segments, walk_frames
+
+log = structlog.get_logger(__name__)
+
+#: The file in a copy that says when it was made; the first start of a restored copy removes it.
+BACKUP_FILE: Final = "backup.json"
+
+#: Attempts at a consistent copy. All but the first copy only what is new.
+_ATTEMPTS: Final = 50
+#: Attempts at the log alone, within one of those.
+_LOG_ATTEMPTS: Final = 50
+#: An attempt that takes longer may lack files whose grace of ten minutes is over, in seconds.
+_ATTEMPT_S: Final = 540.0
+#: Segments at the log's end that may still be written to: the active one and the one before it.
+_UNSETTLED: Final = 2
+_COPY_BYTES: Final = 16 * 1024 * 1024
+#: What the object store's folder holds of a running process only.
+_STAGING: Final = ".staging"
+_BEATS: Final = "heartbeat"
+
+
+@dataclass(frozen=True, slots=True)
+class BackedUp:
+    """A finished copy.
+
+    Attributes:
+        files: how many it has.
+        bytes: in all of them.
+        through_lsn: the last LSN that its log holds; 0 for none.
+        attempts: how often it was begun.
+        outside: tables that lie outside of the data directory; their files are not in the copy.
+    """
+
+    files: int
+    bytes: int
+    through_lsn: int
+    attempts: int
+    outside: tuple[str, ...]
+
+
+class _Held(NamedTuple):
+    """What the log holds on to.
+
+    Attributes:
+        epoch: of its last start.
+        oldest: number of its oldest segment; 0 for none.
+        objects: what the object store has, by its key.
+        checkpoints: those of them that are checkpoints.
+    """
+
+    epoch: int
+    oldest: int
+    objects: frozenset[str]
+    checkpoints: frozenset[str]
+
+
+class _Again(Exception):
+    """Why an attempt does not count."""
+
+
+def back_up(data_dir: Path, out: Path, disk: Disk) -> BackedUp:
+    """Copy a data directory whose catalog, warehouse and object store all lie in it. Blocking.
+
+    Args:
+        data_dir: the data directory; its server may be running, and may be written to.
+        out: the copy; must not exist. It is made as ``<out>.partial`` and renamed in the end.
+        disk: the file system of both.
+
+    Raises:
+        ConfigurationError: there is nothing to copy, a part of it lies elsewhere, or ``out`` cannot be used.
+        Unavailable: the server let go of parts of the log during every attempt.
+        OSError: the disk failed.
+
+    Durability: everything is fsynced on return.
+    """
+    data_dir, out = data_dir.absolute(), out.absolute()
+    _check_embedded(data_dir, disk)
+    staged = out.with_name(f"{out.name}.partial")
+    for path in (out, staged):
+        if path.exists():
+            raise ConfigurationError(f"{path} exists already: choose a new folder, or remove it")
+    if out.resolve().is_relative_to(data_dir.resolve()):
+        raise ConfigurationError(f"{out} lies in the data directory itself: choose a folder elsewhere")
+    staged.mkdir(parents=True)
+    copy = _Copy(data_dir, staged, disk)
+    reason = ""
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            taken_us, through_lsn = copy.attempt()
+        except _Again as error:
+            reason = str(error)
+            log.info("backup.again", attempt=attempt, reason=reason)
+            continue
+        break
+    else:
+        raise Unavailable(f"No attempt of {_ATTEMPTS} led to a consistent copy; the last one: {reason}")
+    about = {"version": 1, "data_dir": os.path.realpath(data_dir), "taken_us": taken_us, "through_lsn": through_lsn}
+    _write_whole(staged / BACKUP_FILE, json.dumps(about, indent=1).encode() + b"\n")
+    files = [path for path in staged.rglob("*") if path.is_file()]
+    for folder in [staged, *(path for path in staged.rglob("*") if path.is_dir())]:
+        disk.sync_directory(folder)
+    staged.rename(out)
+    disk.sync_directory(out.parent)
+    size = sum(path.stat().st_blocks * 512 for path in (out / path.relative_to(staged) for path in files))
+    return BackedUp(len(files), size, through_lsn, attempt, copy.outside)
+
+
+async def settle_restored(data_dir: Path, disk: Disk, wal_dir: Path) -> None:
+    """Let a restored copy begin at LSNs that nobody has given, before anything else of the log is used (R2).
+
+    The original may have gone on after the copy was made, and the same copy may have been restored before. Both gave
+    LSNs from what the copy knew as reserved, or from blocks after it, and never one in a microsecond. So a restored
+    copy begins as many LSNs above all that it knows as microseconds have passed since.
+
+    What it knew of tables without writers holds no more: they may have been written to since (R37).
+
+    Raises:
+        ConfigurationError: the file that says so cannot be read.
+        OSError: the disk failed.
+
+    Durability: the LSNs are on the disk on return. A crash before makes the next start do it again.
+    """
+    path = data_dir / BACKUP_FILE
+    try:
+        taken_us = int(json.loads(path.read_bytes())["taken_us"])
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigurationError(f"{path} cannot be read ({error}): copy it from the backup again") from error
+    state = await LogState.read(wal_dir, disk)
+    if state is not None:
+        passed_us = max(0, time.time_ns() // 1000 - taken_us)
+        first_lsn = min(state.store_ceiling + passed_us, LSN_END)
+        await replace(state, lsn_ceiling=first_lsn, store_ceiling=first_lsn, birth=0).write(wal_dir, disk)
+        log.warning("log.backup_restored", age_s=passed_us // 1_000_000, first_lsn=first_lsn)
+    disk.remove(path)
+    disk.sync_directory(data_dir)
+
+
+def _check_embedded(data_dir: Path, disk: Disk) -> None:
+    """Refuse a directory that is none, or of which a part lies elsewhere.
+
+    Raises:
+        ConfigurationError: see above.
+    """
+    state = newest_slot(read_slots(data_dir / "wal", disk) or [])
+    if state is None or not state.started_epoch:
+        raise ConfigurationError(f"{data_dir} is no data directory of a server that has served: there is no log in it")
+    if (data_dir / BACKUP_FILE).exists():
+        raise ConfigurationError(f"{data_dir} is a backup that was not started since: copy it with cp -a")
+    config = CatalogConfig.from_options(IcebergOptions(), data_dir, {})
+    joined: object = None
+    with suppress(OSError, ValueError):
+        joined = json.loads((data_dir / JOINED_FILE).read_bytes())
+    if not isinstance(joined, dict):
+        joined = {}
+    elsewhere = []
+    if not (data_dir / "catalog.db").is_file() or joined.get("catalog", config.catalog_digest) != config.catalog_digest:
+        elsewhere.append("the catalog")
+    if not (data_dir / "warehouse").is_dir() or joined.get("url", config.warehouse) != config.warehouse:
+        elsewhere.append("the warehouse")
+    if not any((data_dir / "objects").glob(f"*/epoch/{state.epoch:010d}")):
+        elsewhere.append("the object store")
+    if elsewhere:
+        raise ConfigurationError(
+            f"{' and '.join(elsewhere)} of {data_dir} lie elsewhere: a backup is of a data directory that holds all "
+            "three. With a store outside, an empty data directory brings back what was acknowledged object_storage"
+        )
+
+
+class _Copy:
+    """One copy and its attempts. Blocking."""
+
+    def __init__(self, source: Path, target: Path, disk: Disk) -> None:
+        self._source = source
+        self._target = target
+        self._disk = disk
+        # Numbers of segments whose copy has their footer: they do not change.
+        self._settled: set[int] = set()
+        self.outside: tuple[str, ...] = ()
+
+    def attempt(self) -> tuple[int, int]:
+        """Copy what is new, and check that it fits together.
+
+        Returns:
+            When the log's state was read, in microseconds since the Unix epoch, and the last LSN of the copy.
+
+        Raises:
+            _Again: it does not.
+        """
+        began = time.monotonic()
+        taken_us = time.time_ns() // 1000
+        before = self._held()
+        for name in ("disk-id", JOINED_FILE):
+            with suppress(FileNotFoundError):
+                _write_whole(self._target / name, (self._source / name).read_bytes())
+        pointers = self._copy_catalog()
+        first = set(self._objects())
+        self._copy_all("warehouse", _files(self._source / "warehouse"))
+        self._check_pointers(pointers)
+        self._copy_objects(first)
+        checkpoints = list(_files(self._source / "checkpoints", without=(_STAGING,)))
+        self._copy_all("checkpoints", checkpoints)
+        self._remove_others("checkpoints", set(checkpoints))
+        self._copy_log()
+        self._check_held(before, self._held())
+        if time.monotonic() - began > _ATTEMPT_S:
+            raise _Again(f"it took longer than {_ATTEMPT_S:.0f} s, while superseded metadata files stay for 600 s")
+        if {name for name, _ in pointers} != {name for name, _ in _read_pointers(self._source / "catalog.db")}:
+            raise _Again("tables were made or dropped")
+        report = verify_log(self._target / "wal", self._disk)
+        if not report.ok:
+            raise _Again(report.problems[0])
+        return taken_us, max((segment.last_lsn for segment in report.segments), default=0)
+
+    # -- what must not change meanwhile ---------------------------------------------------------
+
+    def _held(self) -> _Held:
+        wal_dir = self._source / "wal"
+        try:
+            state = newest_slot(read_slots(wal_dir, self._disk) or [])
+            seal = read_seal(self._disk, wal_dir)
+        except ArkaError as error:
+            # It is just being written, or damaged: the last attempt's reason says which.
+            raise _Again(error.detail) from error
+        if state is None:
+            raise _Again("the log's state cannot be read")
+        objects = frozenset(self._objects())
+        checkpoints = frozenset(name for name in objects if "/checkpoint/" in name)
+        oldest = 0 if seal is None or seal.kept is None else seal.kept.oldest
+        return _Held(state.epoch, oldest, objects, checkpoints)
+
+    @staticmethod
+    def _check_held(before: _Held, after: _Held) -> None:
+        if before.epoch != after.epoch:
+            raise _Again("a server was started")
+        if before.checkpoints != after.checkpoints:
+            raise _Again("the log wrote a checkpoint")
+        if before.objects - after.objects:
+            raise _Again("objects were let go of")
+        if before.oldest not in (0, after.oldest):
+            raise _Again("segments were let go of")
+
+    def _objects(self) -> Iterator[str]:
+        return _files(self._source / "objects", without=(_STAGING, _BEATS))
+
+    # -- the parts ------------------------------------------------------------------------------
+
+    def _copy_catalog(self) -> list[tuple[str, str]]:
+        """Copy the catalog as of one moment; returns its tables and their metadata files."""
+        new = self._target / "catalog.db"
+        new.unlink(missing_ok=True)
+        with closing(_open_catalog(self._source / "catalog.db")) as catalog, closing(sqlite3.connect(new)) as copy:
+            catalog.backup(copy)
+        _sync(new)
+        return _read_pointers(new)
+
+    def _check_pointers(self, pointers: list[tuple[str, str]]) -> None:
+        """Check that the metadata files that the catalog's copy names are in the copy."""
+        root = os.path.realpath(self._source)
+        outside = []
+        for table, location in pointers:
+            path = Path(unquote(urlsplit(location).path))
+            relative = Path(os.path.realpath(path.parent), path.name)
+            if not relative.is_relative_to(root):
+                outside.append(table)
+            elif not (self._target / relative.relative_to(root)).is_file():
+                raise _Again(f"the metadata file of {table} is gone: {location}")
+        self.outside = tuple(sorted(outside))
+
+    def _copy_objects(self, first: set[str]) -> None:
+        """Copy the object store; of WAL objects those that are no newer than the newest of an earlier listing."""
+        newest: dict[str, str] = {}
+        for name in first:
+            folder = name.rpartition("/")[0]
+            newest[folder] = max(newest.get(folder, ""), name)
+        names = {
+            name for name in self._objects() if "/wal/" not in name or name <= newest.get(name.rpartition("/")[0], "")
+        }
+        self._copy_all("objects", sorted(names))
+        self._remove_others("objects", names)
+
+    def _copy_log(self) -> None:
+        """Copy the log's state, seal mark and segments."""
+        source, target = self._source / "wal", self._target / "wal"
+        target.mkdir(exist_ok=True)
+        for _ in range(_LOG_ATTEMPTS):
+            seal = (source / SEAL_NAME).read_bytes()
+            segments = list_segments(source, self._disk)
+            for place, (number, path) in enumerate(reversed(segments)):
+                with suppress(FileNotFoundError):
+                    if number not in self._settled:
+                        self._copy_segment(number, path, target / path.name, settled=place >= _UNSETTLED)
+            _write_whole(target / SEAL_NAME, seal)
+            _write_whole(target / STATE_NAME, (source / STATE_NAME).read_bytes())
+            if (source / SEAL_NAME).read_bytes() == seal:
+                names = {path.name for _, path in segments} | {SEAL_NAME, STATE_NAME}
+                self._remove_others("wal", names)
+                return
+        raise _Again("segments were begun faster than they were copied")
+
+    def _copy_segment(self, number: int, path: Path, target: Path, *, settled: bool) -> None:
+        if settled:
+            _copy(path, target, path.stat().st_size)
+            self._settled.add(number)
+            return
+        data = self._disk.map(path)
+        try:
+            header = SegmentHeader.from_bytes(str(path), data)
+        except ArkaError:
+            # It has none yet: nothing is in it.
+            return
+        end, finished = HEADER_BYTES, False
+        for found in walk_frames(data, header):
+            if not isinstance(found, FoundFrame):
+                break
+            end = found.offset + found.header.frame_bytes
+            finished = found.header.kind == KIND_FOOTER
+        # What is intact does not change any more: it may be read again now.
+        _copy(path, target, end)
+        if finished:
+            self._settled.add(number)
+
+    def _copy_all(self, folder: str, names: Iterable[str]) -> None:
+        """Copy files below a folder that the copy does not have yet, or has not wholly."""
+        for name in names:
+            path, target = self._source / folder / name, self._target / folder / name
+            with suppress(FileNotFoundError):
+                size = path.stat().st_size
+                if not target.exists() or target.stat().st_size != size:
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    _copy(path, target, size)
+        (self._target / folder).mkdir(exist_ok=True)
+
+    def _remove_others(self, folder: str, names: set[str]) -> None:
+        """Remove from the copy what an earlier attempt copied and is gone since."""
+        for name in set(_files(self._target / folder)) - names:
+            (self._target / folder / name).unlink()
+
+
+def _files(folder: Path, without: tuple[str, ...] = ()) -> Iterator[str]:
+    """Yield the files below a folder by their path in it, but for those in folders of certain names."""
+    for path, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if name not in without)
+        inside = os.path.relpath(path, folder)
+        for name in sorted(names):
+            yield name if inside == "." else f"{inside}/{name}"
+
+
+def _copy(path: Path, target: Path, size: int) -> None:
+    """Copy ``size`` bytes of a file to a new one that becomes as long as it; holes stay holes."""
+    with path.open("rb") as source, target.open("wb") as copy:
+        fd, end = source.fileno(), os.fstat(source.fileno()).st_size
+        at = 0
+        while at < size:
+            try:
+                at = os.lseek(fd, at, os.SEEK_DATA)
+            except OSError:
+                # Nothing but a hole is left.
+                break
+            until = min(os.lseek(fd, at, os.SEEK_HOLE), size)
+            while at < until:
+                chunk = os.pread(fd, min(_COPY_BYTES, until - at), at)
+                if not chunk:
+                    break
+                copy.seek(at)
+                copy.write(chunk)
+                at += len(chunk)
+            else:
+                continue
+            break
+        copy.truncate(end)
+        copy.flush()
+        os.fsync(copy.fileno())
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _open_catalog(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=30)
+
+
+def _read_pointers(path: Path) -> list[tuple[str, str]]:
+    """Return a catalog's tables, by namespace and name, and their metadata files."""
+    with closing(_open_catalog(path)) as catalog:
+        try:
+            rows = catalog.execute("SELECT table_namespace, table_name, metadata_location FROM iceberg_tables")
+        except sqlite3.OperationalError:
+            # It has no table yet.
+            return []
+        return [(f"{namespace}.{name}", str(location)) for namespace, name, location in rows if location]
+
+
+__all__ = ["BACKUP_FILE", "BackedUp", "back_up", "settle_restored"]
