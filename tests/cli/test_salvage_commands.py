@@ -194,7 +194,7 @@ def test_server_that_is_away(data_dir):
 
 
 def test_verify_covers_state_and_seal(data_dir):
-    """Damage to one copy of the log's state is a note, to both, or to the seal mark, a reason to refuse."""
+    """Damage to one copy of the log's state is a note, to both, or to both of the seal mark, a reason to refuse."""
     state, seal = data_dir / "wal" / "log", data_dir / "wal" / "sealed"
 
     def look(command: str):
@@ -210,7 +210,10 @@ def test_verify_covers_state_and_seal(data_dir):
     assert look("verify").exit_code == look("dump").exit_code == 3
     assert "log: damaged at byte 4096" in look("verify").stderr
     state.write_bytes(whole)
-    seal.write_bytes(b"\0" + seal.read_bytes()[1:])
+    marks = seal.read_bytes()
+    seal.write_bytes(b"\0" + marks[1:])
+    assert look("verify").exit_code == look("dump").exit_code == 0
+    seal.write_bytes(b"\0" + marks[1:4096] + b"\0" + marks[4097:])
     assert look("verify").exit_code == look("dump").exit_code == 3
     assert "sealed: damaged at byte 0" in look("verify").stderr
     assert "seal" in look("dump").stdout

@@ -14,6 +14,7 @@ from arka import cli
 from arka._core.framing import KIND_CREATE, Frame
 from arka.options import WalOptions
 from arka.storage.disk import PosixDisk
+from arka.wal.logstate import LogState
 from arka.wal.writer import WalWriter
 
 LOG = UUID(int=7)
@@ -21,7 +22,9 @@ LOG = UUID(int=7)
 
 async def write_log(directory: Path) -> None:
     options = WalOptions(segment_bytes=1 << 20)
-    writer = await WalWriter.open(directory, PosixDisk(), log_uuid=LOG, epoch=3, first_segment=1, options=options)
+    disk = PosixDisk()
+    await LogState.create(directory, disk, log_uuid=LOG, epoch=3, lsn_ceiling=100, store_ceiling=1 << 40)
+    writer = await WalWriter.open(directory, disk, log_uuid=LOG, epoch=3, first_segment=1, options=options)
     for lsn in (1, 2, 3):
         await writer.append([Frame(KIND_CREATE, lsn, table=None, payload=b"x" * 100, accepted_us=lsn)])
     await writer.close()
