@@ -34,6 +34,10 @@ $(VENV)/.installed-bench: pyproject.toml setup.py $(CORE)
 	$(call install,bench)
 	@touch $(VENV)/.installed-test $(VENV)/.installed-demo
 
+$(VENV)/.installed-engines: pyproject.toml setup.py $(CORE)
+	$(call install,engines)
+	@touch $(VENV)/.installed-test $(VENV)/.installed-demo
+
 $(VENV)/.installed-demo: pyproject.toml setup.py $(CORE)
 	$(call install,demo)
 
@@ -54,7 +58,7 @@ test: lint ## everything that CI runs: all checks of `make lint`, then pytest wi
 	@status=0; \
 	$(PYTHON) -m pytest -m "foreign" --cov --cov-report= $(PYTEST_ARGS) || status=$$?; \
 	[ $$status -ne 5 ] || status=0; \
-	$(PYTHON) -m pytest -m "not foreign" -n 2 --dist loadfile --cov --cov-append --cov-report=term:skip-covered $(PYTEST_ARGS) \
+	$(PYTHON) -m pytest -m "not foreign and not engines" -n 2 --dist loadfile --cov --cov-append --cov-report=term:skip-covered $(PYTEST_ARGS) \
 		|| status=$$?; \
 	if [ -n "$(PYTEST_STATUS)" ]; then echo $$status > "$(PYTEST_STATUS)"; else exit $$status; fi
 
@@ -71,6 +75,15 @@ lint: $(VENV)/.installed-test ## formatting, types, stubs, Cython, import layers
 .PHONY: test-conformance
 test-conformance: $(VENV)/.installed-test ## foreign gRPC stacks and h2spec against a real server; toolchains required
 	CONFORMANCE_REQUIRED=1 $(PYTHON) -m pytest -m foreign tests/conformance $(PYTEST_ARGS)
+
+.PHONY: test-engines
+test-engines: $(VENV)/.installed-engines ## Spark and Iceberg's Java library read and write live tables; Java and Maven required
+	ENGINES_REQUIRED=1 $(PYTHON) -m pytest -m engines tests/engines $(PYTEST_ARGS)
+
+.PHONY: test-leftovers
+test-leftovers: $(VENV)/.installed-engines ## run the tests, then open every healthy table that they leave behind with every reader
+	$(PYTHON) -m pytest -q -m "not foreign and not engines" -n 2 --dist loadfile --basetemp=build/leftovers $(PYTEST_ARGS)
+	$(PYTHON) -m tests.engines.leftovers build/leftovers
 
 .PHONY: fuzz
 fuzz: $(VENV)/.installed-test ## a million mutated byte streams and IPC messages; no finding is expected

@@ -1,0 +1,115 @@
+"""Open every healthy table that a run of the tests left behind, with every reader.
+
+    pytest --basetemp=FOLDER ...
+    python -m tests.engines.leftovers FOLDER
+
+A table is healthy unless its test broke it on purpose: ``BROKEN`` names those tests. Each healthy table is read whole
+by pyiceberg, DuckDB, Polars and Spark, which must count the same rows, and parsed by Iceberg's Java library. The exit
+code is 1 if any reader fails on any healthy table.
+"""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from pyiceberg.table import StaticTable
+
+from tests.readers import open_duckdb
+
+from .spark import Spark
+
+#: Folders of tests that leave a table broken on purpose, or whose warehouse is gone with a service, and why.
+BROKEN: Final[dict[str, str]] = {}
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """One table of one catalog."""
+
+    test: str
+    name: str
+    metadata: str
+
+
+def find(folder: Path) -> Iterator[Leftover]:
+    """Find the tables of every SQLite catalog below a folder."""
+    for path in sorted(folder.rglob("*.db")):
+        test = path.relative_to(folder).parts[1 if path.relative_to(folder).parts[0].startswith("popen-") else 0]
+        opened = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+        try:
+            rows = opened.execute(
+                "SELECT table_namespace, table_name, metadata_location FROM iceberg_tables"
+            ).fetchall()
+        except sqlite3.DatabaseError:
+            # Not a catalog, or one that a test damaged.
+            continue
+        finally:
+            opened.close()
+        for namespace, name, metadata in rows:
+            yield Leftover(test, f"{namespace}.{name}", metadata)
+
+
+def _broken_reason(test: str) -> str | None:
+    return next((reason for prefix, reason in BROKEN.items() if re.match(prefix, test)), None)
+
+
+def main() -> int:
+    """Read everything; print what failed and a count for each reader."""
+    folder = Path(sys.argv[1]).resolve()
+    found = list(dict.fromkeys(find(folder)))
+    failures: list[str] = []
+    counts: dict[str, int] = {}
+    with tempfile.TemporaryDirectory(prefix="arka-leftovers-") as scratch, Spark(Path(scratch)) as spark:
+        duck = open_duckdb()
+        readers: dict[str, Callable[[str], Any]] = {
+            "pyiceberg": lambda metadata: StaticTable.from_metadata(metadata).scan().to_arrow().num_rows,
+            "duckdb": lambda metadata: duck.execute(
+                # Every column is read: a count alone would look at the manifests.
+                f"SELECT count(*) FROM (SELECT hash(COLUMNS(*)) FROM iceberg_scan('{metadata}'))"
+            ).fetchone()[0],
+            "polars": _by_polars,
+            "spark": lambda metadata: spark.ask("count", metadata),
+            "iceberg-core": lambda metadata: spark.ask("parse", metadata) and None,
+        }
+        skipped = 0
+        for table in found:
+            reason = _broken_reason(table.test)
+            if reason is not None:
+                skipped += 1
+                print(f"broken on purpose: {table.test} {table.name}: {reason}")
+                continue
+            rows: dict[str, int] = {}
+            for engine, read in readers.items():
+                try:
+                    value = read(table.metadata)
+                except Exception as error:
+                    failures.append(f"{engine}: {table.test} {table.name} {table.metadata}: {str(error)[:400]}")
+                else:
+                    counts[engine] = counts.get(engine, 0) + 1
+                    if value is not None:
+                        rows[engine] = value
+            if len(set(rows.values())) > 1:
+                failures.append(f"rows differ: {table.test} {table.name} {table.metadata}: {rows}")
+        duck.close()
+    for failure in failures:
+        print(failure)
+    opened = ", ".join(f"{engine} {count}" for engine, count in counts.items())
+    print(f"{len(found)} tables, {skipped} broken on purpose; opened: {opened}; {len(failures)} failures")
+    return 1 if failures or not counts else 0
+
+
+def _by_polars(metadata: str) -> int:
+    import polars
+
+    return polars.scan_iceberg(metadata).collect().height
+
+
+if __name__ == "__main__":
+    sys.exit(main())
