@@ -621,7 +621,7 @@ def test_cancelled_streams(client: flight.FlightClient, table: str) -> None:
 def test_unknown_rpc(open_wire: Callable[[], Wire]) -> None:
     """A method that the server does not have is UNIMPLEMENTED."""
     wire = open_wire()
-    stream = wire.open("PollFlightInfo")
+    stream = wire.open("NoSuchMethod")
     wire.send(stream, _message(b""), end=True)
     assert wire.trailers(stream)["grpc-status"] == "12"
 
