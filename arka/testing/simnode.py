@@ -28,6 +28,7 @@ from arka.testing.simworld import (
     Process,
     ProcessCatalog,
     ProcessDisk,
+    ProcessWarehouse,
     Trace,
     compute_inline,
 )
@@ -96,6 +97,7 @@ class SimNode:
             survival={},
             rng=random.Random(0),
             compute=compute_inline,
+            warehouse=ProcessWarehouse(process, self.weather.warehouse, self.disk),
         )
         with process.scope:
             return await open_pipeline(self.settings, Path("/data"), world)

@@ -7,6 +7,7 @@ which a promise can break: an ack, a commit, a start, the end.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 from uuid import UUID
@@ -131,6 +132,10 @@ class Promises:
         self.poison: set[int] = set()
         #: Each so many writes to an append-only table is one; 0 for none.
         self.poison_every = 0
+        #: Whether a reader of catalog and warehouse can read a table now (R28).
+        self.shows: Callable[[UUID], bool] = lambda table: True
+        # By table UUID, of those that nobody can read: what a reader found last.
+        self._found_last: dict[UUID, Counter[int]] = {}
         # By process: the LSNs that its acks have named, by write.
         self._told: dict[str, dict[int, int]] = {}
 
@@ -253,6 +258,10 @@ class Promises:
         if tier is Tier.ICEBERG_COMMITTED:
             if self.committed.get(write.table, Counter())[write.number] != write.rows:
                 self.fail(f"write {write.number} (LSN {lsn}) was acked {tier.word} and is not in the table")
+            # It may be hidden since; there has to have been a moment at which a reader found it.
+            found = self._found_last.get(write.table, Counter())
+            if not self.shows(write.table) and found[write.number] != write.rows:
+                self.fail(f"write {write.number} (LSN {lsn}) was acked {tier.word} and no reader ever found it")
             if ack.snapshot_id is not None and ack.snapshot_id not in self._snapshots.get(write.table, ()):
                 self.fail(f"snapshot {ack.snapshot_id} was named in an ack and does not exist: {ack}")
         if node.superseded and tier <= Tier.DISK:
@@ -349,6 +358,12 @@ class Promises:
         history = self._schemas.get(table, SchemaHistory())
         if schema_id not in history.between(began - MOST_AGE_S, trio.current_time()):
             self.fail(f"a stream to table {table} was bound to schema {schema_id}, which the table no longer had")
+
+    def take_hidden(self) -> None:
+        """Record what readers find in the tables that they can read, right before some of them are hidden (R28)."""
+        for table, counts in self.committed.items():
+            if self.shows(table):
+                self._found_last[table] = Counter(counts)
 
     def take_snapshot(self, table: UUID, snapshot_id: int) -> None:
         """Note a snapshot, ours or another writer's."""

@@ -55,6 +55,7 @@ from arka.testing.simworld import (
     ProcessCatalog,
     ProcessDisk,
     ProcessStore,
+    ProcessWarehouse,
     Trace,
     compute_inline,
     deterministic,
@@ -163,6 +164,7 @@ class _Life:
                 survival={},
                 rng=random.Random(rng.random()),
                 compute=compute_inline,
+                warehouse=ProcessWarehouse(self.process, world.weather.warehouse, self.disk),
             )
             self._log = await open_pipeline(world.settings, _DATA, surroundings)
             self._take_start(self._log)
@@ -193,9 +195,10 @@ class _Life:
     def troubles(self) -> int | None:
         """How much befell the catalog so far; None while it may not answer this process in time."""
         weather, trace = self.world.weather, self.world.trace
-        if weather.away or weather.max_delay_s > 0.05 or self.process.cut_off or self.process.frozen or self.superseded:
+        unanswered = weather.away or weather.max_delay_s > 0.05 or not weather.warehouse.is_own
+        if unanswered or self.process.cut_off or self.process.frozen or self.superseded:
             return None
-        return sum(count for fault, count in trace.counts.items() if fault.startswith("catalog "))
+        return sum(count for fault, count in trace.counts.items() if fault.startswith(("catalog ", "warehouse ")))
 
     def _take_start(self, opened: OpenLog) -> None:
         self.world.promises.take_start(
@@ -590,6 +593,14 @@ class _World:
             # Longer than a run, shorter than what the wall clock jumps.
             idempotency=IdempotencyOptions(retention_s=3599.0),
         )
+        # Of its own, too.
+        self._hiding_rng = hiding = random.Random(f"warehouse {seed}")
+        #: Whether the warehouse, or a file in it, is hidden at times (R28).
+        self._hides = hiding.random() < 0.4
+        warehouse = self.weather.warehouse
+        warehouse.local = hiding.random() < 0.6
+        warehouse.on_marker = lambda: self.promises.fail("a marker was made in a warehouse that lacks our tables")
+        self.promises.shows = warehouse.shows
         self._outages: Counter[str] = Counter()
         self._nursery: trio.Nursery | None = None
         trace.on_event = self._take_event
@@ -600,6 +611,9 @@ class _World:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             frozen: list[_Life] = []
+            hiding = trio.CancelScope()
+            if self._hides:
+                nursery.start_soon(self._hide, hiding)
             lives = rng.randint(1, 5)
             for number in range(3 * lives):
                 self.store.fault_share = rng.choice((0.0, 0.05, 0.3))
@@ -618,6 +632,8 @@ class _World:
                 if not lives:
                     break
                 await trio.sleep(rng.uniform(0, 2 if life.opened.is_set() else 60))
+            hiding.cancel()
+            self._show()
             self.store.calm()
             self.weather.calm()
             self.weather.bring_back(self.promises.drop_asked)
@@ -680,8 +696,37 @@ class _World:
     def lose_disk(self) -> None:
         """Let the log go on with an empty disk."""
         self.trace.count("node loss")
+        # A log that is joined to nothing cannot tell; what it does then is a unit test's.
+        self._show()
         self.disk = MachineDisk(self.rng, UUID(int=self.disk.uuid.int + 1))
         self.promises.take_node_loss()
+
+    async def _hide(self, scope: trio.CancelScope) -> None:
+        """Exchange or empty the warehouse for a while, or take a file of one table away until then (R28, R33)."""
+        rng, warehouse = self._hiding_rng, self.weather.warehouse
+        with scope:
+            while True:
+                await trio.sleep(rng.uniform(0.3, 6))
+                tables = [table.info.uuid for table in self.weather.tables._tables.values()]
+                if not tables or self.disk.warehouse is None:
+                    # Before it is joined, nothing tells another warehouse from the own one.
+                    continue
+                self.promises.take_hidden()
+                if rng.random() < 0.3:
+                    self.trace.count("file of a table gone")
+                    warehouse.lose_file(rng.choice(tables))
+                else:
+                    marker = rng.choice((None, UUID(int=rng.getrandbits(128))))
+                    self.trace.count("warehouse emptied" if marker is None else "warehouse exchanged")
+                    warehouse.exchange(marker)
+                await trio.sleep(rng.choice((0.2, 3.0, 40.0)) * rng.random())
+                self._show()
+
+    def _show(self) -> None:
+        """Let everything be in the warehouse again."""
+        warehouse = self.weather.warehouse
+        warehouse.bring_back()
+        warehouse.gone.clear()
 
     def start_outage(self, what: str, seconds: float) -> None:
         """Let the store or the catalog be away for a while."""
@@ -729,7 +774,7 @@ class _World:
     def _take_event(self, event: str, fields: Any) -> None:
         if event == "table.stopped":
             # A process that was cut off may drop a table whose drop its successor never hears of.
-            missed = self.weather.vanished | self.promises.drop_asked
+            missed = self.weather.vanished | self.promises.drop_asked | self.weather.warehouse.was_gone
             if not any(str(uuid) in fields["reason"] for uuid in missed):
                 self.promises.fail(f"a table was stopped: {fields}")
         if event == "table.parked":
@@ -764,6 +809,8 @@ def simulate(seed: int) -> Outcome:
         mock.patch("arka.tiers.startup.DISK_BLOCK", disk_block),
         mock.patch("arka.tiers.reservation.DISK_BLOCK", disk_block),
         mock.patch("arka.tiers.epochs.STORE_BLOCK", store_block),
+        # Each commit looks: how old a look may be is a bound, and no promise of a moment.
+        mock.patch("arka.tiers.warehouse.SEEN_S", 0.0),
     ):
         try:
             world = _World(seed, trace)

@@ -29,9 +29,11 @@ import trio
 from arka._core.framing import KIND_BATCH, FrameError, FrameHeader, Group, verify_frame
 from arka.errors import DataCorruption
 from arka.iceberg.frames import FrameRows
-from arka.records import TableName
+from arka.records import TableDefinition, TableInfo, TableName
 from arka.storage.ports import (
     Buffer,
+    CatalogListing,
+    CatalogTable,
     CatalogUnavailable,
     CommitJob,
     CommitOutcome,
@@ -40,6 +42,7 @@ from arka.storage.ports import (
     DiskFile,
     ObjectExists,
     ObjectMeta,
+    ReadJob,
     SegmentSlice,
     StagedFiles,
     StoreUnavailable,
@@ -50,6 +53,7 @@ from arka.storage.ports import (
 from arka.testing.simcatalog import SimCatalog
 from arka.testing.simdisk import PowerCut, SimDisk
 from arka.testing.simstore import SimStore
+from arka.testing.simwarehouse import URL, SimWarehouse
 from arka.wal.segment import FRAME_HEADER_BYTES, HEADER_BYTES, SegmentHeader, parse_segment_name
 
 T = TypeVar("T")
@@ -192,12 +196,14 @@ class MachineDisk(SimDisk):
     Attributes:
         uuid: the identity of its data directory; a copy has the same.
         checkpoints: the folder of checkpoints on it.
+        warehouse: the marker of the warehouse that its log was joined to; None if it was to none.
     """
 
     def __init__(self, rng: random.Random, uuid: UUID) -> None:
         super().__init__(rng)
         self.uuid = uuid
         self.checkpoints = SimStore()
+        self.warehouse: UUID | None = None
         self.power_lost = False
         # By file: how far it was read, and which LSNs were found; an LSN that was durable once stays so.
         self._read: dict[object, int] = {}
@@ -214,6 +220,7 @@ class MachineDisk(SimDisk):
         other.checkpoints.objects.update(self.checkpoints.objects)
         other._directories = copy.deepcopy(self._directories)
         other._platter = set(self._platter)
+        other.warehouse = self.warehouse
         other.crash()
         return other
 
@@ -401,10 +408,46 @@ class ProcessStore:
         return answer
 
 
+class ProcessWarehouse:
+    """The warehouse's marker as one process finds it: ``Warehouse``; what it remembers is on its machine's disk."""
+
+    url = URL
+
+    def __init__(self, process: Process, warehouse: SimWarehouse, disk: MachineDisk) -> None:
+        self._process = process
+        self._warehouse = warehouse
+        self._disk = disk
+
+    async def read_marker(self) -> UUID | None:
+        """See ``Warehouse``."""
+        return await self._ask(self._warehouse.read_marker)
+
+    async def make_marker(self, uuid: UUID) -> UUID | None:
+        """See ``Warehouse``."""
+        return await self._ask(partial(self._warehouse.make_marker, uuid))
+
+    async def known(self) -> UUID | None:
+        """See ``Warehouse``."""
+        await self._process.gate()
+        return self._disk.warehouse
+
+    async def know(self, uuid: UUID) -> None:
+        """See ``Warehouse``."""
+        await self._process.gate()
+        self._disk.warehouse = uuid
+
+    async def _ask(self, request: Callable[[], T]) -> T:
+        await self._process.gate()
+        if self._process.cut_off:
+            raise CatalogUnavailable(f"{self.url}: no way there")
+        return request()
+
+
 class CatalogWeather:
     """The catalog that all processes share: its tables, and what befalls requests to it.
 
     Attributes:
+        warehouse: where the tables' files lie.
         away: while set, every request fails; those that change something may still have done so.
         fault_share: the share of requests that fail.
         max_delay_s: the longest that a request takes.
@@ -418,6 +461,7 @@ class CatalogWeather:
         self.fault_share = 0.0
         self.max_delay_s = 0.0
         self.most_frames = 0
+        self.warehouse = SimWarehouse()
         self.tables = SimCatalog(lambda piece, log_uuid: ())
         # Tables that somebody took out of the catalog, with the name that each had.
         self._vanished: list[tuple[TableName, Any]] = []
@@ -510,6 +554,42 @@ class ProcessCatalog(SimCatalog):
             raise DeadlineMissed("encode: it finished no file for too long")
         return await super().encode(job, fresh=fresh)
 
+    async def commit(self, job: CommitJob) -> CommitResult:
+        """See ``Catalog.commit``; where the warehouse is local, it looks for the table's files at its end (R28)."""
+        result = await super().commit(job)
+        warehouse = self._weather.warehouse
+        if not warehouse.local or result.outcome is not CommitOutcome.COMMITTED:
+            return result
+        warehouse.check_files(job.table.uuid)
+        return replace(result, seen=True)
+
+    def _check_readable(self, name: TableName) -> None:
+        super()._check_readable(name)
+        self._weather.warehouse.check_place()
+
+    def _list(self) -> CatalogListing:
+        listing = super()._list()
+        if self._weather.warehouse.is_own:
+            return listing
+        return CatalogListing((), frozenset(self._tables), listing.unusable)
+
+    def _create(self, definition: TableDefinition, location_suffix: str) -> CatalogTable:
+        self._weather.warehouse.check_place()
+        return super()._create(definition, location_suffix)
+
+    def _look_at(self, table: TableInfo) -> None:
+        super()._look_at(table)
+        self._weather.warehouse.check_files(table.uuid)
+
+    def _encode(self, job: TableFrames) -> StagedFiles:
+        self._weather.warehouse.check_place()
+        return super()._encode(job)
+
+    def _scan(self, job: ReadJob, path: str) -> int:
+        if not self._weather.warehouse.shows(job.table.uuid):
+            raise CatalogUnavailable(f"{job.table.name}: its files are not there")
+        return super()._scan(job, path)
+
     async def _call(self, name: str, effect: Callable[[], T]) -> T:
         weather, rng = self._weather, self._weather.rng
         await self._process.gate()
@@ -571,6 +651,7 @@ __all__ = [
     "ProcessCatalog",
     "ProcessDisk",
     "ProcessStore",
+    "ProcessWarehouse",
     "Trace",
     "compute_inline",
     "deterministic",

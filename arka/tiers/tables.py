@@ -384,11 +384,13 @@ class Tables:
                 if known is None:
                     self.register(loaded)
                 elif known.state is TableState.ACTIVE:
-                    self._adopt(known, loaded)
+                    await self._adopt_seen(known, loaded)
+            strangers = listing.unread - {known.info.name for known in known_before}
             for table in known_before:
                 if table.info.uuid in found or table.state is not TableState.ACTIVE:
                     continue
-                if table.info.name in listing.unread:
+                if table.info.name in listing.unread or (strangers and table.info.uuid not in listing.unusable):
+                    # Perhaps it was renamed to a name whose metadata nobody can read now.
                     log.warning("table.unread", table=str(table.info.name), hint="it takes writes; commits wait")
                     self._unread.add(table.info.uuid)
                 else:
@@ -453,6 +455,21 @@ class Tables:
         table.adopt_mark(found, self._log_uuid)
         self.note_committed(table)
         self._note_name(table, old_name)
+
+    async def _adopt_seen(self, table: Table, found: CatalogTable) -> None:
+        """Adopt a table that stands where the log says, or whose files were seen.
+
+        What is adopted is acknowledged, and the process that committed it may have died before it looked (R28). A
+        table whose files nobody sees takes writes, and its mark is read later.
+        """
+        if found.committed_lsn(self._log_uuid) > table.committed.lsn:
+            try:
+                await self.watch.confirm(found.info)
+            except CatalogUnavailable as error:
+                log.warning("table.unread", table=str(table.info.name), hint=str(error))
+                self._unread.add(table.info.uuid)
+                return
+        self._adopt(table, found)
 
     def _note_name(self, table: Table, old_name: TableName) -> None:
         """Follow a table that others renamed: it is its UUID (R5)."""
@@ -546,6 +563,7 @@ class Tables:
         if table.state is TableState.ACTIVE:
             found = await ddl.reload_table(self.catalog, table.info.name)
             if found is not None and found.info.uuid == table.info.uuid:
+                await self.watch.confirm(found.info)
                 self._adopt(table, found)
             else:
                 await self._look_for(table)

@@ -144,6 +144,8 @@ class WarehouseWatch:
         found = await warehouse.read_marker()
         if found is None:
             found = await self._make(warehouse)
+        elif self._known is None:
+            await self._check_first_join(warehouse, found)
         if found is None:
             log.warning("warehouse.unmarked", warehouse=warehouse.url, hint="its top folder cannot be written to")
             self._warehouse = None
@@ -156,22 +158,50 @@ class WarehouseWatch:
 
     async def _make(self, warehouse: Warehouse) -> UUID | None:
         """Make the marker of a warehouse that has none, unless it lacks what our tables have in it (R28)."""
-        listing = await self._catalog.list_tables()
-        names = set(self._names())
-        missing = sorted(map(str, listing.unread & names))
-        for table in listing.tables:
-            if table.info.name in names and not missing:
-                # What was read once may be remembered: look for the file.
-                try:
-                    await self._catalog.look_at(table.info)
-                except (FilesMissing, TableMissing):
-                    missing.append(str(table.info.name))
+        missing, _ = await self._look_for_tables()
         if missing:
             raise WarehouseChanged(
                 f"{warehouse.url} has no marker, and the metadata of {', '.join(missing)} cannot be read: it is not "
                 "mounted, was emptied, or is another one"
             )
         return await warehouse.make_marker(self._known or uuid4())
+
+    async def _check_first_join(self, warehouse: Warehouse, found: UUID) -> None:
+        """Check that a marked warehouse, which this disk knows nothing of, is not one that lacks all our tables.
+
+        One table that cannot be read is no reason to hold the others back (R33).
+
+        Raises:
+            WarehouseChanged: it lacks them all.
+        """
+        missing, readable = await self._look_for_tables()
+        if missing and not readable:
+            raise WarehouseChanged(
+                f"{warehouse.url} is warehouse {found}, and the metadata of {', '.join(missing)} cannot be read in it: "
+                "it is another one than the catalog's"
+            )
+
+    async def _look_for_tables(self) -> tuple[list[str], int]:
+        """Look for the files of all tables of this log that the catalog names.
+
+        Returns:
+            The names of those that lack one, and how many lack none.
+        """
+        listing = await self._catalog.list_tables()
+        names = set(self._names())
+        missing = sorted(map(str, listing.unread & names))
+        readable = 0
+        for table in listing.tables:
+            if table.info.name not in names:
+                continue
+            # What was read once may be remembered: look for the file.
+            try:
+                await self._catalog.look_at(table.info)
+            except (FilesMissing, TableMissing):
+                missing.append(str(table.info.name))
+            else:
+                readable += 1
+        return missing, readable
 
     def _stall(self, reason: str) -> None:
         if self._ours.is_set():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections import Counter
@@ -9,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from itertools import count
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pyarrow as pa
 import pytest
@@ -21,9 +22,10 @@ from arka.storage.ports import (
     CommitMark,
     CommitOutcome,
     CommitResult,
+    FilesMissing,
     UnwritableRows,
 )
-from arka.testing import simcatalog
+from arka.testing import simcatalog, simworld
 from arka.testing.simcatalog import SimCatalog
 from arka.testing.simulation import Outcome, simulate, simulate_many
 from arka.tiers.aside import Aside
@@ -37,6 +39,7 @@ from arka.tiers.logclock import LogClock
 from arka.tiers.pipeline import Pipeline
 from arka.tiers.replay import TableFrames
 from arka.tiers.room import Room
+from arka.tiers.warehouse import WarehouseWatch
 from arka.tiers.watermarks import now_us
 from arka.wal import logstate, seal, writer
 
@@ -242,3 +245,31 @@ def test_catches_a_write_set_aside_nowhere(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(Aside, "keep", keep)
     broken = catch()
     assert "was not set aside" in broken or "acked iceberg_committed" in broken
+
+
+def test_catches_no_look_after_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that acknowledges a commit without a look at what a reader would find is caught (R28)."""
+    commit = simworld.ProcessCatalog.commit
+
+    async def blind(self: Any, job: CommitJob) -> CommitResult:
+        # What the adapter finds at the end of a commit is not told either.
+        with contextlib.suppress(FilesMissing):
+            return await commit(self, job)
+        return await SimCatalog.commit(self, job)
+
+    async def look(self: Any, result: CommitResult, cut: Any) -> None:
+        return None
+
+    monkeypatch.setattr(simworld.ProcessCatalog, "commit", blind)
+    monkeypatch.setattr(TableCommitter, "_look", look)
+    assert "no reader ever found it" in catch()
+
+
+def test_catches_a_marker_made_again_in_an_empty_warehouse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that marks whatever warehouse has no marker is caught (R28)."""
+
+    async def make(self: WarehouseWatch, warehouse: Any) -> UUID | None:
+        return await warehouse.make_marker(self._known or uuid4())
+
+    monkeypatch.setattr(WarehouseWatch, "_make", make)
+    assert "a marker was made in a warehouse that lacks our tables" in catch()

@@ -121,6 +121,22 @@ async def test_another_marker_is_not_ours(world: World, nursery: trio.Nursery, a
     assert await watch.is_ours()
 
 
+async def test_a_disk_that_knows_no_warehouse_joins_none_without_its_tables(
+    world: World, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    """After the loss of the disk another warehouse in the place is not taken for the catalog's, marked or not."""
+    own, world.marker, world.whole = uuid4(), uuid4(), False
+    watch = _watch(world)
+    nursery.start_soon(watch.run)
+    with trio.move_on_after(30):
+        await watch.wait_ours()
+    assert str(INFO.name) in (watch.trouble or "")
+    assert world.joined is None
+    world.marker, world.whole = own, True
+    await watch.wait_ours()
+    assert world.joined == own
+
+
 async def test_a_file_that_is_gone_is_the_tables_trouble_while_the_marker_is_ours(
     world: World, nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
