@@ -270,7 +270,13 @@ async def _engine(settings: Settings, data_dir: Path) -> AsyncIterator[OpenLog]:
     wal_dir, spill_dir, checkpoint_dir = (data_dir / name for name in (WAL_FOLDER, "spill", "checkpoints"))
     spill_apart = device_of(spill_dir) != device_of(wal_dir)
     index_bytes = settings.limits.index_bytes
-    async with open_catalog(settings.iceberg, data_dir, settings.iceberg.catalog, index_bytes=index_bytes) as catalog:
+    async with open_catalog(
+        settings.iceberg,
+        data_dir,
+        settings.iceberg.catalog,
+        index_bytes=index_bytes,
+        partitions=settings.limits.partitions,
+    ) as catalog:
         surroundings = Surroundings(
             warehouse=_open_warehouse(settings, data_dir),
             disk=PosixDisk(),

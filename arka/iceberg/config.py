@@ -43,6 +43,7 @@ class CatalogConfig:
         index_build_s: seconds of one job that may be spent on reading keys for an index; what is left is the next
             one's.
         joined: the file that says which warehouse and catalog this node has been joined to; empty for none.
+        partitions: most partitions of one write (``limits.partitions``).
         apart: whether the process holds up none but tables whose indexes are made.
     """
 
@@ -57,6 +58,7 @@ class CatalogConfig:
     index_bytes: int = INDEX_BYTES
     index_build_s: float = _BUILD_S
     joined: str = ""
+    partitions: int = 10_000
     apart: bool = False
 
     @property
@@ -93,6 +95,7 @@ class CatalogConfig:
         properties: Mapping[str, str],
         *,
         index_bytes: int = INDEX_BYTES,
+        partitions: int = 10_000,
     ) -> CatalogConfig:
         """Fill in what options leave empty.
 
@@ -101,6 +104,7 @@ class CatalogConfig:
             data_dir: the server's data directory; the embedded catalog and warehouse live in it.
             properties: further pyiceberg properties, beside ``options.catalog``.
             index_bytes: see the attribute.
+            partitions: see the attribute.
 
         Raises:
             ConfigurationError: the catalog URI has no scheme.
@@ -123,6 +127,7 @@ class CatalogConfig:
             index_dir=str(root / "keyindex"),
             attempts_dir=str(root / "attempts"),
             index_bytes=index_bytes,
+            partitions=partitions,
             joined=str(root / JOINED_FILE),
             index_build_s=min(_BUILD_S, options.job_deadline_s / 4),
         )

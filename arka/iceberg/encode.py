@@ -8,6 +8,7 @@ A batch of an unpartitioned table is a view of the mapped segment file until Par
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,7 @@ from arka._core.transforms import split_batch
 from arka.errors import ArkaError
 from arka.iceberg.attempts import Journal
 from arka.iceberg.config import CatalogConfig
+from arka.iceberg.filebudget import MOST_PARTITIONS, FileBudget, PartitionKey, partition_key
 from arka.iceberg.filepool import FilePool
 from arka.iceberg.frames import read_frames
 from arka.iceberg.parquet import FileWriter, file_writer
@@ -34,6 +36,9 @@ from arka.storage.ports import StagedFile, StagedFiles, TableFrames, UnwritableR
 
 T = TypeVar("T")
 
+#: Rows, roughly their Arrow bytes, and the table as they are written (``FrameRows``).
+_Sized = tuple[pa.RecordBatch, float, TableInfo | None]
+
 #: What libraries raise for values that they cannot take. Others, such as AttributeError, are faults of the code.
 _DATA_ERRORS: Final = (pa.ArrowException, ValueError, TypeError, ArithmeticError, LookupError, NotImplementedError)
 
@@ -42,6 +47,7 @@ _DATA_ERRORS: Final = (pa.ArrowException, ValueError, TypeError, ArithmeticError
 class _Pending:
     """Rows of one partition that wait for their file: views, in LSN order, and roughly their bytes."""
 
+    writer: FileWriter
     values: tuple[object, ...]
     batches: list[pa.RecordBatch] = field(default_factory=list)
     size: float = 0.0
@@ -55,9 +61,9 @@ def encode(config: CatalogConfig, job: TableFrames) -> StagedFiles:
         job: which frames of which table.
 
     Returns:
-        The files: one per partition, more where a partition has more than ``target_file_bytes`` of Arrow
-        bytes; the rows of a partition stand in LSN order, from file to file and in each. Of a primary-key table, the
-        row that stands for each key, and the run of keys.
+        The files of the job's first frames, as a rule of all of them (``FileBudget``): one per partition, more where a
+        partition has more than ``target_file_bytes`` of Arrow bytes; the rows of a partition stand in LSN order, from
+        file to file and in each. Of a primary-key table, the row that stands for each key, and the run of keys.
 
     Raises:
         WarehouseChanged: catalog, warehouse or table folder are gone, or others than before (R28).
@@ -71,38 +77,46 @@ def encode(config: CatalogConfig, job: TableFrames) -> StagedFiles:
     # Before the first file: nothing is written into the empty mount point of a warehouse that is not mounted.
     places = look(config, table.location)
     writer = file_writer(table, config.properties)
+    started = time.monotonic()
     stem = f"{job.after_lsn + 1}-{job.through_lsn}"
+    budget = FileBudget(job, config.partitions, MOST_PARTITIONS)
     keys = StagedKeys(config, job) if table.table_type is TableType.PRIMARY_KEY else None
     rows = 0
     # The batch last in, first out: no thread of the pool writes once it is over.
     with Journal(job.journal).open() as journal, writer.io.batch(), FilePool(config.target_file_bytes) as pool:
         name = f"{stem}-{{number:05d}}-{job.attempt or uuid4().hex}"
-        sorter = _Sorter(table, writer, name, config.target_file_bytes, keys, pool, journal)
-        frames = read_frames(job)
+        sorter = _Sorter(table, writer, config, name, keys, pool, journal)
+        frames = budget.take(read_frames(job))
         with own_data():
             first = next(frames, None)
         if first is not None:
             frames = chain((first,), frames)
-        sized = ((frame.batch, float(frame.size)) for frame in frames) if keys is None else keys.settle(frames)
-        for batch, size in _guarded(sized):
+        if keys is None:
+            sized: Iterator[_Sized] = ((frame.batch, float(frame.size), frame.table) for frame in frames)
+        else:
+            sized = keys.settle(frames)
+        for batch, size, under in _guarded(sized):
             if batch.num_rows:
                 rows += batch.num_rows
-                sorter.add(batch, size)
+                sorter.add(batch, size, under)
         sorter.finish()
         files = pool.finish()
         failpoints.hit("encode.written")
     failpoints.hit("encode.synced")
     made = StagedFiles(
         job.after_lsn,
-        job.through_lsn,
+        budget.through_lsn,
         tuple(files),
         rows,
         notes=writer.notes,
         first_lsn=0 if first is None else first.lsn,
         journals=(job.journal,) if job.journal else (),
         places=places,
+        frames=budget.frames,
     )
-    return made if keys is None else replace(made, keys=keys.write(stem), key_check=keys.check)
+    if keys is not None:
+        made = replace(made, keys=keys.write(f"{job.after_lsn + 1}-{budget.through_lsn}"), key_check=keys.check)
+    return replace(made, took_s=time.monotonic() - started)
 
 
 @contextmanager
@@ -141,28 +155,39 @@ class _Sorter:
         self,
         table: TableInfo,
         writer: FileWriter,
+        config: CatalogConfig,
         name: str,
-        target_bytes: int,
         keys: StagedKeys | None,
         pool: FilePool,
         journal: Journal,
     ) -> None:
-        self._fields = split_fields(table)
-        self._writer = writer
+        self._table = table
+        # One for all: its batch makes them durable together.
+        self._io = writer.io
+        # By spec; what splits a batch, and the writer.
+        self._specs = {table.spec_id: (split_fields(table), writer)}
         self._name = name
-        self._target_bytes = target_bytes
+        self._target_bytes = config.target_file_bytes
         self._keys = keys
         self._pool = pool
         self._journal = journal
-        # By key, not by value: -0.0 equals 0.0, and NaN not even itself.
-        self._pending: dict[tuple[object, ...], _Pending] = {}
+        self._pending: dict[PartitionKey, _Pending] = {}
 
-    def add(self, batch: pa.RecordBatch, size: float) -> None:
-        """Take one batch of about ``size`` Arrow bytes."""
+    def add(self, batch: pa.RecordBatch, size: float, under: TableInfo | None = None) -> None:
+        """Take one batch of about ``size`` Arrow bytes; ``under``: the table at the spec it is written under."""
+        table = under or self._table
+        if table.spec_id not in self._specs:
+            self._specs[table.spec_id] = split_fields(table), FileWriter(table, self._io)
+        fields, writer = self._specs[table.spec_id]
         with own_data():
-            parts = split_batch(batch, self._fields)
+            parts = split_batch(batch, fields)
         for values, rows in parts:
-            self._append(values, rows, size * rows.num_rows / batch.num_rows)
+            self._append(
+                partition_key(table.spec_id, values),
+                _Pending(writer, values),
+                rows,
+                size * rows.num_rows / batch.num_rows,
+            )
 
     def finish(self) -> None:
         """Have what is left written."""
@@ -170,9 +195,8 @@ class _Sorter:
             self._write(pending)
         self._pending.clear()
 
-    def _append(self, values: tuple[object, ...], rows: pa.RecordBatch, size: float) -> None:
-        key = tuple(value.hex() if isinstance(value, float) else value for value in values)
-        pending = self._pending.setdefault(key, _Pending(values))
+    def _append(self, key: PartitionKey, new: _Pending, rows: pa.RecordBatch, size: float) -> None:
+        pending = self._pending.setdefault(key, new)
         pending.batches.append(rows)
         pending.size += size
         if pending.size >= self._target_bytes:
@@ -186,14 +210,16 @@ class _Sorter:
             with own_data():
                 batches = self._keys.take(batches, number)
         name = self._name.format(number=number)
-        self._pool.submit(pending.size, partial(self._make, batches, pending.values, name))
+        self._pool.submit(pending.size, partial(self._make, pending.writer, batches, pending.values, name))
 
-    def _make(self, batches: list[pa.RecordBatch], values: tuple[object, ...], name: str) -> StagedFile:
+    def _make(
+        self, writer: FileWriter, batches: list[pa.RecordBatch], values: tuple[object, ...], name: str
+    ) -> StagedFile:
         """Write one file, in a thread of the pool. Its name is in the journal before it is in the warehouse."""
         with own_data():
-            encoded = self._writer.encode(batches, values, name)
+            encoded = writer.encode(batches, values, name)
         self._journal.begin(encoded.file.path)
-        made = self._writer.store(encoded)
+        made = writer.store(encoded)
         self._journal.finished()
         return made
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from arka.errors import InternalError
 from arka.iceberg.align import align_batch
-from arka.records import Operation, TableType
+from arka.records import Operation, TableInfo, TableType
 from arka.storage.ports import TableFrames
 from arka.wal.segment import read_slice
 
@@ -27,12 +27,14 @@ class FrameRows(NamedTuple):
         size: bytes of its message in the log.
         operation: what it does with its rows.
         lsn: its LSN.
+        table: the table as the frame is written; None: as the job has it.
     """
 
     batch: pa.RecordBatch
     size: int
     operation: Operation
     lsn: int
+    table: TableInfo | None = None
 
 
 def read_frames(job: TableFrames) -> Iterator[FrameRows]:

@@ -27,12 +27,14 @@ class StandingRows(NamedTuple):
         hashes: of their keys.
         if_absent: per row, whether it stands only where the table had no row with its key before.
         share: of the frame's bytes.
+        table: see ``FrameRows``.
     """
 
     batch: pa.RecordBatch
     hashes: pa.FixedSizeBinaryArray
     if_absent: pa.BooleanArray
     share: float
+    table: TableInfo | None
 
 
 class SettledFrames:
@@ -83,6 +85,7 @@ class SettledFrames:
                     self._hashes.slice(start, rows).filter(stands),
                     pc.equal(verdicts, IF_ABSENT).filter(stands),
                     frame.size * batch.num_rows / rows,
+                    frame.table,
                 )
             start += rows
 

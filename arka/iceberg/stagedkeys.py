@@ -22,6 +22,7 @@ from arka.iceberg.fileio import make_directory
 from arka.iceberg.frames import FrameRows
 from arka.iceberg.runfiles import STAGED, check_of, new_name, new_run, packed, table_secret
 from arka.iceberg.settled import SettledFrames
+from arka.records import TableInfo
 from arka.storage.ports import TableFrames
 
 _HASH: Final = pa.field("arka.hash", pa.binary(HASH_BYTES), nullable=False)
@@ -50,8 +51,8 @@ class StagedKeys:
         self._parts: list[tuple[pa.Buffer, int, pa.Buffer | None]] = []
         self._remove_old(job.after_lsn)
 
-    def settle(self, frames: Iterable[FrameRows]) -> Iterator[tuple[pa.RecordBatch, float]]:
-        """Yield the rows that stand, each batch with two columns more and its share of the size.
+    def settle(self, frames: Iterable[FrameRows]) -> Iterator[tuple[pa.RecordBatch, float, TableInfo | None]]:
+        """Yield the rows that stand, each batch with two columns more, its share of the size, and its frame's table.
 
         Args:
             frames: in LSN order.
@@ -63,7 +64,7 @@ class StagedKeys:
         for rows in settled.standing():
             schema = pa.schema([*rows.batch.schema, _HASH, _CONDITION])
             columns = [*rows.batch.columns, rows.hashes, rows.if_absent]
-            yield pa.RecordBatch.from_arrays(columns, schema=schema), rows.share
+            yield pa.RecordBatch.from_arrays(columns, schema=schema), rows.share, rows.table
 
     def take(self, batches: list[pa.RecordBatch], number: int) -> list[pa.RecordBatch]:
         """Note the rows of a file before it is written; returns them as the file has them."""

@@ -43,13 +43,16 @@ from arka.storage.ports import (
     TableMissing,
     WorkUnfinished,
 )
-from arka.storage.workers import Template, WorkerPool, open_pool
+from arka.storage.workers import JobWatch, Template, WorkerPool, open_pool
 
 #: Control calls at a time; scans may take all of them but one, so that a long one does not stop CreateTable.
 _CONTROL_WORKERS: Final = 2
 
 #: How long rewriting the paths of all tables may take, in seconds.
 _ADOPT_S: Final = 86_400.0
+
+#: How many deadlines a job in quarantine may have at most: each miss doubles its time.
+_MOST_PATIENCE: Final = 8
 
 #: Of an offset in a slice.
 _OFFSET_BYTES: Final = 8
@@ -61,12 +64,18 @@ Ts = TypeVarTuple("Ts")
 
 
 class _Shards:
-    """Single-worker pools for one kind of job, and one more for tables that missed their deadline (R19)."""
+    """Single-worker pools for one kind of job, and one more for tables whose jobs take long (R19).
+
+    A job that misses its deadline is killed, and its table's next one runs in the quarantine. A job that makes progress
+    goes on: after the same time it moves there with its process, and other tables get a new one. A table leaves the
+    quarantine when a job of it has ended in time.
+    """
 
     def __init__(self, pools: Sequence[WorkerPool], quarantine: WorkerPool) -> None:
         self.pools = pools
         self._quarantine = quarantine
-        self._quarantined: set[UUID] = set()
+        # How often in a row each table's jobs were killed; tables that are not in here are not in quarantine.
+        self._quarantined: dict[UUID, int] = {}
 
     async def run(
         self,
@@ -78,21 +87,31 @@ class _Shards:
     ) -> T:
         """Run a table's job where that table's jobs run, or so many pools beside that."""
         uuid = table.uuid
-        slow = uuid in self._quarantined
-        pool = self._quarantine if slow else self.pools[(uuid.int + beside) % len(self.pools)]
+        missed = self._quarantined.get(uuid)
+        if missed is None:
+            pool = self.pools[(uuid.int + beside) % len(self.pools)]
+            watch = JobWatch(self._quarantine, partial(self._quarantine_long, table, job.__name__))
+        else:
+            pool = self._quarantine
+            # A job that can be made no smaller ends some day: there it holds up none but its like.
+            watch = JobWatch(patience=min(2**missed, _MOST_PATIENCE))
         try:
-            result = await pool.run(job, *args, progress=progress)
+            result = await pool.run(job, *args, progress=progress, watch=watch)
         except DeadlineMissed:
-            self._quarantined.add(uuid)
+            self._quarantined[uuid] = self._quarantined.get(uuid, 0) + 1
             _log.warning("catalog.deadline_missed", table=str(table.name), job=job.__name__)
             raise
-        if slow:
-            self._quarantined.discard(uuid)
+        if watch.took_s <= pool.deadline_s:
+            self._quarantined.pop(uuid, None)
         return result
+
+    def _quarantine_long(self, table: TableInfo, job: str) -> None:
+        self._quarantined.setdefault(table.uuid, 0)
+        _log.warning("catalog.job_long", table=str(table.name), job=job)
 
     def forget(self, uuid: UUID) -> None:
         """Forget a table that was dropped."""
-        self._quarantined.discard(uuid)
+        self._quarantined.pop(uuid, None)
 
 
 class IcebergCatalog:
@@ -280,8 +299,8 @@ def _progress_of(job: TableFrames) -> Callable[[], int]:
 def divide(job: TableFrames, most: int, file_bytes: int) -> list[TableFrames]:
     """Divide an encode job into consecutive parts that fill at least a file each.
 
-    Only of tables where that makes no more files: not of partitioned ones, and not of those with a key, whose rows are
-    settled together.
+    Only of tables where that makes no more files: not of partitioned ones, now or when rows were accepted, and not of
+    those with a key, whose rows are settled together.
 
     Args:
         job: the whole.
@@ -289,7 +308,7 @@ def divide(job: TableFrames, most: int, file_bytes: int) -> list[TableFrames]:
         file_bytes: of a file.
     """
     count = min(most, job.size // file_bytes)
-    if count < 2 or job.table.partition or job.table.table_type is TableType.PRIMARY_KEY:
+    if count < 2 or job.table.partition or job.accepted or job.table.table_type is TableType.PRIMARY_KEY:
         return [job]
     frames = sum(len(piece.offsets) for piece in job.slices) // _OFFSET_BYTES
     count = max(1, min(count, frames))
@@ -323,6 +342,7 @@ async def open_catalog(
     properties: Mapping[str, str] | None = None,
     *,
     index_bytes: int = INDEX_BYTES,
+    partitions: int = 10_000,
 ) -> AsyncIterator[IcebergCatalog]:
     """Open a catalog with its worker processes; no process starts before its first job or ``start``.
 
@@ -331,6 +351,7 @@ async def open_catalog(
         data_dir: the server's data directory, for the embedded catalog and warehouse.
         properties: further pyiceberg properties, beside ``options.catalog``: credentials, ``s3.*``.
         index_bytes: memory that a commit worker keeps of primary-key tables between commits.
+        partitions: most partitions that a write may touch under a spec that is newer than it (R27).
 
     Raises:
         ConfigurationError: an option cannot work.
@@ -338,7 +359,9 @@ async def open_catalog(
     Cancellation: closing waits for running jobs, so whoever runs them must be cancelled first; then it
         takes 0.2 s per worker process as a rule, 2 s at most.
     """
-    config = CatalogConfig.from_options(options, data_dir, properties or {}, index_bytes=index_bytes)
+    config = CatalogConfig.from_options(
+        options, data_dir, properties or {}, index_bytes=index_bytes, partitions=partitions
+    )
     template = Template()
     async with AsyncExitStack() as stack:
 

@@ -236,6 +236,9 @@ class StagedFiles:
     """What an encode job made; its commit covers ``(after_lsn, through_lsn]``.
 
     Attributes:
+        through_lsn: the job's, or that of an earlier frame: a job of very many partitions ends sooner (R19).
+        frames: how many of the job's frames are covered; counted where ``through_lsn`` is not the job's.
+        took_s: seconds that the job took in its process; 0 where nobody has measured.
         places: what was looked at before the first file was written; the same must be there after the commit (R28).
         rows: in the files together.
         first_lsn: of the first write in them; 0 if there is none.
@@ -256,6 +259,8 @@ class StagedFiles:
     first_lsn: int = 0
     journals: tuple[str, ...] = ()
     places: Places = ()
+    frames: int = 0
+    took_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -425,6 +430,8 @@ class Catalog(Protocol):
 
     async def encode(self, job: TableFrames, *, fresh: bool = False) -> StagedFiles:
         """Write the job's rows as Parquet into the warehouse; durable on return.
+
+        It may write the first frames alone, one at least, and says so in ``StagedFiles.through_lsn`` (R19).
 
         What a failed attempt wrote is deleted, now or later; the same holds for files that no commit names in the end.
 

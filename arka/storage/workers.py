@@ -13,6 +13,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import forkserver
 from typing import Final, TypeVar, TypeVarTuple
@@ -104,6 +105,34 @@ def _fork_once() -> None:
         raise CatalogUnavailable(f"a process forked for a worker ended with exit code {process.exitcode}")
 
 
+@dataclass(slots=True)
+class JobWatch:
+    """What becomes of a job that takes long, and how long it took.
+
+    Attributes:
+        apart: takes the job in once it has run for the pool's whole deadline and makes progress; None: it stays.
+        on_long: called at that moment; must not raise or wait.
+        patience: how many deadlines the job has.
+        took_s: seconds from its turn until its end; set by the pool.
+    """
+
+    apart: WorkerPool | None = None
+    on_long: Callable[[], None] = lambda: None
+    patience: int = 1
+    took_s: float = 0.0
+
+
+class _Turn:
+    """A job's place in a pool.
+
+    Attributes:
+        pool: the one whose turn it holds.
+    """
+
+    def __init__(self, pool: WorkerPool) -> None:
+        self.pool = pool
+
+
 class WorkerPool:
     """Up to ``size`` worker processes that run one kind of job.
 
@@ -112,17 +141,25 @@ class WorkerPool:
         context: where the processes are kept.
         size: jobs at a time.
         deadline_s: a job that takes longer is killed with its worker; progress starts it again (R32).
+
+    Attributes:
+        deadline_s: the same.
     """
 
     def __init__(self, template: Template, context: trio_parallel.WorkerContext, size: int, deadline_s: float) -> None:
         self._template = template
         self._context = context
         self._turns = trio.CapacityLimiter(size)
+        # As many as there are turns, and one for each job that has left its turn and still runs.
         self._processes = trio.CapacityLimiter(size)
-        self._deadline_s = deadline_s
+        self.deadline_s = deadline_s
 
     async def run(
-        self, job: Callable[[*Ts], T | Exception], *args: *Ts, progress: Callable[[], int] | None = None
+        self,
+        job: Callable[[*Ts], T | Exception],
+        *args: *Ts,
+        progress: Callable[[], int] | None = None,
+        watch: JobWatch | None = None,
     ) -> T:
         """Run one job; waits for a free worker first.
 
@@ -130,6 +167,7 @@ class WorkerPool:
             job: what is run.
             args: its arguments.
             progress: returns how much the job has finished so far; blocking. Each rise starts the deadline again.
+            watch: what becomes of the job if it takes long; None: it keeps its turn until it ends.
 
         Returns:
             What the job returned.
@@ -141,14 +179,21 @@ class WorkerPool:
 
         Cancellation: a running job's worker is killed; what the job had done stays done.
         """
-        async with self._turns:
+        watch = JobWatch() if watch is None else watch
+        deadline_s = self.deadline_s * watch.patience
+        turn = _Turn(self)
+        await self._turns.acquire_on_behalf_of(turn)
+        started = trio.current_time()
+        try:
             await self._template.wait_ready()
-            with trio.move_on_after(self._deadline_s) as deadline:
+            with trio.move_on_after(deadline_s) as deadline:
                 try:
                     result: T | Exception = await self._run_watched(
                         partial(self._context.run_sync, job, *args, kill_on_cancel=True, limiter=self._processes),
                         deadline,
+                        deadline_s,
                         progress,
+                        None if watch.apart is None else partial(self._leave, turn, watch),
                     )
                 except trio_parallel.BrokenWorkerError as error:
                     process = error.args[-1]
@@ -158,21 +203,48 @@ class WorkerPool:
                 except (EOFError, OSError) as error:
                     # Jobs return their errors: this one is of starting a process for it.
                     raise CatalogUnavailable(f"the process that workers are forked from died: {error!r}") from None
+        finally:
+            watch.took_s = trio.current_time() - started
+            self._end(turn)
         if deadline.cancelled_caught:
-            raise DeadlineMissed(f"{job.__name__} took longer than {self._deadline_s:g} s")
+            raise DeadlineMissed(f"{job.__name__} took longer than {deadline_s:g} s")
         if isinstance(result, Exception):
             raise result
         return result
 
+    async def _leave(self, turn: _Turn, watch: JobWatch) -> None:
+        """Give a job's turn to others once it has had the whole deadline; its process goes on elsewhere (R19)."""
+        assert watch.apart is not None
+        await trio.sleep(self.deadline_s)
+        watch.on_long()
+        # One at a time: where another table has the place, this one keeps its turn until that is free.
+        await watch.apart._turns.acquire_on_behalf_of(turn)
+        turn.pool = watch.apart
+        self._processes.total_tokens += 1
+        self._turns.release_on_behalf_of(turn)
+
+    def _end(self, turn: _Turn) -> None:
+        """Give back what a job has held, here or where it went."""
+        if turn.pool is not self:
+            self._processes.total_tokens -= 1
+        turn.pool._turns.release_on_behalf_of(turn)
+
     async def _run_watched(
-        self, run: Callable[[], Awaitable[T]], deadline: trio.CancelScope, progress: Callable[[], int] | None
+        self,
+        run: Callable[[], Awaitable[T]],
+        deadline: trio.CancelScope,
+        deadline_s: float,
+        progress: Callable[[], int] | None,
+        leave: Callable[[], Awaitable[None]] | None,
     ) -> T:
         """Run a job, and move its deadline whenever it has finished something."""
         if progress is None:
             return await run()
         failure: Exception | None = None
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._watch, deadline, progress)
+            nursery.start_soon(self._watch, deadline, deadline_s, progress)
+            if leave is not None:
+                nursery.start_soon(leave)
             try:
                 result = await run()
             except Exception as error:
@@ -183,14 +255,15 @@ class WorkerPool:
             raise failure
         return result
 
-    async def _watch(self, deadline: trio.CancelScope, progress: Callable[[], int]) -> None:
+    @staticmethod
+    async def _watch(deadline: trio.CancelScope, deadline_s: float, progress: Callable[[], int]) -> None:
         finished = 0
         while True:
-            await trio.sleep(self._deadline_s / _LOOKS)
+            await trio.sleep(deadline_s / _LOOKS)
             now = await trio.to_thread.run_sync(progress, abandon_on_cancel=True)
             if now > finished:
                 finished = now
-                deadline.deadline = trio.current_time() + self._deadline_s
+                deadline.deadline = trio.current_time() + deadline_s
 
 
 @asynccontextmanager
@@ -225,4 +298,4 @@ async def open_pool(template: Template, size: int, deadline_s: float) -> AsyncIt
             raise reason from None
 
 
-__all__ = ["Template", "WorkerPool", "open_pool"]
+__all__ = ["JobWatch", "Template", "WorkerPool", "open_pool"]

@@ -564,6 +564,7 @@ class _World:
         self.promises.poison_every = odd.choice((0, 0, 0, 5, 17))
         self.promises.poison = self.weather.tables.poison
         self.weather.most_frames = odd.choice((0, 0, 0, 2, 9))
+        self.weather.most_written = odd.choice((0, 0, 0, 1, 3))
         self.tables = [TableName("default", f"t{number}") for number in range(rng.randint(1, 3))]
         self._keyed = {name for name in self.tables if rng.random() < 0.4}
         self.writers = [

@@ -452,6 +452,7 @@ class CatalogWeather:
         fault_share: the share of requests that fail.
         max_delay_s: the longest that a request takes.
         most_frames: cuts of more frames miss their deadline; 0 for none.
+        most_written: an encode job writes so many frames of its cut at most; 0 for any number.
     """
 
     def __init__(self, rng: random.Random, trace: Trace) -> None:
@@ -462,6 +463,7 @@ class CatalogWeather:
         self.max_delay_s = 0.0
         self.most_frames = 0
         self.warehouse = SimWarehouse()
+        self.most_written = 0
         self.tables = SimCatalog(lambda piece, log_uuid: ())
         # Tables that somebody took out of the catalog, with the name that each had.
         self._vanished: list[tuple[TableName, Any]] = []
@@ -542,6 +544,7 @@ class ProcessCatalog(SimCatalog):
         self.unreadable = weather.tables.unreadable
         self.unusable = weather.tables.unusable
         self.poison = weather.tables.poison
+        self.most_written = weather.most_written
 
     async def encode(self, job: TableFrames, *, fresh: bool = False) -> StagedFiles:
         """See ``Catalog.encode``; cuts of too many frames are late in some worlds (R32)."""
@@ -583,7 +586,10 @@ class ProcessCatalog(SimCatalog):
 
     def _encode(self, job: TableFrames) -> StagedFiles:
         self._weather.warehouse.check_place()
-        return super()._encode(job)
+        made = super()._encode(job)
+        if made.through_lsn < job.through_lsn:
+            self._weather.trace.count("catalog encode part")
+        return made
 
     def _scan(self, job: ReadJob, path: str) -> int:
         if not self._weather.warehouse.shows(job.table.uuid):

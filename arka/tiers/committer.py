@@ -132,6 +132,7 @@ class TableCommitter:
             self._cost_s = 0.0
             try:
                 job = await self._encode(cut) if cut.through_lsn not in table.asides else self._pass(cut)
+                cut = self._size.part_of(cut, job.staged)
                 result = await self._commit(job, cut)
                 await self._look(result, cut)
             except Fenced:
@@ -156,7 +157,8 @@ class TableCommitter:
                 await self._adoption.refresh(table, max_age_s=0)
                 continue
             self._failures = 0
-            self._size.grow(cut.frames, table.commitable.frames - cut.frames)
+            if not self._size.settle(cut, job.staged, table.commitable.frames, self._options.job_deadline_s):
+                self._shrink(cut, f"its files took {job.staged.took_s:.0f} s, longer than iceberg.job_deadline_s")
             await failpoints.reach("commit.answered")
             if result.outcome is CommitOutcome.TABLE_GONE:
                 return table.state is TableState.ACTIVE

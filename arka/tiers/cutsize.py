@@ -6,6 +6,15 @@ Owns: that a cut that fails gets smaller and one that lands lets the next be lar
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Final
+
+from arka.storage.ports import StagedFiles
+from arka.tiers.backlog import Cut
+
+#: A cut whose files took at most this part of the deadline lets the next one be larger.
+_GROWTH_SHARE: Final = 4
+
 
 class CutSize:
     """The most frames of one table's next cut. Used from trio's thread only.
@@ -30,6 +39,36 @@ class CutSize:
             return False
         self.frames = failed // 2
         return True
+
+    def part_of(self, cut: Cut, staged: StagedFiles) -> Cut:
+        """Return the part of a cut that its encode job has written: all of it, or its first frames (R19).
+
+        Then the next cut is no larger than that part.
+        """
+        if staged.through_lsn == cut.through_lsn:
+            return cut
+        # Invariant: an encode job covers a part of its cut from the front; so do the commit and what is acknowledged.
+        assert staged.after_lsn < staged.through_lsn < cut.through_lsn
+        assert 0 < staged.frames < cut.frames
+        self.frames = staged.frames
+        frame_bytes = cut.frame_bytes * staged.frames // cut.frames
+        return replace(cut, through_lsn=staged.through_lsn, frames=staged.frames, frame_bytes=frame_bytes)
+
+    def settle(self, cut: Cut, staged: StagedFiles, uncommitted: int, deadline_s: float) -> bool:
+        """Let the next cut be larger after one that landed, if its files took little time.
+
+        Args:
+            cut: what landed.
+            staged: its files.
+            uncommitted: how many frames the table had before.
+            deadline_s: of a job.
+
+        Returns:
+            Whether its files took no longer than the deadline: else the next cut has to be smaller (R19).
+        """
+        if staged.took_s <= deadline_s / _GROWTH_SHARE:
+            self.grow(cut.frames, uncommitted - cut.frames)
+        return staged.took_s <= deadline_s
 
     def grow(self, landed: int, waiting: int) -> None:
         """Double the limit after a cut that landed.

@@ -34,6 +34,7 @@ from arka.storage.ports import (
     CatalogListing,
     CatalogUnavailable,
     CommitJob,
+    DeadlineMissed,
     SegmentSlice,
     StagedFiles,
     TableFrames,
@@ -170,6 +171,69 @@ async def test_slow_table_is_quarantined_until_it_succeeds(tmp_path: Path) -> No
         assert again == back
 
 
+OTHER = replace(INFO, uuid=UUID(int=5), name=TableName("default", "other"))
+THIRD = replace(INFO, uuid=UUID(int=6), name=TableName("default", "third"))
+
+
+def wait_for(path: Path) -> int:
+    """A job that goes on until a file is there."""
+    while not path.exists():
+        time.sleep(0.05)
+    return os.getpid()
+
+
+async def test_a_long_job_that_makes_progress_lets_others_in(tmp_path: Path) -> None:
+    """After its deadline a job goes on in the quarantine: tables that share its worker get another one (R19)."""
+    async with open_catalog(IcebergOptions(job_deadline_s=4, encode_workers=1), tmp_path) as catalog:
+        shards = catalog._encode
+        (pool,) = shards.pools
+        first = await shards.run(INFO, os.getpid)
+        pids: list[int] = []
+
+        async def run_long(table: TableInfo, name: str) -> None:
+            progress = iter(range(1, 1_000_000))
+            pids.append(await shards.run(table, wait_for, tmp_path / name, progress=lambda: next(progress)))
+
+        with trio.fail_after(120):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(run_long, INFO, "one")
+                while INFO.uuid not in shards._quarantined:
+                    await trio.sleep(0.05)
+                # The long job ends after this one alone: it must not have to wait.
+                second = await shards.run(OTHER, os.getpid)
+                assert shards._quarantine._turns.borrowed_tokens == 1
+                # Another long one keeps its turn until the place is free.
+                nursery.start_soon(run_long, THIRD, "two")
+                while THIRD.uuid not in shards._quarantined:
+                    await trio.sleep(0.05)
+                assert pids == []
+                (tmp_path / "one").touch()
+                assert await shards.run(OTHER, os.getpid) > 0
+                (tmp_path / "two").touch()
+        assert pids[0] == first != second
+        assert OTHER.uuid not in shards._quarantined
+        assert pool._processes.total_tokens == 1
+        assert [limiter.borrowed_tokens for limiter in (pool._turns, shards._quarantine._turns)] == [0, 0]
+        # Back after a job that ended in time.
+        assert await shards.run(INFO, os.getpid) not in (first, second)
+        assert INFO.uuid not in shards._quarantined
+
+
+async def test_a_job_that_can_be_no_smaller_gets_more_time(tmp_path: Path) -> None:
+    """Each missed deadline doubles the next one's: a long job without progress is not begun again for ever (R19)."""
+    async with open_catalog(IcebergOptions(job_deadline_s=3), tmp_path) as catalog:
+        shards = catalog._commit
+        with trio.fail_after(120):
+            for _ in range(3):
+                with contextlib.suppress(DeadlineMissed):
+                    await shards.run(INFO, time.sleep, 4)
+                    break
+        # It ended late: it stays until one ends in time.
+        assert shards._quarantined[INFO.uuid] >= 1
+        await shards.run(INFO, os.getpid)
+        assert INFO.uuid not in shards._quarantined
+
+
 def in_parts(config: CatalogConfig, job: CommitJob) -> tuple[list[bool], list[int]] | WorkUnfinished:
     """A commit whose index takes four jobs to make."""
     with Path(config.index_dir).open("a+") as file:
@@ -186,7 +250,7 @@ async def test_an_index_is_made_apart(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(worker, "commit", in_parts)
     job = CommitJob(INFO, UUID(int=1), 1, UUID(int=2), StagedFiles(0, 1, (), 0))
     async with open_catalog(IcebergOptions(), tmp_path) as catalog:
-        apart, pids = await catalog.commit(job)  # type: ignore[misc]
+        apart, pids = await catalog._run_commit(job)  # type: ignore[misc]
         assert apart == [False, True, True, True]
         assert len(set(pids[1:])) == 1
         assert pids[0] != pids[1]
@@ -314,21 +378,23 @@ async def catalog(tmp_path: Path) -> AsyncIterator[IcebergCatalog]:
         yield opened
 
 
-async def test_errors_cross_as_what_they_are(catalog: IcebergCatalog, tmp_path: Path) -> None:
+async def test_errors_cross_as_what_they_are(catalog: IcebergCatalog, lake: Lake, tmp_path: Path) -> None:
     """A definite error keeps its type and fields, an unknown one becomes unavailable, a bug internal."""
+    # Each job looks for catalog and table first.
+    info = lake.create(INFO.schema)
     missing = SegmentSlice(str(tmp_path / "gone"), 1, 1, b"")
-    job = TableFrames(INFO, {}, UUID(int=1), 0, 1, (missing,))
+    job = TableFrames(info, {}, UUID(int=1), 0, 1, (missing,))
     with pytest.raises(CatalogUnavailable, match="FileNotFoundError"):
         await catalog.encode(job)
     (tmp_path / "short").write_bytes(b"ARKS")
     short = SegmentSlice(str(tmp_path / "short"), 1, 1, b"")
     with pytest.raises(DataCorruption) as damaged:
-        await catalog.encode(TableFrames(INFO, {}, UUID(int=1), 0, 1, (short,)))
+        await catalog.encode(TableFrames(info, {}, UUID(int=1), 0, 1, (short,)))
     assert damaged.value.path == short.path
     assert damaged.value.__cause__ is None
     nonsense: Any = 5
     with pytest.raises(InternalError, match="AttributeError"):
-        await catalog.encode(TableFrames(INFO, {}, UUID(int=1), 0, 1, (nonsense,)))
+        await catalog.encode(TableFrames(info, {}, UUID(int=1), 0, 1, (nonsense,)))
 
 
 @pytest.mark.parametrize(

@@ -222,6 +222,12 @@ def test_catches_cuts_that_never_shrink(monkeypatch: pytest.MonkeyPatch) -> None
     assert catch()
 
 
+def test_catches_a_part_taken_for_the_whole_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that acknowledges a cut of which an encode job has written the first frames alone is caught (R19)."""
+    monkeypatch.setattr(CutSize, "part_of", lambda self, cut, staged: cut)
+    assert catch()
+
+
 def test_catches_set_aside_for_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that sets a write aside because the catalog or the disk failed is caught (R32)."""
 

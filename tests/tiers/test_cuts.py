@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import trio
 from trio.testing import MockClock
@@ -84,6 +86,60 @@ async def test_an_outage_shrinks_nothing(autojump_clock: MockClock, nursery: tri
     nursery.start_soon(bench.committer.run)
     await bench.table.committed.wait_reached(16)
     assert bench.catalog.encoded == [(0, 16)] * 7
+
+
+class WideCatalog(ScriptedCatalog):
+    """Writes so many frames of a cut at most, and takes so long for each frame."""
+
+    def __init__(self, most: int, seconds: float) -> None:
+        super().__init__()
+        self.most = most
+        self.seconds = seconds
+
+    async def encode(self, job: TableFrames, *, fresh: bool = False) -> StagedFiles:
+        made = await super().encode(job, fresh=fresh)
+        frames = min(job.through_lsn - job.after_lsn, self.most)
+        through_lsn = job.after_lsn + frames
+        return replace(made, through_lsn=through_lsn, frames=frames, took_s=frames * self.seconds)
+
+
+@pytest.mark.parametrize("most", [1, 7, 39])
+async def test_a_cut_that_is_written_in_part_is_committed_in_part(
+    autojump_clock: MockClock, nursery: trio.Nursery, most: int
+) -> None:
+    """What an encode job has not written is neither committed nor acknowledged with the rest, and comes next."""
+    bench = Bench()
+    bench.catalog = wide = WideCatalog(most, 0)
+    bench.committer._catalog = wide
+    bench.write(40)
+    bench.objects.advance(40)
+    seen: list[int] = []
+    nursery.start_soon(bench.committer.run)
+    with trio.fail_after(600):
+        for _ in range(-(-40 // most)):
+            await bench.table.committed.wait_reached((seen[-1] if seen else 0) + 1)
+            seen.append(bench.table.committed.lsn)
+            assert bench.table.backlog.first_lsn == (None if seen[-1] == 40 else seen[-1] + 1)
+    assert seen == [*range(most, 40, most), 40]
+    assert [job.staged.through_lsn for job in wide.commits] == seen
+
+
+async def test_a_cut_whose_files_take_the_deadline_is_halved(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+    """A job that made progress for longer than the deadline is committed, and the next ones are of half its size."""
+    bench = Bench()
+    bench.catalog = wide = WideCatalog(1_000, seconds=10)
+    bench.committer._catalog = wide
+    bench.write(40)
+    bench.objects.advance(40)
+    nursery.start_soon(bench.committer.run)
+    await bench.table.committed.wait_reached(40)
+    bench.write(60)
+    bench.objects.advance(100)
+    with trio.fail_after(600):
+        await bench.table.committed.wait_reached(100)
+    sizes = [job.staged.through_lsn - job.staged.after_lsn for job in wide.commits]
+    # 400 s, 200 s, and then less than the deadline of 120 s but more than a quarter of it: so it stays.
+    assert sizes == [40, 20, 10, 10, 10, 10]
 
 
 def test_cuts_grow_again() -> None:
