@@ -47,6 +47,7 @@ _FLAGS: Final = {
     "warehouse": ("--warehouse", "iceberg.warehouse"),
     "demo_tables": ("--demo-tables", "server.demo_tables"),
     "take_over": ("--take-over", "server.take_over"),
+    "new_store": ("--new-store", "server.new_store"),
     "adopt_warehouse": ("--adopt-warehouse", "server.adopt_warehouse"),
     "log_format": ("--log-format", "log.format"),
     "log_level": ("--log-level", "log.level"),
@@ -67,6 +68,7 @@ log = structlog.get_logger(__name__)
 @click.option("--warehouse", metavar="URL", help="Iceberg warehouse.  [file://DATA/warehouse]")
 @click.option("--demo-tables", is_flag=True, default=None, help="Register the example tables at start.")
 @click.option("--take-over", is_flag=True, default=None, help="Take the log from a server that runs elsewhere.")
+@click.option("--new-store", is_flag=True, default=None, help="Go on in an empty object store: the old one is lost.")
 @click.option("--adopt-warehouse", is_flag=True, default=None, help="Start a data directory that was moved or copied.")
 @click.option("--log-format", metavar="console|json", help="Log lines for people or for machines.  [console]")
 @click.option("--log-level", metavar="LEVEL", help="debug, info, warning or error.  [info]")

@@ -53,6 +53,7 @@ class ServerOptions:
     adopt_warehouse: bool = option(
         False, "Write the tables' paths again for a data directory that was moved or copied with its warehouse."
     )
+    new_store: bool = option(False, "Go on with the disk's log in an empty object store, since the old one is lost.")
     take_over: bool = option(False, "Take the node's log from another data directory's server that still runs.")
 
 

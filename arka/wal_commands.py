@@ -190,10 +190,9 @@ def aside(directory: Path, out: Path | None) -> None:
     Exit codes: 0 all could be read, 3 one is damaged.
     """
     from arka.errors import DataCorruption
-    from arka.wal.asidefile import copy_aside, parse_aside, read_aside
+    from arka.wal.asidefile import copy_aside, find_asides, parse_aside, read_aside
 
-    # As the server lays copies of what the object store has beside the log.
-    found = sorted((directory / "checkpoints").glob("*/aside/*/*"))
+    found = find_asides(directory)
     code = 0
     for path in found:
         try:
@@ -232,10 +231,14 @@ def _salvage(
         code = EXIT_DAMAGED if headless or not copied.complete else 0
     if location is not None:
         from arka.client.resubmit import SentLog, resubmit
+        from arka.wal.asidefile import asides_of
 
         reader = LogReader(survey, disk)
         epochs = [mark.epoch for mark in (survey.state, survey.seal) if mark is not None]
-        log = None if survey.log_uuid is None else SentLog(survey.log_uuid, max([0, *survey.epochs, *epochs]))
+        log = None
+        if survey.log_uuid is not None:
+            asides = asides_of(log_directory.absolute().parent, survey.log_uuid)
+            log = SentLog(survey.log_uuid, max([0, *survey.epochs, *epochs]), asides)
         sent = resubmit(reader.writes(), location, durability=tier, above_lsn=above_lsn, keyless=keyless, log=log)
         _show_sent(sent, location, tier)
         if reader.unreadable:

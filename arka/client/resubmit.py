@@ -73,10 +73,12 @@ class SentLog:
     Attributes:
         uuid: the log.
         epoch: the last one in which this disk's process wrote it.
+        aside: table and LSN of its writes that were set aside: their table's mark passed them (R32).
     """
 
     uuid: UUID
     epoch: int
+    aside: frozenset[tuple[UUID, int]] = frozenset()
 
 
 def resubmit(
@@ -137,16 +139,16 @@ class _Sender:
         self._report = report
         described = _tables(client)
         self._names = {uuid: table["name"] for uuid, table in described.items()}
-        # By table: the last LSN of the writes' log that it holds, and the LSNs below that it does not.
+        # By table: up to which LSN it holds the writes' log, but for those that were set aside.
         self._held = {uuid: _held_of(table, log) for uuid, table in described.items()}
+        self._aside = frozenset() if log is None else log.aside
         self._streams: OrderedDict[tuple[UUID, int], _Stream] = OrderedDict()
         # Tables that get no more writes, and why: what follows must not come before what was refused.
         self._closed: dict[UUID, str] = {}
 
     def holds(self, write: SalvagedWrite) -> bool:
         """Whether the table says that it holds a write."""
-        committed_lsn, aside = self._held.get(write.table.uuid, (0, frozenset()))
-        return write.lsn <= committed_lsn and write.lsn not in aside
+        return write.lsn <= self._held.get(write.table.uuid, 0) and (write.table.uuid, write.lsn) not in self._aside
 
     def send(self, write: SalvagedWrite) -> None:
         """Send one write, or count why not."""
@@ -308,13 +310,13 @@ class _Stream:
         return reason
 
 
-def _held_of(table: dict[str, Any], log: SentLog | None) -> tuple[int, frozenset[int]]:
-    """Up to which LSN of a log a table holds all writes, by its own mark; and those up to there that it lacks."""
+def _held_of(table: dict[str, Any], log: SentLog | None) -> int:
+    """Up to which LSN of a log a table holds all writes that were not set aside, by its own mark."""
     mark = None if log is None else table.get("logs", {}).get(str(log.uuid))
     if log is None or mark is None or mark["epoch"] > log.epoch:
         # The log went on from another disk than the one that was salvaged: the mark speaks of that one's LSNs.
-        return 0, frozenset()
-    return mark["committed_lsn"], frozenset(table.get("set_aside", ()))
+        return 0
+    return int(mark["committed_lsn"])
 
 
 def _tables(client: Any) -> dict[UUID, dict[str, Any]]:

@@ -46,7 +46,7 @@ from arka.options import IcebergOptions
 from arka.storage.ports import Disk
 from arka.wal.dump import verify_log
 from arka.wal.logstate import STATE_NAME, LogState, newest_slot, read_slots
-from arka.wal.seal import SEAL_NAME, read_seal
+from arka.wal.seal import SEAL_NAME, read_seal, write_seal
 from arka.wal.segment import HEADER_BYTES, SegmentHeader
 from arka.wal.walk import FoundFrame, list_segments, walk_frames
 
@@ -162,7 +162,8 @@ async def settle_restored(data_dir: Path, disk: Disk, wal_dir: Path) -> None:
     LSNs from what the copy knew as reserved, or from blocks after it, and never one in a microsecond. So a restored
     copy begins as many LSNs above all that it knows as microseconds have passed since.
 
-    What it knew of tables without writers holds no more: they may have been written to since (R37).
+    What it knew of tables without writers holds no more: they may have been written to since (R37). Nor is its log
+    known to be whole, although the original had closed it: LSNs may have been given since, and are lost (R3).
 
     Raises:
         ConfigurationError: the file that says so cannot be read.
@@ -182,6 +183,9 @@ async def settle_restored(data_dir: Path, disk: Disk, wal_dir: Path) -> None:
         passed_us = max(0, time.time_ns() // 1000 - taken_us)
         first_lsn = min(state.store_ceiling + passed_us, LSN_END)
         await replace(state, lsn_ceiling=first_lsn, store_ceiling=first_lsn, birth=0).write(wal_dir, disk)
+        seal = read_seal(disk, wal_dir)
+        if seal is not None and seal.closed:
+            write_seal(disk, wal_dir, replace(seal, closed=False))
         log.warning("log.backup_restored", age_s=passed_us // 1_000_000, first_lsn=first_lsn)
     disk.remove(path)
     disk.sync_directory(data_dir)

@@ -86,6 +86,11 @@ class Apart:
         # Whether there are several tables.
         self._several = False
 
+    @property
+    def loaded(self) -> bool:
+        """Whether the store was asked what is there."""
+        return self._behind.loaded
+
     def behind_bytes(self, table: Table) -> int:
         """Bytes of a table that are set apart."""
         return self._behind.frame_bytes(table.info.uuid)

@@ -108,12 +108,13 @@ def aside_detail(name: str, lsn: int, reason: str) -> str:
     )
 
 
-async def load_asides(local: ObjectStore, node_id: str) -> Asides:
-    """Find which writes are set aside.
+async def load_asides(local: ObjectStore, node_id: str, log_uuid: UUID) -> Asides:
+    """Find which writes of a log are set aside. Those of a log that was discarded stay; their LSNs mean nothing here.
 
     Args:
         local: the folder on the log's disk; it has all that the store has once the epoch was taken.
         node_id: the node's name.
+        log_uuid: the log.
 
     Raises:
         DataCorruption: one is damaged.
@@ -122,6 +123,8 @@ async def load_asides(local: ObjectStore, node_id: str) -> Asides:
     found: Asides = defaultdict(dict)
     for meta in await local.list_keys(aside_prefix(node_id)):
         write = parse_aside(f"{local.url}/{meta.key}", meta.key, await local.get(meta.key))
+        if write.object.header.log_uuid != log_uuid:
+            continue
         names = [str(info.name) for info in write.object.tables()]
         name = names[0] if names else str(write.table)
         found[write.table][write.lsn] = aside_detail(name, write.lsn, write.reason)

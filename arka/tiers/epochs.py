@@ -64,6 +64,7 @@ class Claim:
         disk_uuid: the identity of the data directory.
         take_over: take the epoch although another process shows that it lives.
         heartbeat_s: how often this process will show that it lives, in seconds.
+        new_store: the store is empty, and the disk's log goes on in it (R38).
     """
 
     node_id: str
@@ -71,6 +72,7 @@ class Claim:
     disk_uuid: UUID
     take_over: bool = False
     heartbeat_s: float = 2.0
+    new_store: bool = False
 
     def of(self, local: LocalLog | None) -> Claim:
         """The same claim with what the disk knows now."""
@@ -107,7 +109,12 @@ async def take_epoch(store: ObjectStore, claim: Claim) -> EpochLease:
             # Others may have taken an epoch meanwhile: look again.
             waited_for = newest.epoch
             continue
-        log_uuid, epoch = (uuid4(), 1) if newest is None else (newest.log_uuid, newest.epoch + 1)
+        if newest is not None:
+            log_uuid, epoch = newest.log_uuid, newest.epoch + 1
+        elif claim.local is not None:
+            log_uuid, epoch = claim.local.log_uuid, claim.local.epoch + 1
+        else:
+            log_uuid, epoch = uuid4(), 1
         record = _new_record(claim, log_uuid, epoch)
         await failpoints.reach("epoch.begin")
         try:
@@ -163,13 +170,16 @@ async def _check_disk(store: ObjectStore, claim: Claim, newest: EpochRecord | No
     local = claim.local
     if local is None:
         return
+    if newest is None and claim.new_store:
+        return
     if newest is None:
         # Whether the disk is stale only the epochs can say (R13), and a mistyped URL looks like this.
         raise ConfigurationError(
             f"This data directory holds log {local.log_uuid}, written up to epoch {local.epoch}, but {store.url} "
             f"holds no epoch of node {claim.node_id}: check --node-id and --object-store. If that store is lost for "
-            "good, set the log aside with `arka wal salvage DATA_DIR --discard`, start, and send again what is not in "
-            "Iceberg yet with `arka wal salvage DATA_DIR/wal.discarded-TIME --resubmit URL`. Catalog and warehouse stay"
+            "good, start with --new-store: the log goes on in the empty place. Or set the log aside with "
+            "`arka wal salvage DATA_DIR --discard`, start, and send again what is not in Iceberg yet with "
+            "`arka wal salvage DATA_DIR/wal.discarded-TIME --resubmit URL`. Catalog and warehouse stay"
         )
     if local.log_uuid != newest.log_uuid:
         raise ConfigurationError(

@@ -76,6 +76,8 @@ class _Checkpoint(msgspec.Struct, frozen=True, array_like=True):
     quiet: list[bytes] = []
     #: (after, through, UUIDs): against whom a lost range counts; one that is not here counts against all.
     lost_tables: list[tuple[int, int, list[bytes]]] = []
+    #: UUIDs of the tables that had frames parked or set apart, in the object store only (R38); None in older ones.
+    elsewhere: list[bytes] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +174,7 @@ class LogRelease:
         self._lost = list(lost)
         self._covered_lsn = after_lsn
         self._quiet: Callable[[], tuple[int, Iterable[UUID]]] = lambda: (0, ())
+        self._elsewhere: Callable[[], Iterable[UUID] | None] = lambda: None
         self._retention_us = int(retention_s * 1e6)
         self._grace_s = grace_s
         # Oldest first; the last one may be active.
@@ -219,6 +222,7 @@ class LogRelease:
         needed_from: Callable[[], int],
         tables: Callable[[], Iterable[KnownTable]],
         quiet: Callable[[], tuple[int, Iterable[UUID]]] = lambda: (0, ()),
+        elsewhere: Callable[[], Iterable[UUID] | None] = lambda: None,
     ) -> None:
         """Look for what may go, until cancelled. Outages are waited for.
 
@@ -226,6 +230,7 @@ class LogRelease:
             needed_from: returns the least LSN that a later tier still needs.
             tables: returns every table that is known.
             quiet: returns the log's birth and the quiet tables (R37).
+            elsewhere: returns the tables with frames that only the object store has (R38); None if nobody can say.
 
         Raises:
             Fenced: another process owns the log.
@@ -234,6 +239,7 @@ class LogRelease:
         Cancellation: what was not deleted yet is deleted after the next start.
         """
         self._quiet = quiet
+        self._elsewhere = elsewhere
         while True:
             await trio.sleep(_POLL_S)
             # Also of tables that nobody commits to any more.
@@ -270,6 +276,7 @@ class LogRelease:
 
     async def _write_checkpoint(self, through_lsn: int, tables: Iterable[KnownTable]) -> None:
         birth, quiet = self._quiet()
+        elsewhere = self._elsewhere()
         lost_tables = [
             (lost.range.after, lost.range.through, [table.bytes for table in sorted(lost.tables)])
             for lost in self.remembered_lost()
@@ -289,6 +296,7 @@ class LogRelease:
             birth=birth,
             quiet=[table.bytes for table in quiet],
             lost_tables=lost_tables,
+            elsewhere=None if elsewhere is None else [table.bytes for table in elsewhere],
         )
         body = msgspec.msgpack.encode(record)
         key = f"{self._node_id}/checkpoint/{self._epoch():010d}/{through_lsn:016d}"
@@ -429,6 +437,22 @@ def covered_after(path: str, data: bytes) -> int:
     return _parse_any(path, data).after_lsn
 
 
+def frames_elsewhere(path: str, data: bytes) -> list[KnownTable] | None:
+    """The tables that had frames which only the object store has, when a checkpoint was written; None if it is silent.
+
+    Raises:
+        DataCorruption: it is damaged.
+    """
+    record = _parse_any(path, data)
+    if record.elsewhere is None:
+        return None
+    try:
+        tables = [KnownTable(TableInfo.from_bytes(data), *lsns) for _, data, *lsns in record.tables]
+    except ValueError as error:
+        raise DataCorruption(path, _CRC_BYTES, "table records", str(error)) from error
+    return [table for table in tables if table.info.uuid.bytes in record.elsewhere]
+
+
 def _take_keys(path: str, record: _Checkpoint, keys: KeyIndex, clock_us: int) -> None:
     """Take a checkpoint's keys, and what was committed when it was written: not those of parked writes (R18, R21)."""
     for table_bytes, packed in record.keys:
@@ -481,6 +505,7 @@ __all__ = [
     "LostRange",
     "covered_after",
     "covered_lsn",
+    "frames_elsewhere",
     "load_checkpoints",
     "merge_lost",
 ]

@@ -26,6 +26,7 @@ from arka.tiers.assembly import WAL_FOLDER, Found, OpenLog, Surroundings, assemb
 from arka.tiers.epochs import Claim, EpochLease
 from arka.tiers.keys import KeyIndex
 from arka.tiers.mirror import CheckpointStore
+from arka.tiers.newstore import prepare_store
 from arka.tiers.release import LoadedCheckpoints, load_checkpoints
 from arka.tiers.replay import ProgressLog, Replay
 from arka.tiers.reservation import DISK_BLOCK
@@ -81,6 +82,7 @@ class _Start:
             None,
             world.disk_uuid,
             take_over=settings.server.take_over,
+            new_store=settings.server.new_store,
             heartbeat_s=settings.object_store.heartbeat_s,
         )
         self._checkpoint_store = CheckpointStore(world.store, world.checkpoints, self._node_id)
@@ -102,6 +104,8 @@ class _Start:
         if state is not None:
             # What a failed fsync left in the page cache is not on the disk: make it so before the store hears of it.
             state = await state.write(self._wal_dir, self._world.disk)
+            if self._settings.server.new_store:
+                state = await self._prepare_store(state)
         taken = await self._take(state, patience=None if state is None else self._patience)
         is_new = state is None
         if state is None:
@@ -130,7 +134,7 @@ class _Start:
             keys=self._keys,
             allocator=LsnAllocator(first_lsn, ceiling),
             first_lsn=first_lsn,
-            asides=await ask_store(partial(load_asides, self._world.checkpoints, self._node_id)),
+            asides=await ask_store(partial(load_asides, self._world.checkpoints, self._node_id, state.log_uuid)),
         )
         opened = await assemble(self._settings, self._world, found, self._uplink, self._checkpoint_store)
         if taken is not None:
@@ -140,6 +144,16 @@ class _Start:
         return opened
 
     # -- the store --------------------------------------------------------------------------------
+
+    async def _prepare_store(self, state: LogState) -> LogState:
+        """Bring what the disk has of a lost store to the new one (R38)."""
+        world = self._world
+        prepare = partial(
+            prepare_store, world.store, world.checkpoints, self._node_id, state, self._wal_dir, world.disk
+        )
+        return await ask_store(prepare)
+
+    # -- taking it --------------------------------------------------------------------------------
 
     async def _take(self, state: LogState | None, *, patience: Patience | None) -> Taken | None:
         """Take the epoch; None when the store is away and patience is over."""

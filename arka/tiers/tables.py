@@ -175,6 +175,13 @@ class Tables:
         """Every table, in whatever state."""
         return tuple(self._by_uuid.values())
 
+    def elsewhere(self) -> list[UUID] | None:
+        """The tables with frames that only the object store has (R38); None while it was not asked."""
+        if not self._parking.loaded or not self.apart.loaded:
+            return None
+        found = (table for table in self.all() if self.parked_bytes(table) or self.apart.behind_bytes(table))
+        return [table.info.uuid for table in found]
+
     def needed_from(self, uploaded_lsn: int) -> int | None:
         """The least LSN whose frame some table or some drop or some read still needs from the log; None for none.
 

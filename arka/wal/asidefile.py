@@ -132,6 +132,22 @@ def read_aside(write: AsideWrite) -> SalvagedWrite:
     raise DataCorruption(path, 0, "a batch frame", "none")
 
 
+def find_asides(data_dir: Path) -> list[Path]:
+    """The copies of set-aside writes that a data directory has, as the server lays them beside the log."""
+    return sorted((data_dir / "checkpoints").glob("*/aside/*/*"))
+
+
+def asides_of(data_dir: Path, log_uuid: UUID) -> frozenset[tuple[UUID, int]]:
+    """Table and LSN of a log's set-aside writes, by the copies in its data directory.
+
+    Raises:
+        DataCorruption: one is damaged.
+        OSError: one cannot be read.
+    """
+    found = (parse_aside(str(path), "/".join(path.parts[-4:]), path.read_bytes()) for path in find_asides(data_dir))
+    return frozenset((write.table, write.lsn) for write in found if write.object.header.log_uuid == log_uuid)
+
+
 def copy_aside(write: AsideWrite, rows: SalvagedWrite, out: Path) -> Path:
     """Write a set-aside write as an Arrow IPC stream; returns the file.
 
@@ -151,4 +167,14 @@ def copy_aside(write: AsideWrite, rows: SalvagedWrite, out: Path) -> Path:
     return path
 
 
-__all__ = ["AsideWrite", "aside_key", "aside_prefix", "copy_aside", "encode_aside", "parse_aside", "read_aside"]
+__all__ = [
+    "AsideWrite",
+    "aside_key",
+    "aside_prefix",
+    "asides_of",
+    "copy_aside",
+    "encode_aside",
+    "find_asides",
+    "parse_aside",
+    "read_aside",
+]

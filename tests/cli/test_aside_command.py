@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from uuid import UUID
 
 import pyarrow as pa
 import pytest
@@ -12,6 +13,7 @@ from trio.testing import MockClock
 from arka import cli
 from arka.records import Tier
 from arka.testing.simnode import SimNode, create_table, write_all
+from arka.wal.asidefile import asides_of, find_asides, parse_aside
 
 
 @pytest.fixture
@@ -50,3 +52,14 @@ async def test_a_damaged_one_is_said(data_dir: Path) -> None:
     assert done.exit_code == 3
     assert "damaged" in done.output
     assert "key=k7" in done.output
+
+
+async def test_those_of_another_log_are_told_apart(data_dir: Path) -> None:
+    """LSNs belong to a log: what one set aside says nothing of another's writes."""
+    (log_uuid,) = {
+        parse_aside(str(path), "/".join(path.parts[-4:]), path.read_bytes()).object.header.log_uuid
+        for path in find_asides(data_dir)
+    }
+    found = asides_of(data_dir, log_uuid)
+    assert sorted(lsn for _, lsn in found) == sorted(int(path.name) for path in find_asides(data_dir))
+    assert asides_of(data_dir, UUID(int=9)) == frozenset()

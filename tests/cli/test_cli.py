@@ -39,7 +39,7 @@ def test_each_flag_gives_its_setting(run, parameter, flag, key):
     """A flag sets the key it is documented for, and is named as its origin."""
     values = {"server.port": "7", "server.http_port": "7", "log.format": "json", "log.level": "error"}
     urls = {"object_store.url": "s3://b", "iceberg.catalog_uri": "http://c", "iceberg.warehouse": "s3://w"}
-    switches = ("demo_tables", "take_over", "adopt_warehouse")
+    switches = ("demo_tables", "take_over", "adopt_warehouse", "new_store")
     arguments = [flag] if parameter in switches else [flag, (values | urls).get(key, "given")]
     (line,) = [line for line in run(*arguments, "--show-config").output.splitlines() if line.startswith(f"{key} =")]
     assert line.endswith(f"# {flag}")

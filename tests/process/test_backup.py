@@ -127,6 +127,31 @@ def test_backup_of_a_stopped_server_elsewhere(make_server: Callable[..., ServerP
     _back_up(copy, tmp_path / "another")
 
 
+def test_what_came_after_the_backup_of_a_stopped_server(
+    make_server: Callable[..., ServerProcess], tmp_path: Path
+) -> None:
+    """The copy's log was closed and whole; what the original acked since is lost, and not vouched for (R3)."""
+    server = make_server(iceberg__commit_interval_s=0.05).start()
+    with connect(server.location) as client:
+        create(client, "a")
+        first = max(ack["lsn"] for ack in write_all(client, "a", [numbers([0])]))
+    server.stop()
+    _back_up(server, tmp_path / "copy")
+    server.start()
+    with connect(server.location) as client:
+        last = max(ack["lsn"] for ack in write_all(client, "a", [numbers([1])]))
+    server.kill()
+    server.data.rename(tmp_path / "lost")
+    subprocess.run(["cp", "-a", tmp_path / "copy", server.data], check=True)
+    server.start()
+    with connect(server.location) as client:
+        stream = Stream(client, "a", None, resume_after_lsn=last)
+        acks = stream.acks(4)
+        stream.writer.close()
+    assert [ack["sequence"] for ack in acks] == [-1] * 4
+    assert first <= max(ack["lsn"] for ack in acks) < last
+
+
 def test_what_cannot_be_backed_up(make_server: Callable[..., ServerProcess], tmp_path: Path) -> None:
     """No data directory, a part elsewhere, a destination that exists: each is refused with its reason."""
 

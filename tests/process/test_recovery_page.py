@@ -11,14 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from arka.testing.serverprocess import ServerProcess
+from arka.testing.serverprocess import ServerFailed, ServerProcess
+from arka.wal.segment import HEADER_BYTES
 
 from . import lake
-from .clients import NUMBERS, Stream, connect, create, numbers, write_all
+from .clients import NUMBERS, Stream, action, connect, create, numbers, write_all
 
 pytestmark = pytest.mark.process
 
 PAGE = Path(__file__).parents[2] / "docs" / "recovery.md"
+TABLES = ("t", "p")
 ARKA = Path(sys.executable).with_name("arka")
 
 
@@ -29,24 +31,74 @@ def commands(section: str) -> list[str]:
     return [line for block in re.findall(r"```sh\n(.*?)```", found[1], re.S) for line in block.splitlines()]
 
 
-def follow(section: str, server: ServerProcess, *, codes: tuple[int, ...] = (0,)) -> str:
-    """Run a section's commands on a server that is not running; it runs in the end. Returns what they printed."""
+def follow(
+    section: str,
+    make: Callable[..., ServerProcess],
+    server: ServerProcess,
+    *,
+    codes: tuple[int, ...] = (0,),
+    since_backup: Callable[[], None] = lambda: None,
+    **places: object,
+) -> tuple[str, ServerProcess]:
+    """Run a section's commands; in the end a server runs.
+
+    Args:
+        section: its heading.
+        make: makes a server with the flags that the page names.
+        server: has the data directory; does not run, but for a backup.
+        codes: exit codes that the section speaks of.
+        since_backup: called once the page's backup was made.
+        places: what the page's words in capitals stand for.
+
+    Returns:
+        What the commands printed, and the server.
+    """
     said = ""
     for line in commands(section):
-        if line.startswith("arka-server"):
-            assert line == "arka-server --data-dir DATA_DIR"
-            server.start()
-            continue
-        text = line.replace("DATA_DIR", str(server.data))
-        if "TIME" in text:
+        for name, value in {**places, "DATA_DIR": server.data}.items():
+            line = line.replace(name, str(value))
+        if "TIME" in line:
             (aside,) = server.data.glob("wal.discarded-*")
-            text = text.replace("TIME", aside.name.removeprefix("wal.discarded-"))
-        if "URL" in text:
-            text = text.replace("URL", server.location)
-        done = subprocess.run([ARKA, *text.split()[1:]], capture_output=True, text=True, timeout=120, check=False)
+            line = line.replace("TIME", aside.name.removeprefix("wal.discarded-"))
+        if "LSN" in line:
+            (lsn,) = re.findall(r"up to LSN (\d+)", said)
+            line = line.replace("LSN", lsn)
+        program, *arguments = line.replace("URL", server.location).split()
+        if program == "arka-server":
+            assert arguments[:2] == ["--data-dir", str(server.data)]
+            server = make(*arguments[2:], data=server.data.name, iceberg__commit_interval_s=0.1).start()
+            continue
+        command = [ARKA if program == "arka" else program, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         said += done.stdout + done.stderr
-        assert done.returncode in codes, (text, done.returncode, said)
-    return said
+        assert done.returncode in codes, (line, done.returncode, said)
+        if arguments[0] == "backup":
+            since_backup()
+    return said, server
+
+
+def refusal(make: Callable[..., ServerProcess], *flags: str, **more: str) -> str:
+    """What a server says that does not start."""
+    refused = make(*flags, **more)
+    with pytest.raises(ServerFailed):
+        refused.start()
+    return refused.log_tail(5)
+
+
+def fill(server: ServerProcess) -> None:
+    """Make a table of each kind, with rows 0 to 4."""
+    with connect(server.location) as client:
+        create(client, "t")
+        create(client, "p", primary_key="n", table_type="primary_key")
+        for name in TABLES:
+            write_all(client, name, [numbers([n]) for n in range(5)])
+
+
+def flush(server: ServerProcess) -> None:
+    """Wait until Iceberg has everything."""
+    with connect(server.location) as client:
+        for name in TABLES:
+            action(client, "Flush", name=name)
 
 
 def rows(server: ServerProcess, name: str) -> list[int]:
@@ -54,34 +106,110 @@ def rows(server: ServerProcess, name: str) -> list[int]:
     return sorted(found)
 
 
-def write_at_disk(server: ServerProcess, name: str, values: range, key: str | None = None) -> None:
-    """Write rows that reach the disk and, since nothing is uploaded, no further."""
+def write_at_disk(server: ServerProcess, name: str, values: range, *, keyed: bool = False) -> None:
+    """Write rows that reach the disk and, where nothing is uploaded, no further."""
     with connect(server.location) as client:
-        more = {} if key is None else {"idempotency_key": key}
-        stream = Stream(client, name, NUMBERS, requested_durability="disk", **more)
+        stream = Stream(client, name, NUMBERS, requested_durability="disk")
         for value in values:
-            stream.write(numbers([value]))
+            stream.write(numbers([value]), **({"idempotency_key": f"k{value}"} if keyed else {}))
         assert [ack for ack in stream.finish() if ack["error"]] == []
+
+
+#: Nothing gets further than the disk.
+DISK_ONLY = {"object_store__linger_s": 60, "iceberg__commit_interval_s": 60}
+
+
+def test_process(make_server: Callable[..., ServerProcess]) -> None:
+    """A process that is killed: what the disk has is there after the start."""
+    server = make_server(**DISK_ONLY).start()
+    with connect(server.location) as client:
+        create(client, "t")
+        create(client, "p", primary_key="n", table_type="primary_key")
+    for name in TABLES:
+        write_at_disk(server, name, range(5))
+    server.kill()
+    _, server = follow("The process", make_server, server)
+    flush(server)
+    for name in TABLES:
+        assert rows(server, name) == list(range(5))
+
+
+def test_file_of_the_log(make_server: Callable[..., ServerProcess], tmp_path: Path) -> None:
+    """A damaged segment: what the store has comes back, what only the log has is sent by its key, each row once."""
+    server = make_server(iceberg__commit_interval_s=0.1).start()
+    fill(server)
+    server.stop()
+    late = make_server(**DISK_ONLY).start()
+    for name in TABLES:
+        write_at_disk(late, name, range(5, 9), keyed=True)
+    late.kill()
+    segment = min((server.data / "wal").glob("segment-*.wal"))
+    data = bytearray(segment.read_bytes())
+    data[HEADER_BYTES + 100] ^= 1
+    segment.write_bytes(data)
+    assert "damaged at byte" in refusal(make_server)
+    said, server = follow("A file of the log", make_server, server, codes=(0, 3), OUT=tmp_path / "out")
+    assert "8 writes acked at disk" in said
+    assert (tmp_path / "out" / "salvage.json").exists()
+    flush(server)
+    for name in TABLES:
+        assert rows(server, name) == list(range(9))
+
+
+def test_disk_or_node(make_server: Callable[..., ServerProcess], tmp_path: Path) -> None:
+    """A disk that is gone, with the rest elsewhere: what the store has comes back on an empty directory."""
+    places = {
+        "STORE": f"file://{tmp_path}/objects",
+        "CATALOG": f"sqlite:///{tmp_path}/catalog.db",
+        "WAREHOUSE": f"file://{tmp_path}/warehouse",
+    }
+    flags = ("--object-store", places["STORE"], "--catalog-uri", places["CATALOG"], "--warehouse", places["WAREHOUSE"])
+    server = make_server(*flags, iceberg__commit_interval_s=60).start()
+    with connect(server.location) as client:
+        create(client, "t")
+        create(client, "p", primary_key="n", table_type="primary_key")
+        for name in TABLES:
+            write_all(client, name, [numbers([n]) for n in range(5)], "object_storage")
+    server.kill()
+    shutil.rmtree(server.data)
+    _, server = follow("The disk or the node", make_server, server, **places)
+    flush(server)
+    for name in TABLES:
+        assert sorted(lake.column(tmp_path, name, "n")) == list(range(5))
+
+
+def test_catalog_or_warehouse(make_server: Callable[..., ServerProcess], tmp_path: Path) -> None:
+    """A catalog that is gone: the backup comes back, and what the log holds since is sent again, each row once."""
+    server = make_server(iceberg__commit_interval_s=0.1).start()
+    fill(server)
+
+    def lose() -> None:
+        for name in TABLES:
+            write_at_disk(server, name, range(5, 9))
+        server.kill()
+        (server.data / "catalog.db").unlink()
+
+    said, restored = follow(
+        "The catalog or the warehouse", make_server, server, since_backup=lose, BACKUP=tmp_path / "backup"
+    )
+    assert "8 writes acked at disk" in said
+    flush(restored)
+    for name in TABLES:
+        assert rows(restored, name) == list(range(9))
 
 
 @pytest.mark.parametrize("keyed", [False, True])
 def test_object_store(make_server: Callable[..., ServerProcess], keyed: bool) -> None:
     """A store that is gone: what Iceberg holds is left out, what only the disk holds is sent again, each row once."""
     server = make_server(iceberg__commit_interval_s=0.1).start()
-    with connect(server.location) as client:
-        create(client, "t")
-        create(client, "p", primary_key="n", table_type="primary_key")
-        write_all(client, "t", [numbers([n]) for n in range(5)])
-        write_all(client, "p", [numbers([n]) for n in range(5)])
+    fill(server)
     server.stop()
-    late = make_server(object_store__linger_s=60, iceberg__commit_interval_s=60).start()
-    write_at_disk(late, "t", range(5, 9), "k" if keyed else None)
+    late = make_server(**DISK_ONLY).start()
+    write_at_disk(late, "t", range(5, 9), keyed=keyed)
     late.kill()
     shutil.rmtree(server.data / "objects")
-    refused = make_server()
-    with pytest.raises(Exception, match="holds no epoch of node"):
-        refused.start()
-    said = follow("The object store", server)
+    assert "holds no epoch of node" in refusal(make_server)
+    said, server = follow("The object store", make_server, server)
     assert "left out: 10 writes that their table's own mark says are in it" in said
     with connect(server.location) as client:
         write_all(client, "t", [numbers([9])])
@@ -90,7 +218,42 @@ def test_object_store(make_server: Callable[..., ServerProcess], keyed: bool) ->
     server.stop()
 
 
+def test_new_object_store(make_server: Callable[..., ServerProcess]) -> None:
+    """A store that is gone while the disk has all that is needed: both kinds of tables go on, each row once."""
+    server = make_server(iceberg__commit_interval_s=0.1).start()
+    fill(server)
+    server.stop()
+    late = make_server(**DISK_ONLY).start()
+    for name in TABLES:
+        write_at_disk(late, name, range(5, 9))
+    late.kill()
+    shutil.rmtree(server.data / "objects")
+    assert "--new-store" in refusal(make_server)
+    _, server = follow("A new object store", make_server, server)
+    with connect(server.location) as client:
+        for name in TABLES:
+            acks = write_all(client, name, [numbers([9])])
+            assert min(ack["lsn"] for ack in acks) >= 1 << 32
+    for name in TABLES:
+        assert rows(server, name) == list(range(10))
+
+
+def test_path(make_server: Callable[..., ServerProcess], tmp_path: Path) -> None:
+    """A directory that was moved: adopted, it has every row and takes more."""
+    server = make_server(iceberg__commit_interval_s=0.1).start()
+    fill(server)
+    server.stop()
+    server.data.rename(tmp_path / "moved")
+    assert "--adopt-warehouse" in refusal(make_server, data="moved")
+    _, server = follow("The path", make_server, make_server(data="moved"))
+    with connect(server.location) as client:
+        for name in TABLES:
+            write_all(client, name, [numbers([5])])
+    for name in TABLES:
+        assert rows(server, name) == list(range(6))
+
+
 def test_page_has_no_other_commands() -> None:
     """Whatever the page tells people to run is run by a test of this file."""
-    sections = re.findall(r"^## (.*)$", PAGE.read_text(), re.M)
-    assert sections == ["The object store"]
+    sections = {line for line in re.findall(r"^## (.*)$", PAGE.read_text(), re.M) if commands(line)}
+    assert sections == set(re.findall(r'follow\(\s*"(.*?)"', Path(__file__).read_text()))

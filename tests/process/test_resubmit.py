@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from arka import cli
 from arka._core.framing import KIND_BATCH, Frame
-from arka.client.resubmit import Resubmitted, resubmit
+from arka.client.resubmit import Resubmitted, SentLog, resubmit
 from arka.options import WalOptions
 from arka.records import FIELD_ID_KEY, Operation, TableInfo, TableName, TableType, Tier
 from arka.storage.disk import PosixDisk
@@ -156,6 +156,24 @@ def test_tables_are_known_by_uuid(
     assert "2 writes acked at disk" in result.stdout
     assert rows(server, client, table) == [5]
     assert rows(server, client, f"{table}_other") == [2]
+
+
+def test_what_the_tables_own_mark_covers(
+    server: ServerProcess, client: flight.FlightClient, table: str, tmp_path: Path
+) -> None:
+    """A write that the mark of its log covers is left out, unless it was set aside: no table holds it (R32, R38)."""
+    create(client, table)
+    with lake.open_catalog(server.data) as catalog:
+        marks = {f"arka.{LOG}.committed-lsn": "6", f"arka.{LOG}.epoch": "1"}
+        catalog.load_table(("default", table)).transaction().set_properties(marks).commit_transaction()
+    info = table_info(client, table)
+    directory = make_log(tmp_path / "log", [(info, "", Operation.UPSERT) for _ in range(8)])
+    disk = PosixDisk()
+    writes = LogReader(survey_log(directory, disk), disk).writes()
+    log = SentLog(LOG, 1, frozenset({(info.uuid, 4), (UUID(int=5), 2)}))
+    sent = resubmit(writes, server.location, durability=Tier.DISK, keyless=True, log=log)
+    assert (sent.acked, sent.committed, sent.refused) == (3, 5, {})
+    assert rows(server, client, table) == [4, 7, 8]
 
 
 def test_refusals_are_counted_with_their_reason(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from uuid import UUID
+
 import pytest
 import trio
 from trio.testing import MockClock
@@ -12,6 +14,7 @@ from arka.records import AckMessage, Tier
 from arka.storage.ports import CatalogUnavailable, UnwritableRows
 from arka.testing.simnode import NAME, SimNode, create_table, write, write_all
 from arka.testing.simwriters import parse_acks
+from arka.tiers.aside import load_asides
 from arka.tiers.watermarks import Advance
 from arka.wal.asidefile import parse_aside
 
@@ -63,6 +66,15 @@ async def test_its_key_is_answered_after_a_restart(autojump_clock: MockClock, wo
         await write_all(pipeline, table, range(20, 25), Tier.ICEBERG_COMMITTED)
         assert await resend(pipeline, table) == told
         assert world.ids() == [n for n in range(25) if n != 7]
+
+
+async def test_those_of_a_discarded_log_say_nothing(autojump_clock: MockClock, world: SimNode) -> None:
+    """LSNs belong to a log (R1): another one on the same disk does not take its own writes for set aside."""
+    async with world.run() as pipeline:
+        await write_all(pipeline, await create_table(pipeline), range(10), Tier.ICEBERG_COMMITTED)
+        log_uuid = pipeline.log_uuid
+    assert await load_asides(world.disk.checkpoints, "n", log_uuid)
+    assert not await load_asides(world.disk.checkpoints, "n", UUID(int=9))
 
 
 async def test_a_death_before_the_commit_passes_it(autojump_clock: MockClock, world: SimNode) -> None:
