@@ -46,9 +46,10 @@ from arka.wal import logstate, seal, writer
 #: Within so many seeds a broken engine has to be caught.
 CATCH_SEEDS = 150
 
+# A thousand histories, or 150 of a broken engine, take minutes of two cores, which other tests use as well.
+pytestmark = pytest.mark.timeout(1200)
 
-# A thousand histories take four minutes of two cores, which other tests use as well.
-@pytest.mark.timeout(1200)
+
 def test_promises_hold(seeds: range) -> None:
     """Nothing acked is lost, doubled or reordered, whatever befalls disk, store, catalog and process."""
     counts: Counter[str] = Counter()
