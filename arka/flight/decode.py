@@ -416,7 +416,7 @@ def read_schema(header: bytes) -> tuple[pa.Schema, tuple[int, ...]]:
         The schema, and the ids of its dictionary-encoded fields, depth first.
 
     Raises:
-        InvalidRequest: it is none, or big-endian.
+        InvalidRequest: it is not a schema, or big-endian.
     """
     if len(header) > MAX_SCHEMA_BYTES:
         raise InvalidRequest(f"The stream's schema has {len(header)} bytes, at most {MAX_SCHEMA_BYTES} are legal")

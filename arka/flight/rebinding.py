@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from arka.flight.layout import is_list_like
 from arka.records import FIELD_ID_KEY
 
 
@@ -82,7 +83,7 @@ def _bind_below(source: pa.DataType, target: pa.DataType) -> tuple[Bound, ...]:
         return _bind_below(source.value_type, target)
     if types.is_struct(source) and types.is_struct(target):
         return bind_fields(list(source), list(target))
-    if _is_list(source) and types.is_list(target):
+    if is_list_like(source) and types.is_list(target):
         return (_bind_one(source.value_field, target.value_field),)
     if types.is_map(source) and types.is_map(target):
         return (_bind_one(source.key_field, target.key_field), _bind_one(source.item_field, target.item_field))
@@ -114,21 +115,10 @@ def _rename_below(source: pa.DataType, meant: Bound, target: pa.DataType) -> pa.
             source.item_field.with_type(_rename_below(source.item_type, value, target.item_type)),
             keys_sorted=source.keys_sorted,
         )
-    if _is_list(source) and types.is_list(target):
+    if is_list_like(source) and types.is_list(target):
         element = source.value_field.with_type(_rename_below(source.value_type, meant.children[0], target.value_type))
         return _list_of(source, element)
     return source
-
-
-def _is_list(type_: pa.DataType) -> bool:
-    types = pa.types
-    return bool(
-        types.is_list(type_)
-        or types.is_large_list(type_)
-        or types.is_fixed_size_list(type_)
-        or types.is_list_view(type_)
-        or types.is_large_list_view(type_)
-    )
 
 
 def _list_of(kind: pa.DataType, element: pa.Field) -> pa.DataType:

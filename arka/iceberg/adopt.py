@@ -66,7 +66,7 @@ class Move:
 
 
 def adopt(config: CatalogConfig, move: Move) -> list[str]:
-    """Write what holds paths anew for every table, and swap all pointers.
+    """Rewrite what holds paths for every table, and swap all pointers.
 
     Args:
         config: the catalog and the warehouse where they are now.
@@ -149,7 +149,7 @@ class _Table:
         self._deletes: dict[str, tuple[str, int]] = {}
 
     def rewrite(self, location: str) -> str:
-        """Write the table's files anew; returns where its metadata is now."""
+        """Rewrite the table's files; returns where its metadata is now."""
         here = self._move.of(location)
         with self._io.new_input(here).open() as source:
             data = source.read()
@@ -232,7 +232,7 @@ class _Table:
         return kind(spec, metadata.schema(), output, old.added_snapshot_id or 0, avro_codec(metadata))
 
     def _rewrite_file(self, file: DataFile) -> None:
-        """Move a data file's path; a position-delete file is written anew, since paths stand in it."""
+        """Move a data file's path; a position-delete file is rewritten, since paths stand in it."""
         if file.content != DataFileContent.POSITION_DELETES:
             file[_PATH] = self._move.of(file.file_path)
             return

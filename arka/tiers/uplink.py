@@ -248,7 +248,7 @@ async def ask_store(request: Callable[[], Awaitable[T]], *, patience: Patience |
 
     Args:
         request: raises StoreUnavailable to be asked again.
-        patience: for how long it is asked again, and waited for; None for ever.
+        patience: for how long it is asked again, and waited for; None without a limit.
 
     Raises:
         ConfigurationError: the store refuses our requests: a person has to act.
