@@ -61,6 +61,7 @@ from arka.testing.simworld import (
     deterministic,
 )
 from arka.testing.simwriters import Writer
+from arka.testing.steplimit import StepLimit
 from arka.tiers.admission import Ledger
 from arka.tiers.assembly import OpenLog, Surroundings
 from arka.tiers.effects import Effects
@@ -606,52 +607,60 @@ class _World:
         self._nursery: trio.Nursery | None = None
         trace.on_event = self._take_event
 
-    async def run(self) -> None:
-        """Some lives with faults, then a quiet one, then one that finds everything in order."""
+    async def run(self, scope: trio.CancelScope) -> None:
+        """Some lives with faults, then a quiet one, then one that finds everything in order.
+
+        Args:
+            scope: is cancelled when the run takes more steps than any may.
+        """
+        with scope:
+            async with trio.open_nursery() as nursery:
+                await self._live(nursery)
+
+    async def _live(self, nursery: trio.Nursery) -> None:
         rng = self.rng
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            frozen: list[_Life] = []
-            hiding = trio.CancelScope()
-            if self._hides:
-                nursery.start_soon(self._hide, hiding)
-            lives = rng.randint(1, 5)
-            for number in range(3 * lives):
-                self.store.fault_share = rng.choice((0.0, 0.05, 0.3))
-                self.store.max_delay_s = rng.choice((0.0, 0.05, 1.0))
-                self.weather.fault_share = rng.choice((0.0, 0.05, 0.3))
-                self.weather.max_delay_s = rng.choice((0.0, 0.05, 1.0))
-                life = await self._begin(number, quiet=False)
-                nursery.start_soon(self._wake, list(frozen), life)
-                await life.left.wait()
-                for old in frozen:
-                    old.crash()
-                frozen = [life] if life.process.alive else []
-                if not frozen and rng.random() < 0.1:
-                    self.lose_disk()
-                lives -= life.opened.is_set()
-                if not lives:
-                    break
-                await trio.sleep(rng.uniform(0, 2 if life.opened.is_set() else 60))
-            hiding.cancel()
-            self._show()
-            self.store.calm()
-            self.weather.calm()
-            self.weather.bring_back(self.promises.drop_asked)
-            for number, after_s in ((90, 0.0), (91, 3.0)):
-                life = await self._begin(number, quiet=True)
-                nursery.start_soon(self._wake, list(frozen), life)
-                await life.left.wait()
-                for old in frozen:
-                    old.crash()
-                frozen = []
-                await trio.sleep(after_s)
-                for found in self.weather.tables._tables.values():
-                    if any(later <= earlier for earlier, later in pairwise(found.times)):
-                        self.promises.fail(f"{found.info.name}: the times of its snapshots go back: {found.times}")
-                self.promises.check_end({table.info.uuid for table in self.weather.tables._tables.values()})
-                self._check_keyed()
-            nursery.cancel_scope.cancel()
+        self._nursery = nursery
+        frozen: list[_Life] = []
+        hiding = trio.CancelScope()
+        if self._hides:
+            nursery.start_soon(self._hide, hiding)
+        lives = rng.randint(1, 5)
+        for number in range(3 * lives):
+            self.store.fault_share = rng.choice((0.0, 0.05, 0.3))
+            self.store.max_delay_s = rng.choice((0.0, 0.05, 1.0))
+            self.weather.fault_share = rng.choice((0.0, 0.05, 0.3))
+            self.weather.max_delay_s = rng.choice((0.0, 0.05, 1.0))
+            life = await self._begin(number, quiet=False)
+            nursery.start_soon(self._wake, list(frozen), life)
+            await life.left.wait()
+            for old in frozen:
+                old.crash()
+            frozen = [life] if life.process.alive else []
+            if not frozen and rng.random() < 0.1:
+                self.lose_disk()
+            lives -= life.opened.is_set()
+            if not lives:
+                break
+            await trio.sleep(rng.uniform(0, 2 if life.opened.is_set() else 60))
+        hiding.cancel()
+        self._show()
+        self.store.calm()
+        self.weather.calm()
+        self.weather.bring_back(self.promises.drop_asked)
+        for number, after_s in ((90, 0.0), (91, 3.0)):
+            life = await self._begin(number, quiet=True)
+            nursery.start_soon(self._wake, list(frozen), life)
+            await life.left.wait()
+            for old in frozen:
+                old.crash()
+            frozen = []
+            await trio.sleep(after_s)
+            for found in self.weather.tables._tables.values():
+                if any(later <= earlier for earlier, later in pairwise(found.times)):
+                    self.promises.fail(f"{found.info.name}: the times of its snapshots go back: {found.times}")
+            self.promises.check_end({table.info.uuid for table in self.weather.tables._tables.values()})
+            self._check_keyed()
+        nursery.cancel_scope.cancel()
 
     def definition(self, name: TableName) -> TableDefinition:
         """What the table of this name is made as."""
@@ -788,6 +797,9 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
     if isinstance(error, BaseExceptionGroup):
         for inner in error.exceptions:
             yield from _leaves(inner)
+    elif isinstance(error, trio.TrioInternalError) and error.__cause__ is not None:
+        # What a signal handler raised, such as a test's deadline, may come wrapped.
+        yield from _leaves(error.__cause__)
     else:
         yield error
 
@@ -815,13 +827,16 @@ def simulate(seed: int) -> Outcome:
     ):
         try:
             world = _World(seed, trace)
-            trio.run(world.run, clock=MockClock(autojump_threshold=0))
+            limit = StepLimit()
+            trio.run(world.run, limit.scope, clock=MockClock(autojump_threshold=0), instruments=[limit])
+            if limit.passed:
+                world.promises.fail(f"the engine runs in circles: {limit.steps:,} steps and no end")
             trace.counts.update({f"acks {word}": count for word, count in world.promises.acks.items()})
             trace.counts["writes"] += len(world.promises.writes)
             trace.counts["commits"] += sum("commit: " in line for line in trace.lines)
         except BaseException as error:
             leaves = list(_leaves(error))
-            if any(isinstance(leaf, KeyboardInterrupt) for leaf in leaves):
+            if not all(isinstance(leaf, Exception) for leaf in leaves):
                 raise
             named = [leaf for leaf in leaves if isinstance(leaf, PromiseBroken)] or leaves
             broken = (

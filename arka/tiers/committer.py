@@ -148,7 +148,10 @@ class TableCommitter:
                 self._shrink(cut, str(error))
                 continue
             except UnwritableRows as error:
-                if not self._shrink(cut, str(error)):
+                if cut.through_lsn in table.asides:
+                    # The commit held no rows, so that it cannot be theirs: a failure as any other.
+                    earliest = trio.current_time() + self._note_failure(str(error))
+                elif not self._shrink(cut, str(error)):
                     earliest = trio.current_time() + await self._settle_unwritable(cut, str(error))
                 continue
             except (ArkaError, CatalogConflict) as error:

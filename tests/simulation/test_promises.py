@@ -14,6 +14,7 @@ from uuid import UUID, uuid4
 
 import pyarrow as pa
 import pytest
+import trio
 
 from arka.iceberg import timestamps
 from arka.storage.ports import (
@@ -28,6 +29,7 @@ from arka.storage.ports import (
 from arka.testing import simcatalog, simworld
 from arka.testing.simcatalog import SimCatalog
 from arka.testing.simulation import Outcome, simulate, simulate_many
+from arka.testing.steplimit import StepLimit
 from arka.tiers.aside import Aside
 from arka.tiers.committer import TableCommitter
 from arka.tiers.cutsize import CutSize
@@ -69,6 +71,19 @@ def test_same_seed_same_trace(seed: int) -> None:
     here = simulate(seed)
     assert here.trace == simulate(seed).trace
     assert here.trace
+
+
+def test_running_in_circles_ends() -> None:
+    """A history that takes more steps than any may is ended, and known for it."""
+
+    async def circle(scope: trio.CancelScope) -> None:
+        with scope:
+            while True:
+                await trio.lowlevel.checkpoint()
+
+    limit = StepLimit(1000)
+    trio.run(circle, limit.scope, instruments=[limit])
+    assert limit.passed
 
 
 def catch() -> str:
