@@ -52,13 +52,15 @@ venv: $(VENV)/.installed-test ## make the virtual environment and build the exte
 demo: $(VENV)/.installed-demo ## stream 336,776 real flights to Iceberg and read them back
 	$(PYTHON) examples/demo.py
 
-# Two runs: all of ours side by side on the cores, then the foreign toolchains alone, since they build with all of them.
+# Three runs: the foreign toolchains alone, since they build with all cores; the simulation, test by test on the
+# cores and without coverage, which doubles its time; then all else, file by file on the cores.
 .PHONY: test
 test: lint ## everything that CI runs: all checks of `make lint`, then pytest with coverage
 	@status=0; \
 	$(PYTHON) -m pytest -m "foreign" --cov --cov-report= $(PYTEST_ARGS) || status=$$?; \
 	[ $$status -ne 5 ] || status=0; \
-	$(PYTHON) -m pytest -m "not foreign and not engines" -n 2 --dist loadfile --cov --cov-append --cov-report=term:skip-covered $(PYTEST_ARGS) \
+	$(PYTHON) -m pytest -m "simulation" -n 2 --dist worksteal $(PYTEST_ARGS) || { ran=$$?; [ $$ran -eq 5 ] || status=$$ran; }; \
+	$(PYTHON) -m pytest -m "not foreign and not engines and not simulation" -n 2 --dist loadfile --cov --cov-append --cov-report=term:skip-covered $(PYTEST_ARGS) \
 		|| status=$$?; \
 	if [ -n "$(PYTEST_STATUS)" ]; then echo $$status > "$(PYTEST_STATUS)"; else exit $$status; fi
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -28,7 +27,7 @@ from arka.storage.ports import (
 )
 from arka.testing import simcatalog, simworld
 from arka.testing.simcatalog import SimCatalog
-from arka.testing.simulation import Outcome, simulate, simulate_many
+from arka.testing.simulation import Outcome, simulate
 from arka.testing.steplimit import StepLimit
 from arka.tiers.aside import Aside
 from arka.tiers.committer import TableCommitter
@@ -48,7 +47,7 @@ from arka.wal import logstate, seal, writer
 #: Within so many seeds a broken engine has to be caught.
 CATCH_SEEDS = 150
 
-# A thousand histories, or 150 of a broken engine, take minutes of two cores, which other tests use as well.
+# Fifty histories, or 150 of a broken engine, take minutes of two cores, which other tests use as well.
 pytestmark = pytest.mark.timeout(1200)
 
 
@@ -56,8 +55,7 @@ def test_promises_hold(seeds: range) -> None:
     """Nothing acked is lost, doubled or reordered, whatever befalls disk, store, catalog and process."""
     counts: Counter[str] = Counter()
     failed: list[Outcome] = []
-    many = simulate_many(seeds, os.cpu_count() or 1) if len(seeds) > 1 else map(simulate, seeds)
-    for outcome in many:
+    for outcome in map(simulate, seeds):
         counts.update(outcome.counts)
         if outcome.broken is not None:
             failed.append(outcome)
