@@ -371,6 +371,17 @@ async def test_blocks_follow_each_other(store):
     assert [high - low for low, high in itertools.pairwise(ceilings)] == [STORE_BLOCK] * 5
 
 
+async def test_fenced_owner_reserves_no_block(store):
+    """An owner that was fenced while it slept gets no block: the new owner's begins where it would (R2, R10)."""
+    fenced = await take(store)
+    ceiling = fenced.lsn_ceiling
+    owner = await take(store, local=after(fenced))
+    await owner.reserve_block()
+    with pytest.raises(Fenced, match="epoch 1 is over"):
+        await fenced.reserve_block()
+    assert fenced.lsn_ceiling == ceiling
+
+
 async def test_lsns_end(store):
     """Ceilings never exceed what JavaScript can count; a start at the end of the LSNs ends (R2)."""
     first = await take(store)
