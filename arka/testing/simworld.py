@@ -9,6 +9,7 @@ Whatever the engine takes from outside comes from the seed here: the wall clock,
 from __future__ import annotations
 
 import copy
+import math
 import os
 import random
 import time
@@ -127,6 +128,10 @@ def deterministic(seed: int, trace: Trace) -> Iterator[None]:
                 structlog.configure(**kept)
 
 
+class ProcessEnded(BaseException):
+    """A task of a dead process asked something of the world."""
+
+
 class Process:
     """One process's life, as far as the world sees it: it runs, it may freeze and wake, it dies.
 
@@ -167,12 +172,12 @@ class Process:
             shield.cancel()
 
     async def gate(self) -> None:
-        """Pass while the process runs; wait while it is frozen; for ever once it is dead."""
+        """Pass while the process runs; wait while it is frozen; its task ends once it is dead."""
         while self.frozen:
             assert self._thawed is not None
             await self._thawed.wait()
         if not self.alive:
-            await trio.sleep_forever()
+            await self._end()
         await trio.lowlevel.checkpoint_if_cancelled()
 
     async def sleep_shielded(self, seconds: float) -> None:
@@ -187,7 +192,18 @@ class Process:
             finally:
                 del self._shields[shield]
         if not self.alive:
-            await trio.sleep_forever()
+            await self._end()
+
+    @staticmethod
+    async def _end() -> None:
+        """End the task: it belongs to a dead process.
+
+        Raises:
+            ProcessEnded: behind a shield of the engine, through which the cancellation of all its tasks does not come.
+        """
+        if trio.current_effective_deadline() > -math.inf:
+            raise ProcessEnded
+        await trio.sleep_forever()
 
 
 class MachineDisk(SimDisk):
@@ -292,7 +308,7 @@ class ProcessDisk:
         except BaseException:
             if self.disk.power_lost:
                 self._on_power_cut()
-                await trio.sleep_forever()
+                await self._process.gate()
             raise
         await self._process.sleep_shielded(self._rng.uniform(0, self._max_delay_s))
         return result

@@ -14,6 +14,7 @@ from uuid import UUID, uuid4
 import pyarrow as pa
 import pytest
 import trio
+from trio.testing import MockClock
 
 from arka.iceberg import timestamps
 from arka.storage.ports import (
@@ -81,7 +82,22 @@ def test_running_in_circles_ends() -> None:
 
     limit = StepLimit(1000)
     trio.run(circle, limit.scope, instruments=[limit])
-    assert limit.passed
+    assert limit.broken is not None
+    assert "circles" in limit.broken
+
+
+def test_standing_still_ends() -> None:
+    """A history in which every task waits for another one is ended, and known for it."""
+
+    async def stand(scope: trio.CancelScope) -> None:
+        with scope:
+            await trio.sleep(1000)
+            await trio.sleep_forever()
+
+    limit = StepLimit()
+    trio.run(stand, limit.scope, clock=MockClock(autojump_threshold=0), instruments=[limit])
+    assert limit.broken is not None
+    assert "waits for another" in limit.broken
 
 
 def catch() -> str:
