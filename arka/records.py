@@ -314,6 +314,20 @@ class KnownTable(NamedTuple):
     known_from_lsn: int = 0
 
 
+class HeldObject(NamedTuple):
+    """An object with frames of one table that may be in the object store only (R18, R33).
+
+    Attributes:
+        key: below the node's name.
+        first_lsn: of its frames.
+        last_lsn: of its frames.
+    """
+
+    key: str
+    first_lsn: int
+    last_lsn: int
+
+
 class WriteRequest(msgspec.Struct, frozen=True):
     """A WriteRequest of the wire contract (protocol 3); absent fields are None."""
 
@@ -370,6 +384,7 @@ __all__ = [
     "FIELD_ID_KEY",
     "MAX_LSN",
     "AckMessage",
+    "HeldObject",
     "KnownTable",
     "LsnRange",
     "Operation",

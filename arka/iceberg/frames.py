@@ -41,8 +41,7 @@ def read_frames(job: TableFrames) -> Iterator[FrameRows]:
     """Yield frames in LSN order.
 
     Raises:
-        DataCorruption: a frame's CRC does not hold, or its bytes are no batch (R9).
-        FileNotFoundError: a segment is gone.
+        DataCorruption: a segment is gone, a frame's CRC does not hold, or its bytes are no batch (R9).
     """
     schemas = {number: pa.ipc.read_schema(pa.py_buffer(data)) for number, data in job.schemas.items()}
     last = job.after_lsn

@@ -55,7 +55,7 @@ from arka.testing.simcatalog import SimCatalog
 from arka.testing.simdisk import PowerCut, SimDisk
 from arka.testing.simstore import SimStore
 from arka.testing.simwarehouse import URL, SimWarehouse
-from arka.wal.segment import FRAME_HEADER_BYTES, HEADER_BYTES, SegmentHeader, parse_segment_name
+from arka.wal.segment import FRAME_HEADER_BYTES, HEADER_BYTES, SegmentHeader, corruption, parse_segment_name
 
 T = TypeVar("T")
 
@@ -359,11 +359,17 @@ class ProcessDisk:
 
     def read_slice(self, piece: SegmentSlice, log_uuid: UUID) -> Iterator[tuple[FrameHeader, pa.Buffer]]:
         """Read batch frames, as ``arka.wal.segment.read_slice`` does."""
-        data = self.disk.map(Path(piece.path))
+        try:
+            data = self.disk.map(Path(piece.path))
+        except FileNotFoundError as error:
+            raise DataCorruption(piece.path, 0, "a file with frames", "no file") from error
         header = SegmentHeader.from_bytes(piece.path, data)
         header.check_is(piece.path, log_uuid, piece.segment, piece.epoch)
         for offset in memoryview(piece.offsets).cast("Q"):
-            frame = verify_frame(data, offset, header.seed)
+            try:
+                frame = verify_frame(data, offset, header.seed)
+            except FrameError as error:
+                raise corruption(piece.path, error) from error
             if frame.kind != KIND_BATCH:
                 raise DataCorruption(piece.path, offset, "a batch frame", f"a frame of kind {frame.kind}")
             start = offset + FRAME_HEADER_BYTES

@@ -20,6 +20,7 @@ import structlog
 import trio
 
 from arka.errors import AdmissionRejected
+from arka.records import HeldObject
 from arka.tiers.backlog import Backlog
 from arka.tiers.parking import Parking
 from arka.tiers.table import Table, TableState
@@ -98,6 +99,14 @@ class Apart:
     def through_lsn(self, table: Table) -> int:
         """The last LSN of a table that is set apart; 0 for none."""
         return self._behind.parked_through(table.info.uuid)
+
+    def check(self, table: Table) -> None:
+        """See ``Parking.check``."""
+        self._behind.check(table)
+
+    def held(self) -> dict[UUID, list[HeldObject]]:
+        """See ``Parking.held``."""
+        return self._behind.held()
 
     async def load(self) -> None:
         """Look what an earlier process set apart, once there is an epoch; see ``Parking.load``."""
@@ -204,7 +213,7 @@ class Apart:
                     log.info("table.caught_up", table=str(table.info.name), through_lsn=table.committed.lsn)
                 table.wake()
             elif table.fetched:
-                await table.committed.wait_risen()
+                await _wait_taken(table)
             else:
                 found = await self._behind.fetch_first(table)
                 found.discard_through(table.committed.lsn)
@@ -278,6 +287,20 @@ class Apart:
         if state is None:
             state = self._states[table.info.uuid] = _State(table.committed.lsn)
         return state
+
+
+async def _wait_taken(table: Table) -> None:
+    """Wait until the table has committed some of what was brought back, or wants it again."""
+    async with trio.open_nursery() as nursery:
+
+        async def wait_emptied() -> None:
+            while table.fetched:
+                await table.changed.wait()
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(wait_emptied)
+        await table.committed.wait_risen()
+        nursery.cancel_scope.cancel()
 
 
 __all__ = ["Apart"]

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
+from typing import NamedTuple
 from uuid import UUID
 
 import structlog
 
+from arka.errors import DataCorruption
 from arka.storage.ports import Disk, ObjectExists, ObjectStore, StoreUnavailable
 from arka.tiers.backlog import Cut
 from arka.tiers.parking import encode_slice
@@ -28,6 +30,18 @@ log = structlog.get_logger(__name__)
 
 #: By table and LSN, what the writers of set-aside writes are told.
 Asides = dict[UUID, dict[int, str]]
+
+
+class FoundAsides(NamedTuple):
+    """What a start finds set aside.
+
+    Attributes:
+        known: the writes.
+        broken: the tables of which a copy is damaged or gone: which writes they are cannot be said, or not be proved.
+    """
+
+    known: Asides
+    broken: dict[UUID, DataCorruption]
 
 
 class Aside:
@@ -108,40 +122,87 @@ def aside_detail(name: str, lsn: int, reason: str) -> str:
     )
 
 
-async def load_asides(local: ObjectStore, node_id: str, log_uuid: UUID) -> Asides:
+async def load_asides(
+    local: ObjectStore, node_id: str, log_uuid: UUID, remembered: Mapping[UUID, Iterable[int]]
+) -> FoundAsides:
     """Find which writes of a log are set aside. Those of a log that was discarded stay; their LSNs mean nothing here.
 
     Args:
         local: the folder on the log's disk; it has all that the store has once the epoch was taken.
         node_id: the node's name.
         log_uuid: the log.
+        remembered: by table, the LSNs that the newest checkpoint names.
 
     Raises:
-        DataCorruption: one is damaged.
         StoreUnavailable: the disk does not answer.
     """
-    found: Asides = defaultdict(dict)
+    found: defaultdict[UUID, dict[int, str]] = defaultdict(dict)
+    broken: dict[UUID, DataCorruption] = {}
     for meta in await local.list_keys(aside_prefix(node_id)):
-        write = parse_aside(f"{local.url}/{meta.key}", meta.key, await local.get(meta.key))
+        path = f"{local.url}/{meta.key}"
+        try:
+            write = parse_aside(path, meta.key, await local.get(meta.key))
+        except DataCorruption as error:
+            uuid = _table_of(meta.key)
+            if uuid is None:
+                log.warning("aside.stranger", path=path, reason=error.detail)
+            else:
+                broken.setdefault(uuid, error)
+            continue
         if write.object.header.log_uuid != log_uuid:
             continue
         names = [str(info.name) for info in write.object.tables()]
         name = names[0] if names else str(write.table)
         found[write.table][write.lsn] = aside_detail(name, write.lsn, write.reason)
-    return dict(found)
+    for table, lsns in remembered.items():
+        for lsn in sorted(set(lsns) - found[table].keys()):
+            path = f"{local.url}/{aside_key(node_id, table, lsn)}"
+            broken.setdefault(table, DataCorruption(path, 0, "a write that is set aside", "no object"))
+            found[table][lsn] = f"Write {lsn} was set aside, and its copy {path} is gone or damaged"
+    return FoundAsides(dict(found), broken)
+
+
+def _table_of(key: str) -> UUID | None:
+    """The table in a set-aside write's key; None if there is none."""
+    try:
+        return UUID(key.split("/")[-2])
+    except (ValueError, IndexError):
+        return None
 
 
 async def mirror_asides(store: ObjectStore, local: ObjectStore, node_id: str) -> None:
-    """Bring what the store has to the disk; nothing is ever removed.
+    """Bring each copy that one of the two lacks, or has damaged, there from the other one; nothing else is removed.
 
     Raises:
         StoreUnavailable: one of the two does not answer; ask again.
     """
-    here = {meta.key for meta in await local.list_keys(aside_prefix(node_id))}
-    for meta in await store.list_keys(aside_prefix(node_id)):
-        if meta.key not in here:
-            with suppress(ObjectExists):
-                await local.put_new(meta.key, [await store.get(meta.key)])
+    prefix = aside_prefix(node_id)
+    theirs = {meta.key for meta in await store.list_keys(prefix)}
+    ours = {meta.key for meta in await local.list_keys(prefix)}
+    for key in sorted(theirs | ours):
+        here = await _intact(local, key) if key in ours else None
+        there = await _intact(store, key) if key in theirs else None
+        if here is None and there is not None:
+            await _replace(local, key, there)
+        elif there is None and here is not None:
+            await _replace(store, key, here)
 
 
-__all__ = ["Aside", "Asides", "aside_detail", "load_asides", "mirror_asides"]
+async def _intact(store: ObjectStore, key: str) -> bytes | None:
+    """A copy's bytes; None if it is gone or damaged."""
+    try:
+        data = await store.get(key)
+        parse_aside(f"{store.url}/{key}", key, data)
+    except (KeyError, DataCorruption):
+        return None
+    return data
+
+
+async def _replace(store: ObjectStore, key: str, data: bytes) -> None:
+    """Put an intact copy where there is none; a damaged one is worth nothing."""
+    await store.delete([key])
+    with suppress(ObjectExists):
+        await store.put_new(key, [data])
+
+
+__all__ = ["Aside", "Asides", "FoundAsides", "aside_detail", "load_asides", "mirror_asides"]

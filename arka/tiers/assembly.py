@@ -20,8 +20,9 @@ from arka.records import LsnRange, Tier
 from arka.storage.ports import Catalog, Disk, ObjectStore, Warehouse
 from arka.storage.threads import run_compute
 from arka.tiers.apart import Apart
-from arka.tiers.aside import Aside, Asides
+from arka.tiers.aside import Aside, FoundAsides
 from arka.tiers.committer import TableCommitter
+from arka.tiers.held import HeldObjects
 from arka.tiers.keys import KeyIndex
 from arka.tiers.logclock import LogClock
 from arka.tiers.memory import MemoryTier
@@ -121,7 +122,7 @@ class Found:
     keys: KeyIndex
     allocator: LsnAllocator
     first_lsn: int
-    asides: Asides
+    asides: FoundAsides
 
 
 async def assemble(
@@ -174,6 +175,10 @@ async def assemble(
         stall_s=settings.limits.stall_s,
         read_spill_free=world.read_spill_free,
     )
+    carried = {} if found.checkpoints.held is None else dict(found.checkpoints.held)
+    for uuid in found.replay.dropped:
+        carried.pop(uuid, None)
+    held = HeldObjects(carried, recovered.base_lsn)
     parking = Parking(
         world.store,
         world.disk,
@@ -185,6 +190,7 @@ async def assemble(
         wait_connected=uplink.wait_connected,
         retry_s=settings.object_store.retry_s,
         rng=world.rng,
+        held=held,
     )
 
     behind = Parking(
@@ -199,6 +205,7 @@ async def assemble(
         retry_s=settings.object_store.retry_s,
         rng=world.rng,
         folder=_BEHIND_FOLDER,
+        held=held,
     )
 
     apart = Apart(
@@ -265,6 +272,7 @@ async def assemble(
         retention_s=settings.idempotency.retention_s,
         grace_s=settings.wal.release_grace_s,
     )
+    tables.carried = None if found.checkpoints.held is None else carried
     _hand_over(found, tables, objects, release)
     parts = Parts(memory, writer, found.state, objects, uplink, tables, marks, keys, space, release)
     pipeline = Pipeline(log_uuid, parts, settings, survival=world.survival)
@@ -280,7 +288,7 @@ def _hand_over(found: Found, tables: Tables, objects: ObjectTier, release: LogRe
     replay, keys = found.replay, found.keys
     for uuid, lsn in replay.dropped.items():
         keys.drop_table(uuid, lsn)
-    tables.asides = found.asides
+    tables.asides, tables.broken = found.asides.known, found.asides.broken
     tables.restore(replay.known(found.checkpoints.tables), replay.drops, replay.dropped, replay.creates.open.values())
     for known in tables.all():
         known.quiet = replay.is_quiet(known.info.uuid, found.checkpoints)

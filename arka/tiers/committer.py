@@ -17,7 +17,7 @@ import structlog
 import trio
 
 from arka import failpoints
-from arka.errors import ArkaError, Fenced
+from arka.errors import ArkaError, DataCorruption, Fenced
 from arka.options import IcebergOptions
 from arka.records import TableType
 from arka.storage.ports import (
@@ -155,6 +155,9 @@ class TableCommitter:
                     earliest = trio.current_time() + await self._settle_unwritable(cut, str(error))
                 continue
             except (ArkaError, CatalogConflict) as error:
+                if isinstance(error, DataCorruption):
+                    # Perhaps in the local copy of what is set apart, which can be brought again.
+                    table.fetch_again()
                 earliest = trio.current_time() + self._note_failure(str(error))
                 # It may be what others made of the table that does not fit: the next attempt begins with that.
                 await self._adoption.refresh(table, max_age_s=0)

@@ -2,9 +2,10 @@
 
 Owns: when a disk may do that, and what it puts there first. Does not own how an epoch is taken (``arka.tiers.epochs``).
 
-A disk may if nothing that is needed was in the old store only. Its segments hold what no table has committed, but for
-frames that were parked or set apart. Its copies of checkpoints hold the keys of what the segments hold no more. Copies
-of set-aside writes lie on the disk too.
+A disk may if it is known what was in the old store only. Its segments hold what no table has committed, but for frames
+that were parked or set apart: the newest checkpoint names those, they are listed by LSN, and their tables stop
+(``arka.tiers.held``). Its copies of checkpoints hold the keys of what the segments hold no more. Copies of set-aside
+writes lie on the disk too.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from arka.errors import ConfigurationError
 from arka.storage.ports import Disk, ObjectExists, ObjectStore
 from arka.tiers.epochrecords import EpochRecord, read_record
 from arka.tiers.mirror import CheckpointStore
-from arka.tiers.release import frames_elsewhere
+from arka.tiers.release import frames_elsewhere, held_elsewhere
 from arka.wal.logstate import LogState
 from arka.wal.seal import kept_of
 from arka.wal.walk import list_segments
@@ -48,7 +49,7 @@ async def prepare_store(
         The log's state. What was left of its reserved LSNs is given up (R2).
 
     Raises:
-        ConfigurationError: the place is not empty, or something that is needed was in the old store only.
+        ConfigurationError: the place is not empty, or nobody can say what was in the old store only.
         DataCorruption: a copy or a segment is damaged.
         StoreUnavailable: ask again.
 
@@ -84,20 +85,30 @@ def _base_lsn(disk: Disk, wal_dir: Path) -> int:
 
 
 async def _check_copies(copies: CheckpointStore, local: ObjectStore, node_id: str, base_lsn: int) -> None:
-    """Check that the disk's checkpoints cover what its segments hold no more, and that no frames were elsewhere."""
+    """Check that the disk's checkpoints cover what its segments hold no more, and say which frames were elsewhere."""
     if await copies.covered_here() < base_lsn or await copies.has_gap():
         raise ConfigurationError(
             f"The disk holds the log from LSN {base_lsn + 1} on, and lacks copies of checkpoints for what came before: "
             "their keys were in the lost store only. Set the log aside with `arka wal salvage DATA_DIR --discard`"
         )
     key = (await local.list_keys(f"{node_id}/checkpoint/"))[-1].key
-    elsewhere = frames_elsewhere(f"{local.url}/{key}", await local.get(key))
+    data = await local.get(key)
+    elsewhere = frames_elsewhere(f"{local.url}/{key}", data)
     if elsewhere is None or elsewhere:
         spans = [f"{table.info.name}: LSNs in ({table.committed_lsn}, {base_lsn}]" for table in elsewhere or ()]
         raise ConfigurationError(
             "Writes that were parked or set apart were in the lost store only"
             + (f" ({'; '.join(spans)})" if spans else ", or may have been: the newest checkpoint does not say")
             + ". Set the log aside with `arka wal salvage DATA_DIR --discard`, start, and send again what the disk has"
+        )
+    for name, held in held_elsewhere(f"{local.url}/{key}", data):
+        # In no segment and, unless its table has committed it since, in no table: there it stops (R33).
+        log.warning(
+            "objects.lost_with_store",
+            table=str(name),
+            key=f"{node_id}/{held.key}",
+            after_lsn=held.first_lsn - 1,
+            through_lsn=min(held.last_lsn, base_lsn),
         )
 
 

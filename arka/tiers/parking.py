@@ -1,7 +1,8 @@
 """Parking: frames of one table leave the log and stay in the object store (R18, R33).
 
 Owns: the objects below ``parked/<table uuid>/`` or ``behind/<table uuid>/``, the way there and back. Does not own why a
-table is stopped (``arka.tiers.table``, ``arka.tiers.tables``) or set apart (``arka.tiers.apart``).
+table is stopped (``arka.tiers.table``, ``arka.tiers.tables``) or set apart (``arka.tiers.apart``), nor which objects
+have to be there (``arka.tiers.held``).
 
 A parked object is a WAL object (``arka.wal.objectfile``) with the frames of one table alone, as they stood in
 their segment; its ``stored_through`` is the table's committed LSN when it was parked. The next start that finds
@@ -25,9 +26,10 @@ import trio
 from arka._core.framing import KIND_BATCH, FrameError, crc_seed, verify_frame
 from arka.errors import DataCorruption
 from arka.options import MIB
-from arka.records import TableInfo
-from arka.storage.ports import Disk, ObjectExists, ObjectStore, SegmentSlice, StoreUnavailable
+from arka.records import HeldObject, TableInfo
+from arka.storage.ports import Disk, ObjectExists, ObjectMeta, ObjectStore, SegmentSlice, StoreUnavailable
 from arka.tiers.backlog import Backlog
+from arka.tiers.held import HeldObjects
 from arka.tiers.retry import persist
 from arka.tiers.space import DiskSpace
 from arka.tiers.table import Table
@@ -44,27 +46,36 @@ _OBJECT_BYTES: Final = 16 * MIB
 
 @dataclass(frozen=True, slots=True)
 class _Object:
-    """One object: its key, its bytes, those of its frames, the LSN of its last frame."""
+    """One object: its key, its bytes, those of its frames, the LSNs of its first and last frame."""
 
     key: str
     size: int
     frame_bytes: int
+    first_lsn: int
     last_lsn: int
 
 
 @dataclass(slots=True)
 class _Parked:
-    """What the store holds of one table: objects by first LSN."""
+    """What the store holds of one table.
+
+    Attributes:
+        objects: those whose headers are intact, by first LSN.
+        unreadable: keys and sizes of the others.
+        damage: what was found wrong with one of ``objects``.
+    """
 
     objects: list[_Object] = field(default_factory=list)
+    unreadable: dict[str, int] = field(default_factory=dict)
+    damage: DataCorruption | None = None
 
     @property
     def keys(self) -> list[str]:
-        return [each.key for each in self.objects]
+        return [*(each.key for each in self.objects), *self.unreadable]
 
     @property
     def size(self) -> int:
-        return sum(each.size for each in self.objects)
+        return sum(each.size for each in self.objects) + sum(self.unreadable.values())
 
     @property
     def last_lsn(self) -> int:
@@ -88,6 +99,7 @@ class Parking:
         retry_s: float,
         rng: random.Random,
         folder: str = "parked",
+        held: HeldObjects | None = None,
     ) -> None:
         """Join the store and the local disk.
 
@@ -103,7 +115,9 @@ class Parking:
             retry_s: the first pause after a failed request.
             rng: for the jitter of retries.
             folder: below the node's name: ``parked``, whose bytes count as held on the disk, or ``behind``.
+            held: knows which objects have to be there.
         """
+        self._held = held or HeldObjects({}, 0)
         self._folder = folder
         self._copies = 0
         self._store = store
@@ -133,8 +147,7 @@ class Parking:
     async def load(self) -> None:
         """Look what is parked, once there is an epoch. Outages are waited for.
 
-        Raises:
-            DataCorruption: a parked object's header is damaged.
+        An object that cannot be read is its table's trouble (R33): see ``check``.
 
         Cancellation: nothing changes.
         """
@@ -144,16 +157,59 @@ class Parking:
         async def ask() -> None:
             self._parked.clear()
             for meta in await self._store.list_keys(prefix):
-                uuid = UUID(meta.key.removeprefix(prefix).partition("/")[0])
-                parked = self._parked.setdefault(uuid, _Parked())
-                head = memoryview(await self._store.get_range(meta.key, 0, OBJECT_HEADER_BYTES))
-                header = ObjectHeader.from_bytes(f"{self._store.url}/{meta.key}", head)
-                parked.objects.append(_Object(meta.key, meta.size, header.frame_bytes, header.last_lsn))
+                try:
+                    uuid = UUID(meta.key.removeprefix(prefix).partition("/")[0])
+                except ValueError:
+                    log.warning("parking.stranger", key=meta.key, hint="its name is no table's: it is left alone")
+                    continue
+                await self._look_at(uuid, meta)
 
         await self._persist(ask)
         self._note_held(sum(parked.size for parked in self._parked.values()))
         await self._disk.run(self._clear)
         self.loaded = True
+
+    async def _look_at(self, uuid: UUID, meta: ObjectMeta) -> None:
+        """Read an object's header."""
+        parked = self._parked.setdefault(uuid, _Parked())
+        path = f"{self._store.url}/{meta.key}"
+        try:
+            head = memoryview(await self._store.get_range(meta.key, 0, OBJECT_HEADER_BYTES))
+            header = ObjectHeader.from_bytes(path, head)
+            _check_log(path, header, self._log_uuid)
+        except KeyError:
+            # A process that does not know yet that it is fenced has deleted it, since it was committed.
+            log.debug("parking.gone", key=meta.key)
+        except DataCorruption as error:
+            parked.unreadable[meta.key] = meta.size
+            self._held.note_unreadable(uuid, self._below_node(meta.key), error)
+        else:
+            found = _Object(meta.key, meta.size, header.frame_bytes, header.first_lsn, header.last_lsn)
+            parked.objects.append(found)
+
+    def check(self, table: Table) -> None:
+        """Check that nothing is missing of a table whose mark was read, as far as keys and headers tell.
+
+        Raises:
+            DataCorruption: an object is damaged or gone, so that nothing of the table may be committed.
+        """
+        here = self._intact_keys(table.info.uuid)
+        self._held.check(table, self._folder, here, f"{self._store.url}/{self._node_id}")
+
+    def held(self) -> dict[UUID, list[HeldObject]]:
+        """By table, the objects that there are or that have to be, for the next checkpoint."""
+        found = {
+            uuid: [HeldObject(self._below_node(each.key), each.first_lsn, each.last_lsn) for each in parked.objects]
+            for uuid, parked in self._parked.items()
+        }
+        return self._held.with_missing(self._folder, found)
+
+    def _below_node(self, key: str) -> str:
+        return key.removeprefix(f"{self._node_id}/")
+
+    def _intact_keys(self, uuid: UUID) -> set[str]:
+        parked = self._parked.get(uuid)
+        return set() if parked is None else {self._below_node(each.key) for each in parked.objects}
 
     async def park(self, table: Table) -> None:
         """Move a stopped table's frames out of the log; what is parked already stays as it is.
@@ -193,7 +249,11 @@ class Parking:
         Durability: each frame is in the store before the backlog lets go of it.
         """
         parked = self._parked.setdefault(table.info.uuid, _Parked())
-        table.backlog.discard_through(parked.last_lsn)
+        if parked.damage is None and not self._held.missing(
+            table.info.uuid, self._folder, self._intact_keys(table.info.uuid)
+        ):
+            table.backlog.discard_through(parked.last_lsn)
+        # Else what the log still has of a damaged object is moved once more; who reads it passes over what came twice.
         frames = 0
         while (cut := table.backlog.cut(through_lsn, _OBJECT_BYTES)) is not None:
             objects = [await self._park_slice(table, piece) for piece in cut.slices]
@@ -224,7 +284,7 @@ class Parking:
         await self.discard_through(table.info.uuid, table.committed.lsn)
         found = Backlog()
         if parked.objects:
-            object_ = await self._fetch(parked.objects[0].key)
+            object_ = await self._fetch_intact(parked, parked.objects[0].key)
             await self._disk.run(partial(self._clear, f"{table.info.uuid}-"))
             if not self._stop_if_rolled_back(table, object_):
                 await self._disk.run(partial(self._write_back, table, 0, object_, found))
@@ -237,6 +297,7 @@ class Parking:
             return
         done = [each for each in parked.objects if each.last_lsn <= lsn]
         if done:
+            self._held.forget(uuid, [self._below_node(each.key) for each in done])
             await self._persist(partial(self._store.delete, [each.key for each in done]))
             parked.objects = [each for each in parked.objects if each not in done]
             self._note_held(-sum(each.size for each in done))
@@ -290,11 +351,11 @@ class Parking:
         Cancellation: the next start does it again.
         """
         parked = self._parked.get(table.info.uuid)
-        if parked is None or not parked.keys:
+        if parked is None or not parked.objects:
             return 0
         earlier = Backlog()
-        for number, key in enumerate(parked.keys):
-            found = await self._fetch(key)
+        for number, each in enumerate(parked.objects):
+            found = await self._fetch_intact(parked, each.key)
             if self._stop_if_rolled_back(table, found):
                 return 0
             if found.header.last_lsn > table.committed.lsn:
@@ -310,6 +371,7 @@ class Parking:
     async def forget(self, uuid: UUID) -> None:
         """Delete what is parked for a table that was dropped, or that holds it. Outages are waited for."""
         parked = self._parked.pop(uuid, None)
+        self._held.forget_all(uuid, self._folder)
         if parked is not None:
             await self._persist(partial(self._store.delete, parked.keys))
             self._note_held(-parked.size)
@@ -354,9 +416,21 @@ class Parking:
                 log.debug("parking.exists", key=key)
 
         await self._persist(put)
-        return _Object(key, encoded.size, len(frames), encoded.ref.last_lsn)
+        return _Object(key, encoded.size, len(frames), encoded.ref.first_lsn, encoded.ref.last_lsn)
 
     # -- and back ---------------------------------------------------------------------------------
+
+    async def _fetch_intact(self, parked: _Parked, key: str) -> WalObject:
+        """Read a table's object, and remember it if it is damaged.
+
+        Raises:
+            DataCorruption: it is, or it is gone.
+        """
+        try:
+            return await self._fetch(key)
+        except DataCorruption as error:
+            parked.damage = error
+            raise
 
     async def _fetch(self, key: str) -> WalObject:
         found: list[WalObject] = []
@@ -413,9 +487,21 @@ class Parking:
         await persist(request, StoreUnavailable, _note_stalled, retry_s=self._retry_s, rng=self._rng)
 
 
+def _check_log(path: str, header: ObjectHeader, log_uuid: UUID) -> None:
+    if header.log_uuid != log_uuid:
+        raise DataCorruption(path, 0, f"log {log_uuid}", f"log {header.log_uuid}")
+
+
 def encode_slice(disk: Disk, log_uuid: UUID, epoch: int, table: Table, piece: SegmentSlice) -> EncodedObject:
-    """Gather one segment's frames of a table into an object. Blocking."""
-    data = disk.map(Path(piece.path))
+    """Gather one segment's frames of a table into an object. Blocking.
+
+    Raises:
+        DataCorruption: a frame is damaged, or its file is gone.
+    """
+    try:
+        data = disk.map(Path(piece.path))
+    except FileNotFoundError as error:
+        raise DataCorruption(piece.path, 0, "a file with frames", "no file") from error
     seed = crc_seed(log_uuid, piece.epoch, piece.segment)
     frames = bytearray()
     schemas: dict[int, None] = {}

@@ -184,7 +184,10 @@ class Pipeline:
 
     async def _run_release(self) -> None:
         await self.uplink.wait_connected()
-        await self._release.run(self.needed_from, self.tables.remembered, self._quiet_tables, self.tables.elsewhere)
+        tables = self.tables
+        await self._release.run(
+            self.needed_from, tables.remembered, self._quiet_tables, tables.elsewhere, tables.set_aside
+        )
 
     def _quiet_tables(self) -> tuple[int, list[UUID]]:
         quiet = [table.info.uuid for table in self.tables.all() if table.quiet]

@@ -16,8 +16,8 @@ MessagePack record behind its CRC-32C.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 from uuid import UUID
 
@@ -30,7 +30,7 @@ from arka._core.framing import crc32c
 from arka._core.keys import ENTRY_BYTES
 from arka.errors import DataCorruption
 from arka.options import MIB
-from arka.records import MAX_LSN, KnownTable, LsnRange, TableInfo
+from arka.records import MAX_LSN, HeldObject, KnownTable, LsnRange, TableInfo, TableName
 from arka.storage.ports import ObjectExists, ObjectStore, StoreUnavailable
 from arka.tiers.keys import KeyIndex
 from arka.tiers.logclock import LogClock
@@ -48,6 +48,10 @@ _POLL_S: Final = 1.0
 _CHECKPOINT_BYTES: Final = 32 * MIB
 #: In front of a checkpoint's record.
 _CRC_BYTES: Final = 4
+
+
+#: By table, the objects outside of the log that hold frames of it.
+Elsewhere = Mapping[UUID, Sequence[HeldObject]]
 
 
 class _Checkpoint(msgspec.Struct, frozen=True, array_like=True):
@@ -78,6 +82,11 @@ class _Checkpoint(msgspec.Struct, frozen=True, array_like=True):
     lost_tables: list[tuple[int, int, list[bytes]]] = []
     #: UUIDs of the tables that had frames parked or set apart, in the object store only (R38); None in older ones.
     elsewhere: list[bytes] | None = None
+    #: Of those the objects with the frames: (UUID, [(key below the node's name, first LSN, last LSN)]) (R33). None in
+    #: older ones.
+    held: list[tuple[bytes, list[tuple[str, int, int]]]] | None = None
+    #: The LSNs that are set aside: (UUID, LSNs) (R32).
+    asides: list[tuple[bytes, list[int]]] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +115,8 @@ class LoadedCheckpoints:
         clock_us: the highest value of the log's clock.
         birth: of the log on the disk that ``quiet`` speaks of.
         quiet: the tables that were quiet when the newest one was written (R37).
+        held: by table, the objects outside of the log that had frames of it then (R33); None if it does not say.
+        asides: by table, the LSNs that were set aside by then (R32).
     """
 
     lost: tuple[LostRange, ...]
@@ -114,6 +125,8 @@ class LoadedCheckpoints:
     clock_us: int
     birth: int = 0
     quiet: frozenset[UUID] = frozenset()
+    held: Elsewhere | None = None
+    asides: Mapping[UUID, frozenset[int]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -174,7 +187,8 @@ class LogRelease:
         self._lost = list(lost)
         self._covered_lsn = after_lsn
         self._quiet: Callable[[], tuple[int, Iterable[UUID]]] = lambda: (0, ())
-        self._elsewhere: Callable[[], Iterable[UUID] | None] = lambda: None
+        self._elsewhere: Callable[[], Elsewhere | None] = lambda: None
+        self._asides: Callable[[], Mapping[UUID, Iterable[int]]] = dict
         self._retention_us = int(retention_s * 1e6)
         self._grace_s = grace_s
         # Oldest first; the last one may be active.
@@ -222,7 +236,8 @@ class LogRelease:
         needed_from: Callable[[], int],
         tables: Callable[[], Iterable[KnownTable]],
         quiet: Callable[[], tuple[int, Iterable[UUID]]] = lambda: (0, ()),
-        elsewhere: Callable[[], Iterable[UUID] | None] = lambda: None,
+        elsewhere: Callable[[], Elsewhere | None] = lambda: None,
+        asides: Callable[[], Mapping[UUID, Iterable[int]]] = dict,
     ) -> None:
         """Look for what may go, until cancelled. Outages are waited for.
 
@@ -230,7 +245,9 @@ class LogRelease:
             needed_from: returns the least LSN that a later tier still needs.
             tables: returns every table that is known.
             quiet: returns the log's birth and the quiet tables (R37).
-            elsewhere: returns the tables with frames that only the object store has (R38); None if nobody can say.
+            elsewhere: returns the objects with frames that may be in the object store only, by table (R33, R38); None
+                if nobody can say.
+            asides: returns the LSNs that are set aside, by table (R32).
 
         Raises:
             Fenced: another process owns the log.
@@ -240,6 +257,7 @@ class LogRelease:
         """
         self._quiet = quiet
         self._elsewhere = elsewhere
+        self._asides = asides
         while True:
             await trio.sleep(_POLL_S)
             # Also of tables that nobody commits to any more.
@@ -297,6 +315,8 @@ class LogRelease:
             quiet=[table.bytes for table in quiet],
             lost_tables=lost_tables,
             elsewhere=None if elsewhere is None else [table.bytes for table in elsewhere],
+            held=None if elsewhere is None else [(table.bytes, list(objects)) for table, objects in elsewhere.items()],
+            asides=[(table.bytes, sorted(lsns)) for table, lsns in self._asides().items()],
         )
         body = msgspec.msgpack.encode(record)
         key = f"{self._node_id}/checkpoint/{self._epoch():010d}/{through_lsn:016d}"
@@ -420,7 +440,9 @@ async def load_checkpoints(
     except ValueError as error:
         raise DataCorruption(f"{store.url}/{metas[-1].key}", _CRC_BYTES, "table records", str(error)) from error
     quiet = frozenset(UUID(bytes=table) for table in newest.quiet)
-    return LoadedCheckpoints(tuple(remembered), tables, through_lsn, clock_us, newest.birth, quiet)
+    asides = {UUID(bytes=table): frozenset(lsns) for table, lsns in newest.asides}
+    held = _held_of(newest)
+    return LoadedCheckpoints(tuple(remembered), tables, through_lsn, clock_us, newest.birth, quiet, held, asides)
 
 
 def covered_lsn(key: str) -> int:
@@ -438,7 +460,7 @@ def covered_after(path: str, data: bytes) -> int:
 
 
 def frames_elsewhere(path: str, data: bytes) -> list[KnownTable] | None:
-    """The tables that had frames which only the object store has, when a checkpoint was written; None if it is silent.
+    """The tables with frames in the object store only of which a checkpoint does not say where; None if it is silent.
 
     Raises:
         DataCorruption: it is damaged.
@@ -446,11 +468,35 @@ def frames_elsewhere(path: str, data: bytes) -> list[KnownTable] | None:
     record = _parse_any(path, data)
     if record.elsewhere is None:
         return None
+    if record.held is not None:
+        return []
     try:
         tables = [KnownTable(TableInfo.from_bytes(data), *lsns) for _, data, *lsns in record.tables]
     except ValueError as error:
         raise DataCorruption(path, _CRC_BYTES, "table records", str(error)) from error
     return [table for table in tables if table.info.uuid.bytes in record.elsewhere]
+
+
+def held_elsewhere(path: str, data: bytes) -> list[tuple[TableName, HeldObject]]:
+    """The objects outside of the log that a checkpoint names, each with its table's name then.
+
+    Raises:
+        DataCorruption: it is damaged.
+    """
+    record = _parse_any(path, data)
+    try:
+        names = {uuid: TableInfo.from_bytes(data).name for uuid, data, *_ in record.tables}
+    except ValueError as error:
+        raise DataCorruption(path, _CRC_BYTES, "table records", str(error)) from error
+    held = _held_of(record) or {}
+    return [(names[uuid.bytes], each) for uuid, objects in held.items() if uuid.bytes in names for each in objects]
+
+
+def _held_of(record: _Checkpoint) -> Elsewhere | None:
+    """The objects outside of the log that a checkpoint names; None if it does not say."""
+    if record.held is None:
+        return {} if record.elsewhere == [] else None
+    return {UUID(bytes=table): tuple(HeldObject(*each) for each in objects) for table, objects in record.held}
 
 
 def _take_keys(path: str, record: _Checkpoint, keys: KeyIndex, clock_us: int) -> None:
@@ -500,12 +546,14 @@ def merge_lost(groups: Sequence[Iterable[LostRange]]) -> list[LostRange]:
 
 
 __all__ = [
+    "Elsewhere",
     "LoadedCheckpoints",
     "LogRelease",
     "LostRange",
     "covered_after",
     "covered_lsn",
     "frames_elsewhere",
+    "held_elsewhere",
     "load_checkpoints",
     "merge_lost",
 ]

@@ -125,16 +125,18 @@ class _Start:
         ceiling = min(first_lsn + DISK_BLOCK, state_file.state.store_ceiling)
         await state_file.raise_to(lsn_ceiling=ceiling)
         await failpoints.reach("start.recovered")
+        checkpoints = await self._load_checkpoints(state.log_uuid)
+        find_asides = partial(load_asides, self._world.checkpoints, self._node_id, state.log_uuid, checkpoints.asides)
         found = Found(
             data_dir=self._data_dir,
             state=state_file,
             recovered=recovered,
             replay=self._replay,
-            checkpoints=await self._load_checkpoints(state.log_uuid),
+            checkpoints=checkpoints,
             keys=self._keys,
             allocator=LsnAllocator(first_lsn, ceiling),
             first_lsn=first_lsn,
-            asides=await ask_store(partial(load_asides, self._world.checkpoints, self._node_id, state.log_uuid)),
+            asides=await ask_store(find_asides),
         )
         opened = await assemble(self._settings, self._world, found, self._uplink, self._checkpoint_store)
         if taken is not None:

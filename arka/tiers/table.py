@@ -242,6 +242,11 @@ class Table:
         self.fetched.discard_through(lsn)
         self.backlog.discard_through(lsn)
 
+    def fetch_again(self) -> None:
+        """Let what is set apart be brought back once more: its local copy is damaged (R33)."""
+        self.fetched = Backlog()
+        self.wake()
+
     def frames(self, log_uuid: UUID, cut: Cut) -> TableFrames:
         """Say what a worker needs to read the frames of a cut of the backlog."""
         return TableFrames(

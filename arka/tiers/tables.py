@@ -23,18 +23,20 @@ import structlog
 import trio
 
 from arka import failpoints
-from arka.errors import ArkaError, ErrorCode, Unavailable
-from arka.records import KnownTable, TableDefinition, TableInfo, TableName, owner_property
+from arka.errors import ArkaError, DataCorruption, ErrorCode, Unavailable
+from arka.records import HeldObject, KnownTable, TableDefinition, TableInfo, TableName, owner_property
 from arka.storage.ports import Catalog, CatalogListing, CatalogTable, CatalogUnavailable, TableMissing, Warehouse
 from arka.tiers import ddl
 from arka.tiers.adoption import Adoption
 from arka.tiers.apart import Apart
 from arka.tiers.committer import TableCommitter
 from arka.tiers.creates import OpenCreates, PendingCreate
+from arka.tiers.held import first_damage, stop_damaged
 from arka.tiers.keys import KeyIndex
 from arka.tiers.logclock import LogClock
 from arka.tiers.memory import MemoryTier
 from arka.tiers.parking import Parking
+from arka.tiers.release import Elsewhere
 from arka.tiers.room import Room
 from arka.tiers.table import Ending, Table, TableState
 from arka.tiers.warehouse import WarehouseWatch
@@ -153,6 +155,10 @@ class Tables:
         self._tenders: dict[UUID, _Tender] = {}
         #: By table and LSN, what an earlier process set aside; given once, before ``restore`` (R32).
         self.asides: Mapping[UUID, Mapping[int, str]] = {}
+        #: By table, why its set-aside writes are not all known; given with ``asides`` (R33).
+        self.broken: Mapping[UUID, DataCorruption] = {}
+        #: What the newest checkpoint says of ``elsewhere``; given with ``asides``.
+        self.carried: Elsewhere | None = None
         # Tables that were in the catalog at the start and could not be read.
         self._unread: set[UUID] = set()
         # The first LSN that each read under way needs.
@@ -175,12 +181,20 @@ class Tables:
         """Every table, in whatever state."""
         return tuple(self._by_uuid.values())
 
-    def elsewhere(self) -> list[UUID] | None:
-        """The tables with frames that only the object store has (R38); None while it was not asked."""
+    def elsewhere(self) -> Elsewhere | None:
+        """The objects with frames that may be in the object store only, by table (R33, R38); None if nobody can say."""
         if not self._parking.loaded or not self.apart.loaded:
-            return None
-        found = (table for table in self.all() if self.parked_bytes(table) or self.apart.behind_bytes(table))
-        return [table.info.uuid for table in found]
+            # Nothing is moved before that.
+            return self.carried
+        found: dict[UUID, list[HeldObject]] = {}
+        for held in (self._parking.held(), self.apart.held()):
+            for uuid in held.keys() & self._by_uuid.keys():
+                found.setdefault(uuid, []).extend(held[uuid])
+        return found
+
+    def set_aside(self) -> dict[UUID, list[int]]:
+        """The LSNs that are set aside, by table (R32)."""
+        return {table.info.uuid: list(table.asides) for table in self.all() if table.asides}
 
     def needed_from(self, uploaded_lsn: int) -> int | None:
         """The least LSN whose frame some table or some drop or some read still needs from the log; None for none.
@@ -454,6 +468,8 @@ class Tables:
         if named is None or named.state is not TableState.ACTIVE:
             self._by_name[table.info.name] = table
         table.listen_end(lambda ending: self._note_ending(table, ending))
+        if table.info.uuid in self.broken:
+            stop_damaged(table, self.broken[table.info.uuid])
 
     def _adopt(self, table: Table, found: CatalogTable) -> None:
         """Learn from the catalog what the log could not say."""
@@ -502,12 +518,37 @@ class Tables:
         self._nursery.start_soon(tender.run, self._tend, table)
 
     async def _tend(self, table: Table) -> None:
-        """Commit a table for as long as that goes, then park what it has."""
+        """Commit a table for as long as that goes, then park what it has.
+
+        A file or an object that is damaged or gone is the trouble of the table whose frames it holds (R33).
+        """
+        try:
+            await self._commit(table)
+        except* DataCorruption as group:
+            stop_damaged(table, first_damage(group))
+        if table.state is TableState.STOPPED:
+            try:
+                await self._parking.park(table)
+            except DataCorruption as error:
+                log.warning(
+                    "table.not_parked", table=str(table.info.name), reason=error.detail, hint="the log keeps it"
+                )
+
+    async def _commit(self, table: Table) -> None:
+        """Commit a table for as long as that goes.
+
+        Raises:
+            DataCorruption: something that holds frames of it is damaged or gone; alone or in a group.
+        """
         while table.info.uuid in self._unread:
             with self.apart.committing(table):
                 await self.wait_catalog(partial(self._read_at_last, table))
             await self.apart.move_if_wanted(table)
-        parked_lsn = await self._parking.bring_back(table) if table.state is TableState.ACTIVE else 0
+        if table.ending is not None:
+            return
+        self.apart.check(table)
+        self._parking.check(table)
+        parked_lsn = await self._parking.bring_back(table)
         if parked_lsn and self._nursery is not None:
             self._nursery.start_soon(self._forget_parked, table, parked_lsn)
         self.apart.take_up(table)
@@ -521,8 +562,6 @@ class Tables:
                         await self.wait_catalog(partial(self._look_for, table))
                 await self.apart.move_if_wanted(table)
             nursery.cancel_scope.cancel()
-        if table.state is TableState.STOPPED:
-            await self._parking.park(table)
 
     async def _end_tending(self, uuid: UUID) -> None:
         """End the task of a table that is to be dropped: nobody commits or parks it any more."""

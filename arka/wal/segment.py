@@ -338,12 +338,15 @@ def read_slice(slice: SegmentSlice, log_uuid: UUID) -> Iterator[tuple[FrameHeade
         aligned. A view keeps the mapping alive; the file may be unlinked meanwhile (R9).
 
     Raises:
-        DataCorruption: the segment is another one, or a frame is damaged; frames before it were yielded.
-        FileNotFoundError: no such file.
+        DataCorruption: the segment is gone or another one, or a frame is damaged; frames before it were yielded.
 
-    Source: R9, FORMAT.md "Reading by offset".
+    Source: R9, R39, FORMAT.md "Reading by offset".
     """
-    with pa.memory_map(slice.path) as source:
+    try:
+        source = pa.memory_map(slice.path)
+    except FileNotFoundError as error:
+        raise DataCorruption(slice.path, 0, "a file with frames", "no file") from error
+    with source:
         mapped = source.read_buffer(source.size())
     SegmentHeader.from_bytes(slice.path, memoryview(mapped)).check_is(slice.path, log_uuid, slice.segment, slice.epoch)
     seed = crc_seed(log_uuid, slice.epoch, slice.segment)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -104,6 +107,14 @@ def flush(server: ServerProcess) -> None:
 def rows(server: ServerProcess, name: str) -> list[int]:
     found: list[int] = lake.rows(server.data, name)["n"].to_pylist()
     return sorted(found)
+
+
+def wait_for(condition: Callable[[], object], what: str) -> None:
+    """Wait until something is so; the timeout only ends what hangs."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.1)
 
 
 def write_at_disk(server: ServerProcess, name: str, values: range, *, keyed: bool = False) -> None:
@@ -236,6 +247,51 @@ def test_new_object_store(make_server: Callable[..., ServerProcess]) -> None:
             assert min(ack["lsn"] for ack in acks) >= 1 << 32
     for name in TABLES:
         assert rows(server, name) == list(range(10))
+
+
+@pytest.mark.parametrize("damage", ["damaged", "gone"])
+def test_object_of_one_table(make_server: Callable[..., ServerProcess], tmp_path: Path, damage: str) -> None:
+    """A parked object that is damaged or gone: its table stops and says so, others go on; put back, it goes on too."""
+    small = {"iceberg__commit_interval_s": 0.1, "wal__segment_bytes": 1 << 20, "wal__release_grace_s": 0}
+    server = make_server(**small).start()
+    fill(server)
+    with connect(server.location) as client, closing(sqlite3.connect(server.data / "catalog.db")) as catalog:
+        create(client, "other")
+        row = catalog.execute("SELECT * FROM iceberg_tables WHERE table_name = 't'").fetchone()
+        catalog.execute("DELETE FROM iceberg_tables WHERE table_name = 't'")
+        catalog.commit()
+        stream = Stream(client, "t", NUMBERS, requested_durability="disk")
+        for value in range(5, 9):
+            stream.write(numbers([value]))
+        stream.finish()
+        objects = server.data / "objects"
+        wait_for(lambda: list(objects.glob("*/parked/*/*")), "parked")
+        # The log lets go of them behind a checkpoint.
+        for _ in range(4):
+            write_all(client, "other", [numbers(range(100_000))])
+        wait_for(lambda: list(objects.glob("*/checkpoint/*/*")), "a checkpoint")
+        server.kill()
+        catalog.execute(f"INSERT INTO iceberg_tables VALUES ({', '.join('?' * len(row))})", row)
+        catalog.commit()
+    parked = min(objects.glob("*/parked/*/*"))
+    copy = tmp_path / "copy"
+    shutil.copy(parked, copy)
+    parked.unlink()
+    if damage == "damaged":
+        parked.write_bytes(copy.read_bytes()[:-100] + bytes(100))
+    server.start()
+    with connect(server.location) as client:
+        wait_for(lambda: action(client, "DescribeTable", name="t")["state"] == "stopped", "stopped")
+        reason = action(client, "DescribeTable", name="t")["reason"]
+        assert parked.name in reason
+        assert "restart the server" in reason
+        write_all(client, "other", [numbers([-1])])
+    assert rows(server, "other")[0] == -1
+    server.kill()
+    _, server = follow("An object of one table", make_server, server, COPY=copy, OBJECT=parked)
+    with connect(server.location) as client:
+        write_all(client, "t", [numbers([9])])
+    assert rows(server, "t") == list(range(10))
 
 
 def test_path(make_server: Callable[..., ServerProcess], tmp_path: Path) -> None:

@@ -217,4 +217,4 @@ async def test_a_log_that_lets_go_too_early_is_caught(
     monkeypatch.setattr(Parking, "_park_slice", forget_to_put)
     with capture_logs() as logs, pytest.raises(ExceptionGroup):
         await test_the_next_life_finds_what_is_set_apart(False, autojump_clock)
-    assert [entry for entry in logs if entry["event"] == "log.failed" and "found no object" in entry["reason"]]
+    assert [entry for entry in logs if entry["event"] == "table.stopped" and "found no object" in entry["reason"]]

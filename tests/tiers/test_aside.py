@@ -73,8 +73,8 @@ async def test_those_of_a_discarded_log_say_nothing(autojump_clock: MockClock, w
     async with world.run() as pipeline:
         await write_all(pipeline, await create_table(pipeline), range(10), Tier.ICEBERG_COMMITTED)
         log_uuid = pipeline.log_uuid
-    assert await load_asides(world.disk.checkpoints, "n", log_uuid)
-    assert not await load_asides(world.disk.checkpoints, "n", UUID(int=9))
+    assert (await load_asides(world.disk.checkpoints, "n", log_uuid, {})).known
+    assert (await load_asides(world.disk.checkpoints, "n", UUID(int=9), {})) == ({}, {})
 
 
 async def test_a_death_before_the_commit_passes_it(autojump_clock: MockClock, world: SimNode) -> None:
