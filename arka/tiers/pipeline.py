@@ -455,7 +455,8 @@ class Pipeline:
                 # What is not in the store yet waits for that tier.
                 first_lsn, stored_lsn = table.backlog.first_lsn, self._marks.objects.lsn
                 waits = first_lsn is not None and first_lsn <= stored_lsn
-                return State(table.committed.lsn, min(table.backlog.last_lsn, stored_lsn) if waits else 0)
+                in_log = min(table.backlog.last_lsn, stored_lsn) if waits else 0
+                return State(table.committed.lsn, max(in_log, self.tables.held_through(table)))
 
             word = Tier.ICEBERG_COMMITTED.word
             table.watched = Watched(word, table.effort, look, self._commit_interval_s, lambda: str(table.info.name))
@@ -463,7 +464,8 @@ class Pipeline:
 
     def stalled(self, table: Table) -> str | None:
         """Why a table's writes make no progress, for people; None: they do, or there are none."""
-        if table.state is not TableState.ACTIVE or table.last_lsn <= table.committed.lsn:
+        last_lsn = max(table.last_lsn, self.tables.held_through(table))
+        if table.state is not TableState.ACTIVE or last_lsn <= table.committed.lsn:
             return None
         return self._watch.stalled_above() or self._watched(table).stalled
 

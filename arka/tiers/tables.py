@@ -228,6 +228,10 @@ class Tables:
         """Bytes of a stopped table that wait in the object store."""
         return self._parking.parked_bytes(table.info.uuid)
 
+    def held_through(self, table: Table) -> int:
+        """The last LSN of a table that is parked or set apart; 0 for none."""
+        return max(self._parking.parked_through(table.info.uuid), self.apart.through_lsn(table))
+
     def remembered(self) -> Iterable[KnownTable]:
         """What a checkpoint remembers of the tables, so that a start knows them without the catalog (R5)."""
         tables = [table for table in self._by_uuid.values() if table.state is not TableState.DROPPED]

@@ -151,6 +151,23 @@ async def test_few_bytes_of_slow_tables_do_not_hold_the_log(autojump_clock: Mock
             assert node.ids(table.info.name) == list(range(count))
 
 
+async def test_a_table_that_is_wholly_set_apart_and_stands_still_says_so(autojump_clock: MockClock) -> None:
+    """It has nothing in the log, and waits all the same: also in a start that cannot read it (R35)."""
+    node = SimNode(SETTINGS)
+    async with node.run() as pipeline:
+        slow, _ = await set_apart(node, pipeline)
+        assert not slow.backlog
+        await trio.sleep(60)
+        assert "no progress" in str(pipeline.stalled(slow))
+        await write_some(pipeline, await pipeline.tables.find(WELL), range(20, 300))
+        await trio.sleep(30)
+    async with node.run() as pipeline:
+        slow = await pipeline.tables.find(SLOW)
+        await trio.sleep(60)
+        assert not slow.backlog
+        assert "no progress" in str(pipeline.stalled(slow))
+
+
 async def test_nothing_is_set_apart_while_nobody_commits(autojump_clock: MockClock) -> None:
     """A catalog that is unavailable for all is no table's trouble: writes wait for room, and then all is committed."""
     node = SimNode(SETTINGS)
