@@ -9,7 +9,6 @@ Whatever the engine takes from outside comes from the seed here: the wall clock,
 from __future__ import annotations
 
 import copy
-import math
 import os
 import random
 import time
@@ -64,6 +63,8 @@ _WALL_NS: Final = 1_767_225_600 * 10**9
 
 WAL: Final = Path("/data/wal")
 
+#: Before every moment of trio's clock: a cancelled scope's deadline is earlier.
+_NEVER: Final = -1e18
 #: How long an encode job takes that misses its deadline, in seconds.
 _DEADLINE_S: Final = 5.0
 #: Of an offset in a slice.
@@ -201,7 +202,7 @@ class Process:
         Raises:
             ProcessEnded: behind a shield of the engine, through which the cancellation of all its tasks does not come.
         """
-        if trio.current_effective_deadline() > -math.inf:
+        if trio.current_effective_deadline() > _NEVER:
             raise ProcessEnded
         await trio.sleep_forever()
 
