@@ -139,6 +139,11 @@ class PartitionField:
     name: str
     transform: str
 
+    @property
+    def meaning(self) -> tuple[int, int, str]:
+        """What its values depend on: others may rename it."""
+        return self.source_id, self.field_id, self.transform
+
 
 @dataclass(frozen=True, slots=True)
 class PartitionRequest:

@@ -16,7 +16,7 @@ from pyiceberg.exceptions import CommitFailedException, NoSuchNamespaceError, No
 from pyiceberg.table import Table, TableProperties
 from pyiceberg.table.metadata import TableMetadata
 from pyiceberg.table.refs import MAIN_BRANCH
-from pyiceberg.table.update import AssertRefSnapshotId, AssertTableUUID, TableRequirement
+from pyiceberg.table.update import AssertDefaultSpecId, AssertRefSnapshotId, AssertTableUUID, TableRequirement
 
 from arka import failpoints
 from arka.errors import ArkaError, ErrorCode
@@ -31,6 +31,7 @@ from arka.iceberg.keyindex import IndexUnusable
 from arka.iceberg.locations import REDIRECTING
 from arka.iceberg.manifests import ManifestMemory, metadata_files
 from arka.iceberg.marks import mark_of
+from arka.iceberg.partition import partition_fields
 from arka.iceberg.producer import (
     data_file,
     discard,
@@ -71,7 +72,7 @@ def _forget_all() -> None:
 
 
 class MarkUnmoved:
-    """A requirement of a commit: the mark still stands where the job began, under no newer epoch.
+    """A requirement of a commit: the mark still stands where the job began, under no newer epoch, and its specs exist.
 
     A SQL catalog evaluates it on the very metadata that its compare-and-swap replaces. A REST catalog
     cannot: there each move of the mark comes with a snapshot, so that the branch's head decides.
@@ -88,6 +89,21 @@ class MarkUnmoved:
         """
         if base_metadata is None or judge(base_metadata, self._job) is not None:
             raise CommitFailedException(f"table {self._job.table.name}: the mark has moved")
+        if _lacking_spec(base_metadata, self._job) is not None:
+            raise CommitFailedException(f"table {self._job.table.name}: a partition spec is gone")
+
+
+def _lacking_spec(metadata: TableMetadata, job: CommitJob) -> int | None:
+    """The id of a partition spec that the job's files were written under and the table has no more; None for none.
+
+    Others may remove a spec that no snapshot uses yet, and a later one may get its id.
+    """
+    there = metadata.specs()
+    for number, fields in job.staged.specs.items():
+        found = partition_fields(there[number]) if number in there else None
+        if found is None or [field.meaning for field in found] != [field.meaning for field in fields]:
+            return number
+    return None
 
 
 def judge(metadata: TableMetadata, job: CommitJob) -> CommitResult | None:
@@ -188,6 +204,12 @@ def _seen(table: Table, job: CommitJob) -> dict[str, Any]:
 
 def _attempt(config: CatalogConfig, opened: Catalog, table: Table, job: CommitJob, terms: BuildTerms) -> CommitResult:
     check_format(table)
+    gone = _lacking_spec(table.metadata, job)
+    if gone is not None:
+        raise CatalogConflict(
+            f"others removed partition spec {gone} of {job.table.name}, which files were written under: they are "
+            "written again under one that the table has"
+        )
     specs = {file.spec_id for file in job.staged.files}
     appends = job.table.table_type is TableType.APPEND_ONLY
     plain = has_plain_names(table.metadata.spec())
@@ -227,7 +249,10 @@ def _commit_own(config: CatalogConfig, opened: Catalog, table: Table, job: Commi
         AssertTableUUID(uuid=base.table_uuid),
         AssertRefSnapshotId(ref=MAIN_BRANCH, snapshot_id=base.current_snapshot_id),  # type: ignore[call-arg]
     )
-    if not config.is_rest:
+    if config.is_rest:
+        # It cannot look at the specs; the default one has to be another before one that is used can be removed.
+        requirements += (AssertDefaultSpecId(default_spec_id=base.default_spec_id),)  # type: ignore[call-arg]
+    else:
         requirements += (cast(TableRequirement, MarkUnmoved(job)),)
     try:
         response = opened.commit_table(table, requirements, updates)

@@ -226,7 +226,8 @@ def describe(table: Table) -> CatalogTable:
         split_fields(info)
     except ValueError as error:
         raise CatalogConflict(f"table {name}: {error}") from error
-    return CatalogTable(info, marks_of(properties), metadata.current_snapshot_id)
+    specs = {number: partition_fields(spec) for number, spec in metadata.specs().items()}
+    return CatalogTable(info, marks_of(properties), metadata.current_snapshot_id, specs)
 
 
 def check_format(table: Table) -> None:

@@ -31,7 +31,7 @@ from arka.iceberg.parquet import FileWriter, file_writer
 from arka.iceberg.partition import split_fields
 from arka.iceberg.sight import look
 from arka.iceberg.stagedkeys import StagedKeys
-from arka.records import TableInfo, TableType
+from arka.records import PartitionField, TableInfo, TableType
 from arka.storage.ports import StagedFile, StagedFiles, TableFrames, UnwritableRows
 
 T = TypeVar("T")
@@ -101,6 +101,7 @@ def encode(config: CatalogConfig, job: TableFrames) -> StagedFiles:
                 sorter.add(batch, size, under)
         sorter.finish()
         files = pool.finish()
+        used = {file.spec_id for file in files}
         failpoints.hit("encode.written")
     failpoints.hit("encode.synced")
     made = StagedFiles(
@@ -113,6 +114,7 @@ def encode(config: CatalogConfig, job: TableFrames) -> StagedFiles:
         journals=(job.journal,) if job.journal else (),
         places=places,
         frames=budget.frames,
+        specs={number: fields for number, fields in sorter.specs().items() if number in used},
     )
     if keys is not None:
         made = replace(made, keys=keys.write(f"{job.after_lsn + 1}-{budget.through_lsn}"), key_check=keys.check)
@@ -188,6 +190,10 @@ class _Sorter:
                 rows,
                 size * rows.num_rows / batch.num_rows,
             )
+
+    def specs(self) -> dict[int, tuple[PartitionField, ...]]:
+        """The specs of the files, by id."""
+        return {number: writer.partition for number, (_, writer) in self._specs.items()}
 
     def finish(self) -> None:
         """Have what is left written."""

@@ -59,6 +59,7 @@ class FileWriter:
     Attributes:
         io: the warehouse; a batch of it makes the files written inside durable together.
         notes: which of the table's properties could not be used, and what is used instead.
+        partition: the fields of its partition spec.
     """
 
     def __init__(self, info: TableInfo, io: WarehouseFileIO) -> None:
@@ -67,6 +68,7 @@ class FileWriter:
         io.confine(info.location)
         self._info = info
         self._schema: Schema = iceberg_schema(info.schema, info.schema_id)
+        self.partition = info.partition
         self._spec: PartitionSpec = partition_spec(info.partition, info.spec_id)
         options = file_options(properties)
         self._metrics = ColumnMetrics(self._schema, options.metrics)
@@ -191,7 +193,9 @@ def file_writer(info: TableInfo, properties: tuple[tuple[str, str], ...]) -> Fil
         info: the table.
         properties: catalog properties for the warehouse's file access.
     """
-    key = (info.uuid, info.schema_id, info.spec_id, info.location, tuple(sorted(info.properties.items())))
+    # Ids alone do not tell: a spec may get the id of one that was removed.
+    shape = (info.schema_id, info.spec_id, info.partition)
+    key = (info.uuid, *shape, info.location, tuple(sorted(info.properties.items())))
     writer = _writers.pop(key, None) or FileWriter(info, WarehouseFileIO(dict(properties)))
     _writers[key] = writer
     if len(_writers) > _REMEMBERED_WRITERS:

@@ -112,11 +112,16 @@ class CommitMark:
 
 @dataclass(frozen=True, slots=True)
 class CatalogTable:
-    """A table as loaded from the catalog: its definition and where each log stands in it."""
+    """A table as loaded from the catalog: its definition and where each log stands in it.
+
+    Attributes:
+        specs: all partition specs that it has, by id (R27); None if nobody looked.
+    """
 
     info: TableInfo
     marks: tuple[CommitMark, ...]
     snapshot_id: int | None
+    specs: Mapping[int, tuple[PartitionField, ...]] | None = None
 
     def committed_lsn(self, log_uuid: UUID) -> int:
         """The last LSN of ``log_uuid`` that the table holds; 0 for none."""
@@ -239,6 +244,7 @@ class StagedFiles:
         through_lsn: the job's, or that of an earlier frame: a job of very many partitions ends sooner (R19).
         frames: how many of the job's frames are covered; counted where ``through_lsn`` is not the job's.
         took_s: seconds that the job took in its process; 0 where nobody has measured.
+        specs: the partition specs of the files, by id: the commit looks whether the table has them (R27).
         places: what was looked at before the first file was written; the same must be there after the commit (R28).
         rows: in the files together.
         first_lsn: of the first write in them; 0 if there is none.
@@ -261,6 +267,7 @@ class StagedFiles:
     places: Places = ()
     frames: int = 0
     took_s: float = 0.0
+    specs: Mapping[int, tuple[PartitionField, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

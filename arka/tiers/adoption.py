@@ -173,6 +173,7 @@ class Adoption:
                 self._begin(table)
             return False
         self.adopt(table, found.info, question)
+        table.specs = found.specs
         return True
 
     def refuse(self, table: Table, reason: str, question: Question) -> bool:

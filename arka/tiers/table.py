@@ -6,7 +6,7 @@ its commits (``arka.tiers.committer``) nor the log.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final
@@ -16,7 +16,7 @@ import trio
 
 from arka._core.framing import Frame
 from arka.errors import ArkaError, ErrorCode
-from arka.records import TableInfo, Tier
+from arka.records import PartitionField, TableInfo, Tier
 from arka.storage.ports import AcceptedSpec, CatalogTable, TableFrames
 from arka.tiers.backlog import Backlog, Cut
 from arka.tiers.room import Room
@@ -108,6 +108,8 @@ class Table:
         self.adoptions = 0
         #: What others made of the table that Arka cannot write, as of the last look: new writes are refused (R27).
         self.refusal = ""
+        #: The partition specs that it has, as of the last look; None before that.
+        self.specs: Mapping[int, tuple[PartitionField, ...]] | None = None
         #: What others set that has no effect here.
         self.remarks: tuple[str, ...] = ()
         #: The last LSN given to a write of this table; recovery raises it.
@@ -211,13 +213,24 @@ class Table:
         ]
 
     def _accepted_specs(self, through_lsn: int) -> tuple[AcceptedSpec, ...]:
-        """The partition specs that the writes up to ``through_lsn`` were accepted under; empty if it is today's."""
+        """The partition specs that the writes up to ``through_lsn`` were accepted under; empty if it is today's.
+
+        Of one that others removed, or gave the id of to another one, today's takes the place (R27).
+        """
         found = []
         from_lsn = self.committed.lsn + 1
         for info, last_lsn in self.bindings(self.committed.lsn, through_lsn):
-            found.append(AcceptedSpec(from_lsn, info.spec_id, info.partition))
+            kept = info if self._has_spec(info) else self.info
+            found.append(AcceptedSpec(from_lsn, kept.spec_id, kept.partition))
             from_lsn = last_lsn + 1
         return () if all(spec.spec_id == self.info.spec_id for spec in found) else tuple(found)
+
+    def _has_spec(self, info: TableInfo) -> bool:
+        """Whether the table still has the partition spec that some of its writes were accepted under."""
+        if self.specs is None:
+            return True
+        found = self.specs.get(info.spec_id)
+        return found is not None and [one.meaning for one in found] == [one.meaning for one in info.partition]
 
     def adopt_mark(self, found: CatalogTable, log_uuid: UUID) -> None:
         """Learn from the catalog how far the table is.

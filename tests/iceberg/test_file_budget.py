@@ -8,12 +8,13 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from pyiceberg.table.update import RemovePartitionSpecsUpdate, SetDefaultSpecUpdate
 from pyiceberg.transforms import IdentityTransform
 
-from arka.iceberg import encode
+from arka.iceberg import commit, encode
 from arka.records import TableInfo
 from arka.storage.catalog import divide
-from arka.storage.ports import AcceptedSpec, CommitOutcome, StagedFiles, TableFrames
+from arka.storage.ports import AcceptedSpec, CatalogConflict, CommitOutcome, StagedFiles, TableFrames
 
 from .conftest import Lake
 
@@ -107,6 +108,55 @@ def test_a_write_over_the_limit_keeps_its_spec(
     assert {file.spec_id for file in later.files} == {now.spec_id}
     assert lake.commit(now, later).outcome is CommitOutcome.COMMITTED
     assert rows_of(lake, now) == sorted(expected if key else [*expected, 0, 20])
+
+
+def remove_spec(lake: Lake, info: TableInfo, *, again: str = "") -> None:
+    """Have others remove the newest partition spec, which nothing uses yet; ``again``: and give its id to another."""
+    table = lake.table(info)
+    updates: list[Any] = [SetDefaultSpecUpdate(spec_id=0), RemovePartitionSpecsUpdate(spec_ids=[info.spec_id])]
+    table.catalog.commit_table(table, (), tuple(updates))
+    if again:
+        with lake.table(info).update_spec() as update:
+            update.add_field("v", again, "again")
+        assert lake.reload(info).spec_id == info.spec_id
+
+
+@pytest.mark.parametrize("key", [(), ("n",)], ids=["append", "key"])
+@pytest.mark.parametrize("again", ["", "bucket[3]"], ids=["removed", "replaced"])
+def test_files_under_a_spec_that_others_removed_are_not_committed(lake: Lake, key: tuple[str, ...], again: str) -> None:
+    """Between encoding and commit a spec goes, or its id gets another meaning: the rows are written again (R27)."""
+    first = lake.create(SCHEMA, key=key)
+    info = repartition(lake, first)
+    staged = lake.encode(info, [batch(info, range(5))], 0)
+    remove_spec(lake, info, again=again)
+    with pytest.raises(CatalogConflict, match=f"removed partition spec {info.spec_id}"):
+        lake.commit(info, staged)
+    now = lake.reload(info)
+    assert lake.commit(now, lake.encode(now, [batch(now, range(5))], 0)).outcome is CommitOutcome.COMMITTED
+    assert rows_of(lake, now) == list(range(5))
+
+
+@pytest.mark.parametrize("key", [(), ("n",)], ids=["append", "key"])
+def test_a_spec_that_is_removed_while_the_commit_runs(
+    lake: Lake, monkeypatch: pytest.MonkeyPatch, key: tuple[str, ...]
+) -> None:
+    """The compare-and-swap looks at the specs of the very metadata that it replaces (R15, R27)."""
+    info = repartition(lake, lake.create(SCHEMA, key=key))
+    staged = lake.encode(info, [batch(info, range(5))], 0)
+    stage = commit.stage_snapshot
+
+    def remove_first(*args: Any) -> Any:
+        monkeypatch.setattr(commit, "stage_snapshot", stage)
+        made = stage(*args)
+        remove_spec(lake, info)
+        return made
+
+    monkeypatch.setattr(commit, "stage_snapshot", remove_first)
+    with pytest.raises(CatalogConflict, match="removed partition spec"):
+        lake.commit(info, staged)
+    now = lake.reload(info)
+    assert lake.commit(now, lake.encode(now, [batch(now, range(5))], 0)).outcome is CommitOutcome.COMMITTED
+    assert rows_of(lake, now) == list(range(5))
 
 
 def test_a_spec_whose_column_is_gone_is_not_kept(lake: Lake) -> None:
