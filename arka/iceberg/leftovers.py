@@ -26,6 +26,9 @@ def discard_attempt(config: CatalogConfig, table: TableInfo, commit_ids: Collect
     To be called once the attempt's process is gone, and if its files were ever given to a commit, once a later commit
     of the same log has moved the table: then that one can no longer land.
 
+    Files are looked for below the table's own location and nowhere else: a journal that was copied or moved with its
+    data directory names those of the original (R29).
+
     Args:
         config: the catalog.
         table: the attempt's table.
@@ -49,16 +52,39 @@ def discard_attempt(config: CatalogConfig, table: TableInfo, commit_ids: Collect
     metadata = loaded.metadata
     if metadata.table_uuid != table.uuid:
         raise TableMissing(f"Table not found: {table.name} with UUID {table.uuid}")
+    ours = own_paths(metadata.location, paths)
     for snapshot in metadata.snapshots:
         if snapshot.summary is not None and snapshot.summary.get(SUMMARY_COMMIT_ID) in commit_ids:
             return False
     # Others may have expired the commit's snapshot: its files live on in those that follow.
-    if commit_ids and _names_any(metadata, loaded.io, set(paths)):
+    if commit_ids and _names_any(metadata, loaded.io, set(ours)):
         return False
-    for path in paths:
+    for path in ours:
         with contextlib.suppress(FileNotFoundError):
             loaded.io.delete(path)
     return True
+
+
+def own_paths(location: str, paths: Sequence[str]) -> list[str]:
+    """Say where files that an attempt named lie in the table as it is now; those of another table are left out.
+
+    A table's folder has eight hex digits of its own in its name (R5). So what is below a folder of that name was below
+    this table's location, before it was moved or copied.
+
+    Args:
+        location: the table's.
+        paths: what the journal names.
+    """
+    root = location.rstrip("/")
+    folder = f"/{root.rpartition('/')[2]}/"
+    found = []
+    for path in paths:
+        below, _, name = path.partition(folder)
+        if path.startswith(f"{root}/"):
+            found.append(path)
+        elif below and name and ".." not in name.split("/"):
+            found.append(f"{root}/{name}")
+    return found
 
 
 def _names_any(metadata: TableMetadata, io: FileIO, paths: Collection[str]) -> bool:
@@ -74,4 +100,4 @@ def _names_any(metadata: TableMetadata, io: FileIO, paths: Collection[str]) -> b
     return False
 
 
-__all__ = ["discard_attempt"]
+__all__ = ["discard_attempt", "own_paths"]

@@ -29,6 +29,8 @@ class Attempts:
     def __init__(self, directory: str) -> None:
         self._directory = directory
         self._open: dict[UUID, list[str]] = defaultdict(list)
+        # Of an earlier process, or of the original of a copied data directory.
+        self._inherited: set[str] = set()
 
     async def load(self) -> None:
         """Take in what an earlier process left.
@@ -45,6 +47,7 @@ class Attempts:
                 await trio.to_thread.run_sync(attempts.forget, path)
             else:
                 self._open[record.table].append(path)
+                self._inherited.add(path)
 
     async def begin(self, job: TableFrames) -> TableFrames:
         """Name an attempt at a job and open its journal; returns the job with both.
@@ -83,6 +86,9 @@ class Attempts:
         found = []
         for path in tuple(self._open.get(table, ())):
             record = await trio.to_thread.run_sync(attempts.read, path)
+            if path in self._inherited and not record.commits:
+                # Whether its files were given to a commit since is not known here: it is to be looked at (R29).
+                record = record._replace(commits=("",))
             if given or not record.commits:
                 found.append((path, record))
         return found

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from uuid import uuid4
 
 import pyarrow as pa
 import pytest
+import trio
 
-from arka.iceberg import attempts, commit, encode, fileio, parquet, worker
+from arka.iceberg import adopt, attempts, commit, encode, fileio, parquet, worker
 from arka.iceberg.config import CatalogConfig
 from arka.iceberg.garbage import Garbage
-from arka.iceberg.leftovers import discard_attempt
+from arka.iceberg.leftovers import discard_attempt, own_paths
 from arka.options import IcebergOptions
 from arka.records import TableInfo
 from arka.storage.attempts import Attempts
@@ -34,6 +36,7 @@ from arka.storage.ports import (
 from .conftest import LOG, Lake
 
 SCHEMA = pa.schema([("n", pa.int64())])
+KEYED = pa.schema([pa.field("n", pa.int64(), nullable=False)])
 
 
 def rows(info: TableInfo, *values: int) -> pa.RecordBatch:
@@ -132,6 +135,119 @@ async def test_what_an_earlier_process_left_goes_with_the_next_commit(lake: Lake
         staged = await catalog.encode(lake.frames(info, [rows(info, 1, 2)], 0))
         await catalog.commit(lake.job(info, staged))
     assert {f"file://{path}" for path in data_files(lake, info)} == {file.path for file in staged.files}
+
+
+def commit_and_hang(config: CatalogConfig, job: CommitJob) -> Any:
+    made = commit.commit(config, job)
+    Path(config.attempts_dir, "reached").touch()
+    time.sleep(600)
+    return made
+
+
+def hang_and_commit(config: CatalogConfig, job: CommitJob) -> Any:
+    Path(config.attempts_dir, "reached").touch()
+    time.sleep(600)
+    return commit.commit(config, job)
+
+
+def encode_and_hang(config: CatalogConfig, job: TableFrames) -> StagedFiles:
+    encode.encode(config, job)
+    Path(config.attempts_dir, "reached").touch()
+    time.sleep(600)
+    raise AssertionError
+
+
+@pytest.mark.parametrize("key", [(), ("n",)], ids=["append", "key"])
+@pytest.mark.parametrize("fault", [encode_and_hang, hang_and_commit, commit_and_hang])
+async def test_what_a_cancelled_attempt_left(
+    lake: Lake, tmp_path: Path, fault: Any, key: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table that is set apart cancels what is under way: the mark says whether it landed; its files go, or stay.
+
+    So no row is there twice, none is missing, and no file is left that no snapshot names (R15, R16, R32, R33).
+    """
+    info = lake.create(KEYED, (0, "identity"), key=key)
+    reached = Path(lake.config.attempts_dir, "reached")
+    real = worker.encode if fault is encode_and_hang else worker.commit
+    monkeypatch.setattr(worker, "encode" if fault is encode_and_hang else "commit", fault)
+    async with open_catalog(IcebergOptions(), tmp_path) as catalog:
+        async with trio.open_nursery() as nursery:
+
+            async def attempt() -> None:
+                staged = await catalog.encode(lake.frames(info, [rows(info, 1, 2)], 0))
+                await catalog.commit(lake.job(info, staged))
+
+            nursery.start_soon(attempt)
+            with trio.fail_after(60):
+                while not reached.exists():
+                    await trio.sleep(0.05)
+            nursery.cancel_scope.cancel()
+        reached.unlink()
+        assert list(Path(lake.config.attempts_dir).iterdir())
+        monkeypatch.setattr(worker, "encode" if fault is encode_and_hang else "commit", real)
+        staged = await catalog.encode(lake.frames(info, [rows(info, 1, 2), rows(info, 3)], 0))
+        result = await catalog.commit(lake.job(info, staged))
+        if fault is commit_and_hang:
+            # It had landed: the table stands at 1, and what comes next begins there.
+            assert (result.outcome, result.committed_lsn) == (CommitOutcome.RECUT, 1)
+            staged = await catalog.encode(lake.frames(info, [rows(info, 3)], 1))
+            result = await catalog.commit(lake.job(info, staged))
+        assert result.outcome is CommitOutcome.COMMITTED
+    assert sorted(lake.table(info).scan().to_arrow()["n"].to_pylist()) == [1, 2, 3]
+    named = {file["file_path"] for file in lake.table(info).inspect.files().to_pylist()}
+    assert {f"file://{path}" for path in data_files(lake, info)} == named
+    assert not any((lake.directory / "attempts").iterdir())
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("key", [(), ("n",)], ids=["append", "key"])
+async def test_a_copy_never_deletes_files_of_its_original(
+    make_lake: Callable[..., Lake], tmp_path: Path, given: bool, key: tuple[str, ...]
+) -> None:
+    """A copied data directory has the journals of its original, which goes on and commits what they name (R29).
+
+    The copy deletes what it has of such files itself, since no commit of its own names them.
+    """
+    original = make_lake(tmp_path / "original")
+    info = original.create(KEYED, (0, "identity"), key=key)
+    attempts_of = Attempts(original.config.attempts_dir)
+    job = await attempts_of.begin(original.frames(info, [rows(info, 1, 2)], 0))
+    staged = encode.encode(original.config, job)
+    if given:
+        await attempts_of.give(staged.journals, uuid4())
+    shutil.copytree(tmp_path / "original", tmp_path / "copy")
+    copy = make_lake(tmp_path / "copy")
+    adopt.adopt(copy.config, adopt.Move(original.config.warehouse, copy.config.warehouse))
+    assert original.commit(info, staged).outcome is CommitOutcome.COMMITTED
+    theirs = data_files(original, info)
+    ours = copy.reload(info)
+    assert len(data_files(copy, ours)) == len(theirs) == 2
+    async with open_catalog(IcebergOptions(), tmp_path / "copy") as catalog:
+        made = await catalog.encode(copy.frames(ours, [rows(ours, 7)], 0))
+        assert (await catalog.commit(copy.job(ours, made))).outcome is CommitOutcome.COMMITTED
+    assert data_files(original, info) == theirs
+    assert sorted(original.table(info).scan().to_arrow()["n"].to_pylist()) == [1, 2]
+    assert [f"file://{path}" for path in data_files(copy, ours)] == [file.path for file in made.files]
+    assert not any((copy.directory / "attempts").iterdir())
+
+
+def test_files_of_other_tables_are_not_ours() -> None:
+    """What a journal names is looked for below the table's location, by the folder that is its own (R5, R29)."""
+    here = "file:///b/warehouse/default/t-0123abcd"
+    named = [
+        "file:///b/warehouse/default/t-0123abcd/data/x.parquet",
+        "file:///a/warehouse/default/t-0123abcd/data/n=1/y.parquet",
+        "s3://lake/default/t-0123abcd/data/z.parquet",
+        "file:///b/warehouse/default/t-9999abcd/data/x.parquet",
+        "file:///b/warehouse/default/t-0123abcde/data/x.parquet",
+        "file:///a/t-0123abcd/../../x.parquet",
+        "file:///etc/passwd",
+    ]
+    assert own_paths(here, named) == [
+        f"{here}/data/x.parquet",
+        f"{here}/data/n=1/y.parquet",
+        f"{here}/data/z.parquet",
+    ]
 
 
 def journalled(lake: Lake, info: TableInfo) -> StagedFiles:
