@@ -43,6 +43,7 @@ from arka.tiers.admission import Ledger
 from arka.tiers.assembly import WAL_FOLDER, OpenLog, Surroundings
 from arka.tiers.demo import demo_definitions
 from arka.tiers.effects import Effects
+from arka.tiers.epochs import Claim, skip_epochs
 from arka.tiers.pipeline import Pipeline
 from arka.tiers.space import SharedRoom
 from arka.tiers.startup import open_pipeline
@@ -208,7 +209,9 @@ async def serve(
             adopting=settings.server.adopt_warehouse,
             take_over=settings.server.take_over,
         )
-        await settle_restored(data_dir, PosixDisk(), data_dir / WAL_FOLDER)
+        claim = Claim(settings.server.node_id, None, disk_uuid(data_dir))
+        skip = partial(skip_epochs, open_object_store(settings.object_store), claim)
+        await settle_restored(data_dir, PosixDisk(), data_dir / WAL_FOLDER, skip)
         listeners = await _listen(settings.server.host, settings.server.port)
         async with _engine(settings, data_dir) as opened:
             ledger = Ledger(settings.limits.memory_bytes)

@@ -29,12 +29,13 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, NamedTuple
 from urllib.parse import unquote, urlsplit
+from uuid import UUID
 
 import structlog
 
@@ -155,15 +156,26 @@ def back_up(data_dir: Path, out: Path, disk: Disk) -> BackedUp:
     return BackedUp(len(files), size, through_lsn, attempt, copy.outside)
 
 
-async def settle_restored(data_dir: Path, disk: Disk, wal_dir: Path) -> None:
-    """Let a restored copy begin at LSNs that nobody has given, before anything else of the log is used (R2).
+async def settle_restored(
+    data_dir: Path, disk: Disk, wal_dir: Path, skip_epochs: Callable[[UUID, int], Awaitable[None]]
+) -> None:
+    """Let a restored copy begin at LSNs and epochs that nobody has given, before anything else is used (R2, R38).
 
     The original may have gone on after the copy was made, and the same copy may have been restored before. Both gave
     LSNs from what the copy knew as reserved, or from blocks after it, and never one in a microsecond. So a restored
     copy begins as many LSNs above all that it knows as microseconds have passed since.
 
+    So it is with epochs, of which no disk takes two in a second. An epoch that both had would let ``arka wal salvage
+    --resubmit`` take the copy's commits for those of the log that is salvaged, and leave out its writes.
+
     What it knew of tables without writers holds no more: they may have been written to since (R37). Nor is its log
     known to be whole, although the original had closed it: LSNs may have been given since, and are lost (R3).
+
+    Args:
+        data_dir: the data directory.
+        disk: the file system.
+        wal_dir: the log's folder.
+        skip_epochs: records in the object store that epochs through this one are taken.
 
     Raises:
         ConfigurationError: the file that says so cannot be read.
@@ -182,11 +194,14 @@ async def settle_restored(data_dir: Path, disk: Disk, wal_dir: Path) -> None:
     if state is not None:
         passed_us = max(0, time.time_ns() // 1000 - taken_us)
         first_lsn = min(state.store_ceiling + passed_us, LSN_END)
-        await replace(state, lsn_ceiling=first_lsn, store_ceiling=first_lsn, birth=0).write(wal_dir, disk)
+        epoch = state.epoch + passed_us // 1_000_000 + 1
+        # The store first: a disk that knows of an epoch which its store lacks is refused.
+        await skip_epochs(state.log_uuid, epoch)
+        await replace(state, epoch=epoch, lsn_ceiling=first_lsn, store_ceiling=first_lsn, birth=0).write(wal_dir, disk)
         seal = read_seal(disk, wal_dir)
         if seal is not None and seal.closed:
             write_seal(disk, wal_dir, replace(seal, closed=False))
-        log.warning("log.backup_restored", age_s=passed_us // 1_000_000, first_lsn=first_lsn)
+        log.warning("log.backup_restored", age_s=passed_us // 1_000_000, epoch=epoch, first_lsn=first_lsn)
     disk.remove(path)
     disk.sync_directory(data_dir)
 

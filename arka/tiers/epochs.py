@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Final
 from uuid import UUID, uuid4
@@ -147,6 +148,25 @@ async def newest_start(store: ObjectStore, node_id: str) -> StartRecord | None:
     """
     keys = await store.list_keys(f"{node_id}/started/")
     return await read_record(store, keys[-1].key, StartRecord) if keys else None
+
+
+async def skip_epochs(store: ObjectStore, claim: Claim, log_uuid: UUID, through_epoch: int) -> None:
+    """Record an epoch as taken and never started, so that the next start takes a higher one.
+
+    Args:
+        store: the object store.
+        claim: whose epochs they are.
+        log_uuid: the log.
+        through_epoch: the epoch; above all that the node has in the store.
+
+    Raises:
+        StoreUnavailable: the store does not answer; ask again.
+
+    Durability: recorded on return.
+    """
+    with suppress(ObjectExists):
+        record = _new_record(claim, log_uuid, through_epoch)
+        await store.put_new(epoch_key(claim.node_id, through_epoch), [record.to_bytes()])
 
 
 def _new_record(claim: Claim, log_uuid: UUID, epoch: int) -> EpochRecord:
