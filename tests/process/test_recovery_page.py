@@ -12,6 +12,8 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.flight as flight
 import pytest
 
 from arka.testing.serverprocess import ServerFailed, ServerProcess
@@ -247,6 +249,25 @@ def test_new_object_store(make_server: Callable[..., ServerProcess]) -> None:
             assert min(ack["lsn"] for ack in acks) >= 1 << 32
     for name in TABLES:
         assert rows(server, name) == list(range(10))
+
+
+def test_data_file(make_server: Callable[..., ServerProcess], tmp_path: Path) -> None:
+    """A data file that is gone: reads name it, writes of both kinds of tables go on; put back, each row is there."""
+    server = make_server(iceberg__commit_interval_s=0.1).start()
+    fill(server)
+    for name in TABLES:
+        path = min(server.data.glob(f"warehouse/default/{name}-*/data/*.parquet"))
+        copy = tmp_path / f"{name}.parquet"
+        shutil.copy(path, copy)
+        path.unlink()
+        with connect(server.location) as client:
+            with pytest.raises((flight.FlightError, pa.ArrowException), match=path.name):
+                client.do_get(flight.Ticket(name.encode())).read_all()
+            write_all(client, name, [numbers([5])])
+            assert action(client, "DescribeTable", name=name)["state"] == "active"
+            follow("A data file", make_server, server, COPY=copy, FILE=path)
+            read = client.do_get(flight.Ticket(name.encode())).read_all()
+        assert sorted(read["n"].to_pylist()) == rows(server, name) == list(range(6))
 
 
 @pytest.mark.parametrize("damage", ["damaged", "gone"])
