@@ -397,7 +397,10 @@ class TableCommitter:
         self._table.effort.fail(reason)
         log.error("iceberg.failed", table=str(self._table.info.name), failures=self._failures, reason=reason)
         if self._failures >= _MAX_FAILURES:
-            self._table.stop(f"Table {self._table.info.name} cannot be committed: {reason}")
+            self._table.stop(
+                f"Table {self._table.info.name} cannot be committed: {reason}. Its waiting writes are kept: mend the "
+                "table and restart the server, or drop it"
+            )
         return min(self._options.retry_s * float(2**self._failures), MAX_RETRY_S)
 
 

@@ -508,6 +508,47 @@ async def test_a_key_that_others_change_is_refused_until_it_is_changed_back(auto
             assert [ack.code for ack in await old.settle()] == ["table_stopped", None]
 
 
+@pytest.mark.parametrize("loses_disk", [False, True], ids=["restart", "node loss"])
+@pytest.mark.parametrize("waits", [False, True], ids=["idle", "writes wait"])
+async def test_a_key_that_others_change_is_refused_after_a_restart_too(
+    waits: bool, loses_disk: bool, autojump_clock: MockClock
+) -> None:
+    """The log knows the key; changed back, the table takes writes, and those that waited are there once (R18, R27)."""
+    node = SimNode()
+    async with node.run() as pipeline:
+        table = await make(pipeline, keyed=True)
+        async with stream(pipeline, PEOPLE) as old:
+            await old.write((1, "A", "B"))
+            await old.settle()
+        if waits:
+            node.catalog.unreadable.add(NAME)
+            async with stream(pipeline, PEOPLE) as old:
+                await old.write((2, "C", "D"))
+                await pipeline.flush(table, Tier.OBJECT_STORAGE)
+    found = node.catalog._tables[NAME]
+    kept, found.info = found.info, replace(found.info, key_columns=("first",))
+    node.catalog.unreadable.clear()
+    if loses_disk:
+        node.lose_disk()
+    async with node.run() as pipeline:
+        table = await pipeline.tables.find(NAME)
+        await trio.sleep(60)
+        assert "primary key" in str(table.reason)
+        with pytest.raises(ArkaError) as caught:
+            table.check_active()
+        assert caught.value.code is ErrorCode.TABLE_STOPPED
+        if table.ending is not None:
+            assert "restart the server" in table.ending_detail
+    found.info = kept
+    async with node.run() as pipeline:
+        table = await pipeline.tables.find(NAME)
+        async with stream(pipeline, PEOPLE) as new:
+            await new.write((3, "E", "F"))
+            assert [ack.code for ack in await new.settle()] == [None]
+        await pipeline.flush(table, Tier.ICEBERG_COMMITTED)
+        assert sorted(node.catalog.rows(NAME)["id"].to_pylist()) == ([1, 2, 3] if waits else [1, 3])
+
+
 async def test_a_table_type_that_others_set_has_no_effect(autojump_clock: MockClock) -> None:
     """A table keeps the type that it was made with; the reason says so."""
     node = SimNode()
