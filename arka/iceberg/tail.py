@@ -114,7 +114,7 @@ def open_tail(frames: TableFrames | None, above_lsn: int) -> Tail:
     """
     if frames is None or frames.through_lsn <= above_lsn:
         return _NoTail()
-    found = (frame for frame in read_frames(frames) if frame.lsn > above_lsn)
+    found = (frame for frame in read_frames(frames) if frame.lsn > above_lsn and frame.lsn not in frames.without)
     if frames.table.table_type is TableType.PRIMARY_KEY:
         return _KeyedTail(found, frames.table)
     return _AppendedTail(found)

@@ -198,6 +198,7 @@ class TableFrames:
         accepted: the specs that the frames were accepted under, by LSN; empty if all of them have ``table``'s.
         attempt: ends the name of each file that this attempt makes; fixed before it starts (R32).
         journal: the local file in which the attempt names its files before it makes them.
+        without: LSNs of writes that a read leaves out: they are set aside (R32).
     """
 
     table: TableInfo
@@ -210,6 +211,7 @@ class TableFrames:
     accepted: tuple[AcceptedSpec, ...] = ()
     attempt: str = ""
     journal: str = ""
+    without: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -397,7 +397,8 @@ class SimCatalog:
                 raise ArkaError(f"no retained snapshot ends at {job.at_lsn}", code=ErrorCode.OUT_OF_RANGE)
             changes, info = changes[:end] if job.at_lsn < lsn else changes, then
         elif job.tail is not None and lsn >= job.tail.after_lsn:
-            changes = changes + [frame for frame in self._frames(job.tail) if frame.lsn > lsn]
+            tail = (frame for frame in self._frames(job.tail) if frame.lsn not in job.tail.without)
+            changes = changes + [frame for frame in tail if frame.lsn > lsn]
         schema = check_columns(job.table.name, info.schema, job.columns)
         schema = schema.with_metadata(scan_notes(described.marks, described.snapshot_id))
         found = _fold(info, changes).select(schema.names).slice(0, job.limit)

@@ -18,7 +18,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -78,8 +78,58 @@ _DRAIN_S: Final = 900.0
 _LACKS: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 #: Longest time for which a table may stand still without a word, in seconds.
 _SILENCE_S: Final = PATIENCE_S + 3.0
+#: What happens to a life, as ``_Life._inject`` draws it: twice what is to be more likely.
+FAULTS: Final = (
+    "power cut",
+    "kill",
+    "power cut in a job",
+    *("disk", "store", "catalog") * 2,
+    "clock",
+    "freeze",
+    "foreign commit",
+    "vanish",
+    "rename",
+    "bring back",
+    "cut off",
+    "shortage",
+)
+#: What the counts of those faults begin with that may keep the catalog from answering.
+_TROUBLES: Final = ("catalog ", "warehouse ", "table held up")
+#: How old an answer of the catalog's may be that somebody acts on, in seconds.
+_CHANGED_S: Final = 10.0
 #: How many lines of a failed run are shown.
 _TAIL_LINES: Final = 60
+
+
+@dataclass(frozen=True, slots=True)
+class _Pace:
+    """How much happens in a history, and how fast: where everything fails at once, little gets far.
+
+    Attributes:
+        faults: those that occur; see ``FAULTS``.
+        faults_per_s: how many of them, and of those that do not occur, there are in a second.
+        lives_s: how long a life may last that no fault ends.
+        shares: of requests to store and catalog that fail.
+        delays_s: the longest that a request to the catalog takes.
+        rest_s: the longest that a client pauses between two streams.
+    """
+
+    faults: frozenset[str] = frozenset(FAULTS)
+    faults_per_s: float = 1.0
+    lives_s: tuple[float, ...] = (0.3, 3.0, 12.0)
+    shares: tuple[float, ...] = (0.0, 0.05, 0.3)
+    delays_s: tuple[float, ...] = (0.0, 0.05, 1.0)
+    rest_s: float = 0.5
+
+
+def _choose_pace(rng: random.Random, faults: Collection[str]) -> _Pace:
+    """Let many of the histories be calmer, with few kinds of faults each; all of them where ``faults`` are given."""
+    calm = rng.random() < 0.35
+    if not calm and not faults:
+        return _Pace()
+    chosen = frozenset(faults or rng.sample(sorted(set(FAULTS)), rng.randint(3, 9)))
+    lives_s, rest_s = rng.choice((((3.0, 12.0), 2.0), ((12.0, 40.0), 15.0)))
+    return _Pace(chosen, rng.choice((0.3, 0.6, 1.0)), lives_s, (0.0, 0.0, 0.05), (0.0, 0.05, 0.05, 1.0), rest_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +238,7 @@ class _Life:
                 else:
                     streams.start_soon(self._change_tables)
                     streams.start_soon(self._read_tables)
-                    await trio.sleep(rng.choice((0.3, 3.0, 12.0)) * (0.2 + rng.random()))
+                    await trio.sleep(rng.choice(world.pace.lives_s) * (0.2 + rng.random()))
                     streams.cancel_scope.cancel()
             await self._stop()
             nursery.cancel_scope.cancel()
@@ -197,9 +247,10 @@ class _Life:
         """How much befell the catalog so far; None while it may not answer this process in time."""
         weather, trace = self.world.weather, self.world.trace
         unanswered = weather.away or weather.max_delay_s > 0.05 or not weather.warehouse.is_own
+        unanswered = unanswered or bool(weather.tables.unreadable)
         if unanswered or self.process.cut_off or self.process.frozen or self.superseded:
             return None
-        return sum(count for fault, count in trace.counts.items() if fault.startswith(("catalog ", "warehouse ")))
+        return sum(count for fault, count in trace.counts.items() if fault.startswith(_TROUBLES))
 
     def _take_start(self, opened: OpenLog) -> None:
         self.world.promises.take_start(
@@ -361,46 +412,47 @@ class _Life:
         if rng.random() < 0.2:
             self._cut_power_soon()
         while True:
-            await trio.sleep(rng.expovariate(1.0))
+            await trio.sleep(rng.expovariate(self.world.pace.faults_per_s))
             if self.left.is_set():
                 # The world is the next life's now.
                 return
             if rng.random() < 0.8:
                 self.world.change_schema()
-            match rng.randrange(17):
-                case 0:
+            fault = rng.choice(FAULTS)
+            match fault if fault in self.world.pace.faults else None:
+                case "power cut":
                     self.crash()
-                case 1:
+                case "kill":
                     self.world.trace.count("kill")
                     self._end(lambda: self.disk.kill())
-                case 2:
+                case "power cut in a job":
                     self._cut_power_soon()
-                case 3 | 4:
+                case "disk":
                     operation = rng.choice(("sync", "sync", "write", "create", "rename", "sync_directory"))
                     self.world.trace.count(f"disk {operation} fails")
                     self.disk.fail_next(operation, rng.choice((errno.EIO, errno.ENOSPC)), after=rng.randint(0, 3))
-                case 5 | 6:
+                case "store":
                     self.world.start_outage("store", rng.choice((2.0, 20.0, 180.0)) * rng.random())
-                case 7 | 8:
+                case "catalog":
                     self.world.start_outage("catalog", rng.choice((2.0, 20.0, 180.0)) * rng.random())
-                case 9:
+                case "clock":
                     self.world.trace.count("clock jump")
                     self.world.trace.wall_offset_s += rng.choice((-3600.0, -5.0, 0.5, 3600.0))
-                case 10 if self.opened.is_set():
+                case "freeze" if self.opened.is_set():
                     self._freeze()
-                case 11:
+                case "foreign commit":
                     self.world.append_foreign()
-                case 12:
+                case "vanish":
                     self.world.trace.count("table vanishes")
                     self.world.weather.vanish(rng.choice(self.world.tables))
-                case 13:
+                case "rename":
                     self.world.trace.count("table renamed")
                     self.world.weather.rename(rng.choice(self.world.tables))
-                case 14:
+                case "bring back":
                     self.world.weather.bring_back(self.world.promises.drop_asked)
-                case 15 if self.opened.is_set():
+                case "cut off" if self.opened.is_set():
                     self._cut_off()
-                case 16 if self.opened.is_set():
+                case "shortage" if self.opened.is_set():
                     self._run_short()
                 case _:
                     pass
@@ -553,7 +605,7 @@ class _Life:
 class _World:
     """One seed's run."""
 
-    def __init__(self, seed: int, trace: Trace) -> None:
+    def __init__(self, seed: int, trace: Trace, faults: Collection[str]) -> None:
         self.rng = rng = random.Random(f"world {seed}")
         self.trace = trace
         self.disk = MachineDisk(rng, UUID(int=0xD15C))
@@ -566,12 +618,15 @@ class _World:
         self.promises.poison = self.weather.tables.poison
         self.weather.most_frames = odd.choice((0, 0, 0, 2, 9))
         self.weather.most_written = odd.choice((0, 0, 0, 1, 3))
+        self.pace = _choose_pace(random.Random(f"pace {seed}"), faults)
         self.tables = [TableName("default", f"t{number}") for number in range(rng.randint(1, 3))]
         self._keyed = {name for name in self.tables if rng.random() < 0.4}
         self.writers = [
             Writer(number, rng.choice(self.tables), self.promises, random.Random(rng.random()))
             for number in range(rng.randint(1, 4))
         ]
+        for writer in self.writers:
+            writer.rest_s = self.pace.rest_s
         # Of its own, so that a seed's history without shortage stays what it is.
         self.shortage_rng = shortage = random.Random(f"shortage {seed}")
         #: Whether the disk has little room, and tables fall behind one by one.
@@ -601,7 +656,7 @@ class _World:
         self._hides = hiding.random() < 0.4
         warehouse = self.weather.warehouse
         warehouse.local = hiding.random() < 0.6
-        warehouse.on_marker = lambda: self.promises.fail("a marker was made in a warehouse that lacks our tables")
+        warehouse.on_marker = self._take_marker
         self.promises.shows = warehouse.shows
         self._outages: Counter[str] = Counter()
         self._nursery: trio.Nursery | None = None
@@ -626,10 +681,10 @@ class _World:
             nursery.start_soon(self._hide, hiding)
         lives = rng.randint(1, 5)
         for number in range(3 * lives):
-            self.store.fault_share = rng.choice((0.0, 0.05, 0.3))
+            self.store.fault_share = rng.choice(self.pace.shares)
             self.store.max_delay_s = rng.choice((0.0, 0.05, 1.0))
-            self.weather.fault_share = rng.choice((0.0, 0.05, 0.3))
-            self.weather.max_delay_s = rng.choice((0.0, 0.05, 1.0))
+            self.weather.fault_share = rng.choice(self.pace.shares)
+            self.weather.max_delay_s = rng.choice(self.pace.delays_s)
             life = await self._begin(number, quiet=False)
             nursery.start_soon(self._wake, list(frozen), life)
             await life.left.wait()
@@ -738,6 +793,11 @@ class _World:
         warehouse.bring_back()
         warehouse.gone.clear()
 
+    def _take_marker(self) -> None:
+        """Hear of a marker in a warehouse that is not the log's own: the catalog may hold no table then (R28)."""
+        if self.weather.tables._tables and trio.current_time() - self.weather.changed_s > _CHANGED_S:
+            self.promises.fail("a marker was made in a warehouse that lacks our tables")
+
     def start_outage(self, what: str, seconds: float) -> None:
         """Let the store or the catalog be away for a while."""
         assert self._nursery is not None
@@ -804,11 +864,12 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
         yield error
 
 
-def simulate(seed: int) -> Outcome:
+def simulate(seed: int, faults: Collection[str] = ()) -> Outcome:
     """Run one seed.
 
     Args:
         seed: decides everything.
+        faults: of ``FAULTS``, those that may befall a server; none given: the seed chooses.
 
     Returns:
         What became of it; never raises for a broken promise.
@@ -826,7 +887,7 @@ def simulate(seed: int) -> Outcome:
         mock.patch("arka.tiers.warehouse.SEEN_S", 0.0),
     ):
         try:
-            world = _World(seed, trace)
+            world = _World(seed, trace, faults)
             limit = StepLimit()
             trio.run(world.run, limit.scope, clock=MockClock(autojump_threshold=0), instruments=[limit])
             if limit.broken is not None:
@@ -885,4 +946,4 @@ def main() -> int:
 if __name__ == "__main__":
     sys.exit(main())
 
-__all__ = ["Outcome", "simulate", "simulate_many"]
+__all__ = ["FAULTS", "Outcome", "simulate", "simulate_many"]

@@ -492,6 +492,8 @@ class CatalogWeather:
         self._vanished: list[tuple[TableName, Any]] = []
         #: The UUIDs of all tables that were ever taken out.
         self.vanished: set[UUID] = set()
+        #: When a table was last taken out or put back (trio's clock).
+        self.changed_s = -1e18
         #: Told what each commit changes, in the step that applies it.
         self.on_commit: Callable[[CommitJob, list[FrameRows]], None] = lambda job, changes: None
         self._late: list[tuple[float, Callable[[], object]]] = []
@@ -506,6 +508,7 @@ class CatalogWeather:
         if table is not None:
             self.vanished.add(table.info.uuid)
             self._vanished.append((name, table))
+            self.changed_s = trio.current_time()
 
     def bring_back(self, dropped: Container[UUID]) -> None:
         """Put the tables back that were taken out and not dropped since; where a name is taken, under another one."""
@@ -525,6 +528,7 @@ class CatalogWeather:
             name = TableName(name.namespace, f"{name.name}_x")
         table.info = replace(table.info, name=name)
         self.tables._tables[name] = table
+        self.changed_s = trio.current_time()
 
     def postpone(self, effect: Callable[[], object]) -> None:
         """Let a request that was given up take effect later."""

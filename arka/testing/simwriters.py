@@ -22,7 +22,7 @@ from arka.flight.exchange import Exchange
 from arka.options import Limits
 from arka.records import AckMessage, TableInfo, TableName, TableType, Tier
 from arka.testing.simpromises import Node, Promises, StreamAcks, Write
-from arka.testing.simschemas import SCHEMA, definition_of, fields_of, stream_schema, values_for
+from arka.testing.simschemas import SCHEMA, WIDE, definition_of, fields_of, stream_schema, values_for
 from arka.testing.simworld import Process
 from arka.tiers.admission import Ledger
 from arka.tiers.pipeline import Pipeline
@@ -93,6 +93,8 @@ class Writer:
         self._promises = promises
         self._rng = rng
         self.keyed = rng.random() < 0.6
+        #: The longest pause between two streams, in seconds.
+        self.rest_s = 0.5
         #: What its streams say of order; None for nothing.
         self.ordered = random.Random(f"ordered {number}").choice((None, None, True, False))
         self._coalesced = rng.random() < 0.3
@@ -121,7 +123,7 @@ class Writer:
                 if server.draining and group.subgroup(_is_not_found):
                     # Renamed while the catalog was away, and heard of only after the server had made its tables.
                     await server.make_table(self.table)
-            await trio.sleep(self._rng.uniform(0.05, 0.5))
+            await trio.sleep(self._rng.uniform(0.05, 0.5 if server.draining else self.rest_s))
 
     def make_write(self, table: TableInfo) -> Write:
         """A write that was never sent; to a primary-key table, some delete rows of others."""
@@ -201,7 +203,8 @@ class _Session:
             await self._handle(FlightMessage(header=flight_messages(self._schema)), 0)
             bound = exchange._require_decoder().table
             meant = fields_of(bound.schema)
-            self._fields = {name: meant[name] for name in self._schema.names if name in meant}
+            # A column that was dropped since is meant for no field.
+            self._fields = {name: meant.get(name, 0) for name in self._schema.names if name in WIDE}
             # One that takes no writes binds nobody.
             calm = troubles is not None and self._server.troubles() == troubles
             if calm and table.is_committing and not table.refusal:

@@ -215,6 +215,7 @@ class Apart:
             elif table.fetched:
                 await _wait_taken(table)
             else:
+                table.effort.begin("the object store to give back what is set apart")
                 found = await self._behind.fetch_first(table)
                 found.discard_through(table.committed.lsn)
                 if found:

@@ -6,7 +6,7 @@ it (``arka.iceberg.scan``).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import trio
@@ -188,7 +188,9 @@ def _frames_of(pipeline: Pipeline, table: Table, through_lsn: int, behind: Backl
             f"{table.info.name} holds LSN {table.committed.lsn} in Iceberg, this server gave {cut.through_lsn} last: "
             "another server has taken its log over"
         )
-    return table.frames(pipeline.log_uuid, cut)
+    # What is set aside is in no table, although no commit has passed it yet (R32).
+    asides = tuple(lsn for lsn in table.asides if lsn > table.committed.lsn)
+    return replace(table.frames(pipeline.log_uuid, cut), without=asides)
 
 
 __all__ = ["ReadRequest", "read_table"]

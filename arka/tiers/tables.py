@@ -140,7 +140,7 @@ class Tables:
         self._owner = owner_property(node_id, log_uuid)
         self._make_committer = make_committer
         #: Whether catalog and warehouse are the ones that this log was joined to (R28, R33).
-        self.watch = WarehouseWatch(warehouse, catalog, self._known_names)
+        self.watch = WarehouseWatch(warehouse, catalog, self._known)
         self._by_uuid: dict[UUID, Table] = {}
         self._by_name: dict[TableName, Table] = {}
         # Creates whose outcome is not in the log: those of an earlier process are finished here (R41).
@@ -168,8 +168,8 @@ class Tables:
         self._nursery: trio.Nursery | None = None
         self._reconciled = False
 
-    def _known_names(self) -> list[TableName]:
-        return [table.info.name for table in self._by_uuid.values() if table.state is not TableState.DROPPED]
+    def _known(self) -> list[TableInfo]:
+        return [table.info for table in self._by_uuid.values() if table.state is not TableState.DROPPED]
 
     # -- the list ---------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ import structlog
 import trio
 
 from arka.errors import ArkaError
-from arka.records import TableInfo, TableName
+from arka.records import TableInfo
 from arka.storage.ports import Catalog, CatalogUnavailable, FilesMissing, TableMissing, Warehouse, WarehouseChanged
 
 log = structlog.get_logger(__name__)
@@ -32,17 +32,17 @@ SEEN_S: Final = 60.0
 class WarehouseWatch:
     """The last tier's look at where it writes. Used from trio's thread only."""
 
-    def __init__(self, warehouse: Warehouse | None, catalog: Catalog, names: Callable[[], Iterable[TableName]]) -> None:
+    def __init__(self, warehouse: Warehouse | None, catalog: Catalog, known: Callable[[], Iterable[TableInfo]]) -> None:
         """Join the warehouse to the catalog.
 
         Args:
             warehouse: None where it cannot have a marker: the check is then one of each table's own files.
             catalog: lists tables, and looks for their files.
-            names: the names of the tables that the log knows.
+            known: returns the tables that the log knows, as it knows them.
         """
         self._warehouse = warehouse
         self._catalog = catalog
-        self._names = names
+        self._known_tables = known
         self._known: UUID | None = None
         self._trouble: str | None = None if warehouse is None else "the warehouse's marker was not read yet"
         self._said: str | None = None
@@ -185,14 +185,19 @@ class WarehouseWatch:
         """Look for the files of all tables of this log that the catalog names.
 
         Returns:
-            The names of those that lack one, and how many lack none.
+            The names of those that lack one, or may lack one, and how many lack none.
         """
         listing = await self._catalog.list_tables()
-        names = set(self._names())
+        known = {info.uuid: info.name for info in self._known_tables()}
+        names = set(known.values())
         missing = sorted(map(str, listing.unread & names))
+        listed = {table.info.uuid for table in listing.tables} | listing.unusable.keys()
+        if any(uuid not in listed and name not in listing.unread for uuid, name in known.items()):
+            # Of what cannot be read the catalog tells the name alone: it may be a table of ours that others renamed.
+            missing += sorted(map(str, listing.unread - names))
         readable = 0
         for table in listing.tables:
-            if table.info.name not in names:
+            if table.info.uuid not in known and table.info.name not in names:
                 continue
             # What was read once may be remembered: look for the file.
             try:

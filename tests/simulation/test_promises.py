@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import count
 from typing import Any
 from uuid import UUID, uuid4
@@ -30,6 +31,7 @@ from arka.testing import simcatalog, simworld
 from arka.testing.simcatalog import SimCatalog
 from arka.testing.simulation import Outcome, simulate
 from arka.testing.steplimit import StepLimit
+from arka.tiers.adoption import Adoption
 from arka.tiers.aside import Aside
 from arka.tiers.committer import TableCommitter
 from arka.tiers.cutsize import CutSize
@@ -100,10 +102,14 @@ def test_standing_still_ends() -> None:
     assert "waits for another" in limit.broken
 
 
-def catch() -> str:
-    """Run seeds until a promise breaks; says which."""
+def catch(*faults: str) -> str:
+    """Run seeds until a promise breaks; says which.
+
+    Args:
+        faults: of ``FAULTS``, those that show the mutant soon; none given: the seeds choose.
+    """
     for seed in range(CATCH_SEEDS):
-        outcome = simulate(seed)
+        outcome = simulate(seed, faults)
         if outcome.broken is not None:
             return outcome.broken
     pytest.fail(f"{CATCH_SEEDS} seeds found nothing wrong with a broken engine")
@@ -113,7 +119,7 @@ def test_catches_shortage_as_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that takes a lack of descriptors or memory for a failed write is caught (R31)."""
     for module in (writer, logstate, seal):
         monkeypatch.setattr(module, "short_of", lambda *_: nullcontext())
-    assert "for lack of something" in catch()
+    assert "for lack of something" in catch("shortage")
 
 
 def test_catches_silent_stall(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,8 +202,10 @@ def test_catches_epoch_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
         return None
 
     monkeypatch.setattr(EpochLease, "verify", verify)
-    # An ack for what the log's new owner has not, or an LSN that it has given to another write.
-    assert re.search(r"(acked|had LSN \d+ at) (object_storage|iceberg_committed)", catch())
+    # An ack for what the new owner has not, an LSN that it has given to another write, or an epoch that is behind.
+    assert re.search(
+        r"(acked|had LSN \d+ at) (object_storage|iceberg_committed)|was taken after", catch("freeze", "cut off")
+    )
 
 
 def test_catches_retention_by_the_wall_clock(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +251,36 @@ def test_catches_streams_bound_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         return list(stream)
 
     monkeypatch.setattr("arka.flight.decode.rename_fields", by_name)
-    assert "it was meant for" in catch()
+    # Or its table cannot go on: a value does not fit the column that it was written to.
+    broken = catch("foreign commit")
+    assert "it was meant for" in broken or "is lost" in broken
+
+
+def test_catches_a_schema_that_is_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that goes on with the columns that it loaded first is caught (R27)."""
+    adopt = Adoption.adopt
+
+    def keep(self: Adoption, table: Any, info: Any, question: Any = None) -> None:
+        adopt(self, table, replace(info, schema=table.info.schema, schema_id=table.info.schema_id), question)
+
+    monkeypatch.setattr(Adoption, "adopt", keep)
+    assert "which the table no longer had" in catch("foreign commit")
+
+
+def test_catches_answers_that_are_not_adopted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that asks the catalog and goes on with what it knew is caught (R27)."""
+    monkeypatch.setattr(Adoption, "take", lambda *_: True)
+    assert "which the table no longer had" in catch("foreign commit")
+
+
+def test_catches_streams_that_open_on_old_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that learns of others' changes from its own commits alone is caught (R27)."""
+
+    async def refresh(self: Adoption, table: Any, *, max_age_s: float | None = None) -> None:
+        return None
+
+    monkeypatch.setattr(Adoption, "refresh", refresh)
+    assert "which the table no longer had" in catch("foreign commit")
 
 
 def test_catches_cuts_that_never_shrink(monkeypatch: pytest.MonkeyPatch) -> None:

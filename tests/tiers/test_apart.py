@@ -84,6 +84,23 @@ async def test_a_slow_table_is_set_apart_and_comes_back(keyed: bool, autojump_cl
         await wait_until(lambda: not node.keys_of("behind"))
 
 
+async def test_a_table_that_is_set_apart_stalls_with_a_word(autojump_clock: MockClock) -> None:
+    """Its log is empty then, and its writes wait all the same: whatever holds them up is said, and said again (R35)."""
+    node = SimNode(SETTINGS)
+    async with node.run() as pipeline:
+        slow, _ = await set_apart(node, pipeline)
+        with capture_logs() as logs:
+            await trio.sleep(130)
+            assert "cannot be read" in (pipeline.stalled(slow) or "")
+            node.catalog.unreadable.discard(SLOW)
+            await pipeline.flush(slow, Tier.ICEBERG_COMMITTED)
+            await trio.sleep(1)
+            assert pipeline.stalled(slow) is None
+        said = [entry["event"] for entry in logs if entry["event"].startswith("stall")]
+        assert said[:2] == ["stall"] * 2
+        assert said[-1] == "stall.over"
+
+
 async def test_a_table_that_cannot_be_read_at_the_start(autojump_clock: MockClock) -> None:
     """Nobody knows yet how far it is: what the log has of it is set apart all the same, and committed later."""
     node = SimNode(SETTINGS)

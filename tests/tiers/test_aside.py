@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from uuid import UUID
 
+import pyarrow as pa
 import pytest
 import trio
 from trio.testing import MockClock
@@ -11,10 +13,12 @@ from trio.testing import MockClock
 from arka.errors import ArkaError, DataCorruption, ErrorCode
 from arka.flight.acks import AckForm, AckQueue
 from arka.records import AckMessage, Tier
-from arka.storage.ports import CatalogUnavailable, UnwritableRows
+from arka.storage.ports import CatalogUnavailable, CommitJob, CommitResult, UnwritableRows
 from arka.testing.simnode import NAME, SimNode, create_table, write, write_all
+from arka.testing.simworld import ProcessCatalog
 from arka.testing.simwriters import parse_acks
 from arka.tiers.aside import load_asides
+from arka.tiers.reads import ReadRequest, read_table
 from arka.tiers.watermarks import Advance
 from arka.wal.asidefile import parse_aside
 
@@ -94,6 +98,32 @@ async def test_a_death_before_the_commit_passes_it(autojump_clock: MockClock, wo
         table = await pipeline.tables.find(NAME)
         await pipeline.flush(table, Tier.ICEBERG_COMMITTED)
         assert world.ids() == [n for n in range(10) if n != 7]
+
+
+async def test_reads_leave_it_out_at_once(
+    autojump_clock: MockClock, world: SimNode, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its writer is told that it is not in the table: no read finds it, also before a commit has passed it (R25)."""
+    commit = ProcessCatalog.commit
+
+    async def stuck(self: ProcessCatalog, job: CommitJob) -> CommitResult:
+        if not job.staged.files:
+            await trio.sleep_forever()
+        return await commit(self, job)
+
+    monkeypatch.setattr(ProcessCatalog, "commit", stuck)
+    for life in range(2):
+        async with world.run() as pipeline:
+            table = await create_table(pipeline)
+            if life == 0:
+                await write_all(pipeline, table, range(20), Tier.OBJECT_STORAGE)
+            with trio.fail_after(600):
+                while not table.asides:
+                    await trio.sleep(0.1)
+            assert max(world.ids()) < 7
+            await read_table(pipeline, table, ReadRequest(("id",)), str(tmp_path / "found"))
+            found = pa.ipc.open_stream((tmp_path / "found").read_bytes()).read_all()
+            assert sorted(found["id"].to_pylist()) == [n for n in range(20) if n != 7]
 
 
 async def test_it_waits_for_the_store(autojump_clock: MockClock, world: SimNode) -> None:

@@ -32,6 +32,8 @@ class World:
         self.whole = True
         self.writable = True
         self.made: list[UUID] = []
+        self.unread: set[TableName] = set()
+        self.listed = tables
         self.looks = 0
 
     async def read_marker(self) -> UUID | None:
@@ -56,7 +58,7 @@ class World:
 
     async def list_tables(self) -> CatalogListing:
         await trio.lowlevel.checkpoint()
-        return CatalogListing((CatalogTable(INFO, (), None),) if self.tables else ())
+        return CatalogListing((CatalogTable(INFO, (), None),) if self.listed else (), frozenset(self.unread))
 
     async def look_at(self, table: TableInfo) -> None:
         await trio.lowlevel.checkpoint()
@@ -67,7 +69,7 @@ class World:
 
 def _watch(world: World) -> WarehouseWatch:
     catalog: Any = world
-    return WarehouseWatch(world, catalog, lambda: [INFO.name] if world.tables else [])
+    return WarehouseWatch(world, catalog, lambda: [INFO] if world.tables else [])
 
 
 @pytest.fixture
@@ -104,6 +106,35 @@ async def test_no_marker_is_made_in_an_empty_warehouse(
     world.marker, world.whole = kept, True
     await watch.wait_ours()
     assert watch.trouble is None
+
+
+@pytest.mark.parametrize(("name", "marks"), [("t", False), ("renamed", False), (None, True)])
+async def test_a_table_that_cannot_be_read_may_be_ours(
+    name: str | None, marks: bool, world: World, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    """A table of ours that others renamed is not missed in an empty warehouse: the catalog tells its new name alone."""
+    world.listed = False
+    world.unread = set() if name is None else {TableName("default", name)}
+    watch = _watch(world)
+    nursery.start_soon(watch.run)
+    with trio.move_on_after(30):
+        await watch.wait_ours()
+    assert bool(world.made) == marks
+    assert (watch.trouble is None) == marks
+    world.unread, world.listed = set(), True
+    await watch.wait_ours()
+    assert len(world.made) == 1
+
+
+async def test_tables_of_others_that_cannot_be_read_are_no_hindrance(
+    world: World, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    """While the catalog shows all of our tables, what else cannot be read is not ours."""
+    world.unread = {TableName("default", "theirs")}
+    watch = _watch(world)
+    nursery.start_soon(watch.run)
+    await watch.wait_ours()
+    assert len(world.made) == 1
 
 
 async def test_another_marker_is_not_ours(world: World, nursery: trio.Nursery, autojump_clock: MockClock) -> None:
