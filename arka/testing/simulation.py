@@ -94,7 +94,7 @@ FAULTS: Final = (
     "shortage",
 )
 #: What the counts of those faults begin with that may keep the catalog from answering.
-_TROUBLES: Final = ("catalog ", "warehouse ", "table held up")
+_TROUBLES: Final = ("catalog ", "warehouse ", "table held up", "file of a table")
 #: How old an answer of the catalog's may be that somebody acts on, in seconds.
 _CHANGED_S: Final = 10.0
 #: How many lines of a failed run are shown.
@@ -247,7 +247,7 @@ class _Life:
         """How much befell the catalog so far; None while it may not answer this process in time."""
         weather, trace = self.world.weather, self.world.trace
         unanswered = weather.away or weather.max_delay_s > 0.05 or not weather.warehouse.is_own
-        unanswered = unanswered or bool(weather.tables.unreadable)
+        unanswered = unanswered or bool(weather.tables.unreadable or weather.warehouse.gone)
         if unanswered or self.process.cut_off or self.process.frozen or self.superseded:
             return None
         return sum(count for fault, count in trace.counts.items() if fault.startswith(_TROUBLES))

@@ -16,6 +16,7 @@ from typing import Final
 
 import trio
 
+from arka.errors import Unavailable
 from arka.tiers.memory import MemoryTier
 from arka.tiers.table import Table, TableState
 from arka.tiers.watermarks import Watermark
@@ -71,10 +72,15 @@ class TableActivity:
         table.idle_since = trio.current_time()
 
     def note_writing(self, table: Table) -> None:
-        """Record that a quiet table is written to; no ack may leave before the record is on disk."""
+        """Record that a quiet table is written to; no ack may leave before the record is on disk.
+
+        Raises:
+            Unavailable: no LSN can be given now; nothing has changed.
+        """
+        # First the record: where no LSN can be given, the table stays quiet.
+        table.writing_lsn = self._record([table], quiet=False)
         table.quiet = False
         table.idle_since = trio.current_time()
-        table.writing_lsn = self._record([table], quiet=False)
 
     def close(self) -> None:
         """Record nothing more: the log is about to be closed, which says more."""
@@ -87,7 +93,11 @@ class TableActivity:
             now = trio.current_time()
             quiet = [table for table in self._tables() if self._is_quiet(table, now)]
             if quiet and not self._closed:
-                self._record(quiet, quiet=True)
+                try:
+                    self._record(quiet, quiet=True)
+                except Unavailable:
+                    # No LSN can be given now (R31): they become quiet later.
+                    continue
                 for table in quiet:
                     table.quiet = True
 

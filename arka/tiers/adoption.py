@@ -21,7 +21,7 @@ from uuid import UUID
 import structlog
 import trio
 
-from arka.errors import ArkaError
+from arka.errors import ArkaError, Unavailable
 from arka.records import TableInfo
 from arka.storage.ports import Catalog, CatalogConflict, CatalogTable, CatalogUnavailable, TableMissing
 from arka.tiers import ddl
@@ -221,7 +221,13 @@ class Adoption:
         if table.is_committing:
             # A start that finds the catalog away goes on with what was adopted last, and under the last name. Behind
             # the record of a drop it would bring the table back.
-            from_lsn = ddl.log_created(self._memory, info, info.location[-8:])
+            try:
+                from_lsn = ddl.log_created(self._memory, info, info.location[-8:])
+            except Unavailable as error:
+                # No LSN can be given now, so that no write is accepted as the table was: the next answer counts (R31).
+                log.warning("table.not_adopted", table=str(info.name), reason=str(error))
+                table.adopted_at = NEVER
+                return
         table.bind(info, from_lsn)
 
 

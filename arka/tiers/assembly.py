@@ -256,6 +256,7 @@ async def assemble(
         adopt_s=settings.iceberg.adopt_s,
         apart=apart,
         warehouse=world.warehouse,
+        epoch=lambda: found.state.state.epoch,
     )
     release = LogRelease(
         checkpoint_store,

@@ -353,7 +353,8 @@ class Pipeline:
             if self._space.log_full and self._release.last_holds_all(self.needed_from()):
                 # Only a segment that is followed by another one may go.
                 self._writer.roll()
-                self.tables.log_something()
+                with suppress(Unavailable):
+                    self.tables.log_something()
 
     def _check_known(self, table: Table, lsn: int) -> None:
         """Refuse to answer for a known write whose own outcome nobody can say now."""

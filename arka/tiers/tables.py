@@ -107,6 +107,7 @@ class Tables:
         adopt_s: float = 1.0,
         apart: Apart,
         warehouse: Warehouse | None = None,
+        epoch: Callable[[], int],
     ) -> None:
         """Join the list to what it is about.
 
@@ -124,7 +125,9 @@ class Tables:
             adopt_s: see ``Adoption``.
             apart: knows the tables that are far behind.
             warehouse: its marker; None where it cannot have one.
+            epoch: returns the last epoch of the log that the disk knows.
         """
+        self._epoch = epoch
         #: Tables that are set apart.
         self.apart = apart
         self._room = room
@@ -344,11 +347,12 @@ class Tables:
             table.hurry()
 
     async def wait_catalog(self, request: Callable[[], Awaitable[None]], *, retry_s: float = _CATALOG_RETRY_S) -> None:
-        """Repeat a request until the catalog answers. Cancellation: the last request may have happened."""
+        """Repeat a request until catalog and log take it. Cancellation: the last request may have happened."""
         while True:
             try:
                 await request()
-            except CatalogUnavailable as error:
+            except (CatalogUnavailable, Unavailable) as error:
+                # Also where no LSN can be given to its record (R31).
                 self._tell_waiting(str(error))
                 log.warning("catalog.unavailable", reason=str(error), retry_s=retry_s)
                 await trio.sleep(retry_s)
@@ -479,7 +483,14 @@ class Tables:
         """Learn from the catalog what the log could not say."""
         old_name = table.info.name
         self.adoption.adopt(table, found.info)
-        table.adopt_mark(found, self._log_uuid)
+        if any(mark.log_uuid == self._log_uuid and mark.epoch > self._epoch() for mark in found.marks):
+            # A newer process has moved the mark. What it has set aside is not known here, so that its mark says nothing
+            # of the writes that wait here (R10, R32); the next look at the store ends this process.
+            log.warning(
+                "table.mark_of_another", table=str(table.info.name), mark_lsn=found.committed_lsn(self._log_uuid)
+            )
+        else:
+            table.adopt_mark(found, self._log_uuid)
         self.note_committed(table)
         self._note_name(table, old_name)
 

@@ -11,6 +11,7 @@ import trio
 from trio.testing import MockClock
 
 from arka._core.wire import FlightMessage
+from arka.errors import Unavailable
 from arka.flight.acks import AckForm
 from arka.flight.exchange import Exchange
 from arka.options import Limits
@@ -19,6 +20,7 @@ from arka.testing.simnode import NAME, SimNode, create_table, with_options, writ
 from arka.testing.simwriters import SCHEMA, definition_of, flight_messages, frame_buffer
 from arka.tiers import activity
 from arka.tiers.activity import TableActivity
+from arka.tiers.memory import MemoryTier
 from arka.tiers.pipeline import Pipeline
 from arka.wal.segment import Activity, encode_lost, parse_lost, parse_lost_tables
 
@@ -49,6 +51,36 @@ async def test_kill_of_an_idle_server(crash: bool, keyed: bool, autojump_clock: 
             await trio.sleep(PAUSE_S)
         if crash:
             node.disk.crash()
+
+
+async def test_no_lsn_for_a_record(autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While no LSN can be given, a table keeps its state and the server goes on (R31)."""
+    node = SimNode()
+
+    def refuse(*_: object) -> int:
+        raise Unavailable("All LSNs are given")
+
+    async with node.run() as pipeline:
+        table = await create_table(pipeline)
+        write(pipeline, table, 1)
+        await pipeline.flush(table, Tier.DISK)
+        with monkeypatch.context() as patch:
+            patch.setattr(MemoryTier, "append_control", refuse)
+            await trio.sleep(PAUSE_S)
+            assert not table.quiet
+        await trio.sleep(PAUSE_S)
+        assert table.quiet
+        written_lsn = table.writing_lsn
+        with monkeypatch.context() as patch:
+            patch.setattr(MemoryTier, "append_control", refuse)
+            for _ in range(2):
+                with pytest.raises(Unavailable):
+                    await pipeline.activity.hold(table)
+        assert table.quiet
+        assert not table.streams
+        await pipeline.activity.hold(table)
+        assert not table.quiet
+        assert table.writing_lsn > written_lsn
 
 
 async def test_range_counts_against_the_table_that_was_written_to(autojump_clock: MockClock) -> None:

@@ -14,7 +14,7 @@ import trio
 from trio.testing import MockClock
 
 from arka._core.wire import FlightMessage
-from arka.errors import ArkaError, ErrorCode
+from arka.errors import ArkaError, ErrorCode, Unavailable
 from arka.flight import exchange as exchange_module
 from arka.flight.acks import AckForm
 from arka.flight.exchange import Exchange
@@ -22,9 +22,10 @@ from arka.options import Limits
 from arka.records import FIELD_ID_KEY, AckMessage, TableDefinition, TableName, TableType, Tier
 from arka.storage.ports import CatalogTable, CommitJob, CommitResult
 from arka.testing.simcatalog import SimCatalog
-from arka.testing.simnode import NAME, SimNode, with_options
+from arka.testing.simnode import NAME, SimNode, create_table, with_options, write
 from arka.testing.simwriters import flight_messages, frame_buffer, parse_acks
 from arka.tiers.admission import Ledger
+from arka.tiers.memory import MemoryTier
 from arka.tiers.pipeline import Pipeline
 from arka.tiers.table import Table, TableState
 
@@ -559,3 +560,28 @@ async def test_a_table_type_that_others_set_has_no_effect(autojump_clock: MockCl
         await pipeline.tables.find_fresh(NAME, max_age_s=0)
         assert table.info.table_type is TableType.APPEND_ONLY
         assert "arka.table-type" in str(table.reason)
+
+
+async def test_no_lsn_for_what_was_adopted(autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While no LSN can be given, others' changes wait: commits go on, and no table is stopped for it (R31)."""
+
+    def refuse(*_: object) -> int:
+        raise Unavailable("All LSNs are given")
+
+    node = SimNode()
+    async with node.run() as pipeline:
+        table = await create_table(pipeline)
+        known = table.info.schema_id
+        with monkeypatch.context() as patch:
+            patch.setattr(MemoryTier, "append_control", refuse)
+            for number in range(6):
+                write(pipeline, table, number)
+                change(node, with_new(f"n{number}", pa.int64()))
+                await pipeline.flush(table, Tier.ICEBERG_COMMITTED)
+                await trio.sleep(3)
+                await pipeline.tables.find_fresh(NAME, max_age_s=0)
+                assert table.info.schema_id == known
+                assert table.state is TableState.ACTIVE
+        found = await pipeline.tables.find_fresh(NAME)
+        assert found.info.schema_id == known + 6
+        assert node.ids() == list(range(6))
