@@ -106,6 +106,8 @@ class Pipeline:
         self.log_uuid = log_uuid
         self.survival = survival
         self.memory = parts.memory
+        # The last LSN that this process had when it began; below it, some were given to nobody.
+        self._began_lsn = self.memory.last_lsn
         self.tables = parts.tables
         self.uplink = parts.uplink
         self._writer = parts.writer
@@ -234,7 +236,8 @@ class Pipeline:
 
         Cancellation: nothing changes; what is on disk is brought down after the next start.
         """
-        await self._marks.disk.wait_reached(self.memory.last_lsn)
+        if self.memory.last_lsn > self._began_lsn:
+            await self._marks.disk.wait_reached(self.memory.last_lsn)
         for table in self.tables.all():
             while table.is_committing and table.committed.lsn < table.last_lsn:
                 changed = table.changed

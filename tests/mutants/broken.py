@@ -98,24 +98,6 @@ def set_apart_without_a_word() -> None:
 
 
 @mutant
-def pauses_as_long_as_outages() -> None:
-    """A commit's pause is measured by the whole outage before it (R35)."""
-    from arka.tiers import committer
-
-    committer._MAX_PAUSE_INTERVALS = 10**9
-    persist = committer.TableCommitter._persist
-
-    async def whole(self: Any, *args: Any) -> Any:
-        started = committer.trio.current_time()
-        answer = await persist(self, *args)
-        # The pause is half of what this says.
-        self._cost_s = 2 * (committer.trio.current_time() - started)
-        return answer
-
-    committer.TableCommitter._persist = whole  # type: ignore[assignment,method-assign]
-
-
-@mutant
 def starts_without_a_deadline() -> None:
     """Each step of a start waits for a slow store as long as it takes (R31, R35)."""
     from arka.tiers.uplink import Patience

@@ -25,7 +25,6 @@ CAUGHT_BY = {
     "files_of_commits_are_leftovers": ("tests/iceberg/test_attempts.py", "that_a_commit_names"),
     "reads_of_what_was_set_aside": ("tests/tiers/test_aside.py", "leave_it_out"),
     "set_apart_without_a_word": ("tests/tiers/test_apart.py", "with_a_word"),
-    "pauses_as_long_as_outages": ("tests/tiers/test_table.py", "outage_slows"),
     "starts_without_a_deadline": ("tests/tiers/test_watch.py", "one_deadline"),
     "streams_without_order": ("tests/flight/test_ordering.py", "behind_a_refusal"),
     "damage_counts_against_all": ("tests/tiers/test_activity.py", "kill_of_an_idle"),

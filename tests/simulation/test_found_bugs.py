@@ -66,3 +66,17 @@ async def test_drain_hears_every_rise(steps: int, autojump_clock: MockClock) -> 
                     await trio.lowlevel.checkpoint()
                 table.committed.advance(table.last_lsn)
         nursery.cancel_scope.cancel()
+
+
+async def test_drain_of_a_life_without_a_write(autojump_clock: MockClock) -> None:
+    """A server that got no write after a stop in order drains at once: its first LSNs were given to nobody."""
+    world = SimNode()
+    async with world.run(closes=True) as pipeline:
+        table = await create_table(pipeline)
+        write(pipeline, table, 1)
+        await pipeline.flush(table, Tier.ICEBERG_COMMITTED)
+        # Its tables are quiet, so that the next life has nothing to record.
+        await trio.sleep(3)
+    async with world.run(closes=True) as pipeline:
+        with trio.fail_after(100):
+            await pipeline.wait_drained()
