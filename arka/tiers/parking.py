@@ -37,6 +37,7 @@ from arka.tiers.watermarks import Watermark
 from arka.wal.objectfile import HEADER_BYTES as OBJECT_HEADER_BYTES
 from arka.wal.objectfile import EncodedObject, ObjectHeader, WalObject, encode_object, parse_object
 from arka.wal.segment import HEADER_BYTES, SegmentHeader
+from arka.wal.shortage import RETRY_S, Shortage, short_of
 
 log = structlog.get_logger(__name__)
 
@@ -287,7 +288,7 @@ class Parking:
             object_ = await self._fetch_intact(parked, parked.objects[0].key)
             await self._disk.run(partial(self._clear, f"{table.info.uuid}-"))
             if not self._stop_if_rolled_back(table, object_):
-                await self._disk.run(partial(self._write_back, table, 0, object_, found))
+                await self._bring(partial(self._write_back, table, 0, object_, found))
         return found
 
     async def discard_through(self, uuid: UUID, lsn: int) -> None:
@@ -329,7 +330,7 @@ class Parking:
                         # Committed and deleted meanwhile.
                         continue
                     raise
-                await self._disk.run(partial(self._write_back, table, len(copied), object_, found, prefix))
+                await self._bring(partial(self._write_back, table, len(copied), object_, found, prefix))
             found.discard_through(table.committed.lsn)
             yield found
         finally:
@@ -359,7 +360,7 @@ class Parking:
             if self._stop_if_rolled_back(table, found):
                 return 0
             if found.header.last_lsn > table.committed.lsn:
-                await self._disk.run(partial(self._write_back, table, number, found, earlier))
+                await self._bring(partial(self._write_back, table, number, found, earlier))
         if earlier:
             log.info("table.brought_back", table=str(table.info.name), frame_bytes=earlier.frame_bytes)
         # A crash in the midst of parking leaves frames in both places.
@@ -446,12 +447,24 @@ class Parking:
         await self._persist(get)
         return found[-1]
 
+    async def _bring(self, write: Callable[[], object]) -> None:
+        """Write a file of frames, for as long as there is no room or no descriptor for it (R31)."""
+        while True:
+            try:
+                await self._disk.run(write)
+            except Shortage as error:
+                log.warning("parking.short", reason=str(error))
+                await trio.sleep(RETRY_S)
+            else:
+                return
+
     def _write_back(self, table: Table, number: int, found: WalObject, earlier: Backlog, prefix: str = "") -> None:
         """Write an object's frames where a worker can map them; their CRCs hold as they are. Blocking."""
         header = found.header
         start = OBJECT_HEADER_BYTES + header.table_bytes
         path = self._directory / f"{prefix}{table.info.uuid}-{number:06d}-{header.first_lsn}.wal"
-        file = self._disk.create(path, HEADER_BYTES)
+        with short_of():
+            file = self._disk.create(path, HEADER_BYTES)
         try:
             block = SegmentHeader(
                 log_uuid=self._log_uuid,
