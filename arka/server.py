@@ -29,7 +29,7 @@ from arka.flight.service import FlightService, prepare_spill_dir
 from arka.iceberg.config import CatalogConfig
 from arka.options import Limits, Settings
 from arka.settings_shared import store_settings
-from arka.storage.backup import settle_restored
+from arka.storage.backup import is_held, settle_restored
 from arka.storage.catalog import IcebergCatalog, adopt_warehouse, open_catalog
 from arka.storage.datadir import announce, device_of, disk_uuid, free_bytes, lock_data_dir, shares_device
 from arka.storage.descriptors import budget, raise_limit
@@ -289,6 +289,7 @@ async def _engine(settings: Settings, data_dir: Path) -> AsyncIterator[OpenLog]:
             catalog=catalog,
             read_range=read_range,
             read_free=partial(free_bytes, wal_dir),
+            backup_runs=partial(is_held, data_dir),
             read_spill_free=partial(free_bytes, spill_dir) if spill_apart else None,
             shared=SharedRoom(
                 store=shares_device(wal_dir, settings.object_store.url),

@@ -68,6 +68,7 @@ class Surroundings:
         shared: which later tiers write to the log's own file system (R23).
         survival: what each tier survives with these settings (R14).
         rng: for the jitter of retries.
+        backup_runs: returns whether a backup of the data directory is being made (R38).
         compute: runs what would hold trio's thread up; simulations have no threads.
     """
 
@@ -84,6 +85,7 @@ class Surroundings:
     shared: SharedRoom = NOT_SHARED
     read_spill_free: Callable[[], int] | None = None
     warehouse: Warehouse | None = None
+    backup_runs: Callable[[], bool] = lambda: False
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +274,7 @@ async def assemble(
         after_lsn=found.checkpoints.through_lsn,
         retention_s=settings.idempotency.retention_s,
         grace_s=settings.wal.release_grace_s,
+        held=world.backup_runs,
     )
     tables.carried = None if found.checkpoints.held is None else carried
     _hand_over(found, tables, objects, release)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 from uuid import UUID, uuid4
 
 import pyarrow as pa
@@ -12,10 +14,13 @@ from trio.testing import MockClock
 
 from arka._core.keys import ENTRY_BYTES
 from arka.errors import DataCorruption, Fenced
-from arka.records import KnownTable, LsnRange, TableInfo, TableName, TableType
+from arka.records import KnownTable, LsnRange, TableInfo, TableName, TableType, Tier
+from arka.storage import backup
 from arka.storage.ports import StoreUnavailable
+from arka.testing.simnode import SimNode, create_table, write_all
 from arka.testing.simstore import Fault, Outcome, SimStore
 from arka.tiers import release
+from arka.tiers.assembly import Surroundings
 from arka.tiers.keys import KeyedWrite, KeyIndex, pack_entry
 from arka.tiers.logclock import LogClock
 from arka.tiers.release import LoadedCheckpoints, LogRelease, LostRange, load_checkpoints, merge_lost
@@ -461,3 +466,34 @@ async def test_keys_of_parked_writes_outlive_their_retention(autojump_clock: Moc
     bench.keys.note_committed(TABLE, 3, bench.clock.now_us())
     await bench.run_for(500)
     assert len(bench.keys) == 0
+
+
+async def test_nothing_goes_while_a_backup_is_made(monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock) -> None:
+    """A backup's attempt counts only if nothing went meanwhile: the log waits for it, and goes on then (R38)."""
+    node = SimNode()
+    held = True
+    make = Surroundings.__init__
+
+    def with_backup(self: Surroundings, *args: Any, **more: Any) -> None:
+        make(self, *args, **more, backup_runs=lambda: held)
+
+    monkeypatch.setattr(Surroundings, "__init__", with_backup)
+    async with node.run() as pipeline:
+        table = await create_table(pipeline)
+        await write_all(pipeline, table, range(60), Tier.ICEBERG_COMMITTED)
+        await trio.sleep(30)
+        assert not node.keys_of("checkpoint")
+        held = False
+        await trio.sleep(30)
+        assert node.keys_of("checkpoint")
+
+
+def test_a_backup_holds_the_log_as_long_as_it_lives(tmp_path: Path) -> None:
+    """Its lock ends with it; what an earlier one left holds nothing, nor does one that has run for hours."""
+    assert not backup.is_held(tmp_path)
+    with backup._hold(tmp_path):
+        assert backup.is_held(tmp_path)
+        os.utime(tmp_path / "backup.hold", (0, 0))
+        assert not backup.is_held(tmp_path)
+    os.utime(tmp_path / "backup.hold")
+    assert not backup.is_held(tmp_path)
