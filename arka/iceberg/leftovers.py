@@ -56,8 +56,9 @@ def discard_attempt(config: CatalogConfig, table: TableInfo, commit_ids: Collect
     for snapshot in metadata.snapshots:
         if snapshot.summary is not None and snapshot.summary.get(SUMMARY_COMMIT_ID) in commit_ids:
             return False
-    # Others may have expired the commit's snapshot: its files live on in those that follow.
-    if commit_ids and _names_any(metadata, loaded.io, set(ours)):
+    # Others may have expired the commit's snapshot: its files live on in those that follow. A journal that was copied,
+    # or that lost its last line with the power, does not name the commit at all.
+    if ours and _names_any(metadata, loaded.io, set(ours)):
         return False
     for path in ours:
         with contextlib.suppress(FileNotFoundError):

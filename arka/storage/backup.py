@@ -223,7 +223,7 @@ async def settle_restored(
         skip_epochs: records in the object store that epochs through this one are taken.
 
     Raises:
-        ConfigurationError: the file that says so cannot be read.
+        ConfigurationError: the file that says so cannot be read, or names a moment that is still to come.
         OSError: the disk failed.
 
     Durability: the LSNs are on the disk on return. A crash before makes the next start do it again.
@@ -237,7 +237,12 @@ async def settle_restored(
         raise ConfigurationError(f"{path} cannot be read ({error}): copy it from the backup again") from error
     state = await LogState.read(wal_dir, disk)
     if state is not None:
-        passed_us = max(0, time.time_ns() // 1000 - taken_us)
+        passed_us = time.time_ns() // 1000 - taken_us
+        if passed_us < 0:
+            raise ConfigurationError(
+                f"{path} says that the backup was made {-passed_us // 1_000_000 + 1} s from now: the time since then "
+                "decides at which LSN its log goes on. Set the clock, or start when that time has come"
+            )
         first_lsn = min(state.store_ceiling + passed_us, LSN_END)
         epoch = state.epoch + passed_us // 1_000_000 + 1
         # The store first: a disk that knows of an epoch which its store lacks is refused.

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 from click.testing import CliRunner
 
 from arka import cli
+from arka.errors import ConfigurationError
+from arka.storage.backup import BACKUP_FILE, settle_restored
+from arka.storage.disk import PosixDisk
 from arka.testing.serverprocess import ServerFailed, ServerProcess
+from arka.wal.logstate import LogState
 from tests.process import lake
 from tests.process.clients import NUMBERS, Stream, connect, create, numbers, write_all
 
@@ -181,6 +188,20 @@ def test_what_is_sent_again_after_a_restore(
     server.stop()
     written = [0, *(10 * restart + n for restart in range(restarts + 1) for n in (1, 2)), 99]
     assert sorted(lake.column(server.data, "a", "n")) == sorted(written), sent.stdout + sent.stderr
+
+
+async def test_backup_from_the_future(tmp_path: Path) -> None:
+    """A clock behind the backup's could let two restores give the same LSNs: the start is refused (R2)."""
+    (tmp_path / BACKUP_FILE).write_text(json.dumps({"taken_us": (int(time.time()) + 3600) * 1_000_000}))
+
+    async def skip(log_uuid: UUID, epoch: int) -> None:
+        raise AssertionError(f"epoch {epoch} of {log_uuid} is taken")
+
+    wal_dir = tmp_path / "wal"
+    await LogState.create(wal_dir, PosixDisk(), log_uuid=UUID(int=1), epoch=1, lsn_ceiling=100, store_ceiling=100)
+    with pytest.raises(ConfigurationError, match="Set the clock"):
+        await settle_restored(tmp_path, PosixDisk(), wal_dir, skip)
+    assert (tmp_path / BACKUP_FILE).exists()
 
 
 def test_what_cannot_be_backed_up(make_server: Callable[..., ServerProcess], tmp_path: Path) -> None:
