@@ -285,7 +285,12 @@ class _Life:
                 raise
             if self.quiet and error.code is ErrorCode.TABLE_STOPPED:
                 # Dropped by a process whose disk is gone, and the drop's record with it.
-                await self._persist(partial(self.pipeline.tables.drop, name, purge=False))
+                try:
+                    await self._persist(partial(self.pipeline.tables.drop, name, purge=False))
+                except ArkaError as gone:
+                    # Renamed, and heard of only now: the name is free.
+                    if gone.code is not ErrorCode.TABLE_NOT_FOUND:
+                        raise
                 await self._persist(partial(self.pipeline.tables.create, self.world.definition(name)))
 
     async def _persist(self, request: Callable[[], Any]) -> None:
