@@ -189,7 +189,7 @@ class _Life:
     async def run(self, writers: list[Writer], nursery: trio.Nursery) -> None:
         """Live: start, serve, end by a fault, a stop or a failure; ``left`` is set when the next life may begin."""
         try:
-            with self.process.scope:
+            with self.process.life():
                 await self._live(writers)
         except BaseException as error:
             self._judge(error)

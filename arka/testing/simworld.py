@@ -147,6 +147,7 @@ class Process:
         self.alive = True
         self.cut_off = False
         self.scope = trio.CancelScope()
+        self._inside = False
         self._thawed: trio.Event | None = None
         self._shields: dict[trio.CancelScope, None] = {}
 
@@ -154,6 +155,13 @@ class Process:
     def frozen(self) -> bool:
         """Whether it gets no time now."""
         return self._thawed is not None and not self._thawed.is_set()
+
+    @contextmanager
+    def life(self) -> Iterator[None]:
+        """Live inside this block: it is left when the process dies."""
+        self._inside = True
+        with self.scope:
+            yield
 
     def freeze(self) -> None:
         """Give it no more time: nothing it asks for is asked, nothing it was answered is heard."""
@@ -195,14 +203,13 @@ class Process:
         if not self.alive:
             await self._end()
 
-    @staticmethod
-    async def _end() -> None:
+    async def _end(self) -> None:
         """End the task: it belongs to a dead process.
 
         Raises:
             ProcessEnded: behind a shield of the engine, through which the cancellation of all its tasks does not come.
         """
-        if trio.current_effective_deadline() > _NEVER:
+        if self._inside and trio.current_effective_deadline() > _NEVER:
             raise ProcessEnded
         await trio.sleep_forever()
 

@@ -13,7 +13,7 @@ _SEEDS_A_TEST = 50
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=None, help="simulate this seed only")
-    parser.addoption("--seeds", type=int, default=int(os.environ.get("ARKA_SIM_SEEDS", "300")), help="how many seeds")
+    parser.addoption("--seeds", type=int, default=int(os.environ.get("ARKA_SIM_SEEDS", "200")), help="how many seeds")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -23,7 +23,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if seed is not None:
         ranges = [range(seed, seed + 1)]
     else:
-        last = metafunc.config.getoption("--seeds", default=300)
+        last = metafunc.config.getoption("--seeds", default=200)
         ranges = [range(first, min(first + _SEEDS_A_TEST, last)) for first in range(0, last, _SEEDS_A_TEST)]
     metafunc.parametrize("seeds", ranges, ids=[f"{seeds.start}-{seeds.stop - 1}" for seeds in ranges])
 
