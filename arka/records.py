@@ -6,7 +6,7 @@ Owns: these shapes and their JSON and binary forms. Knows nothing of sockets, fi
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import Final, NamedTuple
@@ -143,6 +143,16 @@ class PartitionField:
     def meaning(self) -> tuple[int, int, str]:
         """What its values depend on: others may rename it."""
         return self.source_id, self.field_id, self.transform
+
+
+def same_partitions(found: Sequence[PartitionField] | None, wanted: Sequence[PartitionField]) -> bool:
+    """Whether rows get the same partitions under a spec that was found as under one that is wanted.
+
+    Args:
+        found: None: there is no such spec any more.
+        wanted: the fields that files were, or are to be, written under.
+    """
+    return found is not None and [field.meaning for field in found] == [field.meaning for field in wanted]
 
 
 @dataclass(frozen=True, slots=True)
@@ -402,4 +412,5 @@ __all__ = [
     "Tier",
     "WriteRequest",
     "parse_write_request",
+    "same_partitions",
 ]

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Final
+from uuid import UUID
 
 import structlog
 import trio
@@ -29,7 +30,8 @@ from arka.flight.service import FlightService, prepare_spill_dir
 from arka.iceberg.config import CatalogConfig
 from arka.options import Limits, Settings
 from arka.settings_shared import store_settings
-from arka.storage.backup import is_held, settle_restored
+from arka.storage.backup import settle_restored
+from arka.storage.backuphold import is_held
 from arka.storage.catalog import IcebergCatalog, adopt_warehouse, open_catalog
 from arka.storage.datadir import announce, device_of, disk_uuid, free_bytes, lock_data_dir, shares_device
 from arka.storage.descriptors import budget, raise_limit
@@ -209,8 +211,11 @@ async def serve(
             adopting=settings.server.adopt_warehouse,
             take_over=settings.server.take_over,
         )
-        claim = Claim(settings.server.node_id, None, disk_uuid(data_dir))
-        skip = partial(skip_epochs, open_object_store(settings.object_store), claim)
+
+        async def skip(log_uuid: UUID, through_epoch: int) -> None:
+            claim = Claim(settings.server.node_id, None, disk_uuid(data_dir))
+            await skip_epochs(open_object_store(settings.object_store), claim, log_uuid, through_epoch)
+
         await settle_restored(data_dir, PosixDisk(), data_dir / WAL_FOLDER, skip)
         listeners = await _listen(settings.server.host, settings.server.port)
         async with _engine(settings, data_dir) as opened:

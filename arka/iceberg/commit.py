@@ -41,7 +41,7 @@ from arka.iceberg.producer import (
 )
 from arka.iceberg.rowdelta import Delta, KeyedTables
 from arka.iceberg.sight import check_files_here, check_same, look, on_change
-from arka.records import FIELD_ID_KEY, TableInfo, TableType
+from arka.records import FIELD_ID_KEY, TableInfo, TableType, same_partitions
 from arka.storage.ports import CatalogConflict, CatalogUnavailable, CommitJob, CommitOutcome, CommitResult
 from arka.tableproperties import (
     CLEANED,
@@ -101,7 +101,7 @@ def _lacking_spec(metadata: TableMetadata, job: CommitJob) -> int | None:
     there = metadata.specs()
     for number, fields in job.staged.specs.items():
         found = partition_fields(there[number]) if number in there else None
-        if found is None or [field.meaning for field in found] != [field.meaning for field in fields]:
+        if not same_partitions(found, fields):
             return number
     return None
 

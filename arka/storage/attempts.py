@@ -86,10 +86,8 @@ class Attempts:
         found = []
         for path in tuple(self._open.get(table, ())):
             record = await trio.to_thread.run_sync(attempts.read, path)
-            if path in self._inherited and not record.commits:
-                # Whether its files were given to a commit since is not known here: it is to be looked at (R29).
-                record = record._replace(commits=("",))
-            if given or not record.commits:
+            # Whether an inherited one's files were given to a commit since is not known here (R29).
+            if given or not (record.commits or path in self._inherited):
                 found.append((path, record))
         return found
 

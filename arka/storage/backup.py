@@ -25,13 +25,12 @@ journals of attempts are not copied: the first are made again, and the others ar
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -45,6 +44,7 @@ from arka._core.lsn import LSN_END
 from arka.errors import ArkaError, ConfigurationError, Unavailable
 from arka.iceberg.config import JOINED_FILE, CatalogConfig
 from arka.options import IcebergOptions
+from arka.storage.backuphold import hold
 from arka.storage.ports import Disk
 from arka.wal.dump import verify_log
 from arka.wal.logstate import STATE_NAME, LogState, newest_slot, read_slots
@@ -66,11 +66,6 @@ _ATTEMPT_S: Final = 540.0
 #: Segments at the log's end that may still be written to: the active one and the one before it.
 _UNSETTLED: Final = 2
 _COPY_BYTES: Final = 16 * 1024 * 1024
-#: Locked while a backup is made.
-_HOLD_FILE: Final = "backup.hold"
-#: How long the server heeds one backup, and how long a backup waits for the server's next look, in seconds.
-_HOLD_S: Final = 3600.0
-_HOLD_WAIT_S: Final = 2.5
 #: What the object store's folder holds of a running process only.
 _STAGING: Final = ".staging"
 _BEATS: Final = "heartbeat"
@@ -141,7 +136,7 @@ def back_up(data_dir: Path, out: Path, disk: Disk) -> BackedUp:
     staged.mkdir(parents=True)
     copy = _Copy(data_dir, staged, disk)
     reason = ""
-    with _hold(data_dir):
+    with hold(data_dir):
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 taken_us, through_lsn = copy.attempt()
@@ -161,44 +156,6 @@ def back_up(data_dir: Path, out: Path, disk: Disk) -> BackedUp:
     disk.sync_directory(out.parent)
     size = sum(path.stat().st_blocks * 512 for path in (out / path.relative_to(staged) for path in files))
     return BackedUp(len(files), size, through_lsn, attempt, copy.outside)
-
-
-@contextmanager
-def _hold(data_dir: Path) -> Iterator[None]:
-    """Have the server keep what it would let go of, for as long as this process is in the block.
-
-    The lock ends with the process, however it ends. Without leave to write there the copy is made all the same.
-    """
-    try:
-        file = (data_dir / _HOLD_FILE).open("ab")
-    except OSError as error:
-        log.warning("backup.not_held", reason=str(error))
-        yield
-        return
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        os.utime(file.fileno())
-        # Its next look is a second away, and what it has begun takes a moment.
-        time.sleep(_HOLD_WAIT_S)
-        yield
-
-
-def is_held(data_dir: Path) -> bool:
-    """Whether a backup is being made: the log lets go of nothing meanwhile (R38).
-
-    One that takes longer than ``_HOLD_S`` is not waited for: the log would fill the disk.
-    """
-    try:
-        with (data_dir / _HOLD_FILE).open("rb") as file:
-            if time.time() - os.fstat(file.fileno()).st_mtime > _HOLD_S:
-                return False
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-    except OSError:
-        return False
-    return False
 
 
 async def settle_restored(
@@ -520,4 +477,4 @@ def _read_pointers(path: Path) -> list[tuple[str, str]]:
         return [(f"{namespace}.{name}", str(location)) for namespace, name, location in rows if location]
 
 
-__all__ = ["BACKUP_FILE", "BackedUp", "back_up", "is_held", "settle_restored"]
+__all__ = ["BACKUP_FILE", "BackedUp", "back_up", "settle_restored"]

@@ -36,6 +36,7 @@ from arka.testing.simwriters import SCHEMA, frame_buffer
 from arka.tiers.assembly import OpenLog, Surroundings
 from arka.tiers.memory import Appended
 from arka.tiers.pipeline import Pipeline
+from arka.tiers.room import NoRoom
 from arka.tiers.startup import open_pipeline
 from arka.tiers.table import Table
 
@@ -146,6 +147,19 @@ async def write_all(pipeline: Pipeline, table: Table, numbers: range, tier: Tier
     await pipeline.flush(table, tier)
 
 
+async def write_some(pipeline: Pipeline, table: Table, numbers: range, *, filler: int = 3000, key: str = "") -> None:
+    """Write rows, each as soon as there is room for it; with keys ``<key><number>`` if ``key`` is given."""
+    for number in numbers:
+        while True:
+            try:
+                write(pipeline, table, number, f"{key}{number}".encode() if key else b"", filler=filler)
+            except NoRoom as error:
+                await error.room.wait()
+            else:
+                break
+        await trio.sleep(0.02)
+
+
 def with_options(**options: object) -> Settings:
     """The settings of a node with other options, ``table__name=value``."""
     settings = SETTINGS
@@ -155,4 +169,4 @@ def with_options(**options: object) -> Settings:
     return settings
 
 
-__all__ = ["NAME", "SETTINGS", "SimNode", "create_table", "with_options", "write", "write_all"]
+__all__ = ["NAME", "SETTINGS", "SimNode", "create_table", "with_options", "write", "write_all", "write_some"]

@@ -874,7 +874,7 @@ def simulate(seed: int, faults: Collection[str] = ()) -> Outcome:
 
     Args:
         seed: decides everything.
-        faults: of ``FAULTS``, those that may befall a server; none given: the seed chooses.
+        faults: of ``FAULTS``, those that may happen to a server; none given: the seed chooses.
 
     Returns:
         What became of it; never raises for a broken promise.

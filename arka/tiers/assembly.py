@@ -181,35 +181,24 @@ async def assemble(
     for uuid in found.replay.dropped:
         carried.pop(uuid, None)
     held = HeldObjects(carried, recovered.base_lsn)
-    parking = Parking(
-        world.store,
-        world.disk,
-        found.data_dir / _PARKED_FOLDER,
-        space,
-        node_id=node_id,
-        log_uuid=log_uuid,
-        objects=marks.objects,
-        wait_connected=uplink.wait_connected,
-        retry_s=settings.object_store.retry_s,
-        rng=world.rng,
-        held=held,
-    )
 
-    behind = Parking(
-        world.store,
-        world.disk,
-        found.data_dir / _BEHIND_FOLDER,
-        space,
-        node_id=node_id,
-        log_uuid=log_uuid,
-        objects=marks.objects,
-        wait_connected=uplink.wait_connected,
-        retry_s=settings.object_store.retry_s,
-        rng=world.rng,
-        folder=_BEHIND_FOLDER,
-        held=held,
-    )
+    def frames_in(folder: str) -> Parking:
+        return Parking(
+            world.store,
+            world.disk,
+            found.data_dir / folder,
+            space,
+            node_id=node_id,
+            log_uuid=log_uuid,
+            objects=marks.objects,
+            wait_connected=uplink.wait_connected,
+            retry_s=settings.object_store.retry_s,
+            rng=world.rng,
+            folder=folder,
+            held=held,
+        )
 
+    parking, behind = frames_in(_PARKED_FOLDER), frames_in(_BEHIND_FOLDER)
     apart = Apart(
         behind,
         marks.objects,
@@ -274,7 +263,7 @@ async def assemble(
         after_lsn=found.checkpoints.through_lsn,
         retention_s=settings.idempotency.retention_s,
         grace_s=settings.wal.release_grace_s,
-        held=world.backup_runs,
+        backup_runs=world.backup_runs,
     )
     tables.carried = None if found.checkpoints.held is None else carried
     _hand_over(found, tables, objects, release)

@@ -99,8 +99,8 @@ class Parking:
         wait_connected: Callable[[], Awaitable[int]],
         retry_s: float,
         rng: random.Random,
-        folder: str = "parked",
-        held: HeldObjects | None = None,
+        folder: str,
+        held: HeldObjects,
     ) -> None:
         """Join the store and the local disk.
 
@@ -118,7 +118,7 @@ class Parking:
             folder: below the node's name: ``parked``, whose bytes count as held on the disk, or ``behind``.
             held: knows which objects have to be there.
         """
-        self._held = held or HeldObjects({}, 0)
+        self._held = held
         self._folder = folder
         self._copies = 0
         self._store = store

@@ -157,7 +157,7 @@ class LogRelease:
         after_lsn: int,
         retention_s: float,
         grace_s: float,
-        held: Callable[[], bool] = lambda: False,
+        backup_runs: Callable[[], bool] = lambda: False,
     ) -> None:
         """Join the log with what decides over it.
 
@@ -175,9 +175,9 @@ class LogRelease:
             after_lsn: checkpoints cover everything up to here already.
             retention_s: how long keys and lost ranges are kept.
             grace_s: how long a segment stays after its checkpoint.
-            held: returns whether a backup is being made: then nothing goes (R38).
+            backup_runs: returns whether a backup is being made: then nothing goes (R38).
         """
-        self._is_held = held
+        self._backup_runs = backup_runs
         self._store = store
         self._writer = writer
         self._keys = keys
@@ -266,7 +266,7 @@ class LogRelease:
             # Also of tables that nobody commits to any more.
             while self._keys.expire(self._clock.now_us()):
                 await trio.lowlevel.checkpoint()
-            if self._is_held():
+            if self._backup_runs():
                 continue
             try:
                 while await self._checkpoint(needed_from(), tables):

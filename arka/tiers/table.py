@@ -16,7 +16,7 @@ import trio
 
 from arka._core.framing import Frame
 from arka.errors import ArkaError, ErrorCode
-from arka.records import PartitionField, TableInfo, Tier
+from arka.records import PartitionField, TableInfo, Tier, same_partitions
 from arka.storage.ports import AcceptedSpec, CatalogTable, TableFrames
 from arka.tiers.backlog import Backlog, Cut
 from arka.tiers.room import Room
@@ -227,10 +227,7 @@ class Table:
 
     def _has_spec(self, info: TableInfo) -> bool:
         """Whether the table still has the partition spec that some of its writes were accepted under."""
-        if self.specs is None:
-            return True
-        found = self.specs.get(info.spec_id)
-        return found is not None and [one.meaning for one in found] == [one.meaning for one in info.partition]
+        return self.specs is None or same_partitions(self.specs.get(info.spec_id), info.partition)
 
     def adopt_mark(self, found: CatalogTable, log_uuid: UUID) -> None:
         """Learn from the catalog how far the table is.

@@ -36,6 +36,12 @@ def _back_up(server: ServerProcess, dest: Path) -> str:
     return done.stdout
 
 
+def _restore(server: ServerProcess, copy: Path) -> None:
+    """Put a copy where the data directory was, and start it."""
+    subprocess.run(["cp", "-a", copy, server.data], check=True)
+    server.start()
+
+
 class _Load:
     """Writes rows to a table, one after the other, until it is told to stop; the table's name is the key's prefix."""
 
@@ -88,8 +94,7 @@ def test_backup_under_load(make_server: Callable[..., ServerProcess], tmp_path: 
     server.data.rename(tmp_path / "lost")
     for _ in range(2):
         # The second time it is the same copy that is restored: LSNs of the first time are not given again.
-        subprocess.run(["cp", "-a", tmp_path / "copy", server.data], check=True)
-        server.start()
+        _restore(server, tmp_path / "copy")
         with connect(server.location) as client:
             for table, load in zip(TABLES, loads, strict=True):
                 # Those that the copy has are known by their keys.
@@ -149,8 +154,7 @@ def test_what_came_after_the_backup_of_a_stopped_server(
         last = max(ack["lsn"] for ack in write_all(client, "a", [numbers([1])]))
     server.kill()
     server.data.rename(tmp_path / "lost")
-    subprocess.run(["cp", "-a", tmp_path / "copy", server.data], check=True)
-    server.start()
+    _restore(server, tmp_path / "copy")
     with connect(server.location) as client:
         stream = Stream(client, "a", None, resume_after_lsn=last)
         acks = stream.acks(4)
@@ -179,8 +183,7 @@ def test_what_is_sent_again_after_a_restore(
             write_all(client, "a", [numbers([10 * restart + n]) for n in (1, 2)])
         server.kill()
     server.data.rename(tmp_path / "lost")
-    subprocess.run(["cp", "-a", tmp_path / "copy", server.data], check=True)
-    server.start()
+    _restore(server, tmp_path / "copy")
     with connect(server.location) as client:
         write_all(client, "a", [numbers([99])])
     sending = [ARKA, "wal", "salvage", tmp_path / "lost", "--resubmit", server.location, "--keyless", "--above"]

@@ -14,7 +14,7 @@ from trio.testing import MockClock
 from arka.errors import AdmissionRejected
 from arka.options import KIB
 from arka.records import TableName, Tier
-from arka.testing.simnode import SimNode, create_table, with_options, write
+from arka.testing.simnode import SimNode, create_table, with_options, write, write_some
 from arka.testing.simwriters import definition_of
 from arka.tiers.parking import Parking
 from arka.tiers.pipeline import Pipeline
@@ -24,21 +24,7 @@ from arka.tiers.table import Table, TableState
 
 SLOW, SLOW_TOO, WELL = (TableName("default", name) for name in ("slow", "slow_too", "well"))
 SETTINGS = with_options(limits__disk_bytes=512 * KIB, wal__segment_bytes=32 * KIB)
-#: Rows of so many bytes: 85 of them are more than half of the limit, 95 more than one table may take.
-FILLER = 3000
-
-
-async def write_some(pipeline: Pipeline, table: Table, numbers: range, *, filler: int = FILLER, key: str = "") -> None:
-    """Write rows, each as soon as there is room for it."""
-    for number in numbers:
-        while True:
-            try:
-                write(pipeline, table, number, f"{key}{number}".encode() if key else b"", filler=filler)
-            except NoRoom as error:
-                await error.room.wait()
-            else:
-                break
-        await trio.sleep(0.02)
+# 85 of the rows of ``write_some`` are more than half of the limit, 95 more than one table may take.
 
 
 async def set_apart(node: SimNode, pipeline: Pipeline, *, keyed: bool = False) -> tuple[Table, Table]:

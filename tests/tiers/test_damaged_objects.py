@@ -12,16 +12,14 @@ from trio.testing import MockClock
 from arka.errors import ArkaError, ErrorCode
 from arka.options import KIB
 from arka.records import TableName, Tier
-from arka.testing.simnode import NAME, SimNode, create_table, with_options, write, write_all
+from arka.testing.simnode import NAME, SimNode, create_table, with_options, write, write_all, write_some
 from arka.testing.simwriters import definition_of
 from arka.tiers.held import HeldObjects
 from arka.tiers.pipeline import Pipeline
-from arka.tiers.room import NoRoom
 from arka.tiers.table import Table, TableState
 
 HURT, WELL = (TableName("default", name) for name in ("hurt", "well"))
 SETTINGS = with_options(limits__disk_bytes=512 * KIB, wal__segment_bytes=32 * KIB)
-FILLER = 3000
 
 Damage = Callable[[dict[str, bytes], str], None]
 
@@ -44,19 +42,6 @@ def remove(objects: dict[str, bytes], key: str) -> None:
 
 damages = pytest.mark.parametrize("damage", [flip_header, flip_body, cut_short, remove])
 kinds = pytest.mark.parametrize("keyed", [False, True], ids=["append-only", "primary-key"])
-
-
-async def write_some(pipeline: Pipeline, table: Table, numbers: range, key: str = "") -> None:
-    """Write rows, each as soon as there is room for it."""
-    for number in numbers:
-        while True:
-            try:
-                write(pipeline, table, number, f"{key}{number}".encode() if key else b"", filler=FILLER)
-            except NoRoom as error:
-                await error.room.wait()
-            else:
-                break
-        await trio.sleep(0.02)
 
 
 async def wait_until(condition: Callable[[], bool]) -> None:

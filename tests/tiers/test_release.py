@@ -15,7 +15,7 @@ from trio.testing import MockClock
 from arka._core.keys import ENTRY_BYTES
 from arka.errors import DataCorruption, Fenced
 from arka.records import KnownTable, LsnRange, TableInfo, TableName, TableType, Tier
-from arka.storage import backup
+from arka.storage import backuphold
 from arka.storage.ports import StoreUnavailable
 from arka.testing.simnode import SimNode, create_table, write_all
 from arka.testing.simstore import Fault, Outcome, SimStore
@@ -490,10 +490,10 @@ async def test_nothing_goes_while_a_backup_is_made(monkeypatch: pytest.MonkeyPat
 
 def test_a_backup_holds_the_log_as_long_as_it_lives(tmp_path: Path) -> None:
     """Its lock ends with it; what an earlier one left holds nothing, nor does one that has run for hours."""
-    assert not backup.is_held(tmp_path)
-    with backup._hold(tmp_path):
-        assert backup.is_held(tmp_path)
+    assert not backuphold.is_held(tmp_path)
+    with backuphold.hold(tmp_path):
+        assert backuphold.is_held(tmp_path)
         os.utime(tmp_path / "backup.hold", (0, 0))
-        assert not backup.is_held(tmp_path)
+        assert not backuphold.is_held(tmp_path)
     os.utime(tmp_path / "backup.hold")
-    assert not backup.is_held(tmp_path)
+    assert not backuphold.is_held(tmp_path)
