@@ -382,10 +382,13 @@ async def test_errors_cross_as_what_they_are(catalog: IcebergCatalog, lake: Lake
     """A definite error keeps its type and fields, an unknown one becomes unavailable, a bug internal."""
     # Each job looks for catalog and table first.
     info = lake.create(INFO.schema)
-    missing = SegmentSlice(str(tmp_path / "gone"), 1, 1, b"")
-    job = TableFrames(info, {}, UUID(int=1), 0, 1, (missing,))
-    with pytest.raises(CatalogUnavailable, match="FileNotFoundError"):
+    folder = SegmentSlice(str(tmp_path), 1, 1, b"")
+    job = TableFrames(info, {}, UUID(int=1), 0, 1, (folder,))
+    with pytest.raises(CatalogUnavailable, match="IsADirectoryError"):
         await catalog.encode(job)
+    missing = SegmentSlice(str(tmp_path / "gone"), 1, 1, b"")
+    with pytest.raises(DataCorruption, match="found no file"):
+        await catalog.encode(TableFrames(info, {}, UUID(int=1), 0, 1, (missing,)))
     (tmp_path / "short").write_bytes(b"ARKS")
     short = SegmentSlice(str(tmp_path / "short"), 1, 1, b"")
     with pytest.raises(DataCorruption) as damaged:
