@@ -53,16 +53,22 @@ demo: $(VENV)/.installed-demo ## stream 336,776 real flights to Iceberg and read
 	$(PYTHON) examples/demo.py
 
 # Three runs: the foreign toolchains alone, since they build with all cores; the simulation, test by test on the
-# cores and without coverage, which doubles its time; then all else, file by file on the cores.
+# cores; then all else, file by file on the cores.
 .PHONY: test
-test: lint ## everything that CI runs: all checks of `make lint`, then pytest with coverage
+test: lint ## everything that CI runs: all checks of `make lint`, then pytest
 	@status=0; \
-	$(PYTHON) -m pytest -m "foreign" --cov --cov-report= $(PYTEST_ARGS) || status=$$?; \
+	$(PYTHON) -m pytest -m "foreign" $(PYTEST_ARGS) || status=$$?; \
 	[ $$status -ne 5 ] || status=0; \
 	$(PYTHON) -m pytest -m "simulation" -n 2 --dist worksteal $(PYTEST_ARGS) || { ran=$$?; [ $$ran -eq 5 ] || status=$$ran; }; \
-	$(PYTHON) -m pytest -m "not foreign and not engines and not simulation" -n 2 --dist loadfile --cov --cov-append --cov-report=term:skip-covered $(PYTEST_ARGS) \
+	$(PYTHON) -m pytest -m "not foreign and not engines and not simulation" -n 2 --dist loadfile $(PYTEST_ARGS) \
 		|| status=$$?; \
 	if [ -n "$(PYTEST_STATUS)" ]; then echo $$status > "$(PYTEST_STATUS)"; else exit $$status; fi
+
+# Tracing doubles the time of a run, so it is none of CI's.
+.PHONY: coverage
+coverage: $(VENV)/.installed-test ## which lines the tests of `make test` reach (but for simulation and foreign clients)
+	$(PYTHON) -m pytest -m "not foreign and not engines and not simulation" -n 2 --dist loadfile \
+		--cov --cov-report=term:skip-covered $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: $(VENV)/.installed-test ## formatting, types, stubs, Cython, import layers
