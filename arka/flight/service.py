@@ -187,7 +187,7 @@ class FlightService:
     async def do_get(self, call: Call) -> None:
         """Send a table's rows as record batches: its Iceberg snapshot, and what was accepted since."""
         ticket = _parse_ticket(bytes(messages.parse("Ticket", await _request(call)).ticket))
-        table = await self._find(TableName.parse(ticket.table_name))
+        table = await self._find(TableName.parse(ticket.table_name), max_age_s=0)
         if ticket.limit is not None and ticket.limit < 0:
             raise InvalidRequest(f"limit must not be negative: {ticket.limit}")
         columns = None if ticket.columns is None else tuple(ticket.columns)
@@ -404,7 +404,7 @@ class FlightService:
     async def _flush(self, body: bytes) -> Any:
         request = _parse_body(body)
         tier = Tier.parse(request.durability)
-        table = await self._find(TableName.parse(request.name))
+        table = await self._find(TableName.parse(request.name), max_age_s=0)
         lsn = await self._pipeline.flush(table, tier)
         return {"name": str(table.info.name), "durability": tier.word, "lsn": lsn}
 

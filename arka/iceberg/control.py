@@ -1,23 +1,26 @@
 """Tables in the catalog: create, drop, load and list them as plain records.
 
 Owns: what an Arka table looks like in Iceberg (location, spec, properties) and reading it back. Does not
-own commits.
+own commits, nor what of a dropped table is deleted (``purge``).
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Mapping
 from typing import Final
 from uuid import UUID
 
 import msgspec
 from pyiceberg.catalog import Catalog
-from pyiceberg.exceptions import NoSuchNamespaceError, NoSuchTableError, TableAlreadyExistsError
+from pyiceberg.exceptions import (
+    CommitFailedException,
+    NoSuchNamespaceError,
+    NoSuchTableError,
+    TableAlreadyExistsError,
+)
 from pyiceberg.schema import Schema
 from pyiceberg.table import Table, TableProperties
 
@@ -30,6 +33,8 @@ from arka.iceberg.fileio import local_path, make_directory
 from arka.iceberg.manifests import ManifestMemory, metadata_files
 from arka.iceberg.marks import is_mark, marks_of
 from arka.iceberg.partition import new_partition_spec, partition_fields, split_fields
+from arka.iceberg.purge import drop_entry
+from arka.iceberg.purge import purge as purge_files
 from arka.iceberg.runfiles import forget_table
 from arka.iceberg.schema import UnsupportedType, arrow_schema, new_iceberg_schema
 from arka.iceberg.sight import check_files
@@ -48,6 +53,8 @@ from arka.tableproperties import CLEANED, CLEANED_VALUE, PRIMARY_KEY, TABLE_TYPE
 
 #: Only version 2 has delete files that every reader knows, and pyiceberg cannot write version 3.
 _FORMAT_VERSION: Final = 2
+#: Attempts at a drop against other writers' commits to the table.
+_DROP_ATTEMPTS: Final = 5
 
 _log = logging.getLogger(__name__)
 
@@ -125,25 +132,28 @@ def drop_table(config: CatalogConfig, name: TableName, uuid: UUID, purge: bool) 
         Exception: the catalog did not answer; the table may be gone.
     """
     opened = catalog(config)
-    identifier = tuple(name)
-    try:
-        table = _load_same(opened, name, uuid)
-    except TableMissing:
-        # Dropped by others, or by a process that died right after it.
-        forget_table(config.index_dir, uuid)
-        raise
-    failpoints.hit("catalog.drop")
-    try:
-        if purge:
-            opened.purge_table(identifier)
-        else:
-            opened.drop_table(identifier)
-    except NoSuchTableError as error:
-        raise TableMissing(f"Table not found: {name}") from error
+    for _ in range(_DROP_ATTEMPTS):
+        try:
+            table = _load_same(opened, name, uuid)
+        except TableMissing:
+            # Dropped by others, or by a process that died right after it.
+            forget_table(config.index_dir, uuid)
+            raise
+        failpoints.hit("catalog.drop")
+        try:
+            drop_entry(opened, table)
+        except NoSuchTableError as error:
+            raise TableMissing(f"Table not found: {name}") from error
+        except CommitFailedException:
+            # Others committed to it, or it is another table now: look again.
+            continue
+        break
+    else:
+        raise CatalogUnavailable(f"table {name}: others changed it {_DROP_ATTEMPTS} times while it was to be dropped")
     failpoints.hit("catalog.dropped")
     forget_table(config.index_dir, uuid)
     if purge:
-        _remove_folder(table)
+        purge_files(config, opened, table)
         failpoints.hit("catalog.purged")
 
 
@@ -296,17 +306,6 @@ def new_properties(definition: TableDefinition) -> dict[str, str]:
     if definition.key_columns:
         made[PRIMARY_KEY] = json.dumps(definition.key_columns)
     return made
-
-
-def _remove_folder(table: Table) -> None:
-    """Remove what purging left of a local table: uncommitted files and empty directories.
-
-    The folder's name ends in digits of a UUID, so it is no other table's (R5).
-    """
-    path = local_path(table.metadata.location)
-    if path is not None:
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(os.path.realpath(path))
 
 
 __all__ = [

@@ -15,7 +15,7 @@ from typing import Final
 
 from pyiceberg.catalog import Catalog
 from pyiceberg.catalog.sql import IcebergTables, SqlCatalog
-from pyiceberg.exceptions import CommitFailedException
+from pyiceberg.exceptions import CommitFailedException, NoSuchTableError
 from pyiceberg.io import FileIO, load_file_io
 from pyiceberg.table import CommitTableResponse, StagedTable, Table, TableProperties
 from pyiceberg.table.metadata import TableMetadata
@@ -28,6 +28,7 @@ from pyiceberg.table.update import (
     update_table_metadata,
 )
 from pyiceberg.typedef import EMPTY_DICT, Identifier, Properties
+from sqlalchemy import delete, select
 
 from arka import failpoints
 from arka.iceberg.locations import table_locations
@@ -105,6 +106,37 @@ class ServerSqlCatalog(SqlCatalog):
             io=current_table.io,
             catalog=self,
         )
+
+    def drop_loaded(self, table: Table) -> None:
+        """Remove a table's entry if it still is the one that was loaded, in one statement (R5).
+
+        Args:
+            table: as it was just loaded under its name.
+
+        Raises:
+            NoSuchTableError: there is no entry of that name.
+            CommitFailedException: the entry points elsewhere: others committed, or gave the name to another table.
+        """
+        namespace, name = Catalog.namespace_to_string(table.name()[:-1]), table.name()[-1]
+        named = (
+            IcebergTables.catalog_name == self.name,
+            IcebergTables.table_namespace == namespace,
+            IcebergTables.table_name == name,
+        )
+        loaded = IcebergTables.metadata_location == table.metadata_location
+        with self.engine.begin() as connection:
+            if connection.execute(delete(IcebergTables).where(*named, loaded)).rowcount == 1:
+                return
+            there = connection.execute(select(IcebergTables.table_name).where(*named)).first()
+        if there is None:
+            raise NoSuchTableError(f"Table does not exist: {namespace}.{name}")
+        raise CommitFailedException(f"Table {namespace}.{name} was changed by others meanwhile")
+
+    def all_pointers(self) -> list[tuple[str, str]]:
+        """List every entry of the database, those of catalogs of other names too: name and metadata location."""
+        wanted = select(IcebergTables.table_namespace, IcebergTables.table_name, IcebergTables.metadata_location)
+        with self.engine.connect() as connection:
+            return [(f"{space}.{name}", location) for space, name, location in connection.execute(wanted) if location]
 
     def _apply(self, table: Table, updates: tuple[TableUpdate, ...]) -> TableMetadata:
         made = update_table_metadata(table.metadata, updates, metadata_location=table.metadata_location)

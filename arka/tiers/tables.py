@@ -653,7 +653,7 @@ class Tables:
         """
         async with self._ddl_lock:
             try:
-                existing = await self.find(definition.name)
+                existing = await self.find_fresh(definition.name, max_age_s=0)
             except ArkaError as error:
                 if error.code is not ErrorCode.TABLE_NOT_FOUND:
                     raise
@@ -744,7 +744,7 @@ class Tables:
                 is stopping, and nothing was done.
         """
         async with self._ddl_lock:
-            table = await self.find(name)
+            table = await self.find_fresh(name, max_age_s=0)
             if table.drop_lsn is None:
                 await self._check_named(table, name)
         # The client may go away, the drop may not: once its record is in the log it is carried out.

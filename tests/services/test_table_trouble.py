@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
 
 import obstore
 import obstore.store
+import pyarrow as pa
 import pytest
 from pyiceberg.table import Table
 
@@ -15,7 +18,7 @@ from arka.testing.backends import Backend, Components
 from arka.testing.proxy import Cut, CuttingProxy
 from arka.testing.serverprocess import ServerProcess
 from arka.testing.services import wait_for
-from tests.process.clients import Stream, check_order, connect, create, numbers, write_all
+from tests.process.clients import NUMBERS, Stream, action, check_order, connect, create, numbers, write_all
 from tests.services import lake
 from tests.services.padded import PADDED, SMALL_SEGMENTS, padded, wait_released, write_padded
 from tests.services.reader import Reader
@@ -137,6 +140,40 @@ def test_table_dropped_by_others(components: Components, make_server: Callable[.
     assert all(before[1] < after[0] for before, after in pairwise(spans)), spans
     assert all(any(first <= lsn <= last for first, last in spans) for lsn in lsns.values()), (spans, lsns)
     assert lake.numbers_in(backend, other) == list(range(5))
+
+
+@pytest.mark.parametrize("kind", ["s3-rest", "s3-postgres"])
+def test_table_renamed_by_others_while_it_is_dropped(
+    components: Components, make_server: Callable[..., ServerProcess], kind: str
+) -> None:
+    """A drop whose table others rename at that moment deletes no file of the table that has the name then (R5, R29).
+
+    A SQL catalog keeps that table's entry too. A REST catalog has no conditional drop: the entry may go, and the log
+    says so; its files stay.
+    """
+    backend = components.backend(kind)
+    name, kept = (f"{backend.namespace}.{part}" for part in ("moved", "kept"))
+    server = make_server(backend)
+    server.failpoints = "catalog.drop=pause:8"
+    server.start()
+    with connect(server.location) as client, lake.open_catalog(backend) as catalog:
+        create(client, name)
+        write_all(client, name, [numbers([1])])
+        with ThreadPoolExecutor(1) as pool:
+            dropping = pool.submit(action, client, "DropTable", name=name, purge=True)
+            # The drop waits at its failpoint by then.
+            time.sleep(3)
+            old = catalog.load_table(name)
+            catalog.rename_table(name, kept)
+            other = catalog.create_table(name, NUMBERS)
+            other.append(pa.Table.from_batches([numbers([77])]))
+            assert dropping.result()["dropped"]
+        assert not catalog.table_exists(kept)
+        assert old.metadata.table_uuid != other.metadata.table_uuid
+        if kind == "s3-postgres":
+            assert lake.numbers_in(backend, name) == [77]
+            assert not old.io.new_input(old.metadata_location).exists()
+    server.stop()
 
 
 def test_catalog_that_hangs_for_one_table(components: Components, make_server: Callable[..., ServerProcess]) -> None:
