@@ -97,6 +97,8 @@ FAULTS: Final = (
 _TROUBLES: Final = ("catalog ", "warehouse ", "table held up", "file of a table")
 #: How old an answer of the catalog's may be that somebody acts on, in seconds.
 _CHANGED_S: Final = 10.0
+#: How long a start is kept from finishing by outages that follow each other, in seconds.
+_START_S: Final = 600.0
 #: How many lines of a failed run are shown.
 _TAIL_LINES: Final = 60
 
@@ -179,6 +181,7 @@ class _Life:
         # By number, what those actions are about that were asked for and have no outcome yet (R41).
         self._owed: dict[int, str] = {}
         self._asked = 0
+        self._began = trio.current_time()
 
     @property
     def pipeline(self) -> Pipeline:
@@ -362,6 +365,11 @@ class _Life:
         if self.process.alive and name in self._owed.values():
             self.world.promises.fail(f"{self.name}: an action on {name} has no outcome: its client left")
 
+    def _start_outage(self, what: str, seconds: float) -> None:
+        """Let store or catalog be away, but for a start that has waited for long: outages would follow each other."""
+        if self.opened.is_set() or trio.current_time() - self._began < _START_S:
+            self.world.start_outage(what, seconds)
+
     async def _drop(self, name: TableName) -> None:
         """Drop what has a name: after an outage that may be another table than before it."""
         promises, tables = self.world.promises, self.pipeline.tables
@@ -437,9 +445,9 @@ class _Life:
                     self.world.trace.count(f"disk {operation} fails")
                     self.disk.fail_next(operation, rng.choice((errno.EIO, errno.ENOSPC)), after=rng.randint(0, 3))
                 case "store":
-                    self.world.start_outage("store", rng.choice((2.0, 20.0, 180.0)) * rng.random())
+                    self._start_outage("store", rng.choice((2.0, 20.0, 180.0)) * rng.random())
                 case "catalog":
-                    self.world.start_outage("catalog", rng.choice((2.0, 20.0, 180.0)) * rng.random())
+                    self._start_outage("catalog", rng.choice((2.0, 20.0, 180.0)) * rng.random())
                 case "clock":
                     self.world.trace.count("clock jump")
                     self.world.trace.wall_offset_s += rng.choice((-3600.0, -5.0, 0.5, 3600.0))
@@ -896,7 +904,7 @@ def simulate(seed: int, faults: Collection[str] = ()) -> Outcome:
             limit = StepLimit()
             trio.run(world.run, limit.scope, clock=MockClock(autojump_threshold=0), instruments=[limit])
             if limit.broken is not None:
-                world.promises.fail(limit.broken)
+                broken = limit.broken
             trace.counts.update({f"acks {word}": count for word, count in world.promises.acks.items()})
             trace.counts["writes"] += len(world.promises.writes)
             trace.counts["commits"] += sum("commit: " in line for line in trace.lines)
