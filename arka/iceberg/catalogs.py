@@ -17,7 +17,7 @@ from arka.errors import ConfigurationError
 from arka.iceberg.catalogtables import make_catalog_tables
 from arka.iceberg.config import CATALOG_NAME, CatalogConfig
 from arka.iceberg.fileio import FILE_IO_CLASS
-from arka.iceberg.sight import catalog_file, look, on_change
+from arka.iceberg.sight import catalog_file, database_closed, database_opened, look, on_change
 from arka.iceberg.sqlcatalog import LeanSqlCatalog, ServerSqlCatalog
 from arka.storage.ports import WarehouseChanged
 
@@ -39,6 +39,9 @@ def _set_pragmas(connection: Any, _record: Any) -> None:
         cursor.execute("PRAGMA journal_mode=WAL")
         # The swap of a metadata location is the commit: it must survive power loss.
         cursor.execute("PRAGMA synchronous=FULL")
+        # SQLite opens its log files with the first read.
+        cursor.execute("SELECT count(*) FROM sqlite_master")
+        cursor.fetchall()
     finally:
         cursor.close()
 
@@ -85,6 +88,10 @@ def connect(config: CatalogConfig) -> Catalog:
     made._delete_old_metadata = _keep_old_metadata  # type: ignore[method-assign]
     if made.engine.dialect.name == "sqlite":
         event.listen(made.engine, "connect", _set_pragmas)
+        if (file := catalog_file(config.uri)) is not None:
+            # After the pragmas, when its log files are open.
+            event.listen(made.engine, "connect", lambda *_, path=file: database_opened(path))
+            event.listen(made.engine, "close", lambda *_, path=file: database_closed(path))
         # Connections from before the listener are not used again.
         made.engine.dispose()
     return made

@@ -13,6 +13,7 @@ from typing import Any, Final, cast
 
 from pyiceberg.catalog import Catalog
 from pyiceberg.exceptions import CommitFailedException, NoSuchNamespaceError, NoSuchTableError
+from pyiceberg.manifest import DataFile
 from pyiceberg.table import Table, TableProperties
 from pyiceberg.table.metadata import TableMetadata
 from pyiceberg.table.refs import MAIN_BRANCH
@@ -32,6 +33,7 @@ from arka.iceberg.locations import REDIRECTING
 from arka.iceberg.manifests import ManifestMemory, metadata_files
 from arka.iceberg.marks import mark_of
 from arka.iceberg.partition import partition_fields
+from arka.iceberg.pointer import is_seen
 from arka.iceberg.producer import (
     data_file,
     discard,
@@ -41,8 +43,16 @@ from arka.iceberg.producer import (
 )
 from arka.iceberg.rowdelta import Delta, KeyedTables
 from arka.iceberg.sight import check_files_here, check_same, look, on_change
+from arka.iceberg.waiting import WaitingFiles, last_look
 from arka.records import FIELD_ID_KEY, TableInfo, TableType, same_partitions
-from arka.storage.ports import CatalogConflict, CatalogUnavailable, CommitJob, CommitOutcome, CommitResult
+from arka.storage.ports import (
+    CatalogConflict,
+    CatalogUnavailable,
+    CommitJob,
+    CommitOutcome,
+    CommitResult,
+    StagedFilesMissing,
+)
 from arka.tableproperties import (
     CLEANED,
     CLEANED_VALUE,
@@ -134,6 +144,7 @@ def commit(config: CatalogConfig, job: CommitJob) -> CommitResult:
     Raises:
         WarehouseChanged: catalog, warehouse or table folder are not the ones that the job began with, or files that
             the new metadata names are not there. The outcome is unknown (R28).
+        StagedFilesMissing: the job's files are gone; nothing was committed, and the job can never be.
         CatalogUnavailable: the outcome is unknown, or other writers won every attempt; run the job again.
         WorkUnfinished: the index of the table's keys is being made; run the job again.
         Exception: what the catalog or the warehouse raised before anything could have been committed.
@@ -145,9 +156,14 @@ def commit(config: CatalogConfig, job: CommitJob) -> CommitResult:
     check_same(job.staged.places)
     look(config, job.table.location)
     result, table = _run(config, job)
-    if result.outcome is not CommitOutcome.COMMITTED or table is None:
+    if table is None or result.outcome is CommitOutcome.FENCED or result.committed_lsn <= job.staged.after_lsn:
         return result
     check_same(job.staged.places)
+    if not is_seen(catalog(config), table, job, result.committed_lsn):
+        return CommitResult(CommitOutcome.TABLE_GONE, 0, None)
+    check_same(job.staged.places)
+    if result.outcome is not CommitOutcome.COMMITTED:
+        return result
     return replace(result, seen=check_files_here(metadata_files(table, _memory)))
 
 
@@ -214,7 +230,7 @@ def _attempt(config: CatalogConfig, opened: Catalog, table: Table, job: CommitJo
     appends = job.table.table_type is TableType.APPEND_ONLY
     plain = has_plain_names(table.metadata.spec())
     if config.stock_commit and appends and plain and specs <= {table.metadata.default_spec_id}:
-        snapshot_id = _stock_append(config, table, job)
+        snapshot_id = _stock_append(config, opened, table, job)
     else:
         snapshot_id = _commit_own(config, opened, table, job, terms)
     return CommitResult(CommitOutcome.COMMITTED, job.staged.through_lsn, snapshot_id, named=True)
@@ -224,6 +240,7 @@ def _commit_own(config: CatalogConfig, opened: Catalog, table: Table, job: Commi
     base = table.metadata
     delta: Delta | None = None
     written: list[str] = []
+    added: list[DataFile]
     try:
         if job.table.table_type is TableType.PRIMARY_KEY:
             # On what the commit is based on: the table may have been handed over meanwhile.
@@ -232,11 +249,13 @@ def _commit_own(config: CatalogConfig, opened: Catalog, table: Table, job: Commi
             keyed = _keyed.get(config, job.table, job.staged.key_check)
             delta = keyed.resolve(table, job, _memory, terms)
             written += delta.deleted
-            staged = stage_snapshot(table, delta.added, _memory, _notes(job), delta.removed)
+            added = delta.added
+            staged = stage_snapshot(table, added, _memory, _notes(job), delta.removed)
             written += staged.written
             keyed.stage(job, delta)
         else:
-            staged = stage_snapshot(table, [data_file(file) for file in job.staged.files], _memory, _notes(job))
+            added = [data_file(file) for file in job.staged.files]
+            staged = stage_snapshot(table, added, _memory, _notes(job))
             written += staged.written
     except BaseException:
         # The catalog was not asked: nothing will ever name them.
@@ -254,9 +273,11 @@ def _commit_own(config: CatalogConfig, opened: Catalog, table: Table, job: Commi
         requirements += (AssertDefaultSpecId(default_spec_id=base.default_spec_id),)  # type: ignore[call-arg]
     else:
         requirements += (cast(TableRequirement, MarkUnmoved(job)),)
+    waiting = WaitingFiles(table.io, job, added, written)
     try:
-        response = opened.commit_table(table, requirements, updates)
-    except (CommitFailedException, NoSuchTableError):
+        with last_look(opened, waiting):
+            response = opened.commit_table(table, requirements, updates)
+    except (CommitFailedException, NoSuchTableError, StagedFilesMissing):
         discard(table.io, written)
         raise
     except Exception as error:
@@ -305,24 +326,26 @@ def _check_key(info: TableInfo, metadata: TableMetadata) -> None:
         )
 
 
-def _stock_append(config: CatalogConfig, table: Table, job: CommitJob) -> int:
+def _stock_append(config: CatalogConfig, opened: Catalog, table: Table, job: CommitJob) -> int:
     base = table.metadata
     # pyiceberg's retry stages the same files again on other metadata without our checks: never. The setting is in this
     # process's copy alone (R30), and without what chooses folders and classes.
     kept = {name: value for name, value in base.properties.items() if not REDIRECTING.match(name)}
     table.metadata = base.model_copy(update={"properties": {**kept, TableProperties.COMMIT_NUM_RETRIES: "0"}})
+    added = [data_file(file) for file in job.staged.files]
     transaction = table.transaction()
     with transaction.update_snapshot(snapshot_properties=_notes(job)).fast_append() as append:
-        for file in job.staged.files:
-            append.append_data_file(data_file(file))
+        for file in added:
+            append.append_data_file(file)
     properties, removed = _property_changes(job, base.properties)
     transaction.set_properties(properties)
     if removed:
         transaction.remove_properties(*removed)
     expired = expired_ids(table.metadata, config.keep_snapshots)
     try:
-        transaction.commit_transaction()
-    except (CommitFailedException, NoSuchTableError):
+        with last_look(opened, WaitingFiles(table.io, job, added, ())):
+            transaction.commit_transaction()
+    except (CommitFailedException, NoSuchTableError, StagedFilesMissing):
         raise
     except Exception as error:
         raise _UnknownOutcome(_describe(error)) from error

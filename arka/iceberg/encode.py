@@ -118,7 +118,8 @@ def encode(config: CatalogConfig, job: TableFrames) -> StagedFiles:
     )
     if keys is not None:
         made = replace(made, keys=keys.write(f"{job.after_lsn + 1}-{budget.through_lsn}"), key_check=keys.check)
-    return replace(made, took_s=time.monotonic() - started)
+    ended = time.monotonic()
+    return replace(made, took_s=ended - started, made_s=ended)
 
 
 @contextmanager

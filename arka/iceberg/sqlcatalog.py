@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import OrderedDict
-from typing import Final
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final
 
 from pyiceberg.catalog import Catalog
 from pyiceberg.catalog.sql import IcebergTables, SqlCatalog
@@ -28,11 +29,12 @@ from pyiceberg.table.update import (
     update_table_metadata,
 )
 from pyiceberg.typedef import EMPTY_DICT, Identifier, Properties
-from sqlalchemy import delete, select
+from sqlalchemy import delete, event, select
 
 from arka import failpoints
 from arka.iceberg.locations import table_locations
 from arka.iceberg.timestamps import forward_metadata, forward_updates
+from arka.storage.ports import StagedFilesMissing
 
 #: Parsed metadata files kept by one worker; a few per table of its shard are in use.
 _METADATA_CACHE_ENTRIES: Final = 256
@@ -81,6 +83,53 @@ class ServerSqlCatalog(SqlCatalog):
     Times in the metadata that it writes only go forward (R34).
     """
 
+    def __init__(self, name: str, **properties: str) -> None:
+        self._staged_locations: list[str] = []
+        self._last_look: Callable[[Sequence[str]], None] | None = None
+        super().__init__(name, **properties)
+        event.listen(self.engine, "after_cursor_execute", self._look_before_commit)
+
+    @contextlib.contextmanager
+    def last_look(self, check: Callable[[Sequence[str]], None]) -> Iterator[None]:
+        """Have a function called in each compare-and-swap, between the swap and the transaction's commit.
+
+        The swap has waited for the locks of others by then, which may take long, and what the function raises undoes
+        it.
+
+        Args:
+            check: takes the locations of the metadata files that were written for the commit.
+        """
+        self._last_look = check
+        try:
+            yield
+        finally:
+            self._last_look = None
+
+    def _look_before_commit(
+        self, _connection: Any, cursor: Any, _statement: str, _values: Any, context: Any, _: bool
+    ) -> None:
+        if self._last_look is not None and context is not None and context.isupdate and cursor.rowcount > 0:
+            self._last_look(tuple(self._staged_locations))
+
+    def commit_table(
+        self, table: Table, requirements: tuple[TableRequirement, ...], updates: tuple[TableUpdate, ...]
+    ) -> CommitTableResponse:
+        """Commit by compare-and-swap on the metadata location.
+
+        Raises:
+            CommitFailedException: a requirement does not hold on the current metadata, or another commit
+                won; nothing happened, and the metadata file written for it is gone again.
+            StagedFilesMissing: from the last look; the same holds.
+        """
+        self._staged_locations.clear()
+        try:
+            return super().commit_table(table, requirements, updates)
+        except (CommitFailedException, StagedFilesMissing):
+            for location in self._staged_locations:
+                with contextlib.suppress(OSError):
+                    table.io.delete(location)
+            raise
+
     def _load_file_io(self, properties: Properties = EMPTY_DICT, location: str | None = None) -> FileIO:
         # What is left out are the table's properties.
         return load_file_io(self.properties, location)
@@ -99,10 +148,12 @@ class ServerSqlCatalog(SqlCatalog):
             requirement.validate(current_table.metadata)
         metadata = self._apply(current_table, forward_updates(current_table.metadata, updates))
         version = self._parse_metadata_version(current_table.metadata_location) + 1
+        location = table_locations(metadata.location).new_table_metadata_file_location(version)
+        self._staged_locations.append(location)
         return StagedTable(
             identifier=table_identifier,
             metadata=metadata,
-            metadata_location=table_locations(metadata.location).new_table_metadata_file_location(version),
+            metadata_location=location,
             io=current_table.io,
             catalog=self,
         )
@@ -152,7 +203,6 @@ class LeanSqlCatalog(ServerSqlCatalog):
 
     def __init__(self, name: str, **properties: str) -> None:
         self._parsed: OrderedDict[str, tuple[TableMetadata, FileIO]] = OrderedDict()
-        self._staged_locations: list[str] = []
         super().__init__(name, **properties)
 
     def _convert_orm_to_iceberg(self, orm_table: IcebergTables) -> Table:
@@ -172,17 +222,6 @@ class LeanSqlCatalog(ServerSqlCatalog):
             catalog=self,
         )
 
-    def _update_and_stage_table(
-        self,
-        current_table: Table | None,
-        table_identifier: Identifier,
-        requirements: tuple[TableRequirement, ...],
-        updates: tuple[TableUpdate, ...],
-    ) -> StagedTable:
-        staged = super()._update_and_stage_table(current_table, table_identifier, requirements, updates)
-        self._staged_locations.append(staged.metadata_location)
-        return staged
-
     def _apply(self, table: Table, updates: tuple[TableUpdate, ...]) -> TableMetadata:
         return apply_updates(table.metadata, updates, table.metadata_location)
 
@@ -194,20 +233,8 @@ class LeanSqlCatalog(ServerSqlCatalog):
     def commit_table(
         self, table: Table, requirements: tuple[TableRequirement, ...], updates: tuple[TableUpdate, ...]
     ) -> CommitTableResponse:
-        """Commit by compare-and-swap on the metadata location.
-
-        Raises:
-            CommitFailedException: a requirement does not hold on the current metadata, or another commit
-                won; nothing happened, and the metadata file written for it is gone again.
-        """
-        self._staged_locations.clear()
-        try:
-            response = super().commit_table(table, requirements, updates)
-        except CommitFailedException:
-            for location in self._staged_locations:
-                with contextlib.suppress(OSError):
-                    table.io.delete(location)
-            raise
+        """Commit as ``ServerSqlCatalog`` does, and remember what the table has become."""
+        response = super().commit_table(table, requirements, updates)
         self._remember(response.metadata_location, response.metadata, table.io)
         return response
 

@@ -29,6 +29,7 @@ from arka.records import TableDefinition, TableInfo, TableName
 from arka.storage.ports import (
     CatalogConflict,
     CatalogListing,
+    CatalogRestored,
     CatalogTable,
     CatalogUnavailable,
     CommitJob,
@@ -56,6 +57,9 @@ _DEFINITE: Final = (
     UnwritableRows,
     WorkUnfinished,
 )
+
+#: Exit code of a process whose open connection to an SQLite catalog is not to the catalog's files any more (R28).
+RESTORED_EXIT: Final = 75
 
 #: Bugs rather than weather: retrying cannot help.
 _BUGS: Final = (AssertionError, AttributeError, LookupError, NameError, TypeError, ValueError)
@@ -117,6 +121,9 @@ def _job(function: Callable[P, T]) -> Callable[P, T | Exception]:
     def guarded(*args: P.args, **kwargs: P.kwargs) -> T | Exception:
         try:
             return function(*args, **kwargs)
+        except CatalogRestored:
+            # Closing the database would write what this process remembers of it over the restored one.
+            os._exit(RESTORED_EXIT)
         except _DEFINITE as error:
             made: Exception = error
         except Exception as error:
@@ -238,6 +245,7 @@ def scan(config: CatalogConfig, job: ReadJob, path: str) -> int:
 
 
 __all__ = [
+    "RESTORED_EXIT",
     "adopt",
     "check_installation",
     "commit",

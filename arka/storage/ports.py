@@ -255,6 +255,7 @@ class StagedFiles:
         key_check: tells the secret that its hashes were made with from others.
         journals: of the attempts that made the files.
         notes: which of the table's properties could not be used for the files, and what was used instead.
+        made_s: when the files were ready, in seconds of this machine's ``time.monotonic``.
     """
 
     after_lsn: int
@@ -270,17 +271,23 @@ class StagedFiles:
     frames: int = 0
     took_s: float = 0.0
     specs: Mapping[int, tuple[PartitionField, ...]] = field(default_factory=dict)
+    made_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class CommitJob:
-    """Put staged files into one snapshot, if the table still stands at ``staged.after_lsn`` (R15)."""
+    """Put staged files into one snapshot, if the table still stands at ``staged.after_lsn`` (R15).
+
+    Attributes:
+        repeated: whether an earlier attempt at the same job had no clear outcome.
+    """
 
     table: TableInfo
     log_uuid: UUID
     epoch: int
     commit_id: UUID
     staged: StagedFiles
+    repeated: bool = False
 
 
 class CommitOutcome(Enum):
@@ -365,6 +372,28 @@ class WorkUnfinished(CatalogUnavailable):
 
 class WarehouseChanged(CatalogUnavailable):
     """Catalog or warehouse are gone, or not the ones that a request began with; its outcome is unknown (R28)."""
+
+
+class CatalogRestored(WarehouseChanged):
+    """An SQLite catalog lost or changed its log files while this process had it open.
+
+    The process must end without closing the database: closing would write what it remembers over the restored file.
+    """
+
+
+class StagedFilesMissing(CatalogUnavailable):
+    """A file that waits for its commit is gone or was cut off. Nothing was committed: write the rows again.
+
+    Args:
+        location: its URL.
+    """
+
+    def __init__(self, location: str) -> None:
+        super().__init__(location)
+        self.location = location
+
+    def __str__(self) -> str:
+        return f"the file {self.location}, which waits for its commit, is gone or has another size"
 
 
 class FilesMissing(WarehouseChanged):

@@ -25,7 +25,7 @@ import trio_parallel
 from arka.errors import ConfigurationError
 from arka.iceberg import worker
 from arka.importpath import SAFE_PATH
-from arka.storage.ports import CatalogUnavailable, DeadlineMissed
+from arka.storage.ports import CatalogUnavailable, DeadlineMissed, WarehouseChanged
 
 #: An idle worker keeps its caches for as long as trio-parallel can wait: 24 h.
 _IDLE_S: Final = 86_400.0
@@ -175,6 +175,7 @@ class WorkerPool:
         Raises:
             CatalogUnavailable: the worker died, did not start or missed the deadline; whether the job happened is
                 unknown.
+            WarehouseChanged: the worker ended because an SQLite catalog was restored while it had it open (R28).
             Exception: what the job returned as an error.
 
         Cancellation: a running job's worker is killed; what the job had done stays done.
@@ -197,6 +198,10 @@ class WorkerPool:
                     )
                 except trio_parallel.BrokenWorkerError as error:
                     process = error.args[-1]
+                    if process.exitcode == worker.RESTORED_EXIT:
+                        raise WarehouseChanged(
+                            "the catalog's file was restored or copied over, or its -wal or -shm removed, while in use"
+                        ) from None
                     raise CatalogUnavailable(
                         f"the worker running {job.__name__} died with exit code {process.exitcode}"
                     ) from None

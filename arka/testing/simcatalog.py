@@ -41,6 +41,7 @@ from arka.storage.ports import (
     SegmentSlice,
     StagedFile,
     StagedFiles,
+    StagedFilesMissing,
     TableExists,
     TableFrames,
     TableMissing,
@@ -249,6 +250,12 @@ class SimCatalog:
         """See ``ports.Catalog.scan``."""
         return await self._call("scan", lambda: self._scan(job, path))
 
+    def clear_staged(self) -> int:
+        """Delete, as others do, every file that no snapshot names; returns how many files there were."""
+        cleared = len(self._staged)
+        self._staged.clear()
+        return cleared
+
     async def _call(self, name: str, effect: Callable[[], T]) -> T:
         self.calls.append(name)
         fault = next((planned for planned in self._faults if planned.call == name), None)
@@ -377,6 +384,9 @@ class SimCatalog:
             return CommitResult(CommitOutcome.COMMITTED, mark.committed_lsn, snapshot, table.describe())
         if mark.committed_lsn != job.staged.after_lsn:
             return CommitResult(CommitOutcome.RECUT, mark.committed_lsn, current, table.describe())
+        for file in job.staged.files:
+            if file.path not in self._staged:
+                raise StagedFilesMissing(file.path)
         for file in job.staged.files:
             table.changes += self._staged[file.path]
         table.ends[job.log_uuid, job.staged.through_lsn] = len(table.changes), table.info

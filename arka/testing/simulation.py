@@ -644,6 +644,8 @@ class _World:
         self.shortage_rng = shortage = random.Random(f"shortage {seed}")
         #: Whether the disk has little room, and tables fall behind one by one.
         self.short = shortage.random() < 0.3
+        self.weather.clear_rng = clear = random.Random(f"clear {seed}")
+        self.weather.cleared_share = clear.choice((0.0, 0.0, 0.0, 0.02, 0.2))
         limits = replace(Limits(), disk_free_bytes=0)
         if self.short:
             limits = replace(limits, disk_bytes=shortage.choice((48, 160)) * KIB, stall_s=shortage.choice((3.0, 20.0)))

@@ -482,6 +482,8 @@ class CatalogWeather:
         fault_share: the share of requests that fail.
         max_delay_s: the longest that a request takes.
         most_frames: cuts of more frames miss their deadline; 0 for none.
+        cleared_share: before so many of all commits others delete every file that no snapshot names.
+        clear_rng: chooses those commits.
         most_written: an encode job writes so many frames of its cut at most; 0 for any number.
     """
 
@@ -492,6 +494,8 @@ class CatalogWeather:
         self.fault_share = 0.0
         self.max_delay_s = 0.0
         self.most_frames = 0
+        self.clear_rng = random.Random(0)
+        self.cleared_share = 0.0
         self.warehouse = SimWarehouse()
         self.most_written = 0
         self.tables = SimCatalog(lambda piece, log_uuid: ())
@@ -593,6 +597,9 @@ class ProcessCatalog(SimCatalog):
 
     async def commit(self, job: CommitJob) -> CommitResult:
         """See ``Catalog.commit``; where the warehouse is local, it looks for the table's files at its end (R28)."""
+        weather = self._weather
+        if weather.cleared_share and weather.clear_rng.random() < weather.cleared_share and self.clear_staged():
+            weather.trace.count("waiting files cleared away")
         result = await super().commit(job)
         warehouse = self._weather.warehouse
         if not warehouse.local or result.outcome is not CommitOutcome.COMMITTED:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from functools import partial
+from itertools import chain, repeat
 from typing import TypeVar
 from uuid import UUID, uuid4
 
@@ -29,6 +31,7 @@ from arka.storage.ports import (
     CommitResult,
     DeadlineMissed,
     StagedFiles,
+    StagedFilesMissing,
     UnwritableRows,
     WarehouseChanged,
 )
@@ -143,6 +146,10 @@ class TableCommitter:
                     return False
                 await self._watch.wait_ours()
                 return table.state is TableState.ACTIVE
+            except StagedFilesMissing as error:
+                log.warning("iceberg.staged_missing", table=str(table.info.name), reason=str(error))
+                earliest = trio.current_time() + self._options.retry_s
+                continue
             except DeadlineMissed as error:
                 # Of a commit that missed it nobody knows whether it lands: the next one's look at the mark says (R15).
                 self._shrink(cut, str(error))
@@ -246,7 +253,8 @@ class TableCommitter:
         The same job again after an unknown outcome: the table's own mark says whether it had landed (R16), and
         no file is written twice.
         """
-        return await self._persist("the catalog to commit", partial(self._attempt, job), cut)
+        attempts = iter(chain((job,), repeat(replace(job, repeated=True))))
+        return await self._persist("the catalog to commit", lambda: self._attempt(next(attempts)), cut)
 
     async def _attempt(self, job: CommitJob) -> CommitResult:
         """Commit once, and adopt what was loaded for it (R27)."""
@@ -278,6 +286,7 @@ class TableCommitter:
 
         Raises:
             WarehouseChanged: catalog or warehouse are others: the same again would be about files of another one.
+            StagedFilesMissing: the rows have to be written again.
             DeadlineMissed: it took too long, and a smaller cut may not (R32). A single write's request is repeated: it
                 has a process of its own by then (R19).
         """
@@ -295,7 +304,9 @@ class TableCommitter:
         def note_stalled(error: Exception) -> None:
             nonlocal stalled
             table.effort.fail(str(error))
-            if isinstance(error, WarehouseChanged) or (isinstance(error, DeadlineMissed) and cut.frames > 1):
+            if isinstance(error, (WarehouseChanged, StagedFilesMissing)) or (
+                isinstance(error, DeadlineMissed) and cut.frames > 1
+            ):
                 raise error
             if not stalled:
                 stalled = True

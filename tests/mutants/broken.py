@@ -52,6 +52,22 @@ def private_properties() -> None:
 
 
 @mutant
+def old_connections_are_trusted() -> None:
+    """Nobody asks over a new connection whether a commit is there (R28)."""
+    from arka.iceberg import commit
+
+    commit.is_seen = lambda *_: True
+
+
+@mutant
+def waiting_files_are_trusted() -> None:
+    """Nobody looks for files that wait for their commit (R28)."""
+    from arka.iceberg.waiting import WaitingFiles
+
+    WaitingFiles.check = lambda *_: None  # type: ignore[method-assign,misc,assignment]
+
+
+@mutant
 def files_of_commits_are_leftovers() -> None:
     """Files of an attempt are deleted without a look at what the table names (R32)."""
     from arka.iceberg import leftovers

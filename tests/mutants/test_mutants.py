@@ -22,6 +22,8 @@ CAUGHT_BY = {
     "copies_start": ("tests/process/test_moved_directory.py", "test_copy"),
     "superseded_metadata_goes_at_once": ("tests/iceberg/test_commit.py", "superseded"),
     "private_properties": ("tests/iceberg/test_private_properties.py", "new_table_holds"),
+    "old_connections_are_trusted": ("tests/iceberg/test_pointer.py", "went_back"),
+    "waiting_files_are_trusted": ("tests/iceberg/test_pointer.py", "files_of_rows"),
     "files_of_commits_are_leftovers": ("tests/iceberg/test_attempts.py", "that_a_commit_names"),
     "reads_of_what_was_set_aside": ("tests/tiers/test_aside.py", "leave_it_out"),
     "set_apart_without_a_word": ("tests/tiers/test_apart.py", "with_a_word"),

@@ -25,6 +25,7 @@ from arka.storage.ports import (
     CommitOutcome,
     CommitResult,
     FilesMissing,
+    StagedFilesMissing,
     UnwritableRows,
 )
 from arka.testing import simcatalog, simworld
@@ -319,6 +320,23 @@ def test_catches_a_write_set_aside_nowhere(monkeypatch: pytest.MonkeyPatch) -> N
     broken = catch()
     # Where nobody has it, it is lost.
     assert "was not set aside" in broken or "acked iceberg_committed" in broken or "is lost" in broken
+
+
+def test_catches_a_commit_that_waits_for_files_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """R28: files that were cleared away before their commit do not come back; the rows are written again."""
+    persist = TableCommitter._persist
+
+    async def repeat(self: Any, doing: str, request: Any, cut: Any) -> Any:
+        async def attempt() -> Any:
+            try:
+                return await request()
+            except StagedFilesMissing as error:
+                raise CatalogUnavailable(str(error)) from error
+
+        return await persist(self, doing, attempt, cut)
+
+    monkeypatch.setattr(TableCommitter, "_persist", repeat)
+    assert "did not drain" in catch()
 
 
 def test_catches_no_look_after_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:
