@@ -75,29 +75,19 @@ def verify(directory: Path) -> None:
 
     Exit codes: 0 a start would accept it, 3 it is damaged.
     """
-    from rich.console import Console
-    from rich.table import Column, Table
-
+    from arka.columns import show_table
     from arka.storage.disk import PosixDisk
     from arka.wal.dump import verify_log
 
     report = verify_log(_log_directory(directory), PosixDisk())
     headless = _find_headless(_log_directory(directory))
-    table = Table(
-        Column("segment", no_wrap=True),
-        "epoch",
-        "state",
-        "LSNs",
-        "frames",
-        "torn",
-        title=f"log {report.log_uuid}",
-    )
+    rows = []
     for segment in report.segments:
         lsns = f"{segment.first_lsn}..{segment.last_lsn}" if segment.first_lsn else "none"
         torn = f"{segment.torn.start}..{segment.torn.end}" if segment.torn else ""
         state = f"{segment.state}, damaged" if segment.problem else segment.state
-        table.add_row(segment.file, str(segment.epoch), state, lsns, str(segment.frames), torn)
-    Console().print(table)
+        rows.append((segment.file, str(segment.epoch), state, lsns, str(segment.frames), torn))
+    show_table(f"log {report.log_uuid}", ("segment", "epoch", "state", "LSNs", "frames", "torn"), rows)
     if report.state is not None:
         click.echo(f"log state: epoch {report.state.epoch}, LSNs below {report.state.lsn_ceiling}")
     for note in report.notes:
@@ -156,8 +146,9 @@ def salvage(
 
     Typical: salvage --to, then --discard, start the server, then salvage --resubmit on the discarded folder.
 
-    Exit codes: 0 all is well; 1 not everything that was to be sent was acked, or another failure;
-    2 usage; 3 LSNs are missing from the log.
+    Exit codes: 0 nothing is missing; 1 not everything that was to be sent was acked, or another failure;
+    2 usage; 3 writes are missing: --to did not find all LSNs of the log, or --resubmit did not find some that
+    the server's tables do not say are committed. Without an option, 3 also says that a start refuses the log.
     """  # noqa: D301 (the escape is click's)
     if discard and (out is not None or location is not None):
         raise click.UsageError("--discard goes with neither --to nor --resubmit: copy or send first")
@@ -228,7 +219,8 @@ def _salvage(
     _list("damaged", headless)
     if copied is not None:
         _show_copied(copied, out)
-        code = EXIT_DAMAGED if headless or not copied.complete else 0
+        # A lost state file loses no write: that it is gone is said, and a start is refused without it.
+        code = 0 if copied.complete else EXIT_DAMAGED
     if location is not None:
         from arka.client.resubmit import SentLog, resubmit
         from arka.wal.asidefile import asides_of
@@ -241,8 +233,8 @@ def _salvage(
             log = SentLog(survey.log_uuid, max([0, *survey.epochs, *epochs]), asides)
         sent = resubmit(reader.writes(), location, durability=tier, above_lsn=above_lsn, keyless=keyless, log=log)
         _show_sent(sent, location, tier)
-        if reader.unreadable:
-            code = EXIT_DAMAGED
+        beyond = [found for found in survey.missing if found.span.last is None or found.span.last > sent.held_through]
+        code = max(code if out is not None else 0, EXIT_DAMAGED if beyond or reader.unreadable else 0)
         if not sent.complete:
             code = EXIT_FAILURE
     return code
@@ -286,15 +278,10 @@ def _list(word: str, lines: list[str]) -> None:
 
 
 def _show_copied(salvage: Salvage, out: Path | None) -> None:
-    from rich.console import Console
-    from rich.table import Column, Table
+    from arka.columns import show_table
 
-    table = Table(
-        Column("file", no_wrap=True), "table", "writes", "rows", "with key", "deletes", "LSNs", title=f"copied to {out}"
-    )
-    for copied in salvage.tables:
-        table.add_row(*_row(copied))
-    Console().print(table)
+    names = ("file", "table", "writes", "rows", "with key", "deletes", "LSNs")
+    show_table(f"copied to {out}", names, map(_row, salvage.tables))
     _list("unreadable", [f"LSN {lsn}: {error.detail}" for lsn, error in salvage.unreadable])
 
 
@@ -318,6 +305,9 @@ def _show_sent(sent: Resubmitted, location: str, tier: Tier) -> None:
         click.echo(f"left out: {sent.committed} writes that their table's own mark says are in it")
     if sent.keyless:
         click.echo(f"left out: {sent.keyless} writes without an idempotency key; see --keyless")
+    if sent.dropped:
+        columns = ", ".join(sorted(sent.dropped))
+        click.echo(f"left out: values of columns that their table has no more: {columns}")
     _list("refused", [f"{count} writes: {reason}" for reason, count in sent.refused.most_common()])
 
 

@@ -3,12 +3,16 @@
 Owns: that conversation, through stock ``pyarrow.flight``. Does not own where the writes come from
 (``arka.wal.salvage``). Blocking, without threads: acks are read whenever enough writes wait for theirs.
 
+Columns are told by their Iceberg field ids, as the server's own commits do it (R24): others may have renamed, moved,
+widened, added or dropped some since. A value whose column was dropped is left out and the column is named.
+
 A write with an idempotency key that the server knows is a duplicate there, not a double (protocol 3.2). One
 without a key is new whatever the server holds already, so such writes are sent only if that is asked for.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
@@ -21,7 +25,9 @@ import pyarrow as pa
 import pyarrow.flight as flight
 
 from arka.errors import Unavailable
+from arka.iceberg.align import align_batch
 from arka.records import Operation, TableInfo, Tier
+from arka.tiers.foreign import dropped_columns
 from arka.wal.salvage import SalvagedWrite
 
 #: Writes of a stream that may wait for their last ack before acks are read.
@@ -50,6 +56,8 @@ class Resubmitted:
         below: left out for their LSN.
         keyless: left out because they have no idempotency key.
         committed: left out because the table says that it holds them.
+        held_through: up to this LSN every table of the server says that it holds the log's writes.
+        dropped: columns that writes have and their table has no more, as ``table: column``.
     """
 
     acked: int = 0
@@ -59,6 +67,8 @@ class Resubmitted:
     below: int = 0
     keyless: int = 0
     committed: int = 0
+    held_through: int = 0
+    dropped: set[str] = field(default_factory=set)
 
     @property
     def complete(self) -> bool:
@@ -139,8 +149,10 @@ class _Sender:
         self._report = report
         described = _tables(client)
         self._names = {uuid: table["name"] for uuid, table in described.items()}
+        self._schemas = {uuid: _schema_of(table) for uuid, table in described.items()}
         # By table: up to which LSN it holds the writes' log, but for those that were set aside.
         self._held = {uuid: _held_of(table, log) for uuid, table in described.items()}
+        report.held_through = min(self._held.values(), default=0)
         self._aside = frozenset() if log is None else log.aside
         self._streams: OrderedDict[tuple[UUID, int], _Stream] = OrderedDict()
         # Tables that get no more writes, and why: what follows must not come before what was refused.
@@ -158,7 +170,17 @@ class _Sender:
         if reason is not None:
             self._report.refused[reason] += 1
             return
-        failure = self._stream(write.table).send(write)
+        try:
+            batch = align_batch(write.batch, self._schemas[write.table.uuid])
+        except (ValueError, pa.ArrowException) as error:
+            # What was sent of the table is acked first; what follows must not come before this write.
+            for key in [key for key in self._streams if key[0] == write.table.uuid]:
+                self._finish(key)
+            reason = f"LSN {write.lsn} does not fit {write.table.name} as it is now: {error}"
+            self._closed.setdefault(write.table.uuid, reason)
+            self._report.refused[reason] += 1
+            return
+        failure = self._stream(write.table).send(write, batch)
         if failure is not None:
             self._end(write.table.uuid, failure)
 
@@ -176,8 +198,9 @@ class _Sender:
                 self._finish(other)
             while len(self._streams) >= _MAX_STREAMS:
                 self._finish(next(iter(self._streams)))
-            stream = _Stream(self._client, self._names[table.uuid], table.schema, self._durability, self._report)
-            self._streams[key] = stream
+            name, schema = self._names[table.uuid], self._schemas[table.uuid]
+            self._report.dropped.update(f"{name}: {column}" for column in dropped_columns(table.schema, schema))
+            self._streams[key] = stream = _Stream(self._client, name, schema, self._durability, self._report)
         self._streams.move_to_end(key)
         return stream
 
@@ -212,8 +235,7 @@ class _Stream:
         self._waiting_bytes = 0
         self._sent = 0
         self._failure: str | None = None
-        # What a delete does not hold goes as nulls.
-        self._schema = pa.schema([field.with_nullable(True) for field in schema])
+        self._schema = schema
         self._writer, self._reader = client.do_exchange(flight.FlightDescriptor.for_path(*table.split(".")))
         self._try(self._begin)
 
@@ -221,30 +243,21 @@ class _Stream:
         self._writer.write_metadata(json.dumps({"requested_durability": self._wanted}).encode())
         self._writer.begin(self._schema)
 
-    def send(self, write: SalvagedWrite) -> str | None:
-        """Send a write; acks are read once too many are due."""
+    def send(self, write: SalvagedWrite, batch: pa.RecordBatch) -> str | None:
+        """Send a write, whose batch has the stream's schema; acks are read once too many are due."""
         request: dict[str, str] = {}
         if write.operation is not Operation.UPSERT:
             request["operation"] = write.operation.name.lower()
         if write.key:
             request["idempotency_key"] = write.key.decode()
-        self._waiting[self._sent] = write.batch.nbytes
-        self._waiting_bytes += write.batch.nbytes
+        self._waiting[self._sent] = batch.nbytes
+        self._waiting_bytes += batch.nbytes
         self._sent += 1
         if self._failure is None:
-            self._try(self._writer.write_with_metadata, self._widen(write), json.dumps(request).encode())
+            self._try(self._writer.write_with_metadata, batch, json.dumps(request).encode())
         while self._failure is None and (len(self._waiting) >= _WINDOW_WRITES or self._waiting_bytes >= _WINDOW_BYTES):
             self._try(self._read_ack)
         return self._give_up() if self._failure is not None else None
-
-    def _widen(self, write: SalvagedWrite) -> pa.RecordBatch:
-        """A write's batch in the stream's schema: the server takes no more of a delete than its keys."""
-        batch = write.batch
-        columns = [
-            batch.column(field.name) if field.name in batch.schema.names else pa.nulls(batch.num_rows, field.type)
-            for field in self._schema
-        ]
-        return pa.RecordBatch.from_arrays(columns, schema=self._schema)
 
     def finish(self) -> str | None:
         """Half-close and read the acks that are due."""
@@ -319,13 +332,22 @@ def _held_of(table: dict[str, Any], log: SentLog | None) -> int:
     return int(mark["committed_lsn"])
 
 
+def _schema_of(table: dict[str, Any]) -> pa.Schema:
+    """The table's columns with their field ids, all nullable: what a write does not hold goes as nulls.
+
+    The server takes no more of a delete than its keys, and refuses an upsert without a required value.
+    """
+    schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(table["field_ids"])))
+    return pa.schema([field.with_nullable(True) for field in schema])
+
+
 def _tables(client: Any) -> dict[UUID, dict[str, Any]]:
     """The server's tables by UUID: a name may stand for another table by now (R5)."""
     try:
         (listed,) = client.do_action(flight.Action("ListTables", b""))
         tables: dict[UUID, dict[str, Any]] = {}
         for name in json.loads(listed.body.to_pybytes()):
-            body = json.dumps({"name": name, "logs": True}).encode()
+            body = json.dumps({"name": name, "logs": True, "field_ids": True}).encode()
             (described,) = client.do_action(flight.Action("DescribeTable", body))
             table = json.loads(described.body.to_pybytes())
             tables[UUID(table["table_uuid"])] = table

@@ -6,6 +6,7 @@ bytes on the wire (``arka.flight.http2``) nor tables (``arka.tiers``).
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -68,6 +69,8 @@ class _NameBody(msgspec.Struct, frozen=True):
     durability: str = Tier.ICEBERG_COMMITTED.word
     #: DescribeTable: name what the table's own marks of all logs say.
     logs: bool = False
+    #: DescribeTable: add the schema with Iceberg's field ids.
+    field_ids: bool = False
 
 
 class _Ticket(msgspec.Struct, frozen=True):
@@ -370,6 +373,9 @@ class FlightService:
             found = await load_table(self._pipeline.tables.catalog, info.name)
             committed = () if found is None or found.info.uuid != info.uuid else found.marks
             logs = {"logs": {str(m.log_uuid): {"committed_lsn": m.committed_lsn, "epoch": m.epoch} for m in committed}}
+        if asked.field_ids:
+            # For `arka wal salvage --resubmit`: an Arrow schema as an IPC message, with Iceberg's field ids (R24).
+            logs["field_ids"] = base64.b64encode(info.schema.serialize()).decode()
         return {
             **logs,
             "name": str(info.name),

@@ -268,7 +268,8 @@ async def assemble(
     tables.carried = None if found.checkpoints.held is None else carried
     _hand_over(found, tables, objects, release)
     parts = Parts(memory, writer, found.state, objects, uplink, tables, marks, keys, space, release)
-    pipeline = Pipeline(log_uuid, parts, settings, survival=world.survival)
+    unused = LsnRange(recovered.last_lsn, max(recovered.last_lsn, found.first_lsn - 1))
+    pipeline = Pipeline(log_uuid, parts, settings, survival=world.survival, unused=unused)
     # A segment more than is owed: the next one is allocated whole before the active one is full.
     apart.count_unwritten(pipeline.unwritten_bytes)
     space.count_owed(lambda: wal_options.segment_bytes + pipeline.owed_bytes(world.shared), pipeline.unwritten_bytes)

@@ -141,11 +141,7 @@ class TableCommitter:
             except Fenced:
                 raise
             except WarehouseChanged as error:
-                if await self._watch.report(error):
-                    table.stop(f"Table {table.info.name} cannot be read: {error}. Restore it, and restart the server")
-                    return False
-                await self._watch.wait_ours()
-                return table.state is TableState.ACTIVE
+                return await self._meet_change(error)
             except StagedFilesMissing as error:
                 log.warning("iceberg.staged_missing", table=str(table.info.name), reason=str(error))
                 earliest = trio.current_time() + self._options.retry_s
@@ -159,7 +155,11 @@ class TableCommitter:
                     # The commit held no rows, so that it cannot be theirs: a failure as any other.
                     earliest = trio.current_time() + self._note_failure(str(error))
                 elif not self._shrink(cut, str(error)):
-                    earliest = trio.current_time() + await self._settle_unwritable(cut, str(error))
+                    try:
+                        pause_s = await self._settle_unwritable(cut, str(error))
+                    except WarehouseChanged as changed:
+                        return await self._meet_change(changed)
+                    earliest = trio.current_time() + pause_s
                 continue
             except (ArkaError, CatalogConflict) as error:
                 if isinstance(error, DataCorruption):
@@ -179,6 +179,15 @@ class TableCommitter:
             await failpoints.reach("commit.advanced")
             earliest = max(started + self._options.commit_interval_s, trio.current_time() + self._pause_s())
         return False
+
+    async def _meet_change(self, error: WarehouseChanged) -> bool:
+        """Stop a table that lacks a file, else wait until catalog and warehouse are ours. Returns as ``run``."""
+        table = self._table
+        if await self._watch.report(error):
+            table.stop(f"Table {table.info.name} cannot be read: {error}. Restore it, and restart the server")
+            return False
+        await self._watch.wait_ours()
+        return table.state is TableState.ACTIVE
 
     def _pause_s(self) -> float:
         """How long commits of the table pause for what the last one cost: its last attempts, not an outage before."""
@@ -377,6 +386,9 @@ class TableCommitter:
 
         It is tried twice more, each time in a worker that has done nothing else: only an error in its own data, both
         times, sets it aside. A primary-key table stops before it: later writes of its keys may rest on it.
+
+        Raises:
+            WarehouseChanged: catalog or warehouse became others meanwhile.
         """
         table = self._table
         job = table.frames(self._log_uuid, cut)

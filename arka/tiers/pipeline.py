@@ -22,7 +22,7 @@ from arka._core.buffers import FrameBuffer
 from arka._core.framing import KIND_BATCH, crc32c, run_end
 from arka.errors import AdmissionRejected, ArkaError, Closed, ErrorCode, Fenced, OutcomeUnknown, Unavailable
 from arka.options import Settings
-from arka.records import Operation, Tier
+from arka.records import LsnRange, Operation, Tier
 from arka.tiers.activity import TableActivity
 from arka.tiers.disk import DiskTier
 from arka.tiers.keys import KeyIndex
@@ -94,6 +94,7 @@ class Pipeline:
         settings: Settings,
         *,
         survival: dict[str, bool],
+        unused: LsnRange,
     ) -> None:
         """Join the tiers.
 
@@ -102,8 +103,10 @@ class Pipeline:
             parts: its components.
             settings: of the log.
             survival: what each tier's promise survives with these settings (R14), for people.
+            unused: the LSNs between the last recovered one and this process's first: no write has one of them.
         """
         self.log_uuid = log_uuid
+        self._unused = unused
         self.survival = survival
         self.memory = parts.memory
         # The last LSN that this process had when it began; below it, some were given to nobody.
@@ -492,10 +495,21 @@ class Pipeline:
         """Undo ``listen_failure``."""
         self._failure_listeners.pop(listener, None)
 
+    @property
+    def last_given_lsn(self) -> int:
+        """The last LSN that a write or a record of this log has."""
+        last_lsn = self.memory.last_lsn
+        return last_lsn if last_lsn > self._unused.through else self._unused.after
+
+    def is_skipped(self, lsn: int) -> bool:
+        """Say whether no write can be read under an LSN: a restart skipped it, or a crash lost it (R2, R3)."""
+        ranges = (self._unused, *(lost.range for lost in self._release.remembered_lost()))
+        return any(skipped.after < lsn <= skipped.through for skipped in ranges)
+
     def table_marks(self, table: Table) -> dict[Tier, int]:
         """How far each tier is, seen from one table."""
         return {
-            Tier.MEMORY: self.memory.last_lsn,
+            Tier.MEMORY: self.last_given_lsn,
             Tier.DISK: self._marks.disk.lsn,
             Tier.OBJECT_STORAGE: self._marks.objects.lsn,
             Tier.ICEBERG_COMMITTED: table.committed.lsn,

@@ -74,11 +74,13 @@ async def read_table(pipeline: Pipeline, table: Table, request: ReadRequest, pat
     disk, _, _ = pipeline.marks_of(table)
     if request.wait_for_lsn is not None:
         await _wait_for_lsn(pipeline, disk, request.wait_for_lsn)
-    if request.at_lsn is not None and not 0 <= request.at_lsn <= pipeline.memory.last_lsn:
-        raise ArkaError(
-            f"at_lsn {request.at_lsn} was not given to any write yet, {pipeline.memory.last_lsn} is the last one",
-            code=ErrorCode.OUT_OF_RANGE,
-        )
+    if request.at_lsn is not None:
+        if not 0 <= request.at_lsn <= pipeline.memory.last_lsn:
+            raise ArkaError(
+                f"at_lsn {request.at_lsn} was not given to any write yet, {pipeline.last_given_lsn} is the last one",
+                code=ErrorCode.OUT_OF_RANGE,
+            )
+        _check_given(pipeline, "at_lsn", request.at_lsn)
     await _wait_taken_up(table)
     through_lsn = table.last_lsn if request.at_lsn is None else min(request.at_lsn, table.last_lsn)
     await disk.wait_reached(through_lsn)
@@ -97,6 +99,20 @@ async def read_table(pipeline: Pipeline, table: Table, request: ReadRequest, pat
     )
 
 
+def _check_given(pipeline: Pipeline, name: str, lsn: int) -> None:
+    """Check that an LSN is none of those that restarts skipped or crashes lost.
+
+    Raises:
+        ArkaError: ``out_of_range``: it is one.
+    """
+    if pipeline.is_skipped(lsn):
+        raise ArkaError(
+            f"{name} {lsn} is the LSN of no write: a restart skipped it or a crash lost it. "
+            f"{pipeline.last_given_lsn} is the last one that was given",
+            code=ErrorCode.OUT_OF_RANGE,
+        )
+
+
 async def _wait_for_lsn(pipeline: Pipeline, disk: Watermark, lsn: int) -> None:
     """Wait until the log has an LSN on disk: for ``limits.read_wait_s``, and no longer than it takes writes.
 
@@ -107,9 +123,10 @@ async def _wait_for_lsn(pipeline: Pipeline, disk: Watermark, lsn: int) -> None:
     last_lsn = pipeline.memory.last_lsn
     if not 0 <= lsn <= min(MAX_LSN, last_lsn + _AHEAD):
         raise ArkaError(
-            f"wait_for_lsn {lsn} cannot be an LSN of this log: {last_lsn} is the last one that was given",
+            f"wait_for_lsn {lsn} cannot be an LSN of this log: {pipeline.last_given_lsn} is the last one given",
             code=ErrorCode.OUT_OF_RANGE,
         )
+    _check_given(pipeline, "wait_for_lsn", lsn)
     with trio.move_on_after(pipeline.read_wait_s):
         async with trio.open_nursery() as nursery:
 

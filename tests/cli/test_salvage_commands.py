@@ -104,6 +104,27 @@ def test_copy_of_a_damaged_log(data_dir, tmp_path):
     assert contents(data_dir) == before
 
 
+def test_narrow_terminal(data_dir, tmp_path, monkeypatch):
+    """Names and LSNs are printed whole, however narrow the terminal is."""
+    monkeypatch.setenv("COLUMNS", "20")
+    result = run(data_dir, "--to", tmp_path / "a-folder-with-a-long-name")
+    for word in ("default.numbers-abcdef12.arrows", "default.numbers ", "deletes", "1..3"):
+        assert word in result.stdout
+    result = CliRunner().invoke(cli.main, ["wal", "verify", str(data_dir)])
+    for word in ("segment-0000000000000001.wal", "frames", "1..3"):
+        assert word in result.stdout
+
+
+@pytest.mark.parametrize("gone", ["log"])
+def test_exit_code_where_no_write_is_missing(data_dir, tmp_path, gone):
+    """A copy of everything ends with 0, though a start refuses the log; a look at the log says the latter."""
+    (data_dir / "wal" / gone).unlink()
+    result = run(data_dir, "--to", tmp_path / "out")
+    assert (result.exit_code, json.loads((tmp_path / "out" / REPORT_NAME).read_text())["complete"]) == (0, True)
+    assert "damaged" in result.stderr
+    assert run(data_dir).exit_code == 3
+
+
 def test_without_an_option_it_only_looks(data_dir):
     """It says what a copy would hold, and writes nothing anywhere."""
     before = contents(data_dir.parent)

@@ -13,7 +13,15 @@ from trio.testing import MockClock
 from arka.errors import ArkaError, DataCorruption, ErrorCode
 from arka.flight.acks import AckForm, AckQueue
 from arka.records import AckMessage, Tier
-from arka.storage.ports import CatalogUnavailable, CommitJob, CommitResult, UnwritableRows
+from arka.storage.ports import (
+    CatalogUnavailable,
+    CommitJob,
+    CommitResult,
+    StagedFiles,
+    TableFrames,
+    UnwritableRows,
+    WarehouseChanged,
+)
 from arka.testing.simnode import NAME, SimNode, create_table, write, write_all
 from arka.testing.simworld import ProcessCatalog
 from arka.testing.simwriters import parse_acks
@@ -221,3 +229,25 @@ def test_a_damaged_one_is_found() -> None:
     """A byte that changed is told, with the object."""
     with pytest.raises(DataCorruption, match="n/aside"):
         parse_aside("n/aside/x/1", "n/aside/x/1", b"\0\0\0\0nonsense")
+
+
+async def test_warehouse_that_becomes_another_meanwhile(
+    autojump_clock: MockClock, world: SimNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A change of the warehouse that the try in a fresh worker meets is waited for, and ends nothing (R28)."""
+    encode = ProcessCatalog.encode
+    met = []
+
+    async def changed(self: ProcessCatalog, job: TableFrames, *, fresh: bool = False) -> StagedFiles:
+        if fresh and not met:
+            met.append(job)
+            raise WarehouseChanged("the warehouse is another one than before")
+        return await encode(self, job, fresh=fresh)
+
+    monkeypatch.setattr(ProcessCatalog, "encode", changed)
+    async with world.run() as pipeline:
+        table = await create_table(pipeline)
+        with trio.fail_after(600):
+            await write_all(pipeline, table, range(20), Tier.ICEBERG_COMMITTED)
+    assert met
+    assert world.ids() == [n for n in range(20) if n != 7]

@@ -108,6 +108,43 @@ async def test_an_lsn_that_cannot_be_is_not_waited_for(path: str, autojump_clock
         assert trio.current_time() - began < 1
 
 
+@pytest.mark.parametrize("ended", ["in order", "by a crash"])
+@pytest.mark.parametrize("then", ["nothing written", "written", "restarted"])
+async def test_an_lsn_that_a_restart_skipped(path: str, autojump_clock: MockClock, ended: str, then: str) -> None:
+    """Between the last recovered LSN and the first new one there is no write: out of range at once."""
+    node = SimNode()
+    async with node.run(closes=ended == "in order") as pipeline:
+        table = await create_table(pipeline)
+        await write_all(pipeline, table, range(2), Tier.DISK)
+        last = table.last_lsn
+    async with node.run(closes=ended == "in order") as pipeline:
+        table = await pipeline.tables.find(NAME)
+        if then != "nothing written":
+            written = write(pipeline, table, 5).lsn
+            await pipeline.flush(table, Tier.DISK)
+            assert await ids(pipeline, table, path, wait_for_lsn=written, at_lsn=written) == [0, 1, 5]
+        skipped = pipeline._unused
+        assert last <= skipped.after < skipped.through
+        await _check_refused(pipeline, table, path, [skipped.after + 1, skipped.through])
+        assert pipeline.table_marks(table)[Tier.MEMORY] >= last
+    if then == "restarted" and ended == "by a crash":
+        # What a crash may have lost is remembered.
+        async with node.run() as pipeline:
+            table = await pipeline.tables.find(NAME)
+            await _check_refused(pipeline, table, path, [skipped.after + 1, skipped.through])
+            assert await ids(pipeline, table, path, at_lsn=last) == [0, 1]
+
+
+async def _check_refused(pipeline: Pipeline, table: Table, path: str, lsns: list[int]) -> None:
+    began = trio.current_time()
+    for lsn in lsns:
+        for name in ("wait_for_lsn", "at_lsn"):
+            with pytest.raises(ArkaError, match=f"{name} {lsn} is the LSN of no write") as caught:
+                await ids(pipeline, table, path, **{name: lsn})
+            assert caught.value.code is ErrorCode.OUT_OF_RANGE
+    assert trio.current_time() - began < 1
+
+
 async def test_a_wait_for_an_lsn_has_a_bound(path: str, autojump_clock: MockClock) -> None:
     """An LSN that no write gets is out of range after ``limits.read_wait_s``."""
     node = SimNode(with_options(limits__read_wait_s=20.0))
