@@ -136,6 +136,8 @@ class Promises:
         self.shows: Callable[[UUID], bool] = lambda table: True
         # By table UUID, of those that nobody can read: what a reader found last.
         self._found_last: dict[UUID, Counter[int]] = {}
+        # By table UUID: writes that were in it before its catalog was restored from a backup (R28).
+        self._taken_back: dict[UUID, set[int]] = {}
         # By process: the LSNs that its acks have named, by write.
         self._told: dict[str, dict[int, int]] = {}
 
@@ -256,11 +258,12 @@ class Promises:
         if tier is Tier.OBJECT_STORAGE and lsn and not self.stored(lsn):
             self.fail(f"write {write.number} (LSN {lsn}) was acked {tier.word} and is in no object")
         if tier is Tier.ICEBERG_COMMITTED:
-            if self.committed.get(write.table, Counter())[write.number] != write.rows:
+            there = self.committed.get(write.table, Counter())[write.number] == write.rows
+            if not there and write.number not in self._taken_back.get(write.table, ()):
                 self.fail(f"write {write.number} (LSN {lsn}) was acked {tier.word} and is not in the table")
             # It may be hidden since; there has to have been a moment at which a reader found it.
             found = self._found_last.get(write.table, Counter())
-            if not self.shows(write.table) and found[write.number] != write.rows:
+            if there and not self.shows(write.table) and found[write.number] != write.rows:
                 self.fail(f"write {write.number} (LSN {lsn}) was acked {tier.word} and no reader ever found it")
             if ack.snapshot_id is not None and ack.snapshot_id not in self._snapshots.get(write.table, ()):
                 self.fail(f"snapshot {ack.snapshot_id} was named in an ack and does not exist: {ack}")
@@ -382,11 +385,7 @@ class Promises:
             wrong = None if change.operation is Operation.DELETE else misplaced(change.batch, self.writes)
             if wrong is not None:
                 self.fail(f"{job.table.name}: {wrong}")
-            numbers = change.batch.column("id").to_pylist()
-            if change.operation is Operation.DELETE:
-                # The others are those of its victims.
-                numbers = numbers[:1] * len(numbers)
-            for number in numbers:
+            for number in _numbers(change):
                 counts[number] += 1
                 order[number] = None
                 write = self.writes.get(number)
@@ -398,6 +397,22 @@ class Promises:
                     self.fail(f"write {number} cannot be written and is in {job.table.name}")
                 elif write.refused:
                     self.fail(f"write {number} was refused for good and is in {job.table.name}")
+
+    def take_restore(self, table: UUID, changes: list[FrameRows]) -> None:
+        """Record that a table holds what it held at a backup, and nothing that was committed since (R28)."""
+        before = self.committed.get(table, Counter())
+        self._hold(table, changes)
+        self._taken_back.setdefault(table, set()).update(n for n in before if n not in self.committed[table])
+
+    def take_return(self, table: UUID, changes: list[FrameRows]) -> None:
+        """Record that a table that was put back holds what it held before that."""
+        self._hold(table, changes)
+        self._taken_back.pop(table, None)
+
+    def _hold(self, table: UUID, changes: list[FrameRows]) -> None:
+        numbers = [number for change in changes for number in _numbers(change)]
+        self.committed[table] = Counter(numbers)
+        self._commit_order[table] = dict.fromkeys(numbers)
 
     def take_read(self, node: Node, table: UUID, through_lsn: int, keys: list[tuple[int, int]]) -> None:
         """Check what a read found (R25).
@@ -426,7 +441,8 @@ class Promises:
             write = self.writes[number]
             if write.table != table:
                 continue
-            if number in self.poison:
+            # A table that others put back is read as it is: nothing is replayed (R20).
+            if number in self.poison or table in self._taken_back:
                 continue
             if not write.victims and not found[number] and not any((number, n) in doomed for n in range(write.rows)):
                 self.fail(f"a read of table {table} through {through_lsn} lacks write {number} (LSN {lsn})")
@@ -477,6 +493,13 @@ class Promises:
             lsns = [lsn for lsn in lsns if lsn]
             if lsns != sorted(lsns) and table in present:
                 self.fail(f"the rows of table {table} are not in LSN order")
+
+
+def _numbers(change: FrameRows) -> list[int]:
+    """The write of each row of a change."""
+    numbers: list[int] = change.batch.column("id").to_pylist()
+    # The others of a delete are those of its victims.
+    return numbers[:1] * len(numbers) if change.operation is Operation.DELETE else numbers
 
 
 __all__ = ["Node", "PromiseBroken", "Promises", "StreamAcks", "Write"]

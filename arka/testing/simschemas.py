@@ -33,7 +33,7 @@ def definition_of(name: TableName, *, keyed: bool) -> TableDefinition:
 WIDE: Final[Mapping[str, pa.DataType]] = {"left": pa.utf8(), "right": pa.utf8(), "count": pa.int32()}
 #: How far back a stream's columns may be, in seconds: ``iceberg.adopt_s``, and some time for the answer.
 MOST_AGE_S: Final = 1.5
-_TAG: Final = 1000
+_TAG: Final = 100_000
 
 
 def wide_definition(name: TableName, *, keyed: bool) -> TableDefinition:

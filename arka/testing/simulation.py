@@ -93,12 +93,22 @@ FAULTS: Final = (
     "cut off",
     "shortage",
 )
+#: Faults that are not drawn one by one: a seed has them or not.
+_RESTORE: Final = "catalog restored"
+_SLOW: Final = "slow store"
 #: What the counts of those faults begin with that may keep the catalog from answering.
 _TROUBLES: Final = ("catalog ", "warehouse ", "table held up", "file of a table")
+#: How a server says that a table stands below what was committed.
+_LOWER: Final = "stands at LSN"
 #: How old an answer of the catalog's may be that somebody acts on, in seconds.
 _CHANGED_S: Final = 10.0
 #: How long a start is kept from finishing by outages that follow each other, in seconds.
 _START_S: Final = 600.0
+#: Longest virtual time that the start of a process on its own disk may take, whatever store and catalog do, in seconds:
+#: 30 for all answers of the store together, and 60 for the catalog's.
+_LONGEST_START_S: Final = 120.0
+#: The longest that a request to a slow store takes, and its answer, in seconds.
+_SLOW_S: Final = (10.0, 40.0)
 #: How many lines of a failed run are shown.
 _TAIL_LINES: Final = 60
 
@@ -220,7 +230,11 @@ class _Life:
                 compute=compute_inline,
                 warehouse=ProcessWarehouse(self.process, world.weather.warehouse, self.disk),
             )
+            began_s, has_log = trio.current_time(), self.disk.has_log
             self._log = await open_pipeline(world.settings, _DATA, surroundings)
+            if has_log and trio.current_time() - began_s > _LONGEST_START_S and not world.short:
+                world.promises.fail(f"the start of {self.name} took {trio.current_time() - began_s:.0f} s")
+            self.disk.has_log = True
             self._take_start(self._log)
             nursery.start_soon(self._take_epoch, self._log.pipeline)
             await nursery.start(self._log.pipeline.run)
@@ -286,6 +300,9 @@ class _Life:
         except ArkaError as error:
             if error.code not in (ErrorCode.TABLE_STOPPED, ErrorCode.TABLE_EXISTS):
                 raise
+            if _LOWER in error.detail:
+                # It waits for a person.
+                return
             if self.quiet and error.code is ErrorCode.TABLE_STOPPED:
                 # Dropped by a process whose disk is gone, and the drop's record with it.
                 try:
@@ -673,6 +690,16 @@ class _World:
         warehouse.local = hiding.random() < 0.6
         warehouse.on_marker = self._take_marker
         self.promises.shows = warehouse.shows
+        # Of its own, too.
+        self._backup_rng = backups = random.Random(f"backup {seed}")
+        #: Whether somebody restores the catalog from a backup at times (R28).
+        self._restores = backups.random() < 0.25 or _RESTORE in faults
+        # Of its own, too.
+        self._slow_rng = slow = random.Random(f"slow {seed}")
+        #: Whether the store is slow in some lives (R35).
+        self._slows = slow.random() < 0.25 or _SLOW in faults
+        # What tables that were put back to a backup held before that, and then, by UUID.
+        self._newest: dict[UUID, tuple[dict[str, Any], dict[str, Any]]] = {}
         self._outages: Counter[str] = Counter()
         self._nursery: trio.Nursery | None = None
         trace.on_event = self._take_event
@@ -691,13 +718,18 @@ class _World:
         rng = self.rng
         self._nursery = nursery
         frozen: list[_Life] = []
-        hiding = trio.CancelScope()
+        hiding, restoring = trio.CancelScope(), trio.CancelScope()
         if self._hides:
             nursery.start_soon(self._hide, hiding)
+        if self._restores:
+            nursery.start_soon(self._restore, restoring)
         lives = rng.randint(1, 5)
         for number in range(3 * lives):
             self.store.fault_share = rng.choice(self.pace.shares)
             self.store.max_delay_s = rng.choice((0.0, 0.05, 1.0))
+            if self._slows and self._slow_rng.random() < 0.5:
+                self.trace.count(_SLOW)
+                self.store.max_delay_s = self._slow_rng.choice(_SLOW_S)
             self.weather.fault_share = rng.choice(self.pace.shares)
             self.weather.max_delay_s = rng.choice(self.pace.delays_s)
             life = await self._begin(number, quiet=False)
@@ -713,6 +745,8 @@ class _World:
                 break
             await trio.sleep(rng.uniform(0, 2 if life.opened.is_set() else 60))
         hiding.cancel()
+        restoring.cancel()
+        self._return()
         self._show()
         self.store.calm()
         self.weather.calm()
@@ -802,6 +836,33 @@ class _World:
                 await trio.sleep(rng.choice((0.2, 3.0, 40.0)) * rng.random())
                 self._show()
 
+    async def _restore(self, scope: trio.CancelScope) -> None:
+        """Restore the catalog from a backup that is older than what servers have committed since (R28)."""
+        rng = self._backup_rng
+        with scope:
+            while True:
+                await trio.sleep(rng.uniform(0.3, 4))
+                backup = self.weather.back_up()
+                await trio.sleep(rng.choice((0.3, 3.0, 30.0)) * rng.random())
+                newest = self.weather.back_up()
+                # A table that was put back once stays so: nobody commits to it.
+                restored = self.weather.restore({t: data for t, data in backup.items() if t not in self._newest})
+                if restored:
+                    self.trace.count(_RESTORE)
+                for table, changes in restored.items():
+                    self._newest[table] = newest[table], backup[table]
+                    self.promises.take_restore(table, changes)
+
+    def _return(self) -> None:
+        """Put tables of a restored catalog where they were before, as servers ask for.
+
+        To those that went on from the backup nobody does that: their server knew of no later commit, and replayed all.
+        """
+        marks = {table.info.uuid: table.marks for table in self.weather.tables._tables.values()}
+        stopped = {t: newest for t, (newest, put_back) in self._newest.items() if marks.get(t) == put_back["marks"]}
+        for table, changes in self.weather.restore(stopped).items():
+            self.promises.take_return(table, changes)
+
     def _show(self) -> None:
         """Let everything be in the warehouse again."""
         warehouse = self.weather.warehouse
@@ -859,6 +920,8 @@ class _World:
     def _take_event(self, event: str, fields: Any) -> None:
         if event == "table.stopped":
             # A process that was cut off may drop a table whose drop its successor never hears of.
+            if _LOWER in fields["reason"] and self._newest:
+                return
             missed = self.weather.vanished | self.promises.drop_asked | self.weather.warehouse.was_gone
             if not any(str(uuid) in fields["reason"] for uuid in missed):
                 self.promises.fail(f"a table was stopped: {fields}")
@@ -884,7 +947,8 @@ def simulate(seed: int, faults: Collection[str] = ()) -> Outcome:
 
     Args:
         seed: decides everything.
-        faults: of ``FAULTS``, those that may happen to a server; none given: the seed chooses.
+        faults: of ``FAULTS``, those that may happen to a server, and "catalog restored" and "slow store", which then
+            do; none given: the seed chooses.
 
     Returns:
         What became of it; never raises for a broken promise.

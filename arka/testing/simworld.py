@@ -67,6 +67,8 @@ WAL: Final = Path("/data/wal")
 _NEVER: Final = -1e18
 #: How long an encode job takes that misses its deadline, in seconds.
 _DEADLINE_S: Final = 5.0
+#: What a restored catalog brings back of a table; what others made of its columns stays.
+_RESTORED: Final = ("marks", "snapshots", "times", "commits", "changes", "ends")
 #: Of an offset in a slice.
 _OFFSET_BYTES: Final = 8
 
@@ -84,7 +86,7 @@ class Trace:
 
     def note(self, what: str) -> None:
         """Add a line."""
-        self.lines.append(f"{trio.current_time():.6f} {what}")
+        self.lines.append(f"{self._now_s():.6f} {what}")
 
     def count(self, fault: str) -> None:
         """Count and note an injected fault."""
@@ -93,11 +95,14 @@ class Trace:
 
     def wall_ns(self) -> int:
         """What the wall clock shows."""
+        return _WALL_NS + int((self._now_s() + self.wall_offset_s) * 1e9)
+
+    def _now_s(self) -> float:
+        """The virtual time; outside of a history 0."""
         try:
-            now_s = trio.current_time()
+            return trio.current_time()
         except RuntimeError:
-            now_s = 0.0
-        return _WALL_NS + int((now_s + self.wall_offset_s) * 1e9)
+            return 0.0
 
     def take_event(self, logger: Any, method: str, event: MutableMapping[str, Any]) -> Any:
         """Take what the engine logs, as a structlog processor."""
@@ -221,6 +226,7 @@ class MachineDisk(SimDisk):
         uuid: the identity of its data directory; a copy has the same.
         checkpoints: the folder of checkpoints on it.
         warehouse: the marker of the warehouse that its log was joined to; None if it was to none.
+        has_log: a process has opened its log on it.
     """
 
     def __init__(self, rng: random.Random, uuid: UUID) -> None:
@@ -228,6 +234,7 @@ class MachineDisk(SimDisk):
         self.uuid = uuid
         self.checkpoints = SimStore()
         self.warehouse: UUID | None = None
+        self.has_log = False
         self.power_lost = False
         # By file: how far it was read, and which LSNs were found; an LSN that was durable once stays so.
         self._read: dict[object, int] = {}
@@ -245,6 +252,7 @@ class MachineDisk(SimDisk):
         other._directories = copy.deepcopy(self._directories)
         other._platter = set(self._platter)
         other.warehouse = self.warehouse
+        other.has_log = self.has_log
         other.crash()
         return other
 
@@ -527,6 +535,24 @@ class CatalogWeather:
             name, table = self._vanished.pop()
             if table.info.uuid not in dropped:
                 self._put(name, table)
+
+    def back_up(self) -> dict[UUID, dict[str, Any]]:
+        """Copy what the catalog says of each table's data, by UUID."""
+        return {
+            table.info.uuid: {part: copy.copy(getattr(table, part)) for part in _RESTORED}
+            for table in self.tables._tables.values()
+        }
+
+    def restore(self, backup: dict[UUID, dict[str, Any]]) -> dict[UUID, list[FrameRows]]:
+        """Put tables back to what they held at a backup; returns what each holds now that stood higher before."""
+        restored = {}
+        for table in self.tables._tables.values():
+            saved = backup.get(table.info.uuid)
+            if saved is not None and saved["snapshots"] != table.snapshots:
+                for part in _RESTORED:
+                    setattr(table, part, copy.copy(saved[part]))
+                restored[table.info.uuid] = table.changes
+        return restored
 
     def rename(self, name: TableName) -> None:
         """Give a table another name."""

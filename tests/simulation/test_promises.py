@@ -44,6 +44,8 @@ from arka.tiers.logclock import LogClock
 from arka.tiers.pipeline import Pipeline
 from arka.tiers.replay import TableFrames
 from arka.tiers.room import Room
+from arka.tiers.table import Table
+from arka.tiers.uplink import Patience
 from arka.tiers.warehouse import WarehouseWatch
 from arka.tiers.watermarks import now_us
 from arka.wal import logstate, seal, writer
@@ -365,3 +367,28 @@ def test_catches_a_marker_made_again_in_an_empty_warehouse(monkeypatch: pytest.M
 
     monkeypatch.setattr(WarehouseWatch, "_make", make)
     assert "a marker was made in a warehouse that lacks our tables" in catch()
+
+
+def test_catches_a_rolled_back_table_that_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that goes on below what it had committed is caught by a catalog restored from a backup (R20)."""
+    stop = Table.stop
+
+    def go_on(self: Table, detail: str) -> None:
+        if "stands at LSN" not in detail:
+            stop(self, detail)
+
+    monkeypatch.setattr(Table, "stop", go_on)
+    broken = catch("catalog restored")
+    assert "is lost" in broken or "lacks write" in broken
+
+
+def test_catches_each_step_of_a_start_waiting_for_a_slow_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start whose every request to the store has all the patience is caught by a slow store (R35)."""
+
+    @contextlib.contextmanager
+    def spend(self: Patience) -> Iterator[tuple[float, float]]:
+        now = trio.current_time()
+        yield now + self._failing_s, now + self._slow_s
+
+    monkeypatch.setattr(Patience, "spend", spend)
+    assert "the start of life" in catch("slow store")
