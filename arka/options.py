@@ -44,7 +44,7 @@ class ServerOptions:
     data_dir: str = option("./arka_data", "Directory of the WAL, the lock file and the embedded defaults.")
     host: str = option("127.0.0.1", "Address that Flight listens on.")
     port: int = option(8815, "Flight port; 0 takes a free one.", at_least=0, at_most=65535)
-    http_port: int = option(8816, "Operations HTTP port; 0 takes a free one.", at_least=0, at_most=65535)
+    http_port: int = option(8816, "Reserved: nothing listens on it yet.", at_least=0, at_most=65535)
     node_id: str = option(
         "arka-0", "This node's name in the object store.", matches=r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
     )

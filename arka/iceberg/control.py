@@ -33,6 +33,7 @@ from arka.iceberg.fileio import local_path, make_directory
 from arka.iceberg.manifests import ManifestMemory, metadata_files
 from arka.iceberg.marks import is_mark, marks_of
 from arka.iceberg.partition import new_partition_spec, partition_fields, split_fields
+from arka.iceberg.pointer import read_pointer
 from arka.iceberg.purge import drop_entry
 from arka.iceberg.purge import purge as purge_files
 from arka.iceberg.runfiles import forget_table
@@ -44,6 +45,7 @@ from arka.storage.ports import (
     CatalogListing,
     CatalogTable,
     CatalogUnavailable,
+    FilesMissing,
     TableExists,
     TableMissing,
     Unusable,
@@ -163,6 +165,7 @@ def load_table(config: CatalogConfig, name: TableName) -> CatalogTable:
     Raises:
         TableMissing: no such table.
         CatalogConflict: it is not one that Arka can write: format version or types.
+        FilesMissing: its current metadata file is gone.
         CatalogUnavailable: its metadata file holds something else.
     """
     return describe(_load(catalog(config), name))
@@ -276,6 +279,9 @@ def _load(opened: Catalog, name: TableName) -> Table:
         return opened.load_table(tuple(name))
     except (NoSuchTableError, NoSuchNamespaceError) as error:
         raise TableMissing(f"Table not found: {name}") from error
+    except FileNotFoundError as error:
+        # A REST catalog reads it itself, so that it is an SQL catalog that has a pointer.
+        raise FilesMissing(read_pointer(opened, tuple(name)) or f"of {name}") from error
     except ValueError as error:
         raise CatalogUnavailable(f"table {name}: its metadata cannot be read: {error}") from error
 

@@ -23,7 +23,7 @@ import trio
 
 from arka.errors import ArkaError, Unavailable
 from arka.records import TableInfo
-from arka.storage.ports import Catalog, CatalogConflict, CatalogTable, CatalogUnavailable, TableMissing
+from arka.storage.ports import Catalog, CatalogConflict, CatalogTable, CatalogUnavailable, FilesMissing, TableMissing
 from arka.tiers import ddl
 from arka.tiers.foreign import judge
 from arka.tiers.memory import MemoryTier
@@ -193,6 +193,13 @@ class Adoption:
             log.warning("table.refused", table=str(table.info.name), reason=reason)
         table.refusal = detail
         return True
+
+    def miss_file(self, table: Table, error: FilesMissing) -> None:
+        """Take no writes for a table whose current metadata is gone, until it is read again (R33)."""
+        detail = f"Table {table.info.name} cannot be read: {error}. Restore it"
+        if table.is_committing and table.refusal != detail:
+            log.warning("table.refused", table=str(table.info.name), reason=str(error))
+            table.refusal = detail
 
     def adopt(self, table: Table, info: TableInfo, question: Question | None = None) -> None:
         """Make the catalog's table ours: what is accepted from now on is bound to it.

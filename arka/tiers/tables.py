@@ -25,7 +25,15 @@ import trio
 from arka import failpoints
 from arka.errors import ArkaError, DataCorruption, ErrorCode, Unavailable
 from arka.records import HeldObject, KnownTable, TableDefinition, TableInfo, TableName, owner_property
-from arka.storage.ports import Catalog, CatalogListing, CatalogTable, CatalogUnavailable, TableMissing, Warehouse
+from arka.storage.ports import (
+    Catalog,
+    CatalogListing,
+    CatalogTable,
+    CatalogUnavailable,
+    FilesMissing,
+    TableMissing,
+    Warehouse,
+)
 from arka.tiers import ddl
 from arka.tiers.adoption import Adoption
 from arka.tiers.apart import Apart
@@ -622,7 +630,13 @@ class Tables:
             CatalogUnavailable: ask again.
         """
         if table.state is TableState.ACTIVE:
-            found = await ddl.reload_table(self.catalog, table.info.name)
+            try:
+                found = await ddl.reload_table(self.catalog, table.info.name)
+            except FilesMissing as error:
+                if await self.watch.is_ours():
+                    # Its own trouble (R33): it takes no writes until the file is back.
+                    self.adoption.miss_file(table, error)
+                raise
             if found is not None and found.info.uuid == table.info.uuid:
                 await self.watch.confirm(found.info)
                 self._adopt(table, found)

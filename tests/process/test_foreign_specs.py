@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from pyiceberg.table.update import RemovePartitionSpecsUpdate
 from pyiceberg.transforms import BucketTransform, IdentityTransform
@@ -42,3 +43,25 @@ def test_spec_of_waiting_writes_is_removed(make_server: Callable[..., ServerProc
         action(client, "Flush", name="t")
         assert action(client, "DescribeTable", name="t")["state"] == "active"
     assert sorted(lake.rows(server.data, "t")["n"].to_pylist()) == list(range(45))
+
+
+def test_column_dropped_under_an_idle_stream(make_server: Callable[..., ServerProcess]) -> None:
+    """What is accepted before the server hears of it names the column in its last ack; later writes are refused."""
+    server = make_server(iceberg__commit_interval_s=0.05).start()
+    schema = pa.schema([("n", pa.int64()), ("v", pa.string())])
+    with connect(server.location) as client:
+        create(client, "t", [("n", "int64"), ("v", "utf8")])
+        stream = Stream(client, "t", schema, requested_durability="iceberg_committed")
+        stream.write(pa.record_batch({"n": [0], "v": ["a"]}, schema=schema))
+        while stream.ack()["durability_level"] != "iceberg_committed":
+            pass
+        with lake.open_catalog(server.data) as catalog, catalog.load_table(("default", "t")).update_schema() as update:
+            update.delete_column("v")
+        stream.write(pa.record_batch({"n": [1], "v": ["b"]}, schema=schema))
+        while (ack := stream.ack())["durability_level"] != "iceberg_committed":
+            assert ack["error"] is None
+        assert (ack["error"], ack["dropped_columns"]) == (None, ["v"])
+        stream.write(pa.record_batch({"n": [2], "v": ["c"]}, schema=schema))
+        assert stream.ack()["code"] == "schema_mismatch"
+        assert sorted(lake.column(server.data, "t", "n")) == [0, 1]
+    server.kill()

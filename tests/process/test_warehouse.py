@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sqlite3
@@ -192,6 +193,35 @@ def test_manifest_that_is_gone(make_server: Callable[..., ServerProcess]) -> Non
         assert manifest.name in (_reason(client) or "")
         write_all(client, "sound", [numbers([1])])
     server.stop()
+
+
+@pytest.mark.parametrize(("what", "kind"), [("file", "append-only"), ("folder", "primary-key")])
+def test_start_without_a_tables_metadata(make_server: Callable[..., ServerProcess], what: str, kind: str) -> None:
+    """That table alone takes no writes and names the file. It goes on when the file is back (R33)."""
+    server = make_server(iceberg__commit_interval_s=0.05).start()
+    with connect(server.location) as client:
+        create(client, "t", [("n", "int64!")], **KINDS[kind])
+        create(client, "sound", [("n", "int64!")])
+        write_all(client, "t", [numbers([0])])
+    server.stop()
+    (folder,) = (server.data / "warehouse" / "default").glob("t-*")
+    newest = max((folder / "metadata").glob("*.metadata.json"))
+    gone = newest if what == "file" else folder
+    away = server.data.parent / "away"
+    gone.rename(away)
+    server.start()
+    with connect(server.location) as client:
+        wait_for(lambda: newest.name in (_reason(client) or ""), "the file is named")
+        stream = Stream(client, "t", requested_durability="iceberg_committed")
+        stream.write(numbers([1]))
+        with contextlib.suppress(flight.FlightError):
+            assert [ack["code"] for ack in stream.finish() if ack["error"]] == ["table_stopped"]
+        write_all(client, "sound", [numbers([1])])
+        away.rename(gone)
+        wait_for(lambda: _reason(client) is None, "the table is read again")
+        write_all(client, "t", [numbers([2])])
+    server.stop()
+    assert sorted(lake.column(server.data, "t", "n")) == [0, 2]
 
 
 def test_unmarked_directory_is_marked_at_its_start(make_server: Callable[..., ServerProcess]) -> None:
