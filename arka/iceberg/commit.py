@@ -17,10 +17,17 @@ from pyiceberg.manifest import DataFile
 from pyiceberg.table import Table, TableProperties
 from pyiceberg.table.metadata import TableMetadata
 from pyiceberg.table.refs import MAIN_BRANCH
-from pyiceberg.table.update import AssertDefaultSpecId, AssertRefSnapshotId, AssertTableUUID, TableRequirement
+from pyiceberg.table.update import (
+    AssertCurrentSchemaId,
+    AssertDefaultSpecId,
+    AssertRefSnapshotId,
+    AssertTableUUID,
+    TableRequirement,
+)
 
 from arka import failpoints
 from arka.errors import ArkaError, ErrorCode
+from arka.iceberg.align import misfit
 from arka.iceberg.avronames import has_plain_names
 from arka.iceberg.catalogs import catalog
 from arka.iceberg.config import CatalogConfig
@@ -42,6 +49,7 @@ from arka.iceberg.producer import (
     stage_snapshot,
 )
 from arka.iceberg.rowdelta import Delta, KeyedTables
+from arka.iceberg.schema import arrow_schema
 from arka.iceberg.sight import check_files_here, check_same, look, on_change
 from arka.iceberg.waiting import WaitingFiles, last_look
 from arka.records import FIELD_ID_KEY, TableInfo, TableType, same_partitions
@@ -51,6 +59,7 @@ from arka.storage.ports import (
     CommitJob,
     CommitOutcome,
     CommitResult,
+    SchemaMisfit,
     StagedFilesMissing,
 )
 from arka.tableproperties import (
@@ -101,6 +110,8 @@ class MarkUnmoved:
             raise CommitFailedException(f"table {self._job.table.name}: the mark has moved")
         if _lacking_spec(base_metadata, self._job) is not None:
             raise CommitFailedException(f"table {self._job.table.name}: a partition spec is gone")
+        if reason := _misfit(base_metadata, self._job):
+            raise CommitFailedException(f"table {self._job.table.name}: {reason}")
 
 
 def _lacking_spec(metadata: TableMetadata, job: CommitJob) -> int | None:
@@ -114,6 +125,11 @@ def _lacking_spec(metadata: TableMetadata, job: CommitJob) -> int | None:
         if not same_partitions(found, fields):
             return number
     return None
+
+
+def _misfit(metadata: TableMetadata, job: CommitJob) -> str:
+    """Say why the job's files cannot be files of the table by now; empty if they can (R24, R27)."""
+    return misfit(job.table.schema, arrow_schema(metadata.schema())) if job.staged.files else ""
 
 
 def judge(metadata: TableMetadata, job: CommitJob) -> CommitResult | None:
@@ -147,6 +163,7 @@ def commit(config: CatalogConfig, job: CommitJob) -> CommitResult:
         StagedFilesMissing: the job's files are gone; nothing was committed, and the job can never be.
         CatalogUnavailable: the outcome is unknown, or other writers won every attempt; run the job again.
         WorkUnfinished: the index of the table's keys is being made; run the job again.
+        SchemaMisfit: the files do not fit what others made of the table's columns since; nothing is committed.
         Exception: what the catalog or the warehouse raised before anything could have been committed.
 
     Durability: with COMMITTED, files, metadata and the catalog's pointer to it are durable.
@@ -226,6 +243,8 @@ def _attempt(config: CatalogConfig, opened: Catalog, table: Table, job: CommitJo
             f"others removed partition spec {gone} of {job.table.name}, which files were written under: they are "
             "written again under one that the table has"
         )
+    if reason := _misfit(table.metadata, job):
+        raise SchemaMisfit(f"{reason}: files that were written before that are written again")
     specs = {file.spec_id for file in job.staged.files}
     appends = job.table.table_type is TableType.APPEND_ONLY
     plain = has_plain_names(table.metadata.spec())
@@ -270,7 +289,10 @@ def _commit_own(config: CatalogConfig, opened: Catalog, table: Table, job: Commi
     )
     if config.is_rest:
         # It cannot look at the specs; the default one has to be another before one that is used can be removed.
-        requirements += (AssertDefaultSpecId(default_spec_id=base.default_spec_id),)  # type: ignore[call-arg]
+        requirements += (
+            AssertDefaultSpecId(default_spec_id=base.default_spec_id),  # type: ignore[call-arg]
+            AssertCurrentSchemaId(current_schema_id=base.current_schema_id),  # type: ignore[call-arg]
+        )
     else:
         requirements += (cast(TableRequirement, MarkUnmoved(job)),)
     waiting = WaitingFiles(table.io, job, added, written)

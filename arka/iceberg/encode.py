@@ -69,6 +69,7 @@ def encode(config: CatalogConfig, job: TableFrames) -> StagedFiles:
         WarehouseChanged: catalog, warehouse or table folder are gone, or others than before (R28).
         DataCorruption: a frame's CRC does not hold (R9).
         UnwritableRows: the rows' own data cannot be written (R32).
+        SchemaMisfit: rows do not fit what others made of the table's columns; not a fault of the rows (R24).
         OSError: the warehouse or the segment file failed.
 
     Durability: each file is durable on return.

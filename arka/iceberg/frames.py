@@ -14,7 +14,7 @@ import pyarrow as pa
 from arka.errors import InternalError
 from arka.iceberg.align import align_batch
 from arka.records import Operation, TableInfo, TableType
-from arka.storage.ports import TableFrames
+from arka.storage.ports import SchemaMisfit, TableFrames
 from arka.wal.segment import read_slice
 
 
@@ -42,6 +42,7 @@ def read_frames(job: TableFrames) -> Iterator[FrameRows]:
 
     Raises:
         DataCorruption: a segment is gone, a frame's CRC does not hold, or its bytes are no batch (R9).
+        SchemaMisfit: a write does not fit what others made of the table's columns; it says which and why.
     """
     schemas = {number: pa.ipc.read_schema(pa.py_buffer(data)) for number, data in job.schemas.items()}
     last = job.after_lsn
@@ -63,7 +64,11 @@ def read_frames(job: TableFrames) -> Iterator[FrameRows]:
                     raise InternalError(f"{piece.path}: LSN {header.lsn} deletes rows of a table without a key")
                 schema, target = job.table.key_schema(schema), job.table.key_schema()
             batch = pa.ipc.read_record_batch(message, schema)
-            yield FrameRows(align_batch(batch, target), header.payload_bytes, operation, header.lsn)
+            try:
+                batch = align_batch(batch, target)
+            except SchemaMisfit as error:
+                raise SchemaMisfit(f"LSN {header.lsn}: {error}") from error
+            yield FrameRows(batch, header.payload_bytes, operation, header.lsn)
 
 
 __all__ = ["FrameRows", "read_frames"]

@@ -34,7 +34,7 @@ from arka.iceberg.pieces import pieces
 from arka.iceberg.schema import UnsupportedType, arrow_schema, field_id
 from arka.iceberg.tail import open_tail
 from arka.records import FIELD_ID_KEY, TableName
-from arka.storage.ports import CatalogConflict, CommitMark, ReadJob, TableMissing
+from arka.storage.ports import CatalogConflict, CommitMark, ReadJob, SchemaMisfit, TableMissing
 from arka.tableproperties import SUMMARY_LAST_LSN, SUMMARY_LOG, committed_lsn_property
 
 #: Schema metadata of the file: the snapshot it holds, absent for a table without one.
@@ -63,6 +63,14 @@ def scan(config: CatalogConfig, job: ReadJob, path: str) -> int:
         DataCorruption: a frame's CRC does not hold (R9).
         OSError: the warehouse or the local disk failed.
     """
+    try:
+        return _scan(config, job, path)
+    except SchemaMisfit as error:
+        what = f"{job.table.name} cannot be read now: {error}"
+        raise ArkaError(what, code=ErrorCode.TABLE_STOPPED) from error
+
+
+def _scan(config: CatalogConfig, job: ReadJob, path: str) -> int:
     info = job.table
     try:
         table = catalog(config).load_table(tuple(info.name))
@@ -193,7 +201,7 @@ def _batches(table: Table, base: _Base, schema: pa.Schema, batch_rows: int) -> I
             for batch in file.iter_batches(batch_rows, columns=names or [file.schema_arrow.names[0]]):
                 live = batch if dead is None else batch.filter(live_rows(first, batch.num_rows, dead))
                 first += batch.num_rows
-                yield align_batch(live, schema)
+                yield align_batch(live, schema, strict=False)
 
 
 def _batches_by_name(table: Table, task: FileScanTask, wanted: Schema, schema: pa.Schema) -> Iterator[pa.RecordBatch]:

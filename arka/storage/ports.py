@@ -366,6 +366,13 @@ class UnwritableRows(Exception):
     """
 
 
+class SchemaMisfit(Exception):
+    """Rows that wait, or files that were written, do not fit what others made of the table's columns.
+
+    That is no fault of the rows: they are held back until others mend the table, and none is set aside (R24, R27).
+    """
+
+
 class WorkUnfinished(CatalogUnavailable):
     """A job has done a part of its work and goes on with it when it is run again."""
 
@@ -481,11 +488,17 @@ class Catalog(Protocol):
             DataCorruption: a frame's CRC does not hold (R9).
             DeadlineMissed: it finished no file for too long.
             UnwritableRows: the rows' own data cannot be written (R32).
+            SchemaMisfit: rows lack what others made required, or do not fit a type that others gave a column.
         """
         ...
 
     async def commit(self, job: CommitJob) -> CommitResult:
-        """Commit staged files; see CommitOutcome. Durable on return of COMMITTED."""
+        """Commit staged files; see CommitOutcome. Durable on return of COMMITTED.
+
+        Raises:
+            SchemaMisfit: others changed the table's columns since the files were written, so that they cannot be its
+                files: write them again.
+        """
         ...
 
     async def look_at(self, table: TableInfo) -> None:
@@ -688,6 +701,7 @@ __all__ = [
     "ObjectMeta",
     "ObjectStore",
     "Places",
+    "SchemaMisfit",
     "SegmentSlice",
     "StagedFile",
     "StagedFiles",

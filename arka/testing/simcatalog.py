@@ -20,7 +20,7 @@ import pyarrow as pa
 import trio
 
 from arka.errors import ArkaError, ErrorCode, InternalError
-from arka.iceberg.align import align_batch
+from arka.iceberg.align import align_batch, misfit
 from arka.iceberg.control import new_properties
 from arka.iceberg.frames import FrameRows
 from arka.iceberg.partition import new_partition_spec, partition_fields
@@ -38,6 +38,7 @@ from arka.storage.ports import (
     CommitOutcome,
     CommitResult,
     ReadJob,
+    SchemaMisfit,
     SegmentSlice,
     StagedFile,
     StagedFiles,
@@ -384,6 +385,8 @@ class SimCatalog:
             return CommitResult(CommitOutcome.COMMITTED, mark.committed_lsn, snapshot, table.describe())
         if mark.committed_lsn != job.staged.after_lsn:
             return CommitResult(CommitOutcome.RECUT, mark.committed_lsn, current, table.describe())
+        if job.staged.files and (reason := misfit(job.table.schema, table.info.schema)):
+            raise SchemaMisfit(reason)
         for file in job.staged.files:
             if file.path not in self._staged:
                 raise StagedFilesMissing(file.path)
@@ -422,11 +425,13 @@ class SimCatalog:
 def _fold(info: TableInfo, changes: Sequence[FrameRows]) -> pa.Table:
     """What a table holds after some changes, as a dictionary has it; each column is found by its field id."""
     if info.table_type is TableType.APPEND_ONLY:
-        return pa.Table.from_batches([align_batch(change.batch, info.schema) for change in changes], schema=info.schema)
+        return pa.Table.from_batches(
+            [align_batch(change.batch, info.schema, strict=False) for change in changes], schema=info.schema
+        )
     first = info.properties.get(MERGE) == MERGE_FIRST
     rows: dict[tuple[object, ...], dict[str, object]] = {}
     for change in changes:
-        for row in align_batch(change.batch, info.frame_schema(change.operation)).to_pylist():
+        for row in align_batch(change.batch, info.frame_schema(change.operation), strict=False).to_pylist():
             key = tuple(row[name] for name in info.key_columns)
             if change.operation is Operation.DELETE:
                 rows.pop(key, None)

@@ -30,6 +30,7 @@ from arka.storage.ports import (
     CommitOutcome,
     CommitResult,
     DeadlineMissed,
+    SchemaMisfit,
     StagedFiles,
     StagedFilesMissing,
     UnwritableRows,
@@ -106,6 +107,8 @@ class TableCommitter:
         self._adoption = adoption
         self._set_aside = set_aside
         self._failures = 0
+        # Attempts in a row that others' changes to the table's columns kept from a commit.
+        self._holds = 0
         self._size = CutSize()
         # Seconds of the last attempts at what the commit under way needs.
         self._cost_s = 0.0
@@ -150,6 +153,12 @@ class TableCommitter:
                 # Of a commit that missed it nobody knows whether it lands: the next one's look at the mark says (R15).
                 self._shrink(cut, str(error))
                 continue
+            except SchemaMisfit as error:
+                if not self._shrink(cut, str(error)):
+                    earliest = trio.current_time() + self._hold_back(str(error))
+                # What others made of the table may fit by now: the next attempt begins with that.
+                await self._adoption.refresh(table, max_age_s=0)
+                continue
             except UnwritableRows as error:
                 if cut.through_lsn in table.asides:
                     # The commit held no rows, so that it cannot be theirs: a failure as any other.
@@ -169,7 +178,8 @@ class TableCommitter:
                 # It may be what others made of the table that does not fit: the next attempt begins with that.
                 await self._adoption.refresh(table, max_age_s=0)
                 continue
-            self._failures = 0
+            self._failures = self._holds = 0
+            table.held_back = ""
             if not self._size.settle(cut, job.staged, table.commitable.frames, self._options.job_deadline_s):
                 self._shrink(cut, f"its files took {job.staged.took_s:.0f} s, longer than iceberg.job_deadline_s")
             await failpoints.reach("commit.answered")
@@ -206,9 +216,10 @@ class TableCommitter:
             with trio.move_on_after(self._options.commit_interval_s):
                 await self._objects.wait_reached(first)
             return False
-        if table.hurried_lsn >= first and self._failures == 0:
+        untroubled = self._failures == 0 and self._holds == 0
+        if table.hurried_lsn >= first and untroubled:
             return True
-        if trio.current_time() < earliest and self._failures == 0 and self._has_full_commit():
+        if trio.current_time() < earliest and untroubled and self._has_full_commit():
             # Spreading commits out is for their number; these are as large as they may be.
             return True
         if trio.current_time() < earliest:
@@ -399,6 +410,8 @@ class TableCommitter:
                 )
             except UnwritableRows as error:
                 reason = str(error)
+            except SchemaMisfit as error:
+                return self._hold_back(str(error))
             except Fenced:
                 raise
             except (ArkaError, CatalogConflict) as error:
@@ -413,6 +426,17 @@ class TableCommitter:
         else:
             await self._set_aside(table, cut, reason)
         return 0.0
+
+    def _hold_back(self, reason: str) -> float:
+        """Let the writes wait until others mend the table's columns (R24, R27); returns the pause in seconds."""
+        table = self._table
+        self._holds += 1
+        table.effort.fail(reason)
+        detail = f"Waiting writes of {table.info.name} are held back from {reason}"
+        if table.held_back != detail:
+            log.warning("table.held_back", table=str(table.info.name), reason=reason, hint="its writes wait")
+        table.held_back = detail
+        return min(self._options.retry_s * float(2 ** min(self._holds, _MAX_FAILURES)), MAX_RETRY_S)
 
     def _note_failure(self, reason: str) -> float:
         """Count a definite failure; stops the table when it does not pass. Returns the pause in seconds."""

@@ -108,6 +108,8 @@ class Table:
         self.adoptions = 0
         #: What others made of the table that Arka cannot write, as of the last look: new writes are refused (R27).
         self.refusal = ""
+        #: Why its next waiting write is held back: others changed columns so that it does not fit (R24).
+        self.held_back = ""
         #: The partition specs that it has, as of the last look; None before that.
         self.specs: Mapping[int, tuple[PartitionField, ...]] | None = None
         #: What others set that has no effect here.
@@ -169,7 +171,7 @@ class Table:
         return (
             self.ending.detail
             if self.ending is not None
-            else "; ".join(filter(None, (self.refusal, *self.remarks))) or None
+            else "; ".join(filter(None, (self.refusal, self.held_back, *self.remarks))) or None
         )
 
     @property

@@ -24,7 +24,7 @@ from arka.iceberg import control, encode, scan
 from arka.iceberg.align import align_batch
 from arka.iceberg.schema import UnsupportedType, arrow_schema, field_id, iceberg_schema, new_iceberg_schema
 from arka.records import FIELD_ID_KEY
-from arka.storage.ports import CatalogConflict, CommitOutcome, ReadJob, TableFrames
+from arka.storage.ports import CatalogConflict, CommitOutcome, ReadJob, SchemaMisfit, TableFrames
 
 _LEAVES = st.sampled_from(
     [
@@ -246,6 +246,6 @@ def test_alignment_never_invents_required_values() -> None:
     schema = _with_ids(NestedField(1, "a", IntegerType()))
     needy = _with_ids(NestedField(1, "a", IntegerType()), NestedField(2, "day", StringType(), required=True))
     batch = pa.record_batch([pa.array([1], pa.int32())], schema=schema)
-    with pytest.raises(ValueError, match="'day'"):
+    with pytest.raises(SchemaMisfit, match="'day'"):
         align_batch(batch, needy)
     assert align_batch(batch.slice(0, 0), needy).num_rows == 0
