@@ -264,6 +264,7 @@ class FlightService:
     async def list_flights(self, call: Call) -> None:
         """Send the FlightInfo of each table; criteria, if any, are a prefix of its full name."""
         prefix = bytes(messages.parse("Criteria", await _request(call)).expression).decode("utf-8", "replace")
+        await self._pipeline.tables.refresh_list()
         for table in self._pipeline.tables.listed():
             if str(table.info.name).startswith(prefix):
                 path = [table.info.name.namespace, table.info.name.name]
@@ -318,6 +319,7 @@ class FlightService:
                 with trio.move_on_after(_LIST_PATIENCE_S):
                     await trio.lowlevel.checkpoint()
                     await self._effects.wait_idle()
+                await self._pipeline.tables.refresh_list()
                 result = [str(table.info.name) for table in self._pipeline.tables.listed()]
             case "DescribeTable":
                 result = await self._describe_table(body)
@@ -386,8 +388,8 @@ class FlightService:
             "schema_id": info.schema_id,
             "partition_spec": describe_partition(info),
             "location": info.location,
-            "properties": dict(info.properties),
-            "state": table.state.value,
+            "properties": dict(table.properties),
+            "state": table.told_state.value,
             "reason": "; ".join(
                 filter(None, (self._pipeline.tables.watch.trouble, self._pipeline.stalled(table), table.reason))
             )

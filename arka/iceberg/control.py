@@ -34,7 +34,7 @@ from arka.iceberg.manifests import ManifestMemory, metadata_files
 from arka.iceberg.marks import is_mark, marks_of
 from arka.iceberg.partition import new_partition_spec, partition_fields, split_fields
 from arka.iceberg.pointer import read_pointer
-from arka.iceberg.purge import drop_entry
+from arka.iceberg.purge import all_identifiers, drop_entry
 from arka.iceberg.purge import purge as purge_files
 from arka.iceberg.runfiles import forget_table
 from arka.iceberg.schema import UnsupportedType, arrow_schema, new_iceberg_schema
@@ -174,31 +174,33 @@ def load_table(config: CatalogConfig, name: TableName) -> CatalogTable:
 def list_tables(config: CatalogConfig) -> CatalogListing:
     """Load every table that Arka could write.
 
-    Tables of foreign makers whose names are beyond Arka's are left out and logged. Those with types or format versions
-    beyond them, and those whose metadata cannot be read, are named: they are there all the same.
+    Those with names, types or format versions beyond Arka's, and those whose metadata cannot be read, are named: they
+    are there all the same.
     """
     opened = catalog(config)
     found = []
     unread = []
     unusable = {}
-    for namespace in opened.list_namespaces():
-        for identifier in opened.list_tables(namespace):
-            try:
-                name = TableName.from_parts(list(identifier))
-                table = _load(opened, name)
-                found.append(describe(table))
-            except InvalidRequest as error:
-                _log.info("catalog.table_skipped table=%s reason=%s", ".".join(identifier), error)
-            except CatalogConflict as error:
-                unusable[table.metadata.table_uuid] = Unusable(name, str(error))
-                _log.info("catalog.table_skipped table=%s reason=%s", ".".join(identifier), error)
-            except TableMissing:
-                # Dropped between the listing and the load.
-                continue
-            except Exception as error:
-                # One table that cannot be read, for whatever reason, must not keep the others from being served.
-                unread.append(name)
-                _log.warning("catalog.table_broken table=%s reason=%s", ".".join(identifier), error)
+    for identifier in all_identifiers(opened):
+        name = TableName(".".join(identifier[:-1]), identifier[-1])
+        try:
+            table = _load(opened, identifier)
+            uuid = UUID(str(table.metadata.table_uuid))
+            TableName.from_parts(list(identifier))
+            found.append(describe(table))
+        except InvalidRequest as error:
+            unusable[uuid] = Unusable(name, str(error), spelled=False)
+            _log.info("catalog.table_skipped table=%s reason=%s", name, error)
+        except CatalogConflict as error:
+            unusable[uuid] = Unusable(name, str(error))
+            _log.info("catalog.table_skipped table=%s reason=%s", name, error)
+        except TableMissing:
+            # Dropped between the listing and the load.
+            continue
+        except Exception as error:
+            # One table that cannot be read, for whatever reason, must not keep the others from being served.
+            unread.append(name)
+            _log.warning("catalog.table_broken table=%s reason=%s", name, error)
     tables = tuple(sorted(found, key=lambda table: table.info.name))
     return CatalogListing(tables, frozenset(unread), unusable)
 
@@ -274,16 +276,16 @@ def key_columns(schema: Schema, properties: Mapping[str, str]) -> tuple[str, ...
     return tuple(field.name for field in schema.fields if field.name in fields)
 
 
-def _load(opened: Catalog, name: TableName) -> Table:
+def _load(opened: Catalog, identifier: tuple[str, ...]) -> Table:
     try:
-        return opened.load_table(tuple(name))
+        return opened.load_table(tuple(identifier))
     except (NoSuchTableError, NoSuchNamespaceError) as error:
-        raise TableMissing(f"Table not found: {name}") from error
+        raise TableMissing(f"Table not found: {'.'.join(identifier)}") from error
     except FileNotFoundError as error:
         # A REST catalog reads it itself, so that it is an SQL catalog that has a pointer.
-        raise FilesMissing(read_pointer(opened, tuple(name)) or f"of {name}") from error
+        raise FilesMissing(read_pointer(opened, tuple(identifier)) or f"of {'.'.join(identifier)}") from error
     except ValueError as error:
-        raise CatalogUnavailable(f"table {name}: its metadata cannot be read: {error}") from error
+        raise CatalogUnavailable(f"table {'.'.join(identifier)}: its metadata cannot be read: {error}") from error
 
 
 def _load_same(opened: Catalog, name: TableName, uuid: UUID) -> Table:

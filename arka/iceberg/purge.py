@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from pyiceberg.catalog import Catalog
-from pyiceberg.exceptions import NoSuchNamespaceError, NoSuchTableError
+from pyiceberg.exceptions import BadRequestError, NoSuchNamespaceError, NoSuchTableError, ServerError
 from pyiceberg.io import FileIO
 from pyiceberg.serializers import FromInputFile
 from pyiceberg.table import Table
@@ -232,18 +232,27 @@ def _read(io: FileIO, location: str) -> TableMetadata | None:
         return None
 
 
-def _every_table(opened: Catalog, namespace: Identifier = ()) -> Iterator[tuple[Identifier, TableMetadata]]:
+def all_identifiers(opened: Catalog, namespace: Identifier = ()) -> Iterator[Identifier]:
+    """Yield the name of every table, also of those in namespaces inside of others."""
+    try:
+        inner = opened.list_namespaces(namespace)
+    except (BadRequestError, ServerError):
+        if not namespace:
+            raise
+        # A catalog that has no namespaces inside of others.
+        return
+    for found in inner:
+        # Of a catalog that does not know the question, the answer is about others.
+        if len(found) == len(namespace) + 1 and found[: len(namespace)] == namespace:
+            yield from opened.list_tables(found)
+            yield from all_identifiers(opened, found)
+
+
+def _every_table(opened: Catalog) -> Iterator[tuple[Identifier, TableMetadata]]:
     """Yield every table of a REST catalog; raises where one cannot be read."""
-    for found in opened.list_namespaces(namespace):
-        inner = found if found[: len(namespace)] == namespace else (*namespace, *found)
-        if inner == namespace:
-            continue
-        for identifier in opened.list_tables(inner):
-            try:
-                yield identifier, opened.load_table(identifier).metadata
-            except (NoSuchTableError, NoSuchNamespaceError):
-                continue
-        yield from _every_table(opened, inner)
+    for identifier in all_identifiers(opened):
+        with contextlib.suppress(NoSuchTableError, NoSuchNamespaceError):
+            yield identifier, opened.load_table(identifier).metadata
 
 
 def _place(url: str) -> str:
@@ -256,4 +265,4 @@ def _is_near(one: str, other: str) -> bool:
     return one == other or one.startswith(other + "/") or other.startswith(one + "/")
 
 
-__all__ = ["drop_entry", "purge"]
+__all__ = ["all_identifiers", "drop_entry", "purge"]

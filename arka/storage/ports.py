@@ -130,10 +130,17 @@ class CatalogTable:
 
 @dataclass(frozen=True, slots=True)
 class Unusable:
-    """A table that exists and that Arka cannot write: its name, and why."""
+    """A table that exists and that Arka cannot write.
+
+    Attributes:
+        name: its name.
+        reason: why it cannot be written.
+        spelled: whether Arka takes such a name. If not, the name alone may be what is wrong.
+    """
 
     name: TableName
     reason: str
+    spelled: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from uuid import UUID, uuid4
 import pyarrow as pa
 import trio
 
-from arka.errors import ArkaError, ErrorCode, InternalError
+from arka.errors import ArkaError, ErrorCode, InternalError, InvalidRequest
 from arka.iceberg.align import align_batch, misfit
 from arka.iceberg.control import new_properties
 from arka.iceberg.frames import FrameRows
@@ -201,6 +201,26 @@ class SimCatalog:
         table = self._tables[name]
         table.info = replace(table.info, properties={**table.info.properties, **properties})
 
+    def rename(self, name: TableName, new: TableName) -> None:
+        """Let others rename a table, also to a name that is none for Arka."""
+        table = self._tables.pop(name)
+        table.info = replace(table.info, name=new)
+        self._tables[new] = table
+
+    def register(self, name: TableName, second: TableName) -> None:
+        """Let others register a table's current metadata under a second name; from then on each goes its own way."""
+        table = self._tables[name]
+        self._tables[second] = replace(
+            table,
+            info=replace(table.info, name=second),
+            marks=dict(table.marks),
+            snapshots=list(table.snapshots),
+            times=list(table.times),
+            commits=dict(table.commits),
+            changes=list(table.changes),
+            ends=dict(table.ends),
+        )
+
     def remove(self, name: TableName) -> None:
         """Drop a table behind everybody's back."""
         del self._tables[name]
@@ -274,14 +294,19 @@ class SimCatalog:
         return result
 
     def _list(self) -> CatalogListing:
-        readable = sorted(self._tables.keys() - self.unreadable - self.unusable.keys())
-        found = tuple(self._tables[name].describe() for name in readable)
         unusable = {
             self._tables[name].info.uuid: Unusable(name, reason)
             for name, reason in self.unusable.items()
             if name in self._tables
         }
-        return CatalogListing(found, frozenset(self._tables.keys() & self.unreadable), unusable)
+        found = []
+        for name in sorted(self._tables.keys() - self.unreadable - self.unusable.keys()):
+            try:
+                TableName.from_parts(list(name))
+                found.append(self._tables[name].describe())
+            except InvalidRequest as error:
+                unusable[self._tables[name].info.uuid] = Unusable(name, error.detail, spelled=False)
+        return CatalogListing(tuple(found), frozenset(self._tables.keys() & self.unreadable), unusable)
 
     def _check_readable(self, name: TableName) -> None:
         if name in self.unreadable:

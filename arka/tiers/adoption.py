@@ -211,10 +211,11 @@ class Adoption:
         """
         table.adoptions += 1
         table.adopted_at = max(table.adopted_at, trio.current_time() if question is None else question.began)
+        table.properties = info.properties
         info, refusal, remarks = judge(table.info, info, self._log_uuid)
         if (refusal, remarks) != (table.refusal, table.remarks):
             log.warning("table.judged", table=str(info.name), refusal=refusal, remarks=remarks)
-        table.refusal, table.remarks = refusal, remarks
+        table.refusal, table.remarks, table.misnamed = refusal, remarks, ""
         if info == table.info:
             return
         log.info(

@@ -6,6 +6,7 @@ since it was accepted. Does not own when the catalog is asked (``arka.tiers.adop
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final, NamedTuple
@@ -46,8 +47,10 @@ def judge(known: TableInfo, found: TableInfo, log_uuid: UUID) -> Judgement:
     remarks: list[str] = []
     kept = found
     if found.table_type is not known.table_type:
+        said = found.properties.get(TABLE_TYPE)
         remarks.append(
-            f"property {TABLE_TYPE!r} is {found.table_type.value!r}: the table stays {known.table_type.value!r}"
+            f"property {TABLE_TYPE!r} is {'gone' if said is None else repr(said)}: the table stays "
+            f"{known.table_type.value!r}"
         )
         kept = replace(kept, table_type=known.table_type)
     if known.table_type is not TableType.PRIMARY_KEY:
@@ -58,6 +61,11 @@ def judge(known: TableInfo, found: TableInfo, log_uuid: UUID) -> Judgement:
             f"{list(found.key_columns)}: change it back"
         )
         return Judgement(known, why, tuple(remarks))
+    said = found.properties.get(PRIMARY_KEY, "")
+    named = [column for column in found.schema.names if json.dumps(column) in said and column not in kept.key_columns]
+    if named and known.table_type is TableType.PRIMARY_KEY:
+        # The schema's identifier fields decide: the property does not follow renames.
+        remarks.append(f"property {PRIMARY_KEY!r} is {said!r}: the key stays {list(kept.key_columns)}")
     properties = dict(found.properties)
     for name in sorted(properties):
         problem = _problem(name, properties[name], keyed=known.table_type is TableType.PRIMARY_KEY)
@@ -70,7 +78,7 @@ def judge(known: TableInfo, found: TableInfo, log_uuid: UUID) -> Judgement:
     try:
         kept.check_owner(log_uuid)
     except ArkaError as error:
-        remarks.append(error.detail)
+        return Judgement(kept, error.detail, tuple(remarks))
     return Judgement(kept, "", tuple(remarks))
 
 

@@ -106,8 +106,12 @@ class Table:
         #: When the catalog was asked for what ``info`` says (trio's clock), and how often something was adopted.
         self.adopted_at = NEVER
         self.adoptions = 0
+        #: Its properties as the catalog had them last; in ``info`` are those that have an effect.
+        self.properties: Mapping[str, str] = info.properties
         #: What others made of the table that Arka cannot write, as of the last look: new writes are refused (R27).
         self.refusal = ""
+        #: The name that others gave it if Arka cannot spell that name, as ``refusal`` says too; else empty.
+        self.misnamed = ""
         #: Why its next waiting write is held back: others changed columns so that it does not fit (R24).
         self.held_back = ""
         #: The partition specs that it has, as of the last look; None before that.
@@ -144,6 +148,11 @@ class Table:
     def state(self) -> TableState:
         """Whether the table takes writes."""
         return self.ending.state if self.ending is not None else TableState.ACTIVE
+
+    @property
+    def told_state(self) -> TableState:
+        """The state as clients hear it: a table that refuses every new write is stopped for them, whatever waits."""
+        return TableState.STOPPED if self.refusal and self.ending is None else self.state
 
     @property
     def is_committing(self) -> bool:

@@ -43,6 +43,7 @@ from arka.tiers.held import first_damage, stop_damaged
 from arka.tiers.keys import KeyIndex
 from arka.tiers.logclock import LogClock
 from arka.tiers.memory import MemoryTier
+from arka.tiers.names import FreshList, Misnamed, check_own_name, misname, own_entries, own_entry, stop_missing
 from arka.tiers.parking import Parking
 from arka.tiers.release import Elsewhere
 from arka.tiers.room import Room
@@ -56,6 +57,8 @@ log = structlog.get_logger(__name__)
 _CATALOG_RETRY_S: Final = 1.0
 #: Pause between two attempts at a drop that could not be done at the start: each lists the catalog.
 _DROP_RETRY_S: Final = 10.0
+#: Pause between two looks for a table to which others gave a name that Arka cannot spell, in seconds.
+_MISNAMED_RETRY_S: Final = 3.0
 #: How long a start removes what is left of tables that are gone, in seconds.
 _FORGET_S: Final = 10.0
 
@@ -142,6 +145,9 @@ class Tables:
         self.catalog = catalog
         #: What others own of the tables.
         self.adoption = Adoption(catalog, memory, log_uuid=log_uuid, adopt_s=adopt_s, look_for=self._look_for)
+        self._fresh_list = FreshList(
+            catalog, self, log_uuid=log_uuid, refresh=partial(self.adoption.refresh, max_age_s=0)
+        )
         self._memory = memory
         self._disk = disk
         self._keys = keys
@@ -276,7 +282,7 @@ class Tables:
             Unavailable: it is not known here and the catalog does not answer.
         """
         table = self._by_name.get(name)
-        if table is not None and table.state is not TableState.STOPPED:
+        if table is not None and table.state is not TableState.STOPPED and not table.misnamed:
             return table
         try:
             found = await ddl.load_table(self.catalog, name)
@@ -287,9 +293,19 @@ class Tables:
         if found is None or (table is not None and found.info.uuid == table.info.uuid):
             if table is None:
                 raise ArkaError(f"Table not found: {_spoken(name)}", code=ErrorCode.TABLE_NOT_FOUND)
+            if found is not None and table.misnamed:
+                # Others gave it its name back.
+                self._adopt(table, found)
             return table
-        # Others gave the name of a stopped table to another one.
+        known = self._by_uuid.get(found.info.uuid)
+        if known is not None and known.state is TableState.ACTIVE and known.info.name != name:
+            await check_own_name(self.catalog, known, name)
+        # Others gave the name to another table.
         return self.register(found)
+
+    async def refresh_list(self) -> None:
+        """Wait until the tables are known as the catalog has them now, 1 s at most (R27)."""
+        await self._fresh_list.take(self._nursery if self._reconciled else None)
 
     async def find_fresh(self, name: TableName, *, max_age_s: float | None = None) -> Table:
         """Find a table by name, as the catalog has it now or had it not long ago (R27).
@@ -359,6 +375,9 @@ class Tables:
         while True:
             try:
                 await request()
+            except Misnamed:
+                # It was logged; each look lists the catalog.
+                await trio.sleep(_MISNAMED_RETRY_S)
             except (CatalogUnavailable, Unavailable) as error:
                 # Also where no LSN can be given to its record (R31).
                 self._tell_waiting(str(error))
@@ -408,7 +427,8 @@ class Tables:
             # One that a client's request finds while the catalog is listed is in no older listing.
             known_before = self.all()
             listing = await self.catalog.list_tables()
-            found = {table.info.uuid: table for table in listing.tables}
+            known_names = {known.info.uuid: known.info.name for known in known_before}
+            found = own_entries(listing, known_names, self._log_uuid)
             for uuid in tuple(self._pending_drops):
                 try:
                     await self._finish_drop(uuid, listing)
@@ -426,12 +446,16 @@ class Tables:
             for table in known_before:
                 if table.info.uuid in found or table.state is not TableState.ACTIVE:
                     continue
-                if table.info.name in listing.unread or (strangers and table.info.uuid not in listing.unusable):
+                unusable = listing.unusable.get(table.info.uuid)
+                if unusable is not None and not unusable.spelled:
+                    misname(table, unusable)
+                    self._unread.add(table.info.uuid)
+                elif table.info.name in listing.unread or (strangers and table.info.uuid not in listing.unusable):
                     # Perhaps it was renamed to a name whose metadata nobody can read now.
                     log.warning("table.unread", table=str(table.info.name), hint="it takes writes; commits wait")
                     self._unread.add(table.info.uuid)
                 else:
-                    _stop_missing(table, listing)
+                    stop_missing(table, listing)
             if not listing.unread:
                 await self._forget_others(listing)
             self._reconciled = True
@@ -481,7 +505,7 @@ class Tables:
         table.room.put_below(self._room)
         self.note_committed(table)
         named = self._by_name.get(table.info.name)
-        if named is None or named.state is not TableState.ACTIVE:
+        if named is None or named.state is not TableState.ACTIVE or named.misnamed:
             self._by_name[table.info.name] = table
         table.listen_end(lambda ending: self._note_ending(table, ending))
         if table.info.uuid in self.broken:
@@ -525,7 +549,7 @@ class Tables:
         if self._by_name.get(old_name) is table:
             del self._by_name[old_name]
         named = self._by_name.get(table.info.name)
-        if named is None or named.state is not TableState.ACTIVE:
+        if named is None or named.state is not TableState.ACTIVE or named.misnamed:
             self._by_name[table.info.name] = table
 
     def _tended(self) -> list[Table]:
@@ -610,18 +634,21 @@ class Tables:
         if table.adoptions != adoptions:
             # Another answer came meanwhile, and nobody can say which one is newer.
             return
-        found = next((t for t in listing.tables if t.info.uuid == table.info.uuid), None)
+        found = own_entry(listing, table.info, self._log_uuid)
+        unusable = listing.unusable.get(table.info.uuid)
         strangers = listing.unread - {known.info.name for known in self.all() if known is not table}
         if found is not None:
             # What is adopted is acknowledged: a reader has to find it (R28).
             await self.watch.confirm(found.info)
             self._adopt(table, found)
-        elif strangers and table.info.uuid not in listing.unusable:
+        elif unusable is not None and not unusable.spelled:
+            raise misname(table, unusable)
+        elif strangers and unusable is None:
             raise CatalogUnavailable(
                 f"{table.info.name} may be one of {sorted(map(str, strangers))}, which cannot be read"
             )
         elif table.state is TableState.ACTIVE:
-            _stop_missing(table, listing)
+            stop_missing(table, listing)
 
     async def _read_at_last(self, table: Table) -> None:
         """Learn how far a table is that could not be read at the start.
@@ -682,6 +709,8 @@ class Tables:
                         f"{existing.ending_detail}. DropTable gives them up and frees the name",
                         code=ErrorCode.TABLE_STOPPED,
                     )
+                if existing.misnamed:
+                    raise ArkaError(existing.refusal, code=ErrorCode.TABLE_STOPPED)
                 ddl.check_identical(definition, existing.info)
                 return existing, False
             if self._draining:
@@ -759,6 +788,8 @@ class Tables:
         """
         async with self._ddl_lock:
             table = await self.find_fresh(name, max_age_s=0)
+            if table.misnamed:
+                raise ArkaError(f"Table not found: {_spoken(name)}. {table.refusal}", code=ErrorCode.TABLE_NOT_FOUND)
             if table.drop_lsn is None:
                 await self._check_named(table, name)
         # The client may go away, the drop may not: once its record is in the log it is carried out.
@@ -854,9 +885,11 @@ class Tables:
         Raises:
             CatalogUnavailable: it may be one that cannot be read.
         """
-        loaded = next((table.info.name for table in listing.tables if table.info.uuid == uuid), None)
+        pending = self._pending_drops.get(uuid)
+        names = {uuid: pending.name} if pending is not None else {}
+        loaded = own_entries(listing, names, self._log_uuid).get(uuid)
         unusable = listing.unusable.get(uuid)
-        name = loaded if unusable is None else unusable.name
+        name = loaded.info.name if loaded is not None else None if unusable is None else unusable.name
         if name is None and (strangers := listing.unread - {known.info.name for known in self.all()}):
             raise CatalogUnavailable(f"it may be one of {sorted(map(str, strangers))}, which cannot be read")
         return name
@@ -884,18 +917,6 @@ class Tables:
         """
         async with self._ddl_lock:
             await self._finish_drop(uuid, await self.catalog.list_tables())
-
-
-def _stop_missing(table: Table, listing: CatalogListing) -> None:
-    """Stop a table that others took away, or made something of that Arka cannot write."""
-    unusable = listing.unusable.get(table.info.uuid)
-    table.stop(
-        f"Table {table.info.name} ({table.info.uuid}) is not in the catalog and was not dropped here: others dropped "
-        "it. Its uncommitted writes are kept: register it again and restart the server, or drop it"
-        if unusable is None
-        else f"Others made of {table.info.name} what Arka cannot write: {unusable.reason}. Its uncommitted writes are "
-        "kept: mend the table and restart the server, or drop it"
-    )
 
 
 def _spoken(name: TableName) -> str:

@@ -533,13 +533,20 @@ def test_foreign_tables_beyond_arka_are_listed_without(lake: Any) -> None:
     Path(local_path(broken.metadata_location) or "").unlink()
     garbage = catalog.create_table(("default", "garbage"), SCHEMA)
     Path(local_path(garbage.metadata_location) or "").write_bytes(b"\xff no metadata at all")
-    catalog.create_table(("default", "odd name"), SCHEMA)
+    odd = catalog.create_table(("default", "odd name"), SCHEMA)
+    catalog.create_namespace(("default", "inner"))
+    inner = catalog.create_table(("default", "inner", "t"), SCHEMA)
     catalog.create_table(("default", "fine"), SCHEMA)
     catalog.close()
     listing = control.list_tables(lake.config)
     assert [table.info.name.name for table in listing.tables] == ["fine", info.name.name]
     assert listing.unread == {TableName("default", "broken"), TableName("default", "garbage")}
-    assert sorted(table.reason for table in listing.unusable.values()) == [
+    unspelled = {uuid: str(table.name) for uuid, table in listing.unusable.items() if not table.spelled}
+    assert unspelled == {
+        odd.metadata.table_uuid: "default.odd name",
+        inner.metadata.table_uuid: "default.inner.t",
+    }
+    assert sorted(table.reason for table in listing.unusable.values() if table.spelled) == [
         "table default.newer has format version 3, expected 2",
         "table default.old has format version 1, expected 2",
     ]

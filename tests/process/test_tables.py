@@ -47,6 +47,8 @@ SEED_SCHEMA = pa.schema(
     ]
 )
 
+PAIRS = pa.schema([pa.field("n", pa.int64(), nullable=False), pa.field("other", pa.int64(), nullable=False)])
+
 
 def test_create_as_the_seed_does(server: ServerProcess, client: flight.FlightClient, table: str) -> None:
     """The seed's CreateTable works as written and makes the table that plain pyiceberg finds."""
@@ -491,3 +493,93 @@ def test_an_answer_that_is_not_read(make_server: Callable[..., ServerProcess]) -
         time.sleep(4)
         assert "[too_large]" in failure_of(reader.read_all)
         assert list((server.data / "spill").iterdir()) == []
+
+
+def test_one_table_under_two_names(server: ServerProcess, client: flight.FlightClient, table: str) -> None:
+    """A second name that others registered is refused with the name to use; the table goes on under its own (R20)."""
+    create(client, table)
+    write_all(client, table, [numbers([1])])
+    second = f"a_{table}"
+    with lake.open_catalog(server.data) as catalog:
+        catalog.register_table(f"default.{second}", catalog.load_table(f"default.{table}").metadata_location)
+    stream = Stream(client, table, requested_durability="iceberg_committed")
+    stream.write(numbers([2]))
+    for name in ("DescribeTable", "DropTable", "Flush"):
+        assert f"second name of table default.{table}" in failure_of(action, client, name, name=second)
+    assert "second name" in failure_of(client.do_get, flight.Ticket(second.encode()))
+    assert f"default.{second}" not in action(client, "ListTables")
+    stream.finish()
+    write_all(client, table, [numbers([3])])
+    assert sorted(lake.column(server.data, table, "n")) == [1, 2, 3]
+    assert lake.column(server.data, second, "n") == [1]
+
+
+def test_name_that_others_gave_and_arka_cannot_spell(
+    server: ServerProcess, client: flight.FlightClient, table: str
+) -> None:
+    """The table refuses writes with the true reason and is not dropped; under its old name it goes on, without loss."""
+    create(client, table)
+    write_all(client, table, [numbers([1])])
+    with lake.open_catalog(server.data) as catalog:
+        catalog.rename_table(f"default.{table}", "default.my-table")
+        uuid = str(catalog.load_table("default.my-table").metadata.table_uuid)
+    described = action(client, "DescribeTable", name=table)
+    assert (described["state"], described["table_uuid"]) == ("stopped", uuid)
+    assert "'default.my-table'" in described["reason"]
+    for name in ("DropTable", "CreateTable"):
+        body = {"schema_json": {"fields": [{"name": "n", "type": "int64", "nullable": False}]}}
+        assert "my-table" in failure_of(action, client, name, name=table, **(body if name == "CreateTable" else {}))
+    refused = Stream(client, table, requested_durability="memory")
+    refused.write(numbers([9]))
+    assert [(ack["code"], "my-table" in ack["error"]) for ack in refused.finish()] == [("table_stopped", True)]
+    with lake.open_catalog(server.data) as catalog:
+        catalog.rename_table("default.my-table", f"default.{table}")
+    assert action(client, "DescribeTable", name=table)["state"] == "active"
+    write_all(client, table, [numbers([2])])
+    assert sorted(lake.column(server.data, table, "n")) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "state", "word"),
+    [
+        ({"arka.primary-key": '["other"]'}, "active", "the key stays ['n']"),
+        ({"arka.primary-key": None}, "stopped", "primary key"),
+        ({"arka.owner": "somebody else"}, "stopped", "somebody else"),
+        ({"arka.owner": None}, "stopped", "no node"),
+        ({"arka.table-type": None}, "active", "is gone"),
+        ({"arka.merge": "sometimes"}, "active", "last or first"),
+        ({"arka.unheard-of": "1"}, "active", "not known"),
+    ],
+    ids=str,
+)
+def test_state_reason_and_properties_agree(
+    server: ServerProcess,
+    client: flight.FlightClient,
+    table: str,
+    changes: dict[str, str | None],
+    state: str,
+    word: str,
+) -> None:
+    """What others do to ``arka.*`` properties is shown as it is; a table that refuses writes is not active (R27)."""
+    create(client, table, [("n", "int64!"), ("other", "int64!")], table_type="primary_key", primary_key=["n"])
+    before = action(client, "DescribeTable", name=table)
+    assert (before["state"], before["reason"]) == ("active", None)
+
+    def change(properties: dict[str, str | None]) -> None:
+        with lake.load(server.data, table).transaction() as transaction:
+            transaction.set_properties({name: text for name, text in properties.items() if text is not None})
+            transaction.remove_properties(*(name for name, text in properties.items() if text is None))
+
+    change(changes)
+    found = action(client, "DescribeTable", name=table)
+    assert found["state"] == state
+    assert word in found["reason"]
+    for name, text in changes.items():
+        assert found["properties"].get(name) == text
+    stream = Stream(client, table, PAIRS, requested_durability="memory")
+    stream.write(pa.record_batch([[1], [2]], schema=PAIRS))
+    codes = [ack["code"] for ack in stream.finish() if ack["error"]]
+    assert codes == (["table_stopped"] if state == "stopped" else [])
+    change({name: before["properties"].get(name) for name in changes})
+    found = action(client, "DescribeTable", name=table)
+    assert (found["state"], found["reason"], found["properties"]) == ("active", None, before["properties"])

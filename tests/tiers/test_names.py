@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from uuid import UUID
 
 import pyarrow as pa
 import pytest
+import trio
 from trio.testing import MockClock
 
 from arka.errors import ArkaError, ErrorCode
@@ -14,7 +14,8 @@ from arka.records import TableDefinition, TableName, TableType, Tier, owner_prop
 from arka.tableproperties import OWNER
 from arka.testing.simnode import NAME, SimNode, write_all
 from arka.testing.simwriters import SCHEMA
-from arka.tiers.table import TableState
+from arka.tiers.pipeline import Pipeline
+from arka.tiers.table import Table, TableState
 
 OTHER = TableName("default", "other")
 KEYED = pa.schema([SCHEMA.field(0).with_nullable(False), *list(SCHEMA)[1:]])
@@ -34,13 +35,6 @@ async def make_other(node: SimNode, log_uuid: UUID, keyed: bool = False) -> UUID
     return made.info.uuid
 
 
-def rename(node: SimNode, name: TableName, new: TableName) -> None:
-    """Let others rename a table."""
-    found = node.catalog._tables.pop(name)
-    found.info = replace(found.info, name=new)
-    node.catalog._tables[new] = found
-
-
 @pytest.mark.parametrize("replaced", [False, True])
 @pytest.mark.parametrize("keyed", [False, True])
 async def test_create_after_others_renamed_the_table_a_moment_ago(
@@ -51,7 +45,7 @@ async def test_create_after_others_renamed_the_table_a_moment_ago(
     async with node.run() as pipeline:
         before = (await pipeline.tables.create(definition(keyed)))[0]
         await write_all(pipeline, before, range(3), Tier.ICEBERG_COMMITTED)
-        rename(node, NAME, OTHER)
+        node.catalog.rename(NAME, OTHER)
         if replaced:
             uuid = await make_other(node, pipeline.log_uuid, keyed)
             found, created = await pipeline.tables.create(definition(keyed))
@@ -86,10 +80,152 @@ async def test_drop_after_others_gave_the_name_away_a_moment_ago(autojump_clock:
     async with node.run() as pipeline:
         before = (await pipeline.tables.create(definition()))[0]
         await write_all(pipeline, before, range(3), Tier.ICEBERG_COMMITTED)
-        rename(node, NAME, OTHER)
+        node.catalog.rename(NAME, OTHER)
         await make_other(node, pipeline.log_uuid)
         await pipeline.tables.drop(NAME, purge=True)
         assert list(node.catalog._tables) == [OTHER]
         assert before.state is TableState.ACTIVE
         await write_all(pipeline, before, range(3, 5), Tier.ICEBERG_COMMITTED)
     assert node.ids(OTHER) == list(range(5))
+
+
+SECOND = TableName("default", "a_second")
+STRANGE = TableName("default", "my-table")
+
+
+@pytest.mark.parametrize("keyed", [False, True])
+async def test_one_table_under_two_names(autojump_clock: MockClock, keyed: bool) -> None:
+    """The name that Arka knows stays the table's: a second one is refused with the name to use, also after restarts."""
+    node = SimNode()
+    async with node.run() as pipeline:
+        table, _ = await pipeline.tables.create(definition(keyed))
+        await write_all(pipeline, table, range(3), Tier.ICEBERG_COMMITTED)
+        node.catalog.register(NAME, SECOND)
+        for ask in (pipeline.tables.find, pipeline.tables.find_fresh):
+            with pytest.raises(ArkaError, match=r"second name of table default\.t") as caught:
+                await ask(SECOND)
+            assert caught.value.code is ErrorCode.INVALID_REQUEST
+        with pytest.raises(ArkaError, match="second name"):
+            await pipeline.tables.create(definition(keyed, SECOND))
+        with pytest.raises(ArkaError, match="second name"):
+            await pipeline.tables.drop(SECOND, purge=True)
+        await pipeline.tables.refresh_list()
+        assert [known.info.name for known in pipeline.tables.listed()] == [NAME]
+        await write_all(pipeline, table, range(3, 5), Tier.ICEBERG_COMMITTED)
+    for first in (5, 7):
+        async with node.run() as pipeline:
+            table = await pipeline.tables.find_fresh(NAME)
+            await write_all(pipeline, table, range(first, first + 2), Tier.ICEBERG_COMMITTED)
+            assert (table.state, table.reason) == (TableState.ACTIVE, None)
+    assert node.ids() == list(range(9))
+    assert node.ids(SECOND) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_the_entry_that_holds_most_of_the_log_follows_a_name_that_is_gone(
+    autojump_clock: MockClock, restarted: bool
+) -> None:
+    """Others rename a table of which an older state is registered too: the table is not the older state (R20)."""
+    node = SimNode()
+    async with node.run() as pipeline:
+        table, _ = await pipeline.tables.create(definition())
+        await write_all(pipeline, table, range(3), Tier.ICEBERG_COMMITTED)
+        node.catalog.register(NAME, SECOND)
+        await write_all(pipeline, table, range(3, 5), Tier.ICEBERG_COMMITTED)
+        node.catalog.rename(NAME, OTHER)
+        if not restarted:
+            await write_all(pipeline, table, range(5, 7), Tier.ICEBERG_COMMITTED)
+    async with node.run() as pipeline:
+        table = await pipeline.tables.find_fresh(OTHER)
+        await write_all(pipeline, table, range(5 if restarted else 7, 9), Tier.ICEBERG_COMMITTED)
+        assert table.info.name == OTHER
+    assert node.ids(OTHER) == list(range(9))
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+@pytest.mark.parametrize("keyed", [False, True])
+async def test_name_that_arka_cannot_spell(autojump_clock: MockClock, keyed: bool, restarted: bool) -> None:
+    """A table that others give such a name is there: it says so, its writes wait, and its own name brings it back."""
+    node = SimNode()
+    async with node.run() as pipeline:
+        table, _ = await pipeline.tables.create(definition(keyed))
+        await write_all(pipeline, table, range(3), Tier.ICEBERG_COMMITTED)
+        node.catalog.rename(NAME, STRANGE)
+        await write_all(pipeline, table, range(3, 6))
+        await trio.sleep(60)
+        assert table.state is TableState.ACTIVE
+        if not restarted:
+            await check_misnamed(pipeline, table)
+    if restarted:
+        async with node.run() as pipeline:
+            await trio.sleep(60)
+            await check_misnamed(pipeline, await pipeline.tables.find_fresh(NAME))
+            node.catalog.rename(STRANGE, NAME)
+            await trio.sleep(60)
+            await check_back(node, pipeline)
+    else:
+        node.catalog.rename(STRANGE, NAME)
+        async with node.run() as pipeline:
+            await check_back(node, pipeline)
+
+
+async def check_misnamed(pipeline: Pipeline, table: Table) -> None:
+    assert str(table.info.uuid) in (table.reason or "")
+    assert "default.my-table" in (table.reason or "")
+    assert "others dropped" not in (table.reason or "")
+    with pytest.raises(ArkaError, match="my-table"):
+        table.check_active()
+    with pytest.raises(ArkaError, match="my-table") as caught:
+        await pipeline.tables.drop(NAME, purge=True)
+    assert caught.value.code is ErrorCode.TABLE_NOT_FOUND
+    with pytest.raises(ArkaError, match="my-table"):
+        await pipeline.tables.create(definition())
+
+
+async def check_back(node: SimNode, pipeline: Pipeline) -> None:
+    table = await pipeline.tables.find_fresh(NAME, max_age_s=0)
+    await write_all(pipeline, table, range(6, 8), Tier.ICEBERG_COMMITTED)
+    assert (table.state, table.reason) == (TableState.ACTIVE, None)
+    assert node.ids() == list(range(8))
+
+
+async def test_name_of_a_table_that_others_renamed_to_what_arka_cannot_spell(autojump_clock: MockClock) -> None:
+    """Its old name may be given to another table, which is served; renamed to a third name, it is followed."""
+    node = SimNode()
+    async with node.run() as pipeline:
+        table, _ = await pipeline.tables.create(definition())
+        await write_all(pipeline, table, range(3), Tier.ICEBERG_COMMITTED)
+        node.catalog.rename(NAME, STRANGE)
+        await write_all(pipeline, table, range(3, 6))
+        await trio.sleep(60)
+        uuid = await make_other(node, pipeline.log_uuid)
+        other = await pipeline.tables.find_fresh(NAME, max_age_s=0)
+        assert other.info.uuid == uuid
+        await write_all(pipeline, other, range(2), Tier.ICEBERG_COMMITTED)
+        node.catalog.rename(STRANGE, OTHER)
+        await trio.sleep(60)
+        assert await pipeline.tables.find_fresh(OTHER) is table
+    assert node.ids(OTHER) == list(range(6))
+    assert node.ids() == [0, 1]
+
+
+async def test_list_of_tables_is_fresh(autojump_clock: MockClock) -> None:
+    """Tables that others made, renamed and dropped a moment ago are in the list as they are now (R27)."""
+    node = SimNode()
+    async with node.run() as pipeline:
+        for name in ("kept", "moved", "gone"):
+            await pipeline.tables.create(definition(name=TableName("default", name)))
+        await trio.sleep(5)
+        await node.catalog.create_table(definition(name=TableName("default", "made")), "cafebabe")
+        node.catalog.rename(TableName("default", "moved"), OTHER)
+        node.catalog.remove(TableName("default", "gone"))
+        await pipeline.tables.refresh_list()
+        listed = {table.info.name.name: table.state for table in pipeline.tables.listed()}
+        assert listed.pop("gone") is TableState.STOPPED
+        assert set(listed) == {"kept", "other", "made"}
+        # While the catalog does not answer, the last list serves, after 1 s.
+        node.weather.away = True
+        node.weather.max_delay_s = 1000.0
+        began = trio.current_time()
+        await pipeline.tables.refresh_list()
+        assert trio.current_time() - began <= 1.0
