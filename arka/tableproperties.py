@@ -53,8 +53,8 @@ FORMER_DEFAULTS: Final[Mapping[str, str]] = {
 }
 
 _UUID: Final = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
-#: The two properties of a log's mark (R15).
-MARK: Final = re.compile(rf"arka\.({_UUID})\.(committed-lsn|epoch)\Z")
+#: The properties of a log's mark (R15).
+MARK: Final = re.compile(rf"arka\.({_UUID})\.(committed-lsn|epoch|token)\Z")
 
 #: Most bytes of all properties together: they are in each metadata file, which each commit writes.
 MAX_BYTES: Final = 64 * 1024
@@ -194,6 +194,11 @@ def epoch_property(log_uuid: UUID) -> str:
     return f"arka.{log_uuid}.epoch"
 
 
+def token_property(log_uuid: UUID) -> str:
+    """Name the property that says which start of a log made its last commit, and what that commit set (R15)."""
+    return f"arka.{log_uuid}.token"
+
+
 __all__ = [
     "ALLOWED",
     "CLEANED",
@@ -222,4 +227,5 @@ __all__ = [
     "is_reserved",
     "problem_of",
     "rule_of",
+    "token_property",
 ]

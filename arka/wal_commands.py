@@ -15,6 +15,7 @@ import click
 
 from arka.errors import ArkaError, ConfigurationError
 from arka.exits import EXIT_CONFIGURATION, EXIT_DAMAGED, EXIT_FAILURE, fail
+from arka.lineage import NO_STARTS
 from arka.records import Tier
 
 if TYPE_CHECKING:
@@ -230,7 +231,8 @@ def _salvage(
         log = None
         if survey.log_uuid is not None:
             asides = asides_of(log_directory.absolute().parent, survey.log_uuid)
-            log = SentLog(survey.log_uuid, max([0, *survey.epochs, *epochs]), asides)
+            lineage = NO_STARTS if survey.state is None else survey.state.lineage
+            log = SentLog(survey.log_uuid, max([0, *survey.epochs, *epochs]), asides, lineage)
         sent = resubmit(reader.writes(), location, durability=tier, above_lsn=above_lsn, keyless=keyless, log=log)
         _show_sent(sent, location, tier)
         beyond = [found for found in survey.missing if found.span.last is None or found.span.last > sent.held_through]

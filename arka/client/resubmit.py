@@ -26,6 +26,7 @@ import pyarrow.flight as flight
 
 from arka.errors import Unavailable
 from arka.iceberg.align import align_batch
+from arka.lineage import NO_STARTS, CommitMark, Lineage
 from arka.records import Operation, TableInfo, Tier
 from arka.tiers.foreign import dropped_columns
 from arka.wal.salvage import SalvagedWrite
@@ -84,11 +85,13 @@ class SentLog:
         uuid: the log.
         epoch: the last one in which this disk's process wrote it.
         aside: table and LSN of its writes that were set aside: their table's mark passed them (R32).
+        lineage: the starts that its disk knows of (R15).
     """
 
     uuid: UUID
     epoch: int
     aside: frozenset[tuple[UUID, int]] = frozenset()
+    lineage: Lineage = NO_STARTS
 
 
 def resubmit(
@@ -329,7 +332,9 @@ def _held_of(table: dict[str, Any], log: SentLog | None) -> int:
     if log is None or mark is None or mark["epoch"] > log.epoch:
         # The log went on from another disk than the one that was salvaged: the mark speaks of that one's LSNs.
         return 0
-    return int(mark["committed_lsn"])
+    found = CommitMark(log.uuid, int(mark["committed_lsn"]), int(mark["epoch"]), int(mark.get("token", "0"), 16))
+    # So it does where another copy of the salvaged directory committed.
+    return 0 if log.lineage.problem_of(found) else found.committed_lsn
 
 
 def _schema_of(table: dict[str, Any]) -> pa.Schema:

@@ -28,6 +28,7 @@ from arka.flight.grpc import Call, Route
 from arka.flight.publicschema import public_schema
 from arka.flight.refusals import check_not_sql, unknown_action
 from arka.flight.schemas import describe_partition, describe_schema, parse_create_table
+from arka.lineage import CommitMark
 from arka.options import Limits
 from arka.records import TableName, Tier
 from arka.storage.threads import run_compute
@@ -374,7 +375,7 @@ class FlightService:
         if asked.logs:
             found = await load_table(self._pipeline.tables.catalog, info.name)
             committed = () if found is None or found.info.uuid != info.uuid else found.marks
-            logs = {"logs": {str(m.log_uuid): {"committed_lsn": m.committed_lsn, "epoch": m.epoch} for m in committed}}
+            logs = {"logs": {str(mark.log_uuid): _describe_mark(mark) for mark in committed}}
         if asked.field_ids:
             # For `arka wal salvage --resubmit`: an Arrow schema as an IPC message, with Iceberg's field ids (R24).
             logs["field_ids"] = base64.b64encode(info.schema.serialize()).decode()
@@ -482,6 +483,11 @@ def prepare_spill_dir(path: Path) -> None:
     for left in os.scandir(path):
         if left.name.endswith(".arrows"):
             os.unlink(left.path)
+
+
+def _describe_mark(mark: CommitMark) -> dict[str, Any]:
+    """What a table remembers of a log; the token as text, since JSON's numbers are not that exact everywhere."""
+    return {"committed_lsn": mark.committed_lsn, "epoch": mark.epoch, "token": f"{mark.token:016x}"}
 
 
 __all__ = ["FlightService", "prepare_spill_dir"]

@@ -38,7 +38,7 @@ from arka.iceberg.keybuild import BuildTerms
 from arka.iceberg.keyindex import IndexUnusable
 from arka.iceberg.locations import REDIRECTING
 from arka.iceberg.manifests import ManifestMemory, metadata_files
-from arka.iceberg.marks import mark_of
+from arka.iceberg.marks import mark_in, mark_properties
 from arka.iceberg.partition import partition_fields
 from arka.iceberg.pointer import is_seen
 from arka.iceberg.producer import (
@@ -70,8 +70,6 @@ from arka.tableproperties import (
     SUMMARY_LAST_LSN,
     SUMMARY_LOG,
     cleaning,
-    committed_lsn_property,
-    epoch_property,
 )
 
 #: Attempts against other writers before the table's committer pauses and asks again.
@@ -136,9 +134,12 @@ def judge(metadata: TableMetadata, job: CommitJob) -> CommitResult | None:
     """Say how a commit ends on this metadata; None when it may go ahead (R15)."""
     if metadata.table_uuid != job.table.uuid:
         return CommitResult(CommitOutcome.TABLE_GONE, 0, None)
-    mark = mark_of(metadata.properties, job.log_uuid)
+    mark = mark_in(metadata, job.log_uuid)
     if mark.epoch > job.epoch:
         return CommitResult(CommitOutcome.FENCED, mark.committed_lsn, metadata.current_snapshot_id)
+    objection = job.lineage.objection(job.table.name, mark)
+    if objection:
+        return CommitResult(CommitOutcome.NOT_OURS, mark.committed_lsn, metadata.current_snapshot_id, detail=objection)
     if mark.committed_lsn >= job.staged.through_lsn:
         snapshot_id, named = _snapshot_of(metadata, job)
         return CommitResult(CommitOutcome.COMMITTED, mark.committed_lsn, snapshot_id, named=named)
@@ -414,10 +415,8 @@ def _notes(job: CommitJob) -> dict[str, str]:
 
 def _property_changes(job: CommitJob, properties: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:
     """Return what a commit sets and what it removes: the mark, and once what older releases wrote (R15, R30)."""
-    made = {
-        committed_lsn_property(job.log_uuid): str(job.staged.through_lsn),
-        epoch_property(job.log_uuid): str(job.epoch),
-    }
+    token = job.lineage.token_of(job.epoch)
+    made = mark_properties(job.log_uuid, job.staged.through_lsn, job.epoch, token)
     removed = cleaning(properties)
     if removed is None:
         return made, ()

@@ -31,7 +31,7 @@ from arka.iceberg.catalogs import catalog
 from arka.iceberg.config import MARKER_FILE, CatalogConfig
 from arka.iceberg.fileio import local_path, make_directory
 from arka.iceberg.manifests import ManifestMemory, metadata_files
-from arka.iceberg.marks import is_mark, marks_of
+from arka.iceberg.marks import is_mark, marks_in
 from arka.iceberg.partition import new_partition_spec, partition_fields, split_fields
 from arka.iceberg.pointer import read_pointer
 from arka.iceberg.purge import all_identifiers, drop_entry
@@ -242,7 +242,7 @@ def describe(table: Table) -> CatalogTable:
     except ValueError as error:
         raise CatalogConflict(f"table {name}: {error}") from error
     specs = {number: partition_fields(spec) for number, spec in metadata.specs().items()}
-    return CatalogTable(info, marks_of(properties), metadata.current_snapshot_id, specs)
+    return CatalogTable(info, marks_in(metadata), metadata.current_snapshot_id, specs)
 
 
 def check_format(table: Table) -> None:

@@ -1,15 +1,36 @@
 """What a table remembers of each log, in its own properties (R15).
 
-Owns: the reading of these properties. Does not own their names (``arka.tableproperties``) nor when they move.
+Owns: the reading and the values of these properties. Does not own their names (``arka.tableproperties``), when they
+move, nor whether a mark is this log's own (``arka.lineage``).
+
+The token's property repeats epoch and LSN. So it is known to be another commit's where an older version has committed
+since, which leaves it as it was, and a number that others changed is known by it.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Final
 from uuid import UUID
 
-from arka.storage.ports import CommitMark
-from arka.tableproperties import MARK, committed_lsn_property, epoch_property
+from pyiceberg.table.metadata import TableMetadata
+
+from arka.lineage import CommitMark
+from arka.tableproperties import (
+    MARK,
+    SUMMARY_LAST_LSN,
+    SUMMARY_LOG,
+    committed_lsn_property,
+    epoch_property,
+    token_property,
+)
+
+_NUMBER: Final = re.compile(r"[0-9]{1,19}\Z")
+_LOG: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")
+#: Epoch, LSN, and the token in hex.
+_TOKEN: Final = re.compile(r"([0-9]{1,19})-([0-9]{1,19})-([0-9a-f]{16})\Z")
 
 
 def is_mark(name: str) -> bool:
@@ -17,13 +38,43 @@ def is_mark(name: str) -> bool:
     return MARK.match(name) is not None
 
 
+def mark_properties(log_uuid: UUID, committed_lsn: int, epoch: int, token: int) -> dict[str, str]:
+    """Return what a commit sets (R15).
+
+    Args:
+        log_uuid: the log.
+        committed_lsn: the last LSN that the table holds with it.
+        epoch: in which it is committed.
+        token: of the start that commits; 0 for none.
+    """
+    made = {committed_lsn_property(log_uuid): str(committed_lsn), epoch_property(log_uuid): str(epoch)}
+    if token:
+        made[token_property(log_uuid)] = f"{epoch}-{committed_lsn}-{token:016x}"
+    return made
+
+
 def mark_of(properties: Mapping[str, str], log_uuid: UUID) -> CommitMark:
     """Read one log's mark; a log that never committed stands at LSN 0, epoch 0."""
-    return CommitMark(
-        log_uuid=log_uuid,
-        committed_lsn=int(properties.get(committed_lsn_property(log_uuid), "0")),
-        epoch=int(properties.get(epoch_property(log_uuid), "0")),
-    )
+    names = committed_lsn_property(log_uuid), epoch_property(log_uuid), token_property(log_uuid)
+    lsn, epoch, token = map(properties.get, names)
+    for name, value in zip(names, (lsn, epoch), strict=False):
+        if value is not None and not _NUMBER.match(value):
+            return CommitMark(log_uuid, 0, 0, damage=f"{name} is {value!r}, expected a number")
+    mark = CommitMark(log_uuid, int(lsn or 0), int(epoch or 0))
+    if token is None:
+        return mark
+    noted = _TOKEN.match(token)
+    if noted is None:
+        return CommitMark(log_uuid, 0, 0, damage=f"{names[2]} is {token!r}, expected EPOCH-LSN-TOKEN")
+    noted_epoch, noted_lsn = int(noted[1]), int(noted[2])
+    if noted_epoch < mark.epoch:
+        # An older version has committed since.
+        return mark
+    if (noted_epoch, noted_lsn) != (mark.epoch, mark.committed_lsn):
+        found = f"{lsn or 'gone'} and {epoch or 'gone'}"
+        damage = f"{names[0]} and {names[1]} are {found}, expected {noted_lsn} and {noted_epoch}"
+        return CommitMark(log_uuid, mark.committed_lsn, mark.epoch, damage=damage)
+    return CommitMark(log_uuid, mark.committed_lsn, mark.epoch, int(noted[3], 16))
 
 
 def marks_of(properties: Mapping[str, str]) -> tuple[CommitMark, ...]:
@@ -32,4 +83,33 @@ def marks_of(properties: Mapping[str, str]) -> tuple[CommitMark, ...]:
     return tuple(mark_of(properties, log) for log in sorted(logs))
 
 
-__all__ = ["is_mark", "mark_of", "marks_of"]
+def mark_in(metadata: TableMetadata, log_uuid: UUID) -> CommitMark:
+    """Read one log's mark, and hold it against what the table's snapshots say of the same log."""
+    mark = mark_of(metadata.properties, log_uuid)
+    noted_lsn = _noted_lsns(metadata).get(log_uuid, 0)
+    if mark.damage or noted_lsn <= mark.committed_lsn:
+        return mark
+    name = committed_lsn_property(log_uuid)
+    damage = f"{name} is {metadata.properties.get(name, 'gone')}, and a snapshot has LSNs up to {noted_lsn}"
+    return replace(mark, damage=damage)
+
+
+def marks_in(metadata: TableMetadata) -> tuple[CommitMark, ...]:
+    """Read the marks of all logs, in the order of their UUIDs, as ``mark_in`` does, removed ones too."""
+    logs = {mark.log_uuid for mark in marks_of(metadata.properties)} | _noted_lsns(metadata).keys()
+    return tuple(mark_in(metadata, log) for log in sorted(logs))
+
+
+def _noted_lsns(metadata: TableMetadata) -> dict[UUID, int]:
+    """The highest LSN of each log that a retained snapshot names: no mark of that log is below it."""
+    found: dict[UUID, int] = {}
+    for snapshot in metadata.snapshots:
+        if snapshot.summary is None:
+            continue
+        log, lsn = snapshot.summary.get(SUMMARY_LOG), snapshot.summary.get(SUMMARY_LAST_LSN)
+        if log and lsn and _LOG.match(log) and _NUMBER.match(lsn):
+            found[UUID(log)] = max(int(lsn), found.get(UUID(log), 0))
+    return found
+
+
+__all__ = ["is_mark", "mark_in", "mark_of", "mark_properties", "marks_in", "marks_of"]

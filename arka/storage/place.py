@@ -5,6 +5,10 @@ written then (``arka.iceberg.adopt``) nor the marker's form (``arka.storage.ware
 
 Paths stand in Iceberg's metadata. A copy that was started would write to the original's tables and delete their files.
 So nothing starts whose marker names another real path. Nothing is changed before that is settled.
+
+Where the warehouse lies elsewhere no path of it changes with the directory's. There a directory remembers its own real
+path, and does not start at another one while the directory that it was copied from is still there. Whatever a copy does
+that this cannot see, on another machine or in another container, ``arka.lineage`` tells by the tables' marks.
 """
 
 from __future__ import annotations
@@ -30,6 +34,8 @@ log = structlog.get_logger(__name__)
 
 #: ``<namespace>/<table>/metadata/<file>``: the part of a metadata file's path that a warehouse gives it.
 _TABLE_PARTS = 4
+#: Files of a data directory that are changed where they lie; all others are created once, or replaced.
+_CHANGED_IN_PLACE = ("wal/log", "wal/sealed", "catalog.db")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,21 +102,42 @@ def _catalog_file(config: CatalogConfig) -> Path | None:
 
 def _pointers(config: CatalogConfig, data_dir: Path) -> list[str]:
     """The metadata files that an embedded SQLite catalog names; none for any other catalog."""
+    return [location for _, location in _named_pointers(config, data_dir)]
+
+
+def _named_pointers(config: CatalogConfig, data_dir: Path) -> list[tuple[str, str]]:
+    """The tables that an embedded SQLite catalog names, each with its metadata file."""
     file = _catalog_file(config)
     if file is None or not holds(data_dir, file) or not file.exists():
         return []
     with suppress(sqlite3.Error), closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=rw", uri=True)) as opened:
-        rows = opened.execute("SELECT metadata_location FROM iceberg_tables").fetchall()
-        return [str(row[0]) for row in rows if row[0]]
+        rows = opened.execute("SELECT table_namespace, table_name, metadata_location FROM iceberg_tables").fetchall()
+        return [(f"{namespace}.{name}", str(location)) for namespace, name, location in rows if location]
     return []
 
 
 def _is_same_elsewhere(there: Path, here: Path) -> bool:
-    """Whether a file exists at both places, as two files with the same bytes."""
+    """Whether a file with the same bytes is in two folders; a hard link in another folder is a copy too."""
     try:
-        return not os.path.samefile(there, here) and there.read_bytes() == here.read_bytes()
+        return not os.path.samefile(there.parent, here.parent) and there.read_bytes() == here.read_bytes()
     except OSError:
         return False
+
+
+def _check_no_links(old_dir: str, data_dir: Path) -> None:
+    """Refuse a copy that was made of hard links: both would write into the same files, whatever else is settled.
+
+    Raises:
+        ConfigurationError: a file that is changed in its place is one file in both directories.
+    """
+    for name in _CHANGED_IN_PLACE:
+        with suppress(OSError):
+            if os.path.samefile(Path(old_dir, name), data_dir / name):
+                raise ConfigurationError(
+                    f"{data_dir / name} and {Path(old_dir, name)} are one file: {data_dir} is a copy that was made of "
+                    "hard links, and both directories would write into it. Nothing was changed. Remove it, and copy "
+                    "with `cp -a`"
+                )
 
 
 async def settle_place(
@@ -141,8 +168,12 @@ async def settle_place(
     """
     moved = find_move(config, data_dir)
     if moved is None:
-        _check_copy_beside(config, data_dir, take_over=take_over)
+        if _is_taken_over(config, data_dir, take_over=take_over):
+            await _take_block(disk, wal_dir)
+        _remember_place(data_dir)
         return
+    if moved.is_copy and moved.old_dir:
+        _check_no_links(moved.old_dir, data_dir)
     new_dir = _real(data_dir)
     old = moved.old_dir or moved.old_url
     if not adopting:
@@ -153,6 +184,8 @@ async def settle_place(
             "beside --adopt-warehouse the copy becomes a log of its own, with LSNs of a block of its own. Nothing in "
             f"{old} is changed. To go on with the original, start {old} instead"
         )
+    if moved.is_copy:
+        _check_own_tables(config, data_dir, moved)
     log.warning("warehouse.adopting", before=old, now=new_dir, copy=moved.is_copy)
     await _take_block(disk, wal_dir)
     names = await adopt(moved.old_url, config.warehouse)
@@ -182,31 +215,63 @@ def _refusal(old: str, new_dir: str, config: CatalogConfig, moved: Moved) -> str
     )
 
 
-def _check_copy_beside(config: CatalogConfig, data_dir: Path, *, take_over: bool) -> None:
-    """Refuse a copy of a data directory whose own catalog names tables of a warehouse that both would write to.
+def _check_own_tables(config: CatalogConfig, data_dir: Path, moved: Moved) -> None:
+    """Refuse to adopt a copy that would share tables with its original even then.
+
+    Raises:
+        ConfigurationError: the catalog is the original's too, or both catalogs would name the same tables.
+    """
+    file = _catalog_file(config)
+    if file is None or not holds(data_dir, file):
+        raise ConfigurationError(
+            f"{data_dir} is a copy of {moved.old_dir or moved.old_url}, and both have one catalog: its tables cannot "
+            "lie in two places. Nothing was changed. Give the copy a catalog of its own, or remove the original"
+        )
+    shared = [
+        name for name, location in _named_pointers(config, data_dir) if not location.startswith(moved.old_url + "/")
+    ]
+    if shared:
+        raise ConfigurationError(
+            f"{', '.join(sorted(shared))} lie outside of {moved.old_url}, so that the original's catalog and the "
+            "copy's would name the same files: each server would delete files of the other's. Nothing was changed. "
+            "Remove these tables from one of the two catalogs first, without their files"
+        )
+
+
+def _read_joined(data_dir: Path) -> dict[str, object]:
+    try:
+        joined = json.loads((data_dir / JOINED_FILE).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return joined if isinstance(joined, dict) else {}
+
+
+def _is_taken_over(config: CatalogConfig, data_dir: Path, *, take_over: bool) -> bool:
+    """Refuse a copy whose tables are its original's too; returns whether it may be one that goes on all the same.
 
     Raises:
         ConfigurationError: the original is there.
     """
-    file = _catalog_file(config)
-    if file is None or not holds(data_dir, file) or holds(data_dir, local_root(config.warehouse)):
-        return
-    try:
-        joined = json.loads((data_dir / JOINED_FILE).read_bytes())
-        old = str(joined["data_dir"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    new = os.path.realpath(data_dir)
-    if old == new:
-        return
-    if not take_over and _is_same_elsewhere(Path(old, "disk-id"), data_dir / "disk-id"):
+    old, new = str(_read_joined(data_dir).get("data_dir", "")), _real(data_dir)
+    if not old or old == new or not _is_same_elsewhere(Path(old, "disk-id"), data_dir / "disk-id"):
+        return False
+    _check_no_links(old, data_dir)
+    if not take_over:
         raise ConfigurationError(
-            f"The data directory {new} is a copy of {old}, which is still there. Each has a catalog of its own, and "
-            f"both name tables of the warehouse {config.warehouse}: one would delete the other's files. Nothing was "
-            f"changed. Either start {old} instead, or, if that one is never started again, start this one with "
-            "--take-over"
+            f"The data directory {new} is a copy of {old}, which is still there. Both would write to the same tables, "
+            f"of the warehouse {config.warehouse}, and one would delete the other's files. Nothing was changed. Either "
+            f"start {old} instead, or, if that one is never started again, start this one with --take-over"
         )
-    write_file(data_dir / JOINED_FILE, json.dumps({**joined, "data_dir": new}, indent=1).encode() + b"\n", replace=True)
+    log.warning("place.taken_over", before=old, now=new)
+    return True
+
+
+def _remember_place(data_dir: Path) -> None:
+    """Record where the data directory lies, for the start of a copy."""
+    joined, new = _read_joined(data_dir), _real(data_dir)
+    if joined.get("data_dir") != new:
+        data = json.dumps({**joined, "data_dir": new}, indent=1).encode() + b"\n"
+        write_file(data_dir / JOINED_FILE, data, replace=True)
 
 
 async def _take_block(disk: Disk, wal_dir: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Protocol, TypeVar
 from uuid import UUID
 
 from arka._core.framing import Group
+from arka.lineage import NO_STARTS, CommitMark, Lineage
 from arka.records import PartitionField, TableDefinition, TableInfo, TableName
 
 Buffer = bytes | bytearray | memoryview
@@ -102,15 +103,6 @@ class ObjectStore(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class CommitMark:
-    """What a table remembers of one log, in its own properties (R15)."""
-
-    log_uuid: UUID
-    committed_lsn: int
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
 class CatalogTable:
     """A table as loaded from the catalog: its definition and where each log stands in it.
 
@@ -125,7 +117,11 @@ class CatalogTable:
 
     def committed_lsn(self, log_uuid: UUID) -> int:
         """The last LSN of ``log_uuid`` that the table holds; 0 for none."""
-        return next((mark.committed_lsn for mark in self.marks if mark.log_uuid == log_uuid), 0)
+        return self.mark_of(log_uuid).committed_lsn
+
+    def mark_of(self, log_uuid: UUID) -> CommitMark:
+        """What the table remembers of ``log_uuid``; LSN 0 and epoch 0 where it never committed."""
+        return next((mark for mark in self.marks if mark.log_uuid == log_uuid), CommitMark(log_uuid, 0, 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,6 +283,7 @@ class CommitJob:
 
     Attributes:
         repeated: whether an earlier attempt at the same job had no clear outcome.
+        lineage: the starts of the log, of which the newest commits; without any a mark's token is not looked at.
     """
 
     table: TableInfo
@@ -295,6 +292,7 @@ class CommitJob:
     commit_id: UUID
     staged: StagedFiles
     repeated: bool = False
+    lineage: Lineage = NO_STARTS
 
 
 class CommitOutcome(Enum):
@@ -306,6 +304,8 @@ class CommitOutcome(Enum):
     RECUT = "recut"
     #: a newer epoch of this log has committed.
     FENCED = "fenced"
+    #: the table's mark is not of this log as this process knows it (R29); ``detail`` says why.
+    NOT_OURS = "not_ours"
     #: no table with this UUID under this name any more.
     TABLE_GONE = "table_gone"
 
@@ -322,6 +322,7 @@ class CommitResult:
         unusable: why Arka cannot write to what it loaded; empty if it can.
         named: whether a snapshot of the table is known to name the job's files; of COMMITTED alone.
         seen: whether all files of the table's current metadata were seen to be there after a commit (R28).
+        detail: of NOT_OURS: why, and what to do.
     """
 
     outcome: CommitOutcome
@@ -331,6 +332,7 @@ class CommitResult:
     unusable: str = ""
     named: bool = False
     seen: bool = False
+    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from arka.iceberg.partition import new_partition_spec, partition_fields
 from arka.iceberg.scan import check_columns, scan_notes
 from arka.iceberg.schema import arrow_schema, field_id, new_iceberg_schema
 from arka.iceberg.timestamps import time_after
+from arka.lineage import CommitMark
 from arka.records import Operation, TableDefinition, TableInfo, TableName, TableType
 from arka.storage.ports import (
     CatalogConflict,
@@ -34,7 +35,6 @@ from arka.storage.ports import (
     CatalogTable,
     CatalogUnavailable,
     CommitJob,
-    CommitMark,
     CommitOutcome,
     CommitResult,
     ReadJob,
@@ -405,6 +405,9 @@ class SimCatalog:
         mark = table.marks.get(job.log_uuid, CommitMark(job.log_uuid, 0, 0))
         if mark.epoch > job.epoch:
             return CommitResult(CommitOutcome.FENCED, mark.committed_lsn, current, table.describe())
+        objection = job.lineage.objection(job.table.name, mark)
+        if objection:
+            return CommitResult(CommitOutcome.NOT_OURS, mark.committed_lsn, current, table.describe(), detail=objection)
         if mark.committed_lsn >= job.staged.through_lsn:
             snapshot = table.commits.get(job.commit_id, current)
             return CommitResult(CommitOutcome.COMMITTED, mark.committed_lsn, snapshot, table.describe())
@@ -418,7 +421,8 @@ class SimCatalog:
         for file in job.staged.files:
             table.changes += self._staged[file.path]
         table.ends[job.log_uuid, job.staged.through_lsn] = len(table.changes), table.info
-        table.marks[job.log_uuid] = replace(mark, committed_lsn=job.staged.through_lsn, epoch=job.epoch)
+        token = job.lineage.token_of(job.epoch)
+        table.marks[job.log_uuid] = CommitMark(job.log_uuid, job.staged.through_lsn, job.epoch, token)
         table.snapshots.append(next(self._snapshot_ids))
         table.times.append(time_after(table.times[-1] if table.times else 0))
         table.commits[job.commit_id] = table.snapshots[-1]

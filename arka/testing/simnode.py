@@ -79,6 +79,13 @@ class SimNode:
         old, self.disk = self.disk, MachineDisk(random.Random(0), UUID(int=self.disk.uuid.int + 1))
         return old
 
+    def fork(self) -> SimNode:
+        """Another node on a copy of this one's data directory, object store included; the catalog is the same one."""
+        other = SimNode(self.settings)
+        other.disk, other.weather = self.disk.fork(), self.weather
+        other.store.objects.update(self.store.objects)
+        return other
+
     async def open(self) -> OpenLog:
         """Start a server as far as its pipeline, which does not run yet.
 

@@ -225,6 +225,8 @@ async def assemble(
             marks.objects,
             log_uuid=log_uuid,
             epoch=lambda: uplink.epoch,
+            lineage=lambda: found.state.state.lineage,
+            verify=uplink.verify,
             options=settings.iceberg,
             rng=world.rng,
             watch=tables.watch,
@@ -248,6 +250,8 @@ async def assemble(
         apart=apart,
         warehouse=world.warehouse,
         epoch=lambda: found.state.state.epoch,
+        lineage=lambda: found.state.state.lineage,
+        verify=uplink.verify,
     )
     release = LogRelease(
         checkpoint_store,

@@ -20,6 +20,7 @@ import trio
 
 from arka import failpoints
 from arka.errors import ArkaError, DataCorruption, Fenced
+from arka.lineage import Lineage, other_copy_detail
 from arka.options import IcebergOptions
 from arka.records import TableType
 from arka.storage.ports import (
@@ -33,6 +34,7 @@ from arka.storage.ports import (
     SchemaMisfit,
     StagedFiles,
     StagedFilesMissing,
+    StoreUnavailable,
     UnwritableRows,
     WarehouseChanged,
 )
@@ -72,6 +74,8 @@ class TableCommitter:
         *,
         log_uuid: UUID,
         epoch: Callable[[], int],
+        lineage: Callable[[], Lineage],
+        verify: Callable[[], Awaitable[None]],
         options: IcebergOptions,
         rng: random.Random,
         watch: WarehouseWatch,
@@ -88,6 +92,8 @@ class TableCommitter:
             log_uuid: the log whose mark the table keeps (R15).
             epoch: returns this process's epoch of it; asked when there is something to commit, since nothing is in
                 the object store before there is an epoch.
+            lineage: returns the log's starts, this process's last (R15).
+            verify: asks the object store whether this process still has the newest epoch (R10).
             options: cadence and sizes.
             rng: for the jitter of retries.
             watch: knows whether catalog and warehouse are ours (R28).
@@ -100,6 +106,8 @@ class TableCommitter:
         self._objects = objects
         self._log_uuid = log_uuid
         self._epoch = epoch
+        self._lineage = lineage
+        self._verify = verify
         self._options = options
         self._rng = rng
         self._watch = watch
@@ -185,6 +193,9 @@ class TableCommitter:
             await failpoints.reach("commit.answered")
             if result.outcome is CommitOutcome.TABLE_GONE:
                 return table.state is TableState.ACTIVE
+            if result.outcome is CommitOutcome.FENCED:
+                await self._settle_fenced()
+                continue
             self._apply(cut, result)
             await failpoints.reach("commit.advanced")
             earliest = max(started + self._options.commit_interval_s, trio.current_time() + self._pause_s())
@@ -244,8 +255,16 @@ class TableCommitter:
         table = self._table
         # Invariant: it is durable elsewhere before the mark passes it; ``asides`` holds nothing else.
         staged = StagedFiles(table.committed.lsn, cut.through_lsn, (), 0)
+        return self._job(staged)
+
+    def _job(self, staged: StagedFiles) -> CommitJob:
         return CommitJob(
-            table=table.info, log_uuid=self._log_uuid, epoch=self._epoch(), commit_id=uuid4(), staged=staged
+            table=self._table.info,
+            log_uuid=self._log_uuid,
+            epoch=self._epoch(),
+            commit_id=uuid4(),
+            staged=staged,
+            lineage=self._lineage(),
         )
 
     def _has_full_commit(self) -> bool:
@@ -263,9 +282,7 @@ class TableCommitter:
         table = self._table
         job = table.frames(self._log_uuid, cut)
         staged = await self._persist("the warehouse to take data files", partial(self._catalog.encode, job), cut)
-        return CommitJob(
-            table=table.info, log_uuid=self._log_uuid, epoch=self._epoch(), commit_id=uuid4(), staged=staged
-        )
+        return self._job(staged)
 
     async def _commit(self, job: CommitJob, cut: Cut) -> CommitResult:
         """Commit staged files, for as long as it takes.
@@ -360,10 +377,23 @@ class TableCommitter:
                 self._advance(result.committed_lsn, result)
             case CommitOutcome.RECUT:
                 table.stop(rollback_detail(table, result.committed_lsn))
-            case CommitOutcome.FENCED:
-                raise Fenced(
-                    f"a newer epoch than {self._epoch()} has committed to {table.info.name}: this process is fenced"
-                )
+            case CommitOutcome.NOT_OURS:
+                table.stop(result.detail)
+
+    async def _settle_fenced(self) -> None:
+        """Act on a newer epoch in the table: the store says whose it is (R10, R29).
+
+        Raises:
+            Fenced: another process has taken the log over.
+
+        Cancellation: nothing changes.
+        """
+        table = self._table
+        table.effort.begin("the object store to say who has the newest epoch")
+        note = partial(_note_away, table)
+        await persist(self._verify, StoreUnavailable, note, retry_s=self._options.retry_s, rng=self._rng)
+        problem = f"it was committed to in a newer epoch than {self._epoch()}, which is the newest of this log's store"
+        table.stop(other_copy_detail(table.info.name, problem))
 
     def _advance(self, lsn: int, result: CommitResult) -> None:
         """Raise the mark; where others have dropped columns, in steps that say which writes have lost them (R24)."""
@@ -449,6 +479,10 @@ class TableCommitter:
                 "table and restart the server, or drop it"
             )
         return min(self._options.retry_s * float(2**self._failures), MAX_RETRY_S)
+
+
+def _note_away(table: Table, error: Exception) -> None:
+    table.effort.fail(str(error))
 
 
 __all__ = ["TableCommitter"]

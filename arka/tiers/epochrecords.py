@@ -19,6 +19,7 @@ import msgspec
 
 from arka._core.framing import crc32c
 from arka.errors import DataCorruption
+from arka.lineage import Lineage, Start
 from arka.storage.ports import ObjectStore
 from arka.wal.objectfile import ObjectRef
 
@@ -81,16 +82,23 @@ class StartRecord(_Record, frozen=True):
         disk_uuid: the data directory.
         started_us: when, microseconds since the Unix epoch; for people.
         head: epoch, first LSN, last LSN and checksum of the last object of the chain then; None for none.
+        starts: epoch, token and first LSN of the starts that the disk knew of, its own last; see ``arka.lineage``.
     """
 
     disk_uuid: UUID
     started_us: int
     head: tuple[int, int, int, int] | None
+    starts: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def head_ref(self) -> ObjectRef | None:
         """The head as its successor names it."""
         return None if self.head is None else ObjectRef(*self.head)
+
+    @property
+    def lineage(self) -> Lineage:
+        """The starts as a disk keeps them."""
+        return Lineage(tuple(Start(*start) for start in self.starts))
 
 
 _R = TypeVar("_R", EpochRecord, StartRecord)

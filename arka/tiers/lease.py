@@ -14,6 +14,7 @@ import trio
 
 from arka import failpoints
 from arka.errors import Fenced
+from arka.lineage import Lineage
 from arka.records import MAX_LSN
 from arka.storage.ports import ObjectExists, ObjectStore, StoreUnavailable
 from arka.tiers.epochrecords import (
@@ -123,7 +124,7 @@ class EpochLease:
         self._lsn_ceiling = ceiling
         return ceiling
 
-    async def record_start(self, head: ObjectRef | None) -> ObjectRef | None:
+    async def record_start(self, head: ObjectRef | None, lineage: Lineage) -> ObjectRef | None:
         """Say in the store that this epoch's disk holds all of the log, and where the chain ends that it goes on from.
 
         From here on a disk that does not know of this epoch is stale (R13), and what other epochs' processes
@@ -131,6 +132,7 @@ class EpochLease:
 
         Args:
             head: the last object of the chain; None for none.
+            lineage: the starts that the disk knows of, this one included: another disk may go on with the log.
 
         Returns:
             The head that is recorded: an earlier attempt's, if that one landed. What came to the chain's folder since
@@ -149,6 +151,7 @@ class EpochLease:
             disk_uuid=self._record.disk_uuid,
             started_us=now_us(),
             head=None if head is None else (head.epoch, head.first_lsn, head.last_lsn, head.checksum),
+            starts=lineage.starts,
         )
         key = start_key(self._node_id, self.epoch)
         try:

@@ -19,11 +19,12 @@ import trio
 
 from arka import failpoints
 from arka._core.lsn import LsnAllocator
+from arka.lineage import NO_STARTS
 from arka.options import Settings
 from arka.storage.ports import CatalogUnavailable, StoreUnavailable
 from arka.tiers.aside import load_asides
 from arka.tiers.assembly import WAL_FOLDER, Found, OpenLog, Surroundings, assemble
-from arka.tiers.epochs import Claim, EpochLease
+from arka.tiers.epochs import Claim, EpochLease, newest_start
 from arka.tiers.keys import KeyIndex
 from arka.tiers.mirror import CheckpointStore
 from arka.tiers.newstore import prepare_store
@@ -124,6 +125,7 @@ class _Start:
         first_lsn = max(state.lsn_ceiling, recovered.last_lsn + 1)
         ceiling = min(first_lsn + DISK_BLOCK, state_file.state.store_ceiling)
         await state_file.raise_to(lsn_ceiling=ceiling)
+        self._uplink.begin_at(first_lsn)
         await failpoints.reach("start.recovered")
         checkpoints = await self._load_checkpoints(state.log_uuid)
         find_asides = partial(load_asides, self._world.checkpoints, self._node_id, state.log_uuid, checkpoints.asides)
@@ -188,6 +190,8 @@ class _Start:
         """Begin a log on an empty disk, or bring one back that the store has."""
         lease = taken.lease
         taken = await self._restore(lease)
+        # Read behind our own epoch: whoever had an earlier one records no start that counts any more.
+        started = await ask_store(partial(newest_start, self._world.store, self._node_id))
         state = await LogState.create(
             self._wal_dir,
             self._world.disk,
@@ -195,6 +199,7 @@ class _Start:
             epoch=lease.epoch,
             lsn_ceiling=lease.first_lsn,
             store_ceiling=lease.lsn_ceiling,
+            lineage=NO_STARTS if started is None else started.lineage,
         )
         return taken, state
 

@@ -16,6 +16,7 @@ import trio
 
 from arka._core.framing import Frame
 from arka.errors import ArkaError, ErrorCode
+from arka.lineage import Lineage
 from arka.records import PartitionField, TableInfo, Tier, same_partitions
 from arka.storage.ports import AcceptedSpec, CatalogTable, TableFrames
 from arka.tiers.backlog import Backlog, Cut
@@ -240,12 +241,18 @@ class Table:
         """Whether the table still has the partition spec that some of its writes were accepted under."""
         return self.specs is None or same_partitions(self.specs.get(info.spec_id), info.partition)
 
-    def adopt_mark(self, found: CatalogTable, log_uuid: UUID) -> None:
+    def adopt_mark(self, found: CatalogTable, log_uuid: UUID, lineage: Lineage) -> None:
         """Learn from the catalog how far the table is.
 
-        Stops the table when it stands below what this process knows to be committed (R20).
+        Stops the table when its mark is not of this log as this process knows it (R29), or stands below what this
+        process knows to be committed (R20).
         """
-        committed_lsn = found.committed_lsn(log_uuid)
+        mark = found.mark_of(log_uuid)
+        objection = lineage.objection(self.info.name, mark)
+        if objection:
+            self.stop(objection)
+            return
+        committed_lsn = mark.committed_lsn
         if committed_lsn < max(self.committed.lsn, self.recorded_lsn):
             self.stop(rollback_detail(self, committed_lsn))
             return

@@ -23,7 +23,8 @@ import structlog
 import trio
 
 from arka import failpoints
-from arka.errors import ArkaError, DataCorruption, ErrorCode, Unavailable
+from arka.errors import ArkaError, DataCorruption, ErrorCode, Fenced, Unavailable
+from arka.lineage import Lineage, other_copy_detail
 from arka.records import HeldObject, KnownTable, TableDefinition, TableInfo, TableName, owner_property
 from arka.storage.ports import (
     Catalog,
@@ -31,6 +32,7 @@ from arka.storage.ports import (
     CatalogTable,
     CatalogUnavailable,
     FilesMissing,
+    StoreUnavailable,
     TableMissing,
     Warehouse,
 )
@@ -119,6 +121,8 @@ class Tables:
         apart: Apart,
         warehouse: Warehouse | None = None,
         epoch: Callable[[], int],
+        lineage: Callable[[], Lineage],
+        verify: Callable[[], Awaitable[None]],
     ) -> None:
         """Join the list to what it is about.
 
@@ -137,8 +141,12 @@ class Tables:
             apart: knows the tables that are far behind.
             warehouse: its marker; None where it cannot have one.
             epoch: returns the last epoch of the log that the disk knows.
+            lineage: returns the log's starts that the disk knows of (R15).
+            verify: asks the object store whether this process has the newest epoch (R10).
         """
         self._epoch = epoch
+        self._lineage = lineage
+        self._verify = verify
         #: Tables that are set apart.
         self.apart = apart
         self._room = room
@@ -490,11 +498,14 @@ class Tables:
                 "again: restart the server to take it in)",
                 code=ErrorCode.TABLE_DROPPED,
             )
-        committed_lsn = found.committed_lsn(self._log_uuid)
+        objection = self._lineage().objection(found.info.name, found.mark_of(self._log_uuid))
+        committed_lsn = 0 if objection else found.committed_lsn(self._log_uuid)
         known_from_lsn = 0 if committed_lsn else self._memory.last_lsn
         table = Table(found.info, committed_lsn, found.snapshot_id, known_from_lsn=known_from_lsn)
         self.adoption.adopt(table, found.info)
         self._add(table)
+        if objection:
+            table.stop(objection)
         if self._parking.loaded:
             self._take_up(table)
         return table
@@ -515,14 +526,14 @@ class Tables:
         """Learn from the catalog what the log could not say."""
         old_name = table.info.name
         self.adoption.adopt(table, found.info)
-        if any(mark.log_uuid == self._log_uuid and mark.epoch > self._epoch() for mark in found.marks):
+        if found.mark_of(self._log_uuid).epoch > self._epoch():
             # A newer process has moved the mark. What it has set aside is not known here, so that its mark says nothing
             # of the writes that wait here (R10, R32); the next look at the store ends this process.
             log.warning(
                 "table.mark_of_another", table=str(table.info.name), mark_lsn=found.committed_lsn(self._log_uuid)
             )
         else:
-            table.adopt_mark(found, self._log_uuid)
+            table.adopt_mark(found, self._log_uuid, self._lineage())
         self.note_committed(table)
         self._note_name(table, old_name)
 
@@ -532,6 +543,10 @@ class Tables:
         What is adopted is acknowledged, and the process that committed it may have died before it looked (R28). A
         table whose files nobody sees takes writes, and its mark is read later.
         """
+        if await self._is_of_another_copy(found):
+            problem = f"it was committed to in epoch {found.mark_of(self._log_uuid).epoch}, which is above this log's"
+            table.stop(other_copy_detail(found.info.name, problem))
+            return
         if found.committed_lsn(self._log_uuid) > table.committed.lsn:
             try:
                 await self.watch.confirm(found.info)
@@ -540,6 +555,20 @@ class Tables:
                 self._unread.add(table.info.uuid)
                 return
         self._adopt(table, found)
+
+    async def _is_of_another_copy(self, found: CatalogTable) -> bool:
+        """Whether a table's mark has an epoch that only another copy of this log can have taken (R29).
+
+        While the object store does not answer nobody can say: then its first commit finds it out.
+        """
+        if found.mark_of(self._log_uuid).epoch <= self._epoch():
+            return False
+        try:
+            await self._verify()
+        except (StoreUnavailable, Fenced):
+            # What follows from a lost epoch is the uplink's to say.
+            return False
+        return True
 
     def _note_name(self, table: Table, old_name: TableName) -> None:
         """Follow a table that others renamed: it is its UUID (R5)."""

@@ -7,6 +7,7 @@ before anything is uploaded (R11). Does not own any of these steps.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import structlog
 import trio
 
 from arka.errors import ConfigurationError, DataCorruption, Fenced
+from arka.lineage import Start
 from arka.storage.ports import ObjectStore, StoreRefused, StoreUnavailable
 from arka.tiers.aside import mirror_asides
 from arka.tiers.chain import Chain
@@ -68,6 +70,13 @@ class Uplink:
         self._claim = claim
         self._lease: EpochLease | None = None
         self._connected = trio.Event()
+        # What tells this process's commits from those of another copy of its data directory (R15).
+        self._token = secrets.randbits(63) | 1
+        self._first_lsn = 1
+
+    def begin_at(self, first_lsn: int) -> None:
+        """Say from which LSN on this process gives some; before ``connect``."""
+        self._first_lsn = first_lsn
 
     @property
     def connected(self) -> bool:
@@ -155,8 +164,9 @@ class Uplink:
                 f"an object up to LSN {head.last_lsn}",
             )
         try:
-            await state.raise_to(epoch=lease.epoch, store_ceiling=lease.lsn_ceiling)
-            recorded = await lease.record_start(head)
+            start = Start(lease.epoch, self._token, self._first_lsn)
+            await state.raise_to(epoch=lease.epoch, store_ceiling=lease.lsn_ceiling, start=start)
+            recorded = await lease.record_start(head, state.state.lineage)
             await state.raise_to(started_epoch=lease.epoch)
         except Shortage as error:
             # Nothing was written: the next attempt takes another epoch.

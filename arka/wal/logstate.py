@@ -17,6 +17,7 @@ import trio
 from arka import failpoints
 from arka._core.lsn import LSN_END
 from arka.errors import ConfigurationError, DataCorruption, InternalError
+from arka.lineage import NO_STARTS, Lineage, Start
 from arka.storage.ports import Disk
 from arka.wal.blocks import FORMAT_VERSION, check_block, magic, seal_block
 from arka.wal.seal import write_whole
@@ -30,6 +31,9 @@ _SLOT_BYTES: Final = 4096
 _SLOTS: Final = 2
 # magic, crc, version, reserved, log uuid, epoch, lsn ceiling, generation, store ceiling, started epoch, birth
 _LAYOUT: Final = struct.Struct("<IIII16sQQQQQQ")
+#: Behind it: how many starts the log remembers, and of each epoch, token, first LSN.
+_STARTS: Final = struct.Struct("<Q")
+_START: Final = struct.Struct("<QQQ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,7 @@ class LogState:
             served from a disk that was just made or restored, and it may be made again (R13).
         birth: a random number of this log on this disk; 0 where none was made yet. What only a disk's own log can know
             carries it, and means nothing after a restore (R37).
+        lineage: the newest starts that may have committed (R15).
     """
 
     log_uuid: UUID
@@ -56,10 +61,19 @@ class LogState:
     generation: int = 1
     started_epoch: int = 0
     birth: int = 0
+    lineage: Lineage = NO_STARTS
 
     @classmethod
     async def create(
-        cls, directory: Path, disk: Disk, *, log_uuid: UUID, epoch: int, lsn_ceiling: int, store_ceiling: int
+        cls,
+        directory: Path,
+        disk: Disk,
+        *,
+        log_uuid: UUID,
+        epoch: int,
+        lsn_ceiling: int,
+        store_ceiling: int,
+        lineage: Lineage = NO_STARTS,
     ) -> LogState:
         """Make the state of a new log; one that exists is an error.
 
@@ -70,6 +84,7 @@ class LogState:
             epoch: the first epoch.
             lsn_ceiling: LSNs below it may be given once this returns; at most 2**53.
             store_ceiling: LSNs below it are reserved in the object store.
+            lineage: the log's earlier starts.
 
         Raises:
             ConfigurationError: the directory holds a log already.
@@ -79,7 +94,7 @@ class LogState:
 
         Cancellation: before it begins nothing is made; once begun it is finished.
         """
-        state = cls(log_uuid, epoch, lsn_ceiling, store_ceiling)
+        state = cls(log_uuid, epoch, lsn_ceiling, store_ceiling, lineage=lineage)
         state._check()
 
         def job() -> None:
@@ -145,6 +160,8 @@ class LogState:
             self.started_epoch,
             self.birth,
         )
+        fields += _STARTS.pack(len(self.lineage.starts))
+        fields += b"".join(_START.pack(*start) for start in self.lineage.starts)
         return seal_block(fields.ljust(_SLOT_BYTES, b"\0"))
 
     @classmethod
@@ -227,6 +244,7 @@ class LogStateFile:
         store_ceiling: int = 0,
         started_epoch: int = 0,
         birth: int = 0,
+        start: Start | None = None,
     ) -> None:
         """Raise parts of the state; one that is higher already stays, and so does a birth.
 
@@ -247,6 +265,7 @@ class LogStateFile:
                 store_ceiling=max(store_ceiling, old.store_ceiling),
                 started_epoch=max(started_epoch, old.started_epoch),
                 birth=old.birth or birth,
+                lineage=old.lineage if start is None else old.lineage.extended(start),
             )
             if wanted != old:
                 self._state = await wanted.write(self._directory, self._disk)
@@ -274,7 +293,12 @@ def read_slots(directory: Path, disk: Disk) -> list[LogState | DataCorruption] |
             continue
         fields = _LAYOUT.unpack_from(data, offset)
         uuid, epoch, ceiling, generation, store_ceiling, started, birth = fields[4:]
-        slots.append(LogState(UUID(bytes=uuid), epoch, ceiling, store_ceiling, generation, started, birth))
+        # An older version leaves zeros there.
+        (number,) = _STARTS.unpack_from(data, offset + _LAYOUT.size)
+        first = offset + _LAYOUT.size + _STARTS.size
+        starts = tuple(Start(*_START.unpack_from(data, first + place * _START.size)) for place in range(number))
+        state = LogState(UUID(bytes=uuid), epoch, ceiling, store_ceiling, generation, started, birth, Lineage(starts))
+        slots.append(state)
     return slots
 
 

@@ -25,7 +25,15 @@ def copies_start() -> None:
     from arka.storage import place
 
     place.find_move = lambda *_: None  # type: ignore[assignment]
-    place._check_copy_beside = lambda *_, **__: None
+    place._is_taken_over = lambda *_, **__: False
+
+
+@mutant
+def tokens_are_ignored() -> None:
+    """A mark of the log's own UUID is the log's own, whichever start made it (R15, R29)."""
+    from arka.lineage import Lineage
+
+    Lineage.problem_of = lambda *_: ""  # type: ignore[method-assign]
 
 
 @mutant

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 #: By mutant: the tests that catch it, as arguments of pytest.
 CAUGHT_BY = {
     "copies_start": ("tests/process/test_moved_directory.py", "test_copy"),
+    "tokens_are_ignored": ("tests/tiers/test_copies.py", "both_at_once or ran_on"),
     "superseded_metadata_goes_at_once": ("tests/iceberg/test_commit.py", "superseded"),
     "private_properties": ("tests/iceberg/test_private_properties.py", "new_table_holds"),
     "old_connections_are_trusted": ("tests/iceberg/test_pointer.py", "went_back"),

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from arka._core.framing import crc32c
 from arka.errors import ConfigurationError, DataCorruption, Fenced
+from arka.lineage import NO_STARTS
 from arka.records import MAX_LSN
 from arka.storage.ports import StoreUnavailable
 from arka.testing.simstore import Fault, Outcome, SimStore
@@ -43,7 +44,7 @@ async def take(store, *, local=None, disk=DISK, node="n", take_over=False):
 async def start(store, **claim):
     """Take an epoch and go on from there, as a process does once its disk knows of it."""
     lease = await take(store, **claim)
-    await lease.record_start(None)
+    await lease.record_start(None, NO_STARTS)
     return lease
 
 
@@ -172,7 +173,7 @@ async def test_start_that_is_recorded_while_an_epoch_is_taken(store, autojump_cl
         async def record():
             while not store.of("put_new", "n/epoch/0000000003"):
                 await trio.sleep(0.01)
-            await other.record_start(None)
+            await other.record_start(None, NO_STARTS)
             gate.set()
 
         with pytest.raises(ConfigurationError, match="stale"):

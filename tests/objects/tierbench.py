@@ -14,6 +14,7 @@ import pyarrow as pa
 import trio
 
 from arka._core.framing import KIND_BATCH, KIND_LOST, KIND_TABLE, Frame
+from arka.lineage import NO_STARTS
 from arka.options import MIB, ObjectStoreOptions, WalOptions
 from arka.records import TableInfo, TableName, TableType
 from arka.testing.segmentfile import frame_buffer
@@ -141,7 +142,7 @@ class Bench:
         head = await Chain(self.store, NODE, lease.log_uuid, released_lsn=released_lsn).find_head()
         self.local = LocalLog(lease.log_uuid, lease.epoch, 1_000_000)
         process = Process(self, lease)
-        await lease.record_start(head)
+        await lease.record_start(head, NO_STARTS)
         process.resumed = 0 if head is None else head.last_lsn
         assert process.resumed >= self.acked, "acknowledged, and not reached by the chain"
         self.newest = process

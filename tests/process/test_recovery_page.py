@@ -330,6 +330,39 @@ def test_path(make_server: Callable[..., ServerProcess], tmp_path: Path) -> None
         assert rows(server, name) == list(range(6))
 
 
+def test_copy_of_a_data_directory(make_server: Callable[..., ServerProcess], tmp_path: Path) -> None:
+    """What the copy that does not go on accepted comes to the one that does, and nothing is there twice."""
+    outside = {
+        "iceberg__catalog_uri": f"sqlite:///{tmp_path}/catalog.db",
+        "iceberg__warehouse": f"file://{tmp_path}/warehouse",
+    }
+    server = make_server(iceberg__commit_interval_s=0.1, **outside).start()
+    fill(server)
+    server.stop()
+    shutil.copytree(server.data, tmp_path / "other")
+    assert "is a copy of" in refusal(make_server, data="other", **outside)
+    other = make_server("--take-over", data="other", **DISK_ONLY, **outside).start()
+    for name in TABLES:
+        write_at_disk(other, name, range(5, 8), keyed=True)
+    server = make_server(iceberg__commit_interval_s=0.1, **outside).start()
+    with connect(server.location) as client:
+        for name in TABLES:
+            write_all(client, name, [numbers([n]) for n in (8, 9)])
+    other.stop()
+    other = make_server("--take-over", data="other", **outside).start()
+    with connect(other.location) as client:
+        for name in TABLES:
+            assert "nother copy of this data directory" in action(client, "DescribeTable", name=name)["reason"]
+    other.stop()
+    follow("A copy of a data directory", make_server, server, OTHER_DIR=other.data)
+    flush(server)
+    server.stop()
+    for name in TABLES:
+        # The catalog lies beside the data directory, as an embedded one lies in it.
+        found = lake.column(tmp_path, name, "n")
+        assert sorted(found) == list(range(10))
+
+
 def test_page_has_no_other_commands() -> None:
     """Whatever the page tells people to run is run by a test of this file."""
     sections = {line for line in re.findall(r"^## (.*)$", PAGE.read_text(), re.M) if commands(line)}

@@ -12,6 +12,7 @@ from trio.testing import MockClock
 
 from arka._core.lsn import LsnAllocator
 from arka.errors import ErrorCode, Fenced, InternalError
+from arka.lineage import NO_STARTS
 from arka.options import IcebergOptions
 from arka.records import TableInfo, TableName, TableType, Tier
 from arka.storage.ports import (
@@ -72,6 +73,7 @@ class Bench:
         self.catalog = ScriptedCatalog()
         self.objects = Watermark(Tier.OBJECT_STORAGE)
         self.lsn = 0
+        self.superseded = False
         memory = MemoryTier(LsnAllocator(1, 1000), KeyIndex(60.0, limit=1000))
         self.committer = TableCommitter(
             self.table,
@@ -79,6 +81,8 @@ class Bench:
             self.objects,
             log_uuid=LOG,
             epoch=lambda: 3,
+            lineage=lambda: NO_STARTS,
+            verify=self.verify,
             options=options or IcebergOptions(),
             rng=random.Random(1),
             watch=WarehouseWatch(None, self.catalog, lambda: ()),
@@ -86,6 +90,10 @@ class Bench:
             adoption=Adoption(self.catalog, memory, log_uuid=LOG, adopt_s=1.0, look_for=self.look_for),
             set_aside=self.keep_aside,
         )
+
+    async def verify(self) -> None:
+        if self.superseded:
+            raise Fenced("epoch 4 was taken")
 
     async def look_for(self, table: Table) -> None:
         raise AssertionError(f"{table.info.name} is under its name")
@@ -191,9 +199,22 @@ async def test_failures_that_do_not_pass_stop_the_table(autojump_clock: MockCloc
     assert len(bench.catalog.encoded) == 5
 
 
+async def test_epoch_of_another_copy_stops_the_table(autojump_clock: MockClock) -> None:
+    """A higher epoch in the table than in the log's own store is another copy's: the table stops (R29)."""
+    bench = Bench()
+    bench.catalog.answers = [CommitResult(CommitOutcome.FENCED, 7, None)]
+    bench.write()
+    bench.objects.advance(1)
+    await bench.committer.run()
+    assert bench.table.state is TableState.STOPPED
+    assert "Another copy of this data directory" in bench.table.ending_detail
+    assert bench.table.committed.lsn == 0
+
+
 async def test_fenced_ends_the_committer(autojump_clock: MockClock) -> None:
     """A higher epoch's commit ends this process: the error leaves the committer."""
     bench = Bench()
+    bench.superseded = True
     bench.catalog.answers = [CommitResult(CommitOutcome.FENCED, 0, None)]
     bench.write()
     bench.objects.advance(1)

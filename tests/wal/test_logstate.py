@@ -11,9 +11,10 @@ from uuid import UUID
 import pytest
 
 from arka.errors import ConfigurationError, DataCorruption, InternalError
+from arka.lineage import MAX_STARTS, NO_STARTS, Start
 from arka.storage.disk import PosixDisk
 from arka.testing.simdisk import PowerCut
-from arka.wal.logstate import STATE_NAME, LogState
+from arka.wal.logstate import STATE_NAME, LogState, LogStateFile
 
 from .logs import DIRECTORY, LOG, make_disk
 
@@ -32,6 +33,23 @@ async def test_round_trip_on_a_real_disk(tmp_path: Path) -> None:
     written = await replace(state, epoch=2, lsn_ceiling=200).write(directory, disk)
     assert (written.epoch, written.lsn_ceiling, written.generation) == (2, 200, 2)
     assert await LogState.read(directory, disk) == written
+
+
+async def test_starts_are_kept() -> None:
+    """As many starts as a log remembers fit, with the largest numbers, and those of an older version are none (R15)."""
+    disk = make_disk()
+    file = LogStateFile(DIRECTORY, disk, await create(disk))
+    starts = [Start(epoch, 2**63 - epoch, 2**53) for epoch in range(1, MAX_STARTS + 3)]
+    for start in starts:
+        await file.raise_to(epoch=start.epoch, start=start)
+    found = await LogState.read(DIRECTORY, disk)
+    assert found == file.state
+    assert found is not None
+    assert found.lineage.starts == tuple(starts[-MAX_STARTS:])
+    await replace(found, lineage=NO_STARTS).write(DIRECTORY, disk)
+    again = await LogState.read(DIRECTORY, disk)
+    assert again is not None
+    assert again.lineage == NO_STARTS
 
 
 async def test_creating_twice_is_refused() -> None:
