@@ -26,7 +26,7 @@ from arka.tiers.table import Table, TableState
 
 KEYED = TableName("default", "k")
 NAMES = (NAME, KEYED)
-SEEDS = 40
+SEEDS = 12
 
 
 class Broken(Exception):
