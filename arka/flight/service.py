@@ -36,7 +36,7 @@ from arka.tiers.ddl import load_table
 from arka.tiers.effects import Effects
 from arka.tiers.pipeline import Pipeline
 from arka.tiers.reads import ReadRequest, read_table
-from arka.tiers.table import Table
+from arka.tiers.table import SCHEMA_IDS, Table
 
 log = structlog.get_logger(__name__)
 
@@ -386,7 +386,7 @@ class FlightService:
             "table_type": info.table_type.value,
             "primary_key": list(info.key_columns),
             "schema": describe_schema(public_schema(table.info.schema)),
-            "schema_id": info.schema_id,
+            "schema_id": info.schema_id % SCHEMA_IDS,
             "partition_spec": describe_partition(info),
             "location": info.location,
             "properties": dict(table.properties),

@@ -166,7 +166,8 @@ class Adoption:
         """
         if found.info.uuid != table.info.uuid or not table.is_committing:
             return True
-        if question.adoptions != table.adoptions and judge(table.info, found.info, self._log_uuid).info != table.info:
+        judged = table.numbered(judge(table.info, found.info, self._log_uuid).info)
+        if question.adoptions != table.adoptions and judged != table.info:
             # Which one is newer? Open streams are to have it now, so nobody is waited for.
             table.adopted_at = NEVER
             if table.info.uuid not in self._loads:
@@ -213,6 +214,7 @@ class Adoption:
         table.adopted_at = max(table.adopted_at, trio.current_time() if question is None else question.began)
         table.properties = info.properties
         info, refusal, remarks = judge(table.info, info, self._log_uuid)
+        info = table.numbered(info)
         if (refusal, remarks) != (table.refusal, table.remarks):
             log.warning("table.judged", table=str(info.name), refusal=refusal, remarks=remarks)
         table.refusal, table.remarks, table.misnamed = refusal, remarks, ""

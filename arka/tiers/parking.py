@@ -486,7 +486,7 @@ class Parking:
                 place = HEADER_BYTES + offset - start
                 earlier.add(str(path), header.segment, header.segment_epoch, frame.lsn, place, frame.frame_bytes)
         for info in found.tables():
-            table.schemas.setdefault(info.schema_id, info.schema)
+            table.learn_schema(info.schema_id, info.schema)
 
     def _clear(self, prefix: str = "") -> None:
         """Remove files that were brought back; whoever has one mapped keeps it. Blocking."""

@@ -16,6 +16,7 @@ from uuid import UUID
 import structlog
 
 from arka._core.framing import KIND_BATCH, KIND_CREATE, KIND_DROP, KIND_LOST, KIND_TABLE, crc32c
+from arka.errors import DataCorruption
 from arka.records import KnownTable, LsnRange, TableInfo, TableName
 from arka.tiers import ddl
 from arka.tiers.creates import ReplayedCreates
@@ -86,7 +87,11 @@ class TableFrames:
     def hand_over(self, table: Table, keys: KeyIndex) -> None:
         """Give the table its frames and schemas, and the index its keys; nothing is left here."""
         for schema_id, info in self.infos.items():
-            table.schemas.setdefault(schema_id, info.schema)
+            try:
+                table.learn_schema(schema_id, info.schema)
+            except DataCorruption as error:
+                # That table's trouble alone (R33).
+                table.stop(f"Table {table.info.name} cannot be committed: {error.detail}")
         places, committed = self._places, table.committed.lsn
         for at in range(0, len(places), 4):
             index, lsn, offset, frame_bytes = places[at : at + 4]

@@ -12,10 +12,11 @@ from enum import Enum
 from typing import Final
 from uuid import UUID
 
+import pyarrow as pa
 import trio
 
 from arka._core.framing import Frame
-from arka.errors import ArkaError, ErrorCode
+from arka.errors import ArkaError, DataCorruption, ErrorCode
 from arka.lineage import Lineage
 from arka.records import PartitionField, TableInfo, Tier, same_partitions
 from arka.storage.ports import AcceptedSpec, CatalogTable, TableFrames
@@ -24,6 +25,10 @@ from arka.tiers.room import Room
 from arka.tiers.watch import Effort, Watched
 from arka.tiers.watermarks import Watermark
 
+#: Schema ids of tables are below this; what the log adds to one that others gave to other columns is a multiple of it.
+SCHEMA_IDS: Final = 1 << 24
+#: How often an id may be given to other columns while writes wait.
+_OWN_IDS: Final = 1 << 7
 #: Before every moment of trio's clock.
 NEVER: Final = -1e18
 
@@ -203,7 +208,33 @@ class Table:
             waiting = [binding for binding, end in zip(self._bindings, ends, strict=True) if end > self.committed.lsn]
             self._bindings = [*waiting, Binding(from_lsn, info)]
         self.info = info
-        self.schemas.setdefault(info.schema_id, info.schema)
+        self.learn_schema(info.schema_id, info.schema)
+
+    def learn_schema(self, number: int, schema: pa.Schema) -> None:
+        """Learn which columns the frames of a schema id have (R24).
+
+        Raises:
+            DataCorruption: frames of the same id have other columns: none of them can be read for certain.
+        """
+        # Invariant: one id means the same columns in all frames that wait; ``numbered`` keeps it for new ones.
+        known = self.schemas.setdefault(number, schema)
+        if not known.equals(schema, check_metadata=True):
+            raise DataCorruption(
+                str(self.info.name), 0, f"schema {number} with columns {known.names}", str(schema.names)
+            )
+
+    def numbered(self, info: TableInfo) -> TableInfo:
+        """Return a table with a schema id that means its columns, here and in the log (R24).
+
+        Others may give the id of a schema that they removed to another one: rolled back or registered again, a table
+        counts on from an older state. Such a schema gets an id of this log's own, which ends in the same bits.
+        """
+        for turn in range(_OWN_IDS):
+            number = info.schema_id + turn * SCHEMA_IDS
+            known = self.schemas.get(number)
+            if known is None or known.equals(info.schema, check_metadata=True):
+                return info if turn == 0 else replace(info, schema_id=number)
+        return info
 
     def recall(self, bindings: Sequence[Binding]) -> None:
         """Take in what recovery found of how waiting writes were accepted; once, before anything is adopted.
@@ -364,4 +395,4 @@ def rollback_detail(table: Table, found_lsn: int) -> str:
     )
 
 
-__all__ = ["NEVER", "Binding", "Ending", "Table", "TableState", "rollback_detail"]
+__all__ = ["NEVER", "SCHEMA_IDS", "Binding", "Ending", "Table", "TableState", "rollback_detail"]

@@ -207,4 +207,48 @@ def imports_from_the_working_directory() -> None:
     importpath.without_working_directory = lambda entries: list(entries)  # type: ignore[assignment]
 
 
+@mutant
+def drops_by_name() -> None:
+    """A drop removes whatever has the name by then (R5)."""
+    from arka.iceberg import control
+
+    control.drop_entry = lambda opened, table: opened.drop_table(table.name())
+
+
+@mutant
+def purges_without_a_look() -> None:
+    """A purge does not look for other tables near the one that it purges (R29)."""
+    from arka.iceberg import purge
+
+    purge._others_near = lambda *_: []
+
+
+@mutant
+def files_of_older_columns() -> None:
+    """Files that were written before others made a column required are committed (R27)."""
+    from arka.iceberg import commit
+
+    commit.misfit = lambda *_: ""
+
+
+@mutant
+def second_names_are_renames() -> None:
+    """A table moves to whatever name it was found under last (R5, R20)."""
+    from arka.tiers import tables
+
+    async def believe(*_: Any) -> None:
+        return
+
+    tables.check_own_name = believe
+
+
+@mutant
+def schema_ids_are_believed() -> None:
+    """A schema id of others means the columns that it meant first (R24)."""
+    from arka.tiers.table import Table
+
+    Table.numbered = lambda self, info: info  # type: ignore[method-assign]
+    Table.learn_schema = lambda self, number, schema: self.schemas.setdefault(number, schema)  # type: ignore[method-assign]
+
+
 __all__ = ["MUTANTS"]

@@ -37,6 +37,11 @@ CAUGHT_BY = {
     "missing_state_is_an_empty_disk": ("tests/wal/test_named_segments.py", "state_or_mark"),
     "settings_of_others": ("tests/iceberg/test_pyiceberg_contract.py", "where_settings"),
     "imports_from_the_working_directory": ("tests/process/test_surroundings.py", "path"),
+    "drops_by_name": ("tests/iceberg/test_drops.py", "another_table_meanwhile"),
+    "purges_without_a_look": ("tests/iceberg/test_drops.py", "around_others"),
+    "files_of_older_columns": ("tests/iceberg/test_align.py", "not_committed"),
+    "second_names_are_renames": ("tests/tiers/test_names.py", "two_names"),
+    "schema_ids_are_believed": ("tests/tiers/test_schema_ids.py", "two_sets"),
 }
 
 
