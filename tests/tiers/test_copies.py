@@ -196,6 +196,21 @@ async def test_store_unavailable_at_the_start_of_a_copy(autojump_clock: MockCloc
     _check_ids(node, {0, 1, 2, 3, 4, 5})
 
 
+async def test_copy_under_another_node_id(autojump_clock: MockClock) -> None:
+    """A copy that takes another node's place in the same store with ``--new-store`` is a copy all the same."""
+    node = SimNode()
+    await _first_life(node)
+    copy = node.fork()
+    copy.store = node.store
+    copy.settings = with_options(server__node_id="m", server__new_store=True)
+    await _go_on(node, range(3, 6))
+    async with copy.run() as pipeline:
+        for name in NAMES:
+            await _find_stopped(pipeline, name)
+    await _go_on(node, range(6, 8))
+    _check_ids(node, set(range(8)))
+
+
 async def test_restarts_are_no_copies(autojump_clock: MockClock) -> None:
     """Far more starts than a log remembers, with a table that is written to in the first and the last only."""
     node = SimNode()
