@@ -188,7 +188,11 @@ def test_copied_data_directory(node: Callable[..., ServerProcess], shared: Path)
     with connect(first.location) as client:
         write_all(client, "t", [numbers([2])])
     first.stop()
+    assert "is a copy of" in refuses(node("copy"), EXIT_CONFIGURATION)
+    # As on another machine, which does not see the original.
+    first.data.rename(first.data.with_name("unseen"))
     assert "stale" in refuses(node("copy"), EXIT_CONFIGURATION)
+    first.data.with_name("unseen").rename(first.data)
     first.start()
     first.stop()
     assert found(shared) == [1, 2]
