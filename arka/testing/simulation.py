@@ -746,11 +746,11 @@ class _World:
             await trio.sleep(rng.uniform(0, 2 if life.opened.is_set() else 60))
         hiding.cancel()
         restoring.cancel()
-        self._return()
         self._show()
         self.store.calm()
         self.weather.calm()
         self.weather.bring_back(self.promises.drop_asked)
+        self._return()
         for number, after_s in ((90, 0.0), (91, 3.0)):
             life = await self._begin(number, quiet=True)
             nursery.start_soon(self._wake, list(frozen), life)
