@@ -192,6 +192,7 @@ class _Life:
         self._owed: dict[int, str] = {}
         self._asked = 0
         self._began = trio.current_time()
+        self._has_tables = False
 
     @property
     def pipeline(self) -> Pipeline:
@@ -241,6 +242,7 @@ class _Life:
             nursery.start_soon(self._log.reservation.run)
             await nursery.start(self._effects.run)
             await self._make_tables()
+            self._has_tables = True
             async with trio.open_nursery() as streams:
                 for writer in writers:
                     streams.start_soon(writer.run, self)
@@ -384,7 +386,7 @@ class _Life:
 
     def _start_outage(self, what: str, seconds: float) -> None:
         """Let store or catalog be away, but for a start that has waited for long: outages would follow each other."""
-        if self.opened.is_set() or trio.current_time() - self._began < _START_S:
+        if self._has_tables or trio.current_time() - self._began < _START_S:
             self.world.start_outage(what, seconds)
 
     async def _drop(self, name: TableName) -> None:
