@@ -18,25 +18,9 @@ from arka.iceberg.fileio import local_path
 from arka.iceberg.sqlcatalog import ServerSqlCatalog
 from arka.iceberg.waiting import LOOK_AFTER_S, WaitingFiles
 from arka.storage.ports import CatalogRestored, CommitOutcome, StagedFilesMissing, WarehouseChanged
+from tests.iceberg.swaps import SCHEMA, after_the_swap, rows
 
-SCHEMA = pa.schema([pa.field("n", pa.int64(), nullable=False)])
 KEYS: list[tuple[str, ...]] = [(), ("n",)]
-
-
-def _rows(*numbers: int) -> pa.RecordBatch:
-    return pa.RecordBatch.from_pylist([{"n": number} for number in numbers], schema=SCHEMA)
-
-
-def _after_the_swap(monkeypatch: pytest.MonkeyPatch, lake: Any, action: Callable[[], object]) -> None:
-    catalog = catalogs.catalog(lake.config)
-    real = catalog.commit_table
-
-    def commit_table(*args: Any) -> Any:
-        response = real(*args)
-        action()
-        return response
-
-    monkeypatch.setattr(catalog, "commit_table", commit_table)
 
 
 def _point_back(lake: Any) -> None:
@@ -47,37 +31,37 @@ def _point_back(lake: Any) -> None:
 
 @pytest.mark.parametrize("stock", [False, True])
 @pytest.mark.parametrize("key", KEYS)
-def test_pointer_that_went_back_after_the_swap(
+def test_pointer_that_went_backafter_the_swap(
     make_lake: Any, monkeypatch: pytest.MonkeyPatch, key: tuple[str, ...], stock: bool
 ) -> None:
     """A commit that the catalog does not show any more is not answered as done."""
     lake = make_lake(stock_commit=stock) if stock else make_lake()
     info = lake.create(SCHEMA, key=key)
-    lake.append(info, [_rows(0)], 0)
-    staged = lake.encode(info, [_rows(1)], 1)
-    _after_the_swap(monkeypatch, lake, lambda: _point_back(lake))
+    lake.append(info, [rows(0)], 0)
+    staged = lake.encode(info, [rows(1)], 1)
+    after_the_swap(monkeypatch, lake, lambda: _point_back(lake))
     with pytest.raises(WarehouseChanged, match="shows the table at LSN 1"):
         lake.commit(info, staged)
 
 
-def test_table_that_went_after_the_swap(lake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table_that_wentafter_the_swap(lake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A catalog from before the table was made does not show it: that is no ack either."""
     info = lake.create(SCHEMA)
-    staged = lake.encode(info, [_rows(1)], 0)
+    staged = lake.encode(info, [rows(1)], 0)
 
     def remove() -> None:
         with sqlite3.connect(lake.directory / "catalog.db") as database:
             database.execute("DELETE FROM iceberg_tables")
 
-    _after_the_swap(monkeypatch, lake, remove)
+    after_the_swap(monkeypatch, lake, remove)
     assert lake.commit(info, staged).outcome is CommitOutcome.TABLE_GONE
 
 
-def test_commit_of_others_after_the_swap(lake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commit_of_othersafter_the_swap(lake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A commit that others have built upon is there."""
     info = lake.create(SCHEMA)
-    staged = lake.encode(info, [_rows(1)], 0)
-    _after_the_swap(monkeypatch, lake, lambda: lake.table(info).append(pa.table({"n": [7]}, schema=SCHEMA)))
+    staged = lake.encode(info, [rows(1)], 0)
+    after_the_swap(monkeypatch, lake, lambda: lake.table(info).append(pa.table({"n": [7]}, schema=SCHEMA)))
     assert lake.commit(info, staged).outcome is CommitOutcome.COMMITTED
 
 
@@ -86,15 +70,15 @@ def test_commit_of_others_after_the_swap(lake: Any, monkeypatch: pytest.MonkeyPa
 def test_log_of_the_database_is_removed(lake: Any, monkeypatch: pytest.MonkeyPatch, log: str, moment: str) -> None:
     """A connection whose log file is not the database's any more commits nothing and confirms nothing."""
     info = lake.create(SCHEMA)
-    lake.append(info, [_rows(0)], 0)
-    staged = lake.encode(info, [_rows(1)], 1)
+    lake.append(info, [rows(0)], 0)
+    staged = lake.encode(info, [rows(1)], 1)
     path = lake.directory / f"catalog.db{log}"
     if moment == "before":
         path.unlink()
         with pytest.raises(CatalogRestored, match=log):
             lake.commit(info, staged)
         return
-    _after_the_swap(monkeypatch, lake, path.unlink)
+    after_the_swap(monkeypatch, lake, path.unlink)
     with pytest.raises(CatalogRestored, match=log):
         lake.commit(info, staged)
 
@@ -102,10 +86,10 @@ def test_log_of_the_database_is_removed(lake: Any, monkeypatch: pytest.MonkeyPat
 def test_log_files_of_closed_connections_are_of_no_interest(lake: Any) -> None:
     """With the last connection SQLite removes the log files itself: the next connection makes others."""
     info = lake.create(SCHEMA)
-    lake.append(info, [_rows(0)], 0)
+    lake.append(info, [rows(0)], 0)
     catalogs.catalog(lake.config).engine.dispose()  # type: ignore[attr-defined]
     assert not (lake.directory / "catalog.db-wal").exists()
-    assert lake.append(info, [_rows(1)], 1).outcome is CommitOutcome.COMMITTED
+    assert lake.append(info, [rows(1)], 1).outcome is CommitOutcome.COMMITTED
 
 
 def test_process_ends_without_closing_the_database(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,8 +130,8 @@ def test_files_of_rows_that_go_while_the_catalog_is_asked(
     """A commit whose files were cleared away meanwhile does not happen; written again, the rows are there once."""
     lake = make_lake(stock_commit=stock) if stock else make_lake()
     info = lake.create(SCHEMA, key=key)
-    lake.append(info, [_rows(0)], 0)
-    staged = lake.encode(info, [_rows(1)], 1)
+    lake.append(info, [rows(0)], 0)
+    staged = lake.encode(info, [rows(1)], 1)
     path = Path(local_path(staged.files[0].path) or "")
 
     def spoil() -> None:
@@ -161,7 +145,7 @@ def test_files_of_rows_that_go_while_the_catalog_is_asked(
         with pytest.raises(StagedFilesMissing, match=path.name):
             lake.commit(info, staged)
     assert lake.table(info).scan().to_arrow()["n"].to_pylist() == [0]
-    assert lake.append(info, [_rows(1)], 1).outcome is CommitOutcome.COMMITTED
+    assert lake.append(info, [rows(1)], 1).outcome is CommitOutcome.COMMITTED
     assert sorted(lake.table(info).scan().to_arrow()["n"].to_pylist()) == [0, 1]
 
 
@@ -179,8 +163,8 @@ def test_files_of_the_attempt_that_go_while_the_catalog_is_asked(
 ) -> None:
     """Manifests and delete files that were cleared away are written again by the next attempt."""
     info = lake.create(SCHEMA, key=key)
-    lake.append(info, [_rows(0, 1)], 0)
-    staged = lake.encode(info, [_rows(1)], 1)
+    lake.append(info, [rows(0, 1)], 0)
+    staged = lake.encode(info, [rows(1)], 1)
     folder = Path(local_path(info.location) or "")
     before = set(folder.glob(pattern))
     removed: list[Path] = []
@@ -210,7 +194,7 @@ def test_metadata_file_that_goes_while_the_catalog_is_asked(lake: Any, monkeypat
             Path(local_path(metadata_path) or "").unlink()
 
     monkeypatch.setattr(catalogs.LeanSqlCatalog, "_write_metadata", staticmethod(write))
-    assert lake.append(info, [_rows(0)], 0).outcome is CommitOutcome.COMMITTED
+    assert lake.append(info, [rows(0)], 0).outcome is CommitOutcome.COMMITTED
     assert len(removed) == 1
     assert lake.table(info).scan().to_arrow()["n"].to_pylist() == [0]
 
@@ -232,7 +216,7 @@ def test_files_in_an_object_store_are_looked_for_when_they_have_waited(
 ) -> None:
     """Each look is a request: there is none while a gap is no longer than the commit itself."""
     info = lake.create(SCHEMA)
-    staged = lake.encode(info, [_rows(1)], 0)
+    staged = lake.encode(info, [rows(1)], 0)
     file = replace(staged.files[0], path="s3://bucket/t/data/a.parquet")
     staged = replace(staged, files=(file,), made_s=time.monotonic() - age_s)
     job = replace(lake.job(info, staged), repeated=repeated)
@@ -249,12 +233,12 @@ def test_files_in_an_object_store_are_looked_for_when_they_have_waited(
 def test_copy_over_the_open_database(lake: Any) -> None:
     """A database that is copied over in place, its logs removed, takes no commit of a connection that was open."""
     info = lake.create(SCHEMA)
-    lake.append(info, [_rows(0)], 0)
+    lake.append(info, [rows(0)], 0)
     path, copy = lake.directory / "catalog.db", lake.directory / "copy.db"
     with sqlite3.connect(path) as source, sqlite3.connect(copy) as target:
         source.backup(target)
-    lake.append(info, [_rows(1)], 1)
-    staged = lake.encode(info, [_rows(2)], 2)
+    lake.append(info, [rows(1)], 1)
+    staged = lake.encode(info, [rows(2)], 2)
     shutil.copyfile(copy, path)
     for log in ("-wal", "-shm"):
         path.with_name(path.name + log).unlink()

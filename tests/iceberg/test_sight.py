@@ -3,34 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 
-from arka.iceberg import catalogs
 from arka.iceberg.fileio import local_path
 from arka.storage.ports import FilesMissing, WarehouseChanged
-
-SCHEMA = pa.schema([pa.field("n", pa.int64(), nullable=False)])
-
-
-def _rows(*numbers: int) -> pa.RecordBatch:
-    return pa.RecordBatch.from_pylist([{"n": number} for number in numbers], schema=SCHEMA)
-
-
-def _after_the_swap(monkeypatch: pytest.MonkeyPatch, lake: Any, action: Callable[[], object]) -> None:
-    catalog = catalogs.catalog(lake.config)
-    real = catalog.commit_table
-
-    def commit_table(*args: Any) -> Any:
-        response = real(*args)
-        action()
-        return response
-
-    monkeypatch.setattr(catalog, "commit_table", commit_table)
+from tests.iceberg.swaps import SCHEMA, after_the_swap, rows
 
 
 def _replace_by_a_copy(path: Path) -> None:
@@ -50,31 +30,31 @@ def test_replaced_between_the_swap_and_the_answer(
 ) -> None:
     """The answer of a commit that went to another catalog, warehouse or folder is that nobody knows."""
     info = lake.create(SCHEMA, key=key)
-    lake.append(info, [_rows(0)], 0)
+    lake.append(info, [rows(0)], 0)
     place = {
         "catalog": lake.directory / "catalog.db",
         "warehouse": lake.directory / "warehouse",
         "table": Path(local_path(info.location) or ""),
     }[what]
-    staged = lake.encode(info, [_rows(1)], 1)
-    _after_the_swap(monkeypatch, lake, lambda: _replace_by_a_copy(place))
+    staged = lake.encode(info, [rows(1)], 1)
+    after_the_swap(monkeypatch, lake, lambda: _replace_by_a_copy(place))
     with pytest.raises(WarehouseChanged):
         lake.commit(info, staged)
 
 
 @pytest.mark.parametrize("pattern", ["*.metadata.json", "snap-*.avro", "*-m0.avro"])
-def test_files_that_are_gone_after_the_swap(lake: Any, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
+def test_files_that_are_goneafter_the_swap(lake: Any, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
     """A commit whose metadata names a file that is not there is not answered as done."""
     info = lake.create(SCHEMA)
-    lake.append(info, [_rows(0)], 0)
+    lake.append(info, [rows(0)], 0)
     folder = Path(local_path(info.location) or "") / "metadata"
 
     def remove() -> None:
         for path in folder.glob(pattern):
             path.unlink()
 
-    staged = lake.encode(info, [_rows(1)], 1)
-    _after_the_swap(monkeypatch, lake, remove)
+    staged = lake.encode(info, [rows(1)], 1)
+    after_the_swap(monkeypatch, lake, remove)
     with pytest.raises(FilesMissing):
         lake.commit(info, staged)
 
@@ -84,5 +64,5 @@ def test_no_folder_is_made_for_a_table_whose_folder_is_gone(lake: Any) -> None:
     info = lake.create(SCHEMA)
     shutil.rmtree(lake.directory / "warehouse" / "default")
     with pytest.raises(WarehouseChanged, match="gone"):
-        lake.append(info, [_rows(0)], 0)
+        lake.append(info, [rows(0)], 0)
     assert list((lake.directory / "warehouse").iterdir()) == []

@@ -13,9 +13,9 @@ from pyiceberg.table import Table
 
 
 @contextmanager
-def open_catalog(data: Path) -> Iterator[SqlCatalog]:
-    """Open the embedded catalog as any pyiceberg user would."""
-    catalog = SqlCatalog("arka", uri=f"sqlite:///{data}/catalog.db", warehouse=f"file://{data}/warehouse")
+def open_catalog(folder: Path, warehouse: str = "warehouse") -> Iterator[SqlCatalog]:
+    """Open the catalog in a folder, as any pyiceberg user would."""
+    catalog = SqlCatalog("arka", uri=f"sqlite:///{folder}/catalog.db", warehouse=f"file://{folder}/{warehouse}")
     try:
         yield catalog
     finally:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from pyiceberg.catalog.sql import SqlCatalog
 
 from arka.testing.serverprocess import ServerFailed, ServerProcess
 from tests.process.clients import Stream, action, connect, create, numbers, write_all
+from tests.process.lake import open_catalog
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
@@ -39,17 +39,8 @@ def make(make_server: Make, tmp_path: Path) -> Make:
     return of
 
 
-@contextmanager
-def _catalog(tmp_path: Path) -> Iterator[SqlCatalog]:
-    catalog = SqlCatalog("arka", uri=f"sqlite:///{tmp_path}/catalog.db", warehouse=f"file://{tmp_path}/wh")
-    try:
-        yield catalog
-    finally:
-        catalog.close()
-
-
 def _column(tmp_path: Path, table: str) -> list[int]:
-    with _catalog(tmp_path) as catalog:
+    with open_catalog(tmp_path, "wh") as catalog:
         found: list[int] = catalog.load_table(("default", table)).scan().to_arrow()["n"].to_pylist()
         return sorted(found)
 
@@ -237,7 +228,7 @@ def test_marks_that_others_changed(make: Make, tmp_path: Path, running: bool) ->
     if not running:
         server.stop()
     kept: dict[str, dict[str, str]] = {}
-    with _catalog(tmp_path) as catalog:
+    with open_catalog(tmp_path, "wh") as catalog:
         for name, changed in CHANGES.items():
             table = catalog.load_table(("default", name))
             marks = {key: key.rpartition(".")[2] for key in table.properties if key.endswith((LSN, EPOCH, TOKEN))}
@@ -261,7 +252,7 @@ def test_marks_that_others_changed(make: Make, tmp_path: Path, running: bool) ->
     for name in CHANGES:
         assert _column(tmp_path, name) == [0, 1, 2]
     # Set back, each goes on with what it had.
-    with _catalog(tmp_path) as catalog:
+    with open_catalog(tmp_path, "wh") as catalog:
         for name, properties in kept.items():
             with catalog.load_table(("default", name)).transaction() as transaction:
                 transaction.set_properties(properties)
