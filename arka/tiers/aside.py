@@ -20,11 +20,12 @@ import structlog
 from arka.errors import DataCorruption
 from arka.storage.ports import Disk, ObjectExists, ObjectStore, StoreUnavailable
 from arka.tiers.backlog import Cut
+from arka.tiers.listing import list_own
 from arka.tiers.parking import encode_slice
 from arka.tiers.retry import persist
 from arka.tiers.table import Table
 from arka.tiers.watermarks import now_us
-from arka.wal.asidefile import aside_key, aside_prefix, encode_aside, parse_aside
+from arka.wal.asidefile import aside_key, encode_aside, parse_aside
 
 log = structlog.get_logger(__name__)
 
@@ -138,16 +139,12 @@ async def load_asides(
     """
     found: defaultdict[UUID, dict[int, str]] = defaultdict(dict)
     broken: dict[UUID, DataCorruption] = {}
-    for meta in await local.list_keys(aside_prefix(node_id)):
+    for meta in await list_own(local, node_id, "aside/"):
         path = f"{local.url}/{meta.key}"
         try:
             write = parse_aside(path, meta.key, await local.get(meta.key))
         except DataCorruption as error:
-            uuid = _table_of(meta.key)
-            if uuid is None:
-                log.warning("aside.stranger", path=path, reason=error.detail)
-            else:
-                broken.setdefault(uuid, error)
+            broken.setdefault(UUID(meta.key.split("/")[-2]), error)
             continue
         if write.object.header.log_uuid != log_uuid:
             continue
@@ -162,23 +159,14 @@ async def load_asides(
     return FoundAsides(dict(found), broken)
 
 
-def _table_of(key: str) -> UUID | None:
-    """The table in a set-aside write's key; None if there is none."""
-    try:
-        return UUID(key.split("/")[-2])
-    except (ValueError, IndexError):
-        return None
-
-
 async def mirror_asides(store: ObjectStore, local: ObjectStore, node_id: str) -> None:
     """Bring each copy that one of the two lacks, or has damaged, there from the other one; nothing else is removed.
 
     Raises:
         StoreUnavailable: one of the two does not answer; ask again.
     """
-    prefix = aside_prefix(node_id)
-    theirs = {meta.key for meta in await store.list_keys(prefix)}
-    ours = {meta.key for meta in await local.list_keys(prefix)}
+    theirs = {meta.key for meta in await list_own(store, node_id, "aside/")}
+    ours = {meta.key for meta in await list_own(local, node_id, "aside/")}
     for key in sorted(theirs | ours):
         here = await _intact(local, key) if key in ours else None
         there = await _intact(store, key) if key in theirs else None

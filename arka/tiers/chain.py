@@ -19,6 +19,7 @@ import structlog
 from arka.errors import DataCorruption
 from arka.storage.ports import ObjectStore, StoreUnavailable
 from arka.tiers.epochs import newest_start
+from arka.tiers.listing import list_own
 from arka.wal.objectfile import HEADER_BYTES, ObjectHeader, ObjectRef, WalObject, parse_object
 
 log = structlog.get_logger(__name__)
@@ -58,8 +59,8 @@ class Chain:
         start = await newest_start(self._store, self._node_id)
         if start is None:
             return None
-        folder = f"{self._node_id}/wal/{start.epoch:010d}/"
-        keys = [meta.key for meta in await self._store.list_keys(folder)]
+        below = f"wal/{start.epoch:010d}/"
+        keys = [meta.key for meta in await list_own(self._store, self._node_id, below)]
         key, lost = await self._last_linked(keys, start.head_ref)
         if key is None and start.head_ref is not None and start.head_ref.last_lsn > self._released_lsn:
             key = start.head_ref.key(self._node_id)
@@ -71,7 +72,7 @@ class Chain:
         reached = 0 if head is None else head.last_lsn
         if lost is not None and lost.stored_through > max(reached, self._released_lsn):
             raise DataCorruption(
-                self._path(folder),
+                self._path(f"{self._node_id}/{below}"),
                 0,
                 f"a chain up to LSN {lost.stored_through}, which was acknowledged",
                 f"a break behind LSN {reached}",
@@ -89,7 +90,7 @@ class Chain:
             StoreUnavailable: the store does not answer, or one went away while this ran: see ``read``.
         """
         refs: list[ObjectRef] = []
-        listed = {meta.key for meta in await self._store.list_keys(f"{self._node_id}/wal/")}
+        listed = {meta.key for meta in await list_own(self._store, self._node_id, "wal/")}
         before = head
         # Backwards over the headers alone: an object names its predecessor.
         while before is not None:

@@ -27,6 +27,7 @@ from arka.tiers.epochrecords import (
     read_record,
 )
 from arka.tiers.lease import STORE_BLOCK, EpochLease
+from arka.tiers.listing import list_own
 from arka.tiers.watermarks import now_us
 
 log = structlog.get_logger(__name__)
@@ -146,7 +147,7 @@ async def newest_start(store: ObjectStore, node_id: str) -> StartRecord | None:
         DataCorruption: it cannot be read.
         StoreUnavailable: the store does not answer.
     """
-    keys = await store.list_keys(f"{node_id}/started/")
+    keys = await list_own(store, node_id, "started/")
     return await read_record(store, keys[-1].key, StartRecord) if keys else None
 
 
@@ -262,15 +263,15 @@ async def _check_still(store: ObjectStore, claim: Claim, newest: EpochRecord) ->
     """
     if claim.take_over:
         return
-    prefix = heartbeat_prefix(claim.node_id, newest.epoch)
-    before = await store.list_keys(prefix)
+    beats = f"heartbeat/{newest.epoch:010d}/"
+    before = await list_own(store, claim.node_id, beats)
     if not before:
         # It stopped in an orderly way, or died before its first beat.
         return
     for _ in range(_LIVING_WAITS):
         log.info("epoch.waiting", epoch=newest.epoch, host=newest.host, seconds=newest.heartbeat_s * _STILL_INTERVALS)
         await trio.sleep(newest.heartbeat_s * _STILL_INTERVALS)
-        after = await store.list_keys(prefix)
+        after = await list_own(store, claim.node_id, beats)
         if not after or after[-1].key == before[-1].key:
             return
         before = after
@@ -282,21 +283,20 @@ async def _check_still(store: ObjectStore, claim: Claim, newest: EpochRecord) ->
 
 
 async def _newest_epoch(store: ObjectStore, node_id: str) -> EpochRecord | None:
-    keys = await store.list_keys(f"{node_id}/epoch/")
+    keys = await list_own(store, node_id, "epoch/")
     return await read_record(store, keys[-1].key, EpochRecord) if keys else None
 
 
 async def _reserved(store: ObjectStore, node_id: str) -> int:
     """The highest ceiling in the store; 1 where none was ever reserved."""
-    prefix = f"{node_id}/lsn/"
-    keys = await store.list_keys(prefix)
-    return int(keys[-1].key.removeprefix(prefix)) if keys else 1
+    keys = await list_own(store, node_id, "lsn/")
+    return int(keys[-1].key.rpartition("/")[2]) if keys else 1
 
 
 async def _remove_old_beats(store: ObjectStore, node_id: str, epoch: int) -> None:
     """Remove what the heartbeats of earlier epochs left; a failure leaves it to the next start."""
     try:
-        beats = [meta.key for meta in await store.list_keys(f"{node_id}/heartbeat/")]
+        beats = [meta.key for meta in await list_own(store, node_id, "heartbeat/")]
         ours = heartbeat_prefix(node_id, epoch)
         await store.delete([key for key in beats if key < ours])
     except StoreUnavailable as error:

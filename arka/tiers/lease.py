@@ -26,6 +26,7 @@ from arka.tiers.epochrecords import (
     read_record,
     start_key,
 )
+from arka.tiers.listing import list_own
 from arka.tiers.watermarks import now_us
 from arka.wal.objectfile import ObjectRef
 
@@ -86,14 +87,14 @@ class EpochLease:
 
         Cancellation: nothing changes.
         """
-        prefix = f"{self._node_id}/epoch/"
         ours = epoch_key(self._node_id, self.epoch)
-        found = await self._store.list_keys(prefix, start_after=epoch_key(self._node_id, self.epoch - 1))
+        before = epoch_key(self._node_id, self.epoch - 1)
+        found = await list_own(self._store, self._node_id, "epoch/", start_after=before)
         if not found:
             raise Fenced(f"{self._store.url} has lost {ours}: nothing more is promised from there")
         if found[-1].key != ours:
             raise Fenced(
-                f"Epoch {found[-1].key.removeprefix(prefix)} of node {self._node_id} has been taken by another "
+                f"Epoch {found[-1].key.rpartition('/')[2]} of node {self._node_id} has been taken by another "
                 f"process: epoch {self.epoch} is over"
             )
 
@@ -201,7 +202,7 @@ class EpochLease:
         Raises:
             StoreUnavailable: the next owner waits.
         """
-        beats = await self._store.list_keys(heartbeat_prefix(self._node_id, self.epoch))
+        beats = await list_own(self._store, self._node_id, f"heartbeat/{self.epoch:010d}/")
         await self._store.delete([beat.key for beat in beats])
 
 

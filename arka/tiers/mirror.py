@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from arka.storage.ports import Buffer, ObjectExists, ObjectMeta, ObjectStore
+from arka.tiers.listing import list_own
 from arka.tiers.release import covered_after, covered_lsn
 
 
@@ -30,6 +31,7 @@ class CheckpointStore:
         """
         self._store = store
         self.local = local
+        self._node_id = node_id
         self._prefix = f"{node_id}/checkpoint/"
 
     @property
@@ -73,7 +75,9 @@ class CheckpointStore:
         Raises:
             StoreUnavailable: the disk does not answer.
         """
-        return max((covered_lsn(meta.key) for meta in await self.local.list_keys(self._prefix)), default=0)
+        return max(
+            (covered_lsn(meta.key) for meta in await list_own(self.local, self._node_id, "checkpoint/")), default=0
+        )
 
     async def has_gap(self) -> bool:
         """Whether a copy between the oldest and the newest on the disk is gone: its keys are in the store only (R39).
@@ -83,7 +87,7 @@ class CheckpointStore:
             StoreUnavailable: the disk does not answer.
         """
         through_lsn = -1
-        for meta in await self.local.list_keys(self._prefix):
+        for meta in await list_own(self.local, self._node_id, "checkpoint/"):
             after_lsn = covered_after(f"{self.local.url}/{meta.key}", await self.local.get(meta.key))
             if 0 <= through_lsn < after_lsn:
                 return True
@@ -99,8 +103,8 @@ class CheckpointStore:
         Raises:
             StoreUnavailable: one of the two does not answer; ask again.
         """
-        theirs = {meta.key: meta.size for meta in await self._store.list_keys(self._prefix)}
-        ours = {meta.key: meta.size for meta in await self.local.list_keys(self._prefix)}
+        theirs = {meta.key: meta.size for meta in await list_own(self._store, self._node_id, "checkpoint/")}
+        ours = {meta.key: meta.size for meta in await list_own(self.local, self._node_id, "checkpoint/")}
         # Of the same name and size is the same: a checkpoint's key has its epoch, and its bytes a CRC.
         await self.local.delete([key for key, size in ours.items() if theirs.get(key) != size])
         for key, size in theirs.items():

@@ -20,6 +20,7 @@ import structlog
 from arka.errors import ConfigurationError
 from arka.storage.ports import Disk, ObjectExists, ObjectStore
 from arka.tiers.epochrecords import EpochRecord, read_record
+from arka.tiers.listing import list_own
 from arka.tiers.mirror import CheckpointStore
 from arka.tiers.release import frames_elsewhere, held_elsewhere
 from arka.wal.logstate import LogState
@@ -55,13 +56,13 @@ async def prepare_store(
 
     Durability: the copies are in the store, and the state on the disk, on return.
     """
-    there = [meta.key for meta in await store.list_keys(f"{node_id}/")]
+    there = [meta.key for meta in await list_own(store, node_id)]
     epochs = [key for key in there if key.startswith(f"{node_id}/epoch/")]
     if epochs:
         record = await read_record(store, epochs[-1], EpochRecord)
         if record.log_uuid == state.log_uuid:
             return state
-    ours = [meta.key for meta in await local.list_keys(f"{node_id}/")]
+    ours = [meta.key for meta in await list_own(local, node_id)]
     strange = sorted(set(there) - set(ours))
     if strange:
         raise ConfigurationError(
@@ -91,7 +92,7 @@ async def _check_copies(copies: CheckpointStore, local: ObjectStore, node_id: st
             f"The disk holds the log from LSN {base_lsn + 1} on, and lacks copies of checkpoints for what came before: "
             "their keys were in the lost store only. Set the log aside with `arka wal salvage DATA_DIR --discard`"
         )
-    key = (await local.list_keys(f"{node_id}/checkpoint/"))[-1].key
+    key = (await list_own(local, node_id, "checkpoint/"))[-1].key
     data = await local.get(key)
     elsewhere = frames_elsewhere(f"{local.url}/{key}", data)
     if elsewhere is None or elsewhere:

@@ -30,6 +30,7 @@ from arka.records import HeldObject, TableInfo
 from arka.storage.ports import Disk, ObjectExists, ObjectMeta, ObjectStore, SegmentSlice, StoreUnavailable
 from arka.tiers.backlog import Backlog
 from arka.tiers.held import HeldObjects
+from arka.tiers.listing import list_own
 from arka.tiers.retry import persist
 from arka.tiers.space import DiskSpace
 from arka.tiers.table import Table
@@ -153,17 +154,11 @@ class Parking:
         Cancellation: nothing changes.
         """
         self._epoch = await self._wait_connected()
-        prefix = f"{self._node_id}/{self._folder}/"
 
         async def ask() -> None:
             self._parked.clear()
-            for meta in await self._store.list_keys(prefix):
-                try:
-                    uuid = UUID(meta.key.removeprefix(prefix).partition("/")[0])
-                except ValueError:
-                    log.warning("parking.stranger", key=meta.key, hint="its name is no table's: it is left alone")
-                    continue
-                await self._look_at(uuid, meta)
+            for meta in await list_own(self._store, self._node_id, f"{self._folder}/"):
+                await self._look_at(UUID(meta.key.split("/")[-2]), meta)
 
         await self._persist(ask)
         self._note_held(sum(parked.size for parked in self._parked.values()))

@@ -33,6 +33,7 @@ from arka.options import MIB
 from arka.records import MAX_LSN, HeldObject, KnownTable, LsnRange, TableInfo, TableName
 from arka.storage.ports import ObjectExists, ObjectStore, StoreUnavailable
 from arka.tiers.keys import KeyIndex
+from arka.tiers.listing import list_own
 from arka.tiers.logclock import LogClock
 from arka.tiers.space import DiskSpace
 from arka.tiers.watermarks import now_us
@@ -370,11 +371,11 @@ class LogRelease:
         An object's key gives its first LSN only; it ends below its successor's first. A checkpoint's key gives its
         last LSN; none of its keys is in the index any more when that begins above it.
         """
-        metas = await self._store.list_keys(f"{self._node_id}/wal/")
+        metas = await list_own(self._store, self._node_id, "wal/")
         firsts = [int(meta.key.rpartition("/")[2].removesuffix(".wal")) for meta in metas]
         dead = [meta.key for meta, following in zip(metas, firsts[1:], strict=False) if following <= through_lsn + 1]
         # The newest one stays: it says how far the log was let go of.
-        checkpoints = (await self._store.list_keys(f"{self._node_id}/checkpoint/"))[:-1]
+        checkpoints = (await list_own(self._store, self._node_id, "checkpoint/"))[:-1]
         first_key_lsn = self._keys.first_lsn()
         expired_lsn = 0
         for meta in checkpoints:
@@ -409,7 +410,7 @@ async def load_checkpoints(
     lost: list[LostRange] = []
     newest: _Checkpoint | None = None
     through_lsn = clock_us = 0
-    metas = await store.list_keys(f"{node_id}/checkpoint/")
+    metas = await list_own(store, node_id, "checkpoint/")
     for meta in metas:
         try:
             data = await store.get(meta.key)

@@ -133,8 +133,11 @@ def read_aside(write: AsideWrite) -> SalvagedWrite:
 
 
 def find_asides(data_dir: Path) -> list[Path]:
-    """The copies of set-aside writes that a data directory has, as the server lays them beside the log."""
-    return sorted((data_dir / "checkpoints").glob("*/aside/*/*"))
+    """The copies of set-aside writes that a data directory has, as the server lays them beside the log.
+
+    Files whose names are not those that ``aside_key`` gives are left out.
+    """
+    return sorted((data_dir / "checkpoints").glob("*/aside/*/" + "[0-9]" * 16))
 
 
 def asides_of(data_dir: Path, log_uuid: UUID) -> frozenset[tuple[UUID, int]]:
