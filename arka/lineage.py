@@ -5,17 +5,22 @@ Does not own where either is kept: ``arka.wal.logstate``, ``arka.tiers.epochreco
 
 Two copies of a data directory have the same log, take the same epochs, and give the same LSNs to different writes. So
 LSN and epoch do not say whose commit a mark speaks of. Each start draws a random token and records it, with the first
-LSN that it may give, before its first commit. A commit writes the token beside the mark.
+LSN that it may give, before its first commit. A commit writes a hash of the token beside the mark. The hash covers the
+table's UUID, epoch and LSN too: others may copy the properties of one table to another one of the same log.
 """
 
 from __future__ import annotations
 
+import hashlib
+import struct
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 from uuid import UUID
 
 #: Starts that a log remembers: of a table whose last commit is from an earlier one only the LSN is judged.
 MAX_STARTS: Final = 64
+#: What a commit's hash covers: the start's token, the table's UUID, epoch and LSN.
+_COVERED: Final = struct.Struct("<Q16sQQ")
 
 
 class Start(NamedTuple):
@@ -40,7 +45,7 @@ class CommitMark:
         log_uuid: the log.
         committed_lsn: the last LSN of it that the table holds.
         epoch: in which that was committed.
-        token: of the start that committed it; 0 where an older version did.
+        token: what the commit wrote of its start's token, see ``Lineage.token_for``; 0 where an older version did.
         damage: what others changed of the mark, for people; empty if nothing. The numbers mean nothing then.
     """
 
@@ -70,11 +75,24 @@ class Lineage:
         """The token of the start that took an epoch; 0 if it is not known."""
         return next((start.token for start in self.starts if start.epoch == epoch), 0)
 
-    def objection(self, name: object, mark: CommitMark) -> str:
+    def token_for(self, table: UUID, epoch: int, committed_lsn: int) -> int:
+        """What a commit of the start that took an epoch writes: 64 bits that fit this mark of this table alone.
+
+        Returns:
+            0 if the start's token is not known.
+        """
+        token = self.token_of(epoch)
+        if not token:
+            return 0
+        covered = _COVERED.pack(token, table.bytes, epoch, committed_lsn)
+        return int.from_bytes(hashlib.blake2b(covered, digest_size=8).digest(), "little") or 1
+
+    def objection(self, name: object, table: UUID, mark: CommitMark) -> str:
         """Say why a table with this mark is not to be committed to, and what to do; empty if it may be.
 
         Args:
             name: the table's, for people.
+            table: its UUID.
             mark: what the table remembers of this log.
         """
         if mark.damage:
@@ -82,11 +100,11 @@ class Lineage:
                 f"Others changed what Arka recorded in table {name}: {mark.damage}. Nothing is committed to it or "
                 "taken for committed. Set the property back and restart the server, or drop the table"
             )
-        problem = self.problem_of(mark)
+        problem = self.problem_of(table, mark)
         return other_copy_detail(name, problem) if problem else ""
 
-    def problem_of(self, mark: CommitMark) -> str:
-        """Say why an intact mark is not of this log as this directory has it; empty if it may be.
+    def problem_of(self, table: UUID, mark: CommitMark) -> str:
+        """Say why a table's intact mark is not of this log as this directory has it; empty if it may be.
 
         A mark of an epoch above the last start is not judged: it is a question of who has the epoch (R10).
         """
@@ -98,9 +116,9 @@ class Lineage:
             )
         if not self.starts or not self.starts[0].epoch <= mark.epoch <= self.starts[-1].epoch:
             return ""
-        if not mark.token or mark.token != self.token_of(mark.epoch):
-            # Each start that committed here since the first of these has recorded its token and written it.
-            return f"LSN {mark.committed_lsn} in epoch {mark.epoch} was committed by a process of another copy"
+        if not mark.token or mark.token != self.token_for(table, mark.epoch, mark.committed_lsn):
+            # Each start that committed here since the first of these has recorded its token and written the hash.
+            return f"no process of this directory committed LSN {mark.committed_lsn} to it in epoch {mark.epoch}"
         return ""
 
 
@@ -117,9 +135,10 @@ def other_copy_detail(name: object, problem: str) -> str:
     """
     return (
         f"Table {name} stands where this data directory did not bring it: {problem}. Another copy of this data "
-        "directory writes to the same tables, or an older state of it was put back. Nothing is committed here or taken "
-        "for committed. Let only one copy go on, and stop the others for good: docs/recovery.md, A copy of a data "
-        "directory"
+        "directory writes to the same tables, or an older state of it was put back, or others copied another table's "
+        "arka.* properties to it. Nothing is committed here or taken for committed. Set such properties back and "
+        "restart the server. Let only one copy go on, and stop the others for good: docs/recovery.md, A copy of a "
+        "data directory"
     )
 
 

@@ -333,8 +333,8 @@ def _held_of(table: dict[str, Any], log: SentLog | None) -> int:
         # The log went on from another disk than the one that was salvaged: the mark speaks of that one's LSNs.
         return 0
     found = CommitMark(log.uuid, int(mark["committed_lsn"]), int(mark["epoch"]), int(mark.get("token", "0"), 16))
-    # So it does where another copy of the salvaged directory committed.
-    return 0 if log.lineage.problem_of(found) else found.committed_lsn
+    # So it does where another copy of the salvaged directory committed, or it is another table's mark.
+    return 0 if log.lineage.problem_of(UUID(table["table_uuid"]), found) else found.committed_lsn
 
 
 def _schema_of(table: dict[str, Any]) -> pa.Schema:

@@ -137,7 +137,7 @@ def judge(metadata: TableMetadata, job: CommitJob) -> CommitResult | None:
     mark = mark_in(metadata, job.log_uuid)
     if mark.epoch > job.epoch:
         return CommitResult(CommitOutcome.FENCED, mark.committed_lsn, metadata.current_snapshot_id)
-    objection = job.lineage.objection(job.table.name, mark)
+    objection = job.lineage.objection(job.table.name, job.table.uuid, mark)
     if objection:
         return CommitResult(CommitOutcome.NOT_OURS, mark.committed_lsn, metadata.current_snapshot_id, detail=objection)
     if mark.committed_lsn >= job.staged.through_lsn:
@@ -415,7 +415,7 @@ def _notes(job: CommitJob) -> dict[str, str]:
 
 def _property_changes(job: CommitJob, properties: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:
     """Return what a commit sets and what it removes: the mark, and once what older releases wrote (R15, R30)."""
-    token = job.lineage.token_of(job.epoch)
+    token = job.lineage.token_for(job.table.uuid, job.epoch, job.staged.through_lsn)
     made = mark_properties(job.log_uuid, job.staged.through_lsn, job.epoch, token)
     removed = cleaning(properties)
     if removed is None:

@@ -29,7 +29,7 @@ from arka.tableproperties import (
 
 _NUMBER: Final = re.compile(r"[0-9]{1,19}\Z")
 _LOG: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")
-#: Epoch, LSN, and the token in hex.
+#: Epoch, LSN, and ``Lineage.token_for`` in hex.
 _TOKEN: Final = re.compile(r"([0-9]{1,19})-([0-9]{1,19})-([0-9a-f]{16})\Z")
 
 
@@ -45,7 +45,7 @@ def mark_properties(log_uuid: UUID, committed_lsn: int, epoch: int, token: int) 
         log_uuid: the log.
         committed_lsn: the last LSN that the table holds with it.
         epoch: in which it is committed.
-        token: of the start that commits; 0 for none.
+        token: for this mark of this table, see ``Lineage.token_for``; 0 for none.
     """
     made = {committed_lsn_property(log_uuid): str(committed_lsn), epoch_property(log_uuid): str(epoch)}
     if token:

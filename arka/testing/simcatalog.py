@@ -405,7 +405,7 @@ class SimCatalog:
         mark = table.marks.get(job.log_uuid, CommitMark(job.log_uuid, 0, 0))
         if mark.epoch > job.epoch:
             return CommitResult(CommitOutcome.FENCED, mark.committed_lsn, current, table.describe())
-        objection = job.lineage.objection(job.table.name, mark)
+        objection = job.lineage.objection(job.table.name, job.table.uuid, mark)
         if objection:
             return CommitResult(CommitOutcome.NOT_OURS, mark.committed_lsn, current, table.describe(), detail=objection)
         if mark.committed_lsn >= job.staged.through_lsn:
@@ -421,7 +421,7 @@ class SimCatalog:
         for file in job.staged.files:
             table.changes += self._staged[file.path]
         table.ends[job.log_uuid, job.staged.through_lsn] = len(table.changes), table.info
-        token = job.lineage.token_of(job.epoch)
+        token = job.lineage.token_for(job.table.uuid, job.epoch, job.staged.through_lsn)
         table.marks[job.log_uuid] = CommitMark(job.log_uuid, job.staged.through_lsn, job.epoch, token)
         table.snapshots.append(next(self._snapshot_ids))
         table.times.append(time_after(table.times[-1] if table.times else 0))

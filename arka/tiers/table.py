@@ -279,7 +279,7 @@ class Table:
         process knows to be committed (R20).
         """
         mark = found.mark_of(log_uuid)
-        objection = lineage.objection(self.info.name, mark)
+        objection = lineage.objection(self.info.name, self.info.uuid, mark)
         if objection:
             self.stop(objection)
             return

@@ -498,7 +498,7 @@ class Tables:
                 "again: restart the server to take it in)",
                 code=ErrorCode.TABLE_DROPPED,
             )
-        objection = self._lineage().objection(found.info.name, found.mark_of(self._log_uuid))
+        objection = self._lineage().objection(found.info.name, found.info.uuid, found.mark_of(self._log_uuid))
         committed_lsn = 0 if objection else found.committed_lsn(self._log_uuid)
         known_from_lsn = 0 if committed_lsn else self._memory.last_lsn
         table = Table(found.info, committed_lsn, found.snapshot_id, known_from_lsn=known_from_lsn)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -19,6 +20,7 @@ from arka.iceberg import catalogs, commit, control
 from arka.iceberg.fileio import local_path
 from arka.iceberg.garbage import Garbage
 from arka.iceberg.manifests import COLD_ENTRIES, MERGE_AT
+from arka.lineage import Lineage, Start
 from arka.records import TableName
 from arka.storage.ports import CatalogListing, CatalogUnavailable, CommitOutcome
 
@@ -96,6 +98,40 @@ def test_mark_moved_between_check_and_swap_means_recut(lake: Any, monkeypatch: p
     assert (result.outcome, result.committed_lsn) == (CommitOutcome.RECUT, 2)
     assert between.attempts == 1
     assert _numbers(lake, info) == [1]
+
+
+@pytest.mark.parametrize("between", [False, True], ids=["before", "at the swap"])
+@pytest.mark.parametrize("key", [(), ("n",)], ids=["append_only", "primary_key"])
+def test_properties_copied_from_another_table(
+    lake: Any, monkeypatch: pytest.MonkeyPatch, key: tuple[str, ...], between: bool
+) -> None:
+    """Others copy all properties of a table to another one of the log: its writes do not count as committed (R15)."""
+    schema = SCHEMA.set(0, SCHEMA.field(0).with_nullable(not key))
+    rows = [pa.RecordBatch.from_pylist([{"n": number}], schema=schema) for number in range(9)]
+    one, other = (lake.create(schema, name=name, key=key) for name in ("one", "other"))
+    lineage = Lineage((Start(1, 77, 1),))
+
+    def put(info: Any, batches: list[pa.RecordBatch], after: int) -> Any:
+        job = replace(lake.job(info, lake.encode(info, batches, after)), lineage=lineage)
+        return commit.commit(lake.config, job)
+
+    def copy() -> None:
+        catalog = lake.foreign()
+        with catalog.load_table(tuple(other.name)).transaction() as transaction:
+            transaction.set_properties(catalog.load_table(tuple(one.name)).properties)
+        catalog.close()
+
+    assert put(one, rows[:5], 0).outcome is CommitOutcome.COMMITTED
+    assert put(other, rows[:2], 0).outcome is CommitOutcome.COMMITTED
+    if between:
+        _Between(monkeypatch, lake, copy)
+    else:
+        copy()
+    result = put(other, rows[2:4], 2)
+    assert result.outcome is CommitOutcome.NOT_OURS
+    assert "another table's arka.* properties" in result.detail
+    assert _numbers(lake, other) == [0, 1]
+    assert put(one, rows[5:6], 5).outcome is CommitOutcome.COMMITTED
 
 
 def test_epoch_raised_between_check_and_swap_fences(lake: Any, monkeypatch: pytest.MonkeyPatch) -> None:

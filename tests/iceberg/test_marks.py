@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from uuid import UUID
 
 import pytest
 
+from arka.client.resubmit import SentLog, _held_of
 from arka.iceberg.marks import mark_of, mark_properties, marks_of
 from arka.lineage import MAX_STARTS, CommitMark, Lineage, Start
 from arka.tableproperties import committed_lsn_property, epoch_property, token_property
 
 LOG = UUID(int=9)
+TABLE, OTHER = UUID(int=1), UUID(int=2)
 LSN, EPOCH, TOKEN = committed_lsn_property(LOG), epoch_property(LOG), token_property(LOG)
 MADE = mark_properties(LOG, 12, 3, 0xABC)
 
@@ -51,7 +54,7 @@ def test_what_others_changed(changed: dict[str, str | None]) -> None:
     """A number that is not the one that the commit set is damage, and the property is named."""
     found = mark_of({name: value for name, value in {**MADE, **changed}.items() if value is not None}, LOG)
     assert any(name in found.damage for name in changed)
-    assert Lineage((Start(3, 0xABC, 1),)).objection("t", found).startswith("Others changed")
+    assert Lineage((Start(3, 0xABC, 1),)).objection("t", TABLE, found).startswith("Others changed")
 
 
 STARTS = Lineage((Start(2, 22, 100), Start(3, 33, 200), Start(6, 66, 300)))
@@ -79,7 +82,32 @@ STARTS = Lineage((Start(2, 22, 100), Start(3, 33, 200), Start(6, 66, 300)))
 )
 def test_whose_mark_it_is(mark: CommitMark, is_ours: bool) -> None:
     """A mark is ours if its start is, and held LSNs that this start may have given."""
-    assert (STARTS.problem_of(mark) == "") is is_ours
+    assert (STARTS.problem_of(TABLE, _written(mark)) == "") is is_ours
+
+
+def _written(mark: CommitMark) -> CommitMark:
+    """A mark as a start writes it that has the given token."""
+    start = Lineage((Start(mark.epoch, mark.token, 1),))
+    return replace(mark, token=start.token_for(TABLE, mark.epoch, mark.committed_lsn))
+
+
+@pytest.mark.parametrize("epoch", [2, 3, 6])
+def test_mark_of_another_table(epoch: int) -> None:
+    """A mark that others copied from another table of the same log is not this one's, whichever start made it."""
+    lsn = {2: 150, 3: 250, 6: 350}[epoch]
+    mark = CommitMark(LOG, lsn, epoch, STARTS.token_for(TABLE, epoch, lsn))
+    assert not STARTS.problem_of(TABLE, mark)
+    assert "no process of this directory" in STARTS.problem_of(OTHER, mark)
+    assert "arka.* properties" in STARTS.objection("u", OTHER, mark)
+
+
+def test_mark_of_another_table_holds_nothing_of_a_salvaged_log() -> None:
+    """What is salvaged is not left out for a mark that others copied from another table."""
+    token = STARTS.token_for(TABLE, 6, 350)
+    log = SentLog(LOG, 6, lineage=STARTS)
+    logs = {str(LOG): {"committed_lsn": 350, "epoch": 6, "token": f"{token:016x}"}}
+    assert _held_of({"table_uuid": str(TABLE), "logs": logs}, log) == 350
+    assert _held_of({"table_uuid": str(OTHER), "logs": logs}, log) == 0
 
 
 def test_starts_are_forgotten_from_the_oldest() -> None:

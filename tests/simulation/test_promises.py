@@ -190,7 +190,7 @@ def test_catches_blind_commit(monkeypatch: pytest.MonkeyPatch) -> None:
         for file in job.staged.files:
             table.changes += self._staged[file.path]
         table.snapshots.append(next(snapshot_ids))
-        token = job.lineage.token_of(job.epoch)
+        token = job.lineage.token_for(job.table.uuid, job.epoch, job.staged.through_lsn)
         table.marks[job.log_uuid] = CommitMark(job.log_uuid, job.staged.through_lsn, job.epoch, token)
         return CommitResult(CommitOutcome.COMMITTED, job.staged.through_lsn, table.snapshots[-1])
 

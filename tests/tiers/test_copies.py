@@ -274,3 +274,40 @@ async def test_marks_of_other_logs_are_nothing(autojump_clock: MockClock) -> Non
     node.catalog.set_mark(NAME, CommitMark(UUID(int=7), 1 << 40, 99, token=5))
     await _go_on(node, range(3, 5))
     _check_ids(node, set(range(5)))
+
+
+@pytest.mark.parametrize(("copied", "to"), [(KEYED, NAME), (NAME, KEYED)], ids=["append_only", "primary_key"])
+async def test_mark_of_another_table(autojump_clock: MockClock, copied: TableName, to: TableName) -> None:
+    """Others copy the mark of one table to another of the same log: no write that waits is taken for committed."""
+    node = SimNode()
+    await _first_life(node)
+    async with node.run() as pipeline:
+        table, other = await pipeline.tables.find(to), await pipeline.tables.find(copied)
+        before = table.committed.lsn
+        write(pipeline, table, 3, b"k3")
+        lineage, epoch = pipeline._state.state.lineage, pipeline._state.state.epoch
+        token = lineage.token_for(other.info.uuid, epoch, table.last_lsn)
+        node.catalog.set_mark(to, CommitMark(pipeline.log_uuid, table.last_lsn, epoch, token))
+        await trio.sleep(10)
+        assert (table.state, table.committed.lsn) == (TableState.STOPPED, before)
+        assert "another table's arka.* properties" in table.ending_detail
+        await write_all(pipeline, other, range(3, 5), Tier.ICEBERG_COMMITTED)
+    async with node.run() as pipeline:
+        await _find_stopped(pipeline, to)
+
+
+@pytest.mark.parametrize(("copied", "to"), [(KEYED, NAME), (NAME, KEYED)], ids=["append_only", "primary_key"])
+async def test_mark_of_another_table_at_a_start(autojump_clock: MockClock, copied: TableName, to: TableName) -> None:
+    """So it is where the mark was copied while the server was down; put back, the table goes on."""
+    node = SimNode()
+    await _first_life(node)
+    async with node.run() as pipeline:
+        await write_all(pipeline, await pipeline.tables.find(copied), range(3, 5), Tier.ICEBERG_COMMITTED)
+    own, others = [(await node.catalog.load_table(name)).marks[0] for name in (to, copied)]
+    node.catalog.set_mark(to, others)
+    async with node.run() as pipeline:
+        await _find_stopped(pipeline, to)
+    node.catalog.set_mark(to, own)
+    async with node.run() as pipeline:
+        await write_all(pipeline, await pipeline.tables.find(to), range(3, 5), Tier.ICEBERG_COMMITTED)
+    _check_ids(node, set(range(5)))
