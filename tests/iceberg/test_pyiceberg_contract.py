@@ -99,19 +99,29 @@ def test_signatures(function: Any, parameters: list[str]) -> None:
     assert _parameters(function) == parameters
 
 
-def test_our_overrides_override_something() -> None:
-    """Each method of the lean catalog that means to replace one of pyiceberg's does."""
-    ours = {name for name, member in vars(sqlcatalog.LeanSqlCatalog).items() if inspect.isfunction(member)}
-    assert ours == {
-        "__init__",
-        "_apply",
-        "_convert_orm_to_iceberg",
-        "_remember",
-        "_update_and_stage_table",
-        "commit_table",
-    }
-    for name in ours - {"_apply", "_remember"}:
+@pytest.mark.parametrize(
+    ("ours", "overriding", "further"),
+    [
+        (
+            sqlcatalog.ServerSqlCatalog,
+            {"__init__", "_load_file_io", "_update_and_stage_table", "commit_table"},
+            {"_apply", "_look_before_commit", "all_pointers", "drop_loaded", "last_look"},
+        ),
+        (
+            sqlcatalog.LeanSqlCatalog,
+            {"__init__", "_convert_orm_to_iceberg", "commit_table"},
+            {"_apply", "_remember"},
+        ),
+    ],
+)
+def test_our_overrides_override_something(ours: type, overriding: set[str], further: set[str]) -> None:
+    """Each method of our catalogs that means to replace one of pyiceberg's does, and no other one does."""
+    names = {name for name, member in vars(ours).items() if inspect.isfunction(member)}
+    assert names == overriding | further
+    for name in overriding:
         assert callable(getattr(SqlCatalog, name))
+    for name in further:
+        assert not hasattr(SqlCatalog, name)
 
 
 def test_commit_table_works_as_assumed() -> None:

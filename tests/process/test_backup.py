@@ -180,12 +180,13 @@ def test_what_is_sent_again_after_a_restore(
     for restart in range(restarts + 1):
         server.start()
         with connect(server.location) as client:
-            write_all(client, "a", [numbers([10 * restart + n]) for n in (1, 2)])
+            acks = write_all(client, "a", [numbers([10 * restart + n]) for n in (1, 2)])
+        last = max(ack["lsn"] for ack in acks)
         server.kill()
     server.data.rename(tmp_path / "lost")
     _restore(server, tmp_path / "copy")
     with connect(server.location) as client:
-        write_all(client, "a", [numbers([99])])
+        assert min(ack["lsn"] for ack in write_all(client, "a", [numbers([99])])) > last
     sending = [ARKA, "wal", "salvage", tmp_path / "lost", "--resubmit", server.location, "--keyless", "--above"]
     sent = subprocess.run([*sending, str(through)], capture_output=True, text=True, timeout=120, check=False)
     server.stop()
