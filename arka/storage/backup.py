@@ -61,6 +61,11 @@ BACKUP_FILE: Final = "backup.json"
 _ATTEMPTS: Final = 50
 #: Attempts at the log alone, within one of those.
 _LOG_ATTEMPTS: Final = 50
+#: LSNs that a restored copy leaves out, of 2**53: 16 starts on an empty disk, or 4096 restarts after a crash.
+_LEFT_OUT: Final = 2**36
+#: And so many for each microsecond since the backup, as nearly four such restarts in each second take: also what two
+#: restores of one backup are apart by. A day costs 0.06 % of all LSNs, a year 22 %.
+_LEFT_OUT_PER_US: Final = 64
 #: An attempt that takes longer may lack files whose grace of ten minutes is over, in seconds.
 _ATTEMPT_S: Final = 540.0
 #: Segments at the log's end that may still be written to: the active one and the one before it.
@@ -164,8 +169,9 @@ async def settle_restored(
     """Let a restored copy begin at LSNs and epochs that nobody has given, before anything else is used (R2, R38).
 
     The original may have gone on after the copy was made, and the same copy may have been restored before. Both gave
-    LSNs from what the copy knew as reserved, or from blocks after it, and never one in a microsecond. So a restored
-    copy begins as many LSNs above all that it knows as microseconds have passed since.
+    LSNs from what the copy knew as reserved, or from blocks after it. Writes take less than one in a microsecond, but a
+    restart after a crash leaves out 2**24 and a start on an empty disk 2**32. So a restored copy begins above all that
+    it knows by ``_LEFT_OUT`` and ``_LEFT_OUT_PER_US`` for each microsecond since.
 
     So it is with epochs, of which no disk takes two in a second. An epoch that both had would let ``arka wal salvage
     --resubmit`` take the copy's commits for those of the log that is salvaged, and leave out its writes.
@@ -200,7 +206,7 @@ async def settle_restored(
                 f"{path} says that the backup was made {-passed_us // 1_000_000 + 1} s from now: the time since then "
                 "decides at which LSN its log goes on. Set the clock, or start when that time has come"
             )
-        first_lsn = min(state.store_ceiling + passed_us, LSN_END)
+        first_lsn = min(state.store_ceiling + _LEFT_OUT + _LEFT_OUT_PER_US * passed_us, LSN_END)
         epoch = state.epoch + passed_us // 1_000_000 + 1
         # The store first: a disk that knows of an epoch which its store lacks is refused.
         await skip_epochs(state.log_uuid, epoch)

@@ -529,8 +529,11 @@ class Pipeline:
         Args:
             table: the stream's table: only what it can have lost counts (R37).
             lsn: the highest LSN that the client was ever given.
-            settled_lsn: lost ranges up to here are the client's past.
+            settled_lsn: lost ranges up to here are the client's past. It counts for nothing where the client was given
+                LSNs that this log has not come to: they are of another past of it (R38).
         """
+        if max(lsn, settled_lsn) > self.memory.last_lsn:
+            settled_lsn = 0
         marks = self.table_marks(table)
         idle = not table.backlog and table.last_lsn <= table.committed.lsn
         if table.taken_up and idle and lsn > table.known_from_lsn:

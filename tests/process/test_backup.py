@@ -194,6 +194,24 @@ def test_what_is_sent_again_after_a_restore(
     assert sorted(lake.column(server.data, "a", "n")) == sorted(written), sent.stdout + sent.stderr
 
 
+@pytest.mark.parametrize("age_s", [0, 3600, 30 * 86400])
+async def test_restarts_after_a_backup(tmp_path: Path, age_s: int) -> None:
+    """A restored copy begins above the LSNs that crash restarts and starts on empty disks have taken since (R2)."""
+    (tmp_path / BACKUP_FILE).write_text(json.dumps({"taken_us": (int(time.time()) - age_s) * 1_000_000}))
+
+    async def skip(log_uuid: UUID, epoch: int) -> None:
+        assert epoch > age_s
+
+    wal_dir = tmp_path / "wal"
+    await LogState.create(wal_dir, PosixDisk(), log_uuid=UUID(int=1), epoch=1, lsn_ceiling=100, store_ceiling=100)
+    await settle_restored(tmp_path, PosixDisk(), wal_dir, skip)
+    state = await LogState.read(wal_dir, PosixDisk())
+    assert state is not None
+    # In that time: so many starts on an empty disk, and three restarts after a crash in each second.
+    assert state.lsn_ceiling > 100 + 15 * 2**32 + age_s * 3 * 2**24
+    assert state.lsn_ceiling < 2**53 // 50
+
+
 async def test_backup_from_the_future(tmp_path: Path) -> None:
     """A clock behind the backup's could let two restores give the same LSNs: the start is refused (R2)."""
     (tmp_path / BACKUP_FILE).write_text(json.dumps({"taken_us": (int(time.time()) + 3600) * 1_000_000}))

@@ -113,6 +113,25 @@ async def test_range_counts_against_the_table_that_was_written_to(autojump_clock
         assert max(marks(pipeline, table, late[0], settled_lsn=kept)) == kept
 
 
+async def test_settled_in_another_past_of_the_log(autojump_clock: MockClock) -> None:
+    """A client with LSNs above all that this log has come to settles nothing: it lived with a later state (R3, R38)."""
+    node = SimNode()
+    async with node.run() as pipeline:
+        table = await create_table(pipeline)
+        await write_all(pipeline, table, range(2), Tier.ICEBERG_COMMITTED)
+        kept = table.last_lsn
+        write(pipeline, table, 2)
+    node.disk.crash()
+    async with node.run() as pipeline:
+        table = await pipeline.tables.find(NAME)
+        late = write(pipeline, table, 9).lsn
+        await pipeline.flush(table, Tier.ICEBERG_COMMITTED)
+        assert marks(pipeline, table, late, settled_lsn=late - 1) == {late}
+        end = pipeline.memory.last_lsn
+        for lsn, settled_lsn in ((end + 1, end), (end + 2**33, end + 2**33), (late, end + 1)):
+            assert max(marks(pipeline, table, lsn, settled_lsn=settled_lsn)) == kept
+
+
 async def test_what_is_quiet_outlives_the_segments_that_say_so(autojump_clock: MockClock) -> None:
     """Checkpoints remember quiet tables, and against whom a range counts, when the log's records are released."""
     node = SimNode()
