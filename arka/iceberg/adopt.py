@@ -42,6 +42,7 @@ from arka.iceberg.config import CatalogConfig
 from arka.iceberg.deletes import PATH_ID
 from arka.iceberg.fileio import WarehouseFileIO, batch_of, sync_directory
 from arka.iceberg.manifests import DeleteManifestWriter, avro_codec
+from arka.iceberg.specschema import spec_schema
 
 #: Where pyiceberg's records keep what is changed here; its classes have no setters. A contract test holds them.
 _PATH, _SIZE, _LOWER, _UPPER = 1, 5, 10, 11
@@ -91,8 +92,7 @@ def adopt(config: CatalogConfig, move: Move) -> list[str]:
             for namespace, name, location in _pointers(connection):
                 if move.of(location) == location:
                     continue
-                with batch_of(io):
-                    made = _Table(io, move, f"{namespace}.{name}").rewrite(location)
+                made = _rewrite(io, move, f"{namespace}.{name}", location)
                 _swap(connection, location, made)
                 names.append(f"{namespace}.{name}")
             _move_namespaces(connection, move)
@@ -104,6 +104,20 @@ def adopt(config: CatalogConfig, move: Move) -> list[str]:
     if parent.is_dir():
         sync_directory(str(parent))
     return names
+
+
+def _rewrite(io: FileIO, move: Move, name: str, location: str) -> str:
+    """Rewrite a table's files; what is wrong with them is said with the table's name."""
+    try:
+        with batch_of(io):
+            return _Table(io, move, name).rewrite(location)
+    except (ConfigurationError, OSError):
+        raise
+    except Exception as error:
+        raise ConfigurationError(
+            f"{name} cannot be written again with the paths of the new place ({type(error).__name__}: {error}). "
+            "Nothing is changed: go back to the old place, and mend or drop the table there"
+        ) from error
 
 
 def _pointers(connection: Connection) -> list[tuple[str, str, str]]:
@@ -229,7 +243,8 @@ class _Table:
             kind = ManifestWriterV1
         elif old.content == ManifestContent.DELETES:
             kind = DeleteManifestWriter
-        return kind(spec, metadata.schema(), output, old.added_snapshot_id or 0, avro_codec(metadata))
+        schema = spec_schema(metadata, spec, self._io, [old])
+        return kind(spec, schema, output, old.added_snapshot_id or 0, avro_codec(metadata))
 
     def _rewrite_file(self, file: DataFile) -> None:
         """Move a data file's path; a position-delete file is rewritten, since paths stand in it."""

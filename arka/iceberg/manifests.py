@@ -27,11 +27,13 @@ from pyiceberg.manifest import (
     ManifestEntryStatus,
     ManifestFile,
 )
+from pyiceberg.schema import Schema
 from pyiceberg.table import Table
 from pyiceberg.table.metadata import TableMetadata
 
 from arka.iceberg.avronames import PlainManifestWriter
 from arka.iceberg.locations import table_locations
+from arka.iceberg.specschema import UnknownSourceColumn, spec_schema
 from arka.iceberg.tableoptions import avro_codec_name
 from arka.storage.ports import FilesMissing
 
@@ -180,6 +182,7 @@ class ManifestBuilder:
                 )
             )
         rewritten: list[ManifestFile] = []
+        before: dict[int, list[ManifestFile]] = defaultdict(list)
         kept: list[ManifestFile] = []
         for manifest in parents:
             if manifest.manifest_path not in removed:
@@ -188,14 +191,16 @@ class ManifestBuilder:
             self.merged_away.append(manifest)
             entries = self._without(manifest, removed[manifest.manifest_path])
             if manifest.content == ManifestContent.DATA:
-                rewritten.append(self._write(manifest.partition_spec_id, entries))
+                rewritten.append(self._write(manifest.partition_spec_id, entries, [manifest]))
             else:
                 # Together with the new ones, so that delete manifests stay few.
                 deletes[manifest.partition_spec_id] += entries
-        added = [self._write(spec_id, entries) for spec_id, entries in sorted(data.items())]
+                before[manifest.partition_spec_id].append(manifest)
+        added = [self._write(spec_id, entries, parents) for spec_id, entries in sorted(data.items())]
         for spec_id, entries in sorted(deletes.items()):
             for start in range(0, len(entries), DELETE_ENTRIES):
-                added.append(self._write(spec_id, entries[start : start + DELETE_ENTRIES], deletes=True))
+                part = entries[start : start + DELETE_ENTRIES]
+                added.append(self._write(spec_id, part, before[spec_id] or parents, deletes=True))
         return added + rewritten + self._merge(kept)
 
     def _without(self, manifest: ManifestFile, gone: Container[str]) -> list[ManifestEntry]:
@@ -221,9 +226,14 @@ class ManifestBuilder:
         for (spec_id, _), manifests in tiers.items():
             if len(manifests) < MERGE_AT:
                 continue
+            try:
+                self._schema_of(spec_id, manifests)
+            except UnknownSourceColumn:
+                # Nobody can say the type of its partition values: these manifests stay as they are.
+                continue
             entries = [self._existing(e) for m in manifests for e in self._memory.entries(m, self._table.io)]
             made.update({m.manifest_path: None for m in manifests})
-            made[manifests[0].manifest_path] = self._write(spec_id, entries)
+            made[manifests[0].manifest_path] = self._write(spec_id, entries, manifests)
             self.merged_away += manifests
         kept = (made.get(manifest.manifest_path, manifest) for manifest in parents)
         return [manifest for manifest in kept if manifest is not None]
@@ -244,12 +254,20 @@ class ManifestBuilder:
             data_file=entry.data_file,
         )
 
-    def _write(self, spec_id: int, entries: list[ManifestEntry], *, deletes: bool = False) -> ManifestFile:
+    def _schema_of(self, spec_id: int, others: Sequence[ManifestFile]) -> Schema:
+        """Return the schema for manifests of a spec; the headers of ``others`` of that spec may help."""
+        of_spec = (manifest for manifest in others if manifest.partition_spec_id == spec_id)
+        return spec_schema(self._metadata, self._metadata.specs()[spec_id], self._table.io, of_spec)
+
+    def _write(
+        self, spec_id: int, entries: list[ManifestEntry], others: Sequence[ManifestFile], *, deletes: bool = False
+    ) -> ManifestFile:
+        schema = self._schema_of(spec_id, others)
         location = self._provider.new_metadata_location(f"{self._attempt}-m{len(self.written)}.avro")
         self.written.append(location)
         with (DeleteManifestWriter if deletes else PlainManifestWriter)(
             spec=self._metadata.specs()[spec_id],
-            schema=self._metadata.schema(),
+            schema=schema,
             output_file=self._table.io.new_output(location),
             snapshot_id=self._snapshot_id,
             avro_compression=avro_codec(self._metadata),

@@ -28,6 +28,8 @@ from pyiceberg.manifest import (
     ManifestFile,
     write_manifest_list,
 )
+from pyiceberg.partitioning import PartitionSpec
+from pyiceberg.schema import Schema
 from pyiceberg.table import Table
 from pyiceberg.table.metadata import TableMetadata
 from pyiceberg.table.refs import MAIN_BRANCH, SnapshotRefType
@@ -52,6 +54,7 @@ from arka.errors import InternalError
 from arka.iceberg.fileio import batch_of
 from arka.iceberg.locations import table_locations
 from arka.iceberg.manifests import ManifestBuilder, ManifestMemory, avro_codec
+from arka.iceberg.specschema import UnknownSourceColumn, spec_schema
 from arka.iceberg.tableoptions import min_snapshots
 from arka.iceberg.timestamps import next_ms
 from arka.storage.ports import StagedFile
@@ -225,11 +228,11 @@ def _summary(
 ) -> Summary:
     collector = SnapshotSummaryCollector()
     specs = metadata.specs()
-    schema = metadata.schema()
+    schemas = {number: _known_schema(metadata, specs[number]) for number in {f.spec_id for f in (*files, *removed)}}
     for file in files:
-        collector.add_file(file, schema=schema, partition_spec=specs[file.spec_id])
+        collector.add_file(file, schema=schemas[file.spec_id], partition_spec=specs[file.spec_id])
     for file in removed:
-        collector.remove_file(file, schema=schema, partition_spec=specs[file.spec_id])
+        collector.remove_file(file, schema=schemas[file.spec_id], partition_spec=specs[file.spec_id])
     adds_data = any(file.content == DataFileContent.DATA for file in files)
     appends = not removed and all(file.content == DataFileContent.DATA for file in files)
     operation = Operation.APPEND if appends else Operation.OVERWRITE if adds_data else Operation.DELETE
@@ -238,6 +241,14 @@ def _summary(
         Summary(operation=operation, **collector.build(), **notes),
         parent.summary if parent is not None else None,
     )
+
+
+def _known_schema(metadata: TableMetadata, spec: PartitionSpec) -> Schema:
+    """A spec's schema for the text of a summary, which needs no types."""
+    try:
+        return spec_schema(metadata, spec)
+    except UnknownSourceColumn:
+        return metadata.schema()
 
 
 __all__ = [
