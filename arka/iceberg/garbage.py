@@ -25,6 +25,7 @@ from pyiceberg.table.metadata import TableMetadata
 
 from arka.iceberg.fileio import list_folder
 from arka.iceberg.producer import discard
+from arka.iceberg.tableoptions import expires_files
 
 #: How long a reader may go on with a snapshot that has expired, in seconds.
 GRACE_S: Final = 600.0
@@ -130,8 +131,10 @@ class Garbage:
             removed: data and delete files of the parent that the new snapshot does without.
             consecutive: whether the parent was this worker's own last commit. After a rollback or another
                 writer's commit, snapshots may refer again to what was thought useless.
+
+        With ``gc.enabled=false`` others share the files: what was known is forgotten, and nothing is deleted (R29).
         """
-        if not consecutive or len(after.refs) > 1:
+        if not consecutive or len(after.refs) > 1 or not expires_files(after.properties):
             self._tables.pop(after.table_uuid, None)
             return
         lineage = self._tables.setdefault(after.table_uuid, _Lineage())

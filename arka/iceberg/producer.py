@@ -55,8 +55,8 @@ from arka.iceberg.fileio import batch_of
 from arka.iceberg.locations import table_locations
 from arka.iceberg.manifests import ManifestBuilder, ManifestMemory, avro_codec
 from arka.iceberg.specschema import UnknownSourceColumn, spec_schema
-from arka.iceberg.tableoptions import min_snapshots
-from arka.iceberg.timestamps import next_ms
+from arka.iceberg.tableoptions import expires_files, max_snapshot_age_ms, min_snapshots
+from arka.iceberg.timestamps import newest_ms, next_ms, now_ms
 from arka.storage.ports import StagedFile
 
 
@@ -105,28 +105,52 @@ def expired_ids(metadata: TableMetadata, keep: int) -> list[int]:
 
     Args:
         metadata: of the table before the commit.
-        keep: snapshots to leave, the new one included, >= 2; the table's own
+        keep: snapshots of branch main to leave, the new one included, >= 2; the branch's own retention and the table's
             ``history.expire.min-snapshots-to-keep`` can raise it.
 
     Returns:
-        Ids, oldest first. Never the current one, a tag's, nor what a branch other than main can reach.
+        Ids, oldest first; none with ``gc.enabled=false`` (R29). Never the current one, a tag's, what another
+        branch than main can reach, nor one of main that is younger than the branch's ``max-snapshot-age-ms``. One
+        that nothing reaches, such as one that others staged, goes when it is older than
+        ``history.expire.max-snapshot-age-ms``.
     """
-    keep = max(keep, min_snapshots(metadata.properties))
-    surplus = len(metadata.snapshots) + 1 - keep
-    if surplus <= 0:
+    if not expires_files(metadata.properties):
         return []
+    main = metadata.refs.get(MAIN_BRANCH)
+    keep = max(keep, min_snapshots(metadata.properties), (main and main.min_snapshots_to_keep) or 1)
     protected = {metadata.current_snapshot_id}
     for name, ref in metadata.refs.items():
         protected.add(ref.snapshot_id)
-        if name == MAIN_BRANCH or ref.snapshot_ref_type != SnapshotRefType.BRANCH:
+        if name != MAIN_BRANCH and ref.snapshot_ref_type == SnapshotRefType.BRANCH:
+            protected |= _ancestors(metadata, ref.snapshot_id)
+    history = _ancestors(metadata, metadata.current_snapshot_id)
+    now = newest_ms(metadata)
+    surplus = len(history) + 1 - keep
+    expired = []
+    for snapshot in sorted(metadata.snapshots, key=lambda s: (s.sequence_number or 0, s.timestamp_ms)):
+        if snapshot.snapshot_id in protected:
             continue
-        ancestor = metadata.snapshot_by_id(ref.snapshot_id)
-        while ancestor is not None and ancestor.parent_snapshot_id is not None:
-            protected.add(ancestor.parent_snapshot_id)
-            ancestor = metadata.snapshot_by_id(ancestor.parent_snapshot_id)
-    oldest_first = sorted(metadata.snapshots, key=lambda s: (s.sequence_number or 0, s.timestamp_ms))
-    free = [s.snapshot_id for s in oldest_first if s.snapshot_id not in protected]
-    return free[:surplus]
+        age = max(now, now_ms()) - snapshot.timestamp_ms
+        if snapshot.snapshot_id not in history:
+            goes = age > max_snapshot_age_ms(metadata.properties)
+        else:
+            goes = surplus > 0 and age > ((main and main.max_snapshot_age_ms) or -1)
+            surplus -= goes
+        if goes:
+            expired.append(snapshot.snapshot_id)
+    return expired
+
+
+def _ancestors(metadata: TableMetadata, snapshot_id: int | None) -> set[int]:
+    """A snapshot and what it follows, as far as the table has it."""
+    found: set[int] = set()
+    while snapshot_id is not None and snapshot_id not in found:
+        snapshot = metadata.snapshot_by_id(snapshot_id)
+        if snapshot is None:
+            break
+        found.add(snapshot_id)
+        snapshot_id = snapshot.parent_snapshot_id
+    return found
 
 
 def stage_snapshot(
@@ -204,7 +228,13 @@ def snapshot_updates(
     updates: tuple[TableUpdate, ...] = (
         AddSnapshotUpdate(snapshot=staged.snapshot),
         SetSnapshotRefUpdate(  # type: ignore[call-arg]
-            snapshot_id=staged.snapshot.snapshot_id, ref_name=MAIN_BRANCH, type=SnapshotRefType.BRANCH
+            snapshot_id=staged.snapshot.snapshot_id,
+            ref_name=MAIN_BRANCH,
+            type=SnapshotRefType.BRANCH,
+            # The branch's own retention is its owner's: setting a ref replaces all of it.
+            min_snapshots_to_keep=main.min_snapshots_to_keep if main else None,
+            max_snapshot_age_ms=main.max_snapshot_age_ms if main else None,
+            max_ref_age_ms=main.max_ref_age_ms if main else None,
         ),
         SetPropertiesUpdate(updates=dict(properties)),
     )

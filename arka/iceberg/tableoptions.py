@@ -102,6 +102,17 @@ def min_snapshots(properties: Mapping[str, str]) -> int:
     return _Reader(properties).count(TableProperties.MIN_SNAPSHOTS_TO_KEEP, range(1, 10**18)) or 1
 
 
+def expires_files(properties: Mapping[str, str]) -> bool:
+    """Say whether snapshots of a table may expire and its files be deleted: not with ``gc.enabled=false`` (R29)."""
+    return properties.get("gc.enabled", "true").strip().lower() != "false"
+
+
+def max_snapshot_age_ms(properties: Mapping[str, str]) -> int:
+    """Return how long a snapshot is kept that no branch or tag reaches, in milliseconds. Never raises for a value."""
+    found = _Reader(properties).count(TableProperties.MAX_SNAPSHOT_AGE_MS, range(10**18))
+    return TableProperties.MAX_SNAPSHOT_AGE_MS_DEFAULT if found is None else found
+
+
 class _Reader:
     """Reads properties and writes down which could not be used."""
 
