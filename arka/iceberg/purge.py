@@ -30,11 +30,10 @@ from pyiceberg.typedef import Identifier
 from arka.iceberg.config import CatalogConfig
 from arka.iceberg.fileio import local_path
 from arka.iceberg.sqlcatalog import ServerSqlCatalog
+from arka.iceberg.tableoptions import expires_files
 
 #: Locations that Arka made end in eight hex digits that no other table's has (R5).
 _OWN_LOCATION: Final = re.compile(r"/[^/]+/[^/]+-[0-9a-f]{8}\Z")
-#: ``false``: others read the table's data files, so that its owner alone knows when they may go.
-_GC: Final = "gc.enabled"
 _SCHEME: Final = re.compile(r"(?:s3a|s3n)://")
 
 _log = logging.getLogger(__name__)
@@ -143,7 +142,7 @@ def _remove_folder(config: CatalogConfig, metadata: TableMetadata) -> None:
         return
     real = os.path.realpath(path)
     own = _OWN_LOCATION.fullmatch(metadata.location.removeprefix(config.warehouse))
-    if own and metadata.properties.get(_GC, "true").lower() != "false":
+    if own and expires_files(metadata.properties):
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(real)
         return
@@ -158,7 +157,7 @@ def _files_of(io: FileIO, metadata: TableMetadata, metadata_location: str) -> It
     lists: list[str] = []
     manifests: dict[str, None] = {}
     seen: set[str] = set()
-    data = metadata.properties.get(_GC, "true").lower() != "false"
+    data = expires_files(metadata.properties)
     for snapshot in metadata.snapshots:
         lists.append(snapshot.manifest_list)
         try:
