@@ -52,9 +52,10 @@ FORMER_DEFAULTS: Final[Mapping[str, str]] = {
     "write.metadata.previous-versions-max": "20",
 }
 
-_UUID: Final = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+#: A UUID in lower-case hex, as a regular expression.
+UUID_FORM: Final = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 #: The properties of a log's mark (R15).
-MARK: Final = re.compile(rf"arka\.({_UUID})\.(committed-lsn|epoch|token)\Z")
+MARK: Final = re.compile(rf"arka\.({UUID_FORM})\.(committed-lsn|epoch|token)\Z")
 
 #: Most bytes of all properties together: they are in each metadata file, which each commit writes.
 MAX_BYTES: Final = 64 * 1024
@@ -220,6 +221,7 @@ __all__ = [
     "SUMMARY_LAST_LSN",
     "SUMMARY_LOG",
     "TABLE_TYPE",
+    "UUID_FORM",
     "Rule",
     "cleaning",
     "committed_lsn_property",

@@ -26,6 +26,7 @@ from pyiceberg.table.metadata import TableMetadata
 from arka.iceberg.fileio import list_folder
 from arka.iceberg.producer import discard
 from arka.iceberg.tableoptions import expires_files
+from arka.tableproperties import UUID_FORM
 
 #: How long a reader may go on with a snapshot that has expired, in seconds.
 GRACE_S: Final = 600.0
@@ -34,7 +35,7 @@ _DELETIONS_PER_COMMIT: Final = 16
 #: The same for manifests, data files and delete files: a commit of upserts replaces dozens of them.
 _FILES_PER_COMMIT: Final = 128
 #: ``<version>-<uuid>.metadata.json``, as pyiceberg names metadata files.
-_METADATA_NAME: Final = re.compile(r"(\d{5,})-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\.metadata\.json\Z")
+_METADATA_NAME: Final = re.compile(rf"(\d{{5,}})-{UUID_FORM}\.metadata\.json\Z")
 #: Locations that Arka made end in eight digits of the table's own: such a folder holds one table (R5).
 _OWN_LOCATION: Final = re.compile(r"-[0-9a-f]{8}\Z")
 

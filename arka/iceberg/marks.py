@@ -22,13 +22,14 @@ from arka.tableproperties import (
     MARK,
     SUMMARY_LAST_LSN,
     SUMMARY_LOG,
+    UUID_FORM,
     committed_lsn_property,
     epoch_property,
     token_property,
 )
 
 _NUMBER: Final = re.compile(r"[0-9]{1,19}\Z")
-_LOG: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")
+_LOG: Final = re.compile(rf"{UUID_FORM}\Z")
 #: Epoch, LSN, and ``Lineage.token_for`` in hex.
 _TOKEN: Final = re.compile(r"([0-9]{1,19})-([0-9]{1,19})-([0-9a-f]{16})\Z")
 
@@ -85,8 +86,11 @@ def marks_of(properties: Mapping[str, str]) -> tuple[CommitMark, ...]:
 
 def mark_in(metadata: TableMetadata, log_uuid: UUID) -> CommitMark:
     """Read one log's mark, and hold it against what the table's snapshots say of the same log."""
+    return _held_against(metadata, log_uuid, _noted_lsns(metadata).get(log_uuid, 0))
+
+
+def _held_against(metadata: TableMetadata, log_uuid: UUID, noted_lsn: int) -> CommitMark:
     mark = mark_of(metadata.properties, log_uuid)
-    noted_lsn = _noted_lsns(metadata).get(log_uuid, 0)
     if mark.damage or noted_lsn <= mark.committed_lsn:
         return mark
     name = committed_lsn_property(log_uuid)
@@ -96,8 +100,9 @@ def mark_in(metadata: TableMetadata, log_uuid: UUID) -> CommitMark:
 
 def marks_in(metadata: TableMetadata) -> tuple[CommitMark, ...]:
     """Read the marks of all logs, in the order of their UUIDs, as ``mark_in`` does, removed ones too."""
-    logs = {mark.log_uuid for mark in marks_of(metadata.properties)} | _noted_lsns(metadata).keys()
-    return tuple(mark_in(metadata, log) for log in sorted(logs))
+    noted = _noted_lsns(metadata)
+    logs = {mark.log_uuid for mark in marks_of(metadata.properties)} | noted.keys()
+    return tuple(_held_against(metadata, log, noted.get(log, 0)) for log in sorted(logs))
 
 
 def _noted_lsns(metadata: TableMetadata) -> dict[UUID, int]:

@@ -124,17 +124,18 @@ def expired_ids(metadata: TableMetadata, keep: int) -> list[int]:
         if name != MAIN_BRANCH and ref.snapshot_ref_type == SnapshotRefType.BRANCH:
             protected |= _ancestors(metadata, ref.snapshot_id)
     history = _ancestors(metadata, metadata.current_snapshot_id)
-    now = newest_ms(metadata)
+    now = max(newest_ms(metadata), now_ms())
+    main_age_ms, other_age_ms = (main and main.max_snapshot_age_ms) or -1, max_snapshot_age_ms(metadata.properties)
     surplus = len(history) + 1 - keep
     expired = []
     for snapshot in sorted(metadata.snapshots, key=lambda s: (s.sequence_number or 0, s.timestamp_ms)):
         if snapshot.snapshot_id in protected:
             continue
-        age = max(now, now_ms()) - snapshot.timestamp_ms
+        age_ms = now - snapshot.timestamp_ms
         if snapshot.snapshot_id not in history:
-            goes = age > max_snapshot_age_ms(metadata.properties)
+            goes = age_ms > other_age_ms
         else:
-            goes = surplus > 0 and age > ((main and main.max_snapshot_age_ms) or -1)
+            goes = surplus > 0 and age_ms > main_age_ms
             surplus -= goes
         if goes:
             expired.append(snapshot.snapshot_id)

@@ -3,8 +3,8 @@
 Owns: what is looked at. Local places are told apart by device and inode: the catalog's file, the warehouse's folder
 and the table's own. Files of metadata are looked for by name. An SQLite database is its file and, while a connection
 is open, the two log files beside it: a connection whose log was removed or replaced reads and writes what nobody else
-sees. Does not own what follows from a difference: the
-server stalls, and reads the warehouse's marker (``arka.tiers.warehouse``).
+sees. Does not own what follows from a difference: the server stalls, and reads the warehouse's marker
+(``arka.tiers.warehouse``).
 
 A worker remembers the places that it has seen. When one of them is another, everything that the worker knows of
 files is void, so it says so once and begins again with what is there.

@@ -15,12 +15,12 @@ from typing import Final
 import structlog
 
 from arka.storage.ports import ObjectMeta, ObjectStore
+from arka.tableproperties import UUID_FORM
 
 log = structlog.get_logger(__name__)
 
 _EPOCH: Final = r"[0-9]{10}"
 _LSN: Final = r"[0-9]{16}"
-_UUID: Final = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 #: The forms of keys, below the node's id, by their first folder.
 _FORMS: Final = {
     folder: re.compile(form, re.ASCII)
@@ -31,14 +31,14 @@ _FORMS: Final = {
         "lsn": _LSN,
         "wal": rf"{_EPOCH}/{_LSN}\.wal",
         "checkpoint": f"{_EPOCH}/{_LSN}",
-        "parked": rf"{_UUID}/{_LSN}-{_EPOCH}\.wal",
-        "behind": rf"{_UUID}/{_LSN}-{_EPOCH}\.wal",
-        "aside": f"{_UUID}/{_LSN}",
+        "parked": rf"{UUID_FORM}/{_LSN}-{_EPOCH}\.wal",
+        "behind": rf"{UUID_FORM}/{_LSN}-{_EPOCH}\.wal",
+        "aside": f"{UUID_FORM}/{_LSN}",
     }.items()
 }
 #: Strangers that are remembered as logged.
 _MAX_LOGGED: Final = 1024
-_logged: set[tuple[str, str]] = set()
+_logged: set[str] = set()
 
 
 def is_own(node_id: str, key: str) -> bool:
@@ -76,16 +76,15 @@ async def list_own(
         if is_own(node_id, meta.key):
             own.append(meta)
         else:
-            _report(f"{store.url}/{meta.key}", meta)
+            _report(f"{store.url}/{meta.key}", meta.size)
     return own
 
 
-def _report(path: str, meta: ObjectMeta) -> None:
-    stranger = (path, meta.key)
-    if stranger in _logged or len(_logged) >= _MAX_LOGGED:
+def _report(path: str, size: int) -> None:
+    if path in _logged or len(_logged) >= _MAX_LOGGED:
         return
-    _logged.add(stranger)
-    log.warning("objects.stranger", path=path, size=meta.size, hint="its name is not one that Arka gives: left alone")
+    _logged.add(path)
+    log.warning("objects.stranger", path=path, size=size, hint="its name is not one that Arka gives: left alone")
 
 
 __all__ = ["is_own", "list_own"]

@@ -190,7 +190,7 @@ class _Start:
         """Begin a log on an empty disk, or bring one back that the store has."""
         lease = taken.lease
         taken = await self._restore(lease)
-        # Read behind our own epoch: whoever had an earlier one records no start that counts any more.
+        # Read behind our own epoch: a process with an earlier one records no start that counts any more.
         started = await ask_store(partial(newest_start, self._world.store, self._node_id))
         state = await LogState.create(
             self._wal_dir,

@@ -57,14 +57,9 @@ class AsideWrite(NamedTuple):
     object: WalObject
 
 
-def aside_prefix(node_id: str) -> str:
-    """Where a node's set-aside writes are."""
-    return f"{node_id}/aside/"
-
-
 def aside_key(node_id: str, table: UUID, lsn: int) -> str:
     """The key of one write."""
-    return f"{aside_prefix(node_id)}{table}/{lsn:016d}"
+    return f"{node_id}/aside/{table}/{lsn:016d}"
 
 
 def encode_aside(log_uuid: UUID, reason: str, noted_us: int, parts: Sequence[Buffer]) -> list[bytes]:
@@ -173,7 +168,6 @@ def copy_aside(write: AsideWrite, rows: SalvagedWrite, out: Path) -> Path:
 __all__ = [
     "AsideWrite",
     "aside_key",
-    "aside_prefix",
     "asides_of",
     "copy_aside",
     "encode_aside",

@@ -109,7 +109,7 @@ def test_directory_that_was_put_back(make: Make, tmp_path: Path) -> None:
 
 
 def test_copy_beside_its_original(make: Make, tmp_path: Path) -> None:
-    """A copy is refused; with the flag that its message names, each table is one server's only, whoever comes first."""
+    """A copy is refused; with the flag that its message names, a table is one server's alone: the first that comes."""
     _first_life(make())
     shutil.copytree(tmp_path / "data", tmp_path / "copy")
     said = _refusal(make(data="copy"))

@@ -29,7 +29,7 @@ def _events() -> Iterator[tuple[str, Path]]:
 
 
 def test_each_warning_is_explained() -> None:
-    """Whoever sees a warning finds on the page what it means and what to do."""
+    """The page says of each warning what it means and what to do."""
     page = (_ROOT / "docs" / "operations.md").read_text()
     found = dict(_events())
     assert len(found) > 30

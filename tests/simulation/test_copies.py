@@ -166,7 +166,7 @@ def run(seed: int, *, copies: bool = True) -> History:
 
 
 def test_copies() -> None:
-    """Whatever is copied, put back or lost, and whoever lives at once, no promise is broken."""
+    """No promise is broken, whatever is copied, put back or lost, and however many servers run at once."""
     histories = [run(seed) for seed in range(SEEDS)]
     # Else they show nothing.
     assert sum(history.stopped > 0 for history in histories) > SEEDS // 4
