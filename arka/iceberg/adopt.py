@@ -56,14 +56,19 @@ class Move:
     Attributes:
         old: URL with which the paths begin that are to be changed, without a slash at its end.
         new: what they begin with now.
+        others: further pairs of such URLs, for paths that begin with none before: of tables beside the warehouse.
     """
 
     old: str
     new: str
+    others: tuple[tuple[str, str], ...] = ()
 
     def of(self, path: str) -> str:
         """The path now; one that lies elsewhere stays."""
-        return self.new + path[len(self.old) :] if path == self.old or path.startswith(self.old + "/") else path
+        for old, new in ((self.old, self.new), *self.others):
+            if path == old or path.startswith(old + "/"):
+                return new + path[len(old) :]
+        return path
 
 
 def adopt(config: CatalogConfig, move: Move) -> list[str]:
@@ -77,8 +82,9 @@ def adopt(config: CatalogConfig, move: Move) -> list[str]:
         The names of the tables that were changed.
 
     Raises:
-        ConfigurationError: the catalog is not a database, or a table has a form that cannot be written.
-        OSError: the disk refused; nothing is changed.
+        ConfigurationError: the catalog is not a database, or a table has a form that cannot be written, or a file of
+            it is not at the new place; the table is named.
+        OSError: the disk refused, with the table's name; nothing is changed.
 
     Durability: all of it is durable on return; before the transaction nothing counts.
     """
@@ -111,8 +117,16 @@ def _rewrite(io: FileIO, move: Move, name: str, location: str) -> str:
     try:
         with batch_of(io):
             return _Table(io, move, name).rewrite(location)
-    except (ConfigurationError, OSError):
+    except ConfigurationError:
         raise
+    except FileNotFoundError as error:
+        raise ConfigurationError(
+            f"table {name} lay at {location} and cannot be written again with the paths of the new place: a file of "
+            f"it is not there ({error}). Nothing is changed: bring its files from the old place or from a backup, or "
+            "drop the table from the catalog, and start again"
+        ) from error
+    except OSError as error:
+        raise OSError(error.errno, f"table {name} cannot be written at the new place: {error}") from error
     except Exception as error:
         raise ConfigurationError(
             f"{name} cannot be written again with the paths of the new place ({type(error).__name__}: {error}). "

@@ -222,12 +222,12 @@ def list_tables(config: CatalogConfig) -> CatalogListing:
 
 
 @_job
-def adopt(config: CatalogConfig, old: str, new: str) -> list[str]:
+def adopt(config: CatalogConfig, old: str, new: str, others: tuple[tuple[str, str], ...]) -> list[str]:
     """See ``arka.iceberg.adopt.adopt``."""
     from arka.iceberg.adopt import Move
     from arka.iceberg.adopt import adopt as run
 
-    return run(config, Move(old, new))
+    return run(config, Move(old, new, others))
 
 
 @_job

@@ -34,7 +34,6 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, NamedTuple
-from urllib.parse import unquote, urlsplit
 from uuid import UUID
 
 import structlog
@@ -45,6 +44,8 @@ from arka.errors import ArkaError, ConfigurationError, Unavailable
 from arka.iceberg.config import JOINED_FILE, CatalogConfig
 from arka.options import IcebergOptions
 from arka.storage.backuphold import hold
+from arka.storage.catalogfile import open_catalog, read_pointers
+from arka.storage.filecopy import FileCopies, copy_file, files_below, sync_file, write_whole
 from arka.storage.ports import Disk
 from arka.wal.dump import verify_log
 from arka.wal.logstate import STATE_NAME, LogState, newest_slot, read_slots
@@ -70,7 +71,6 @@ _LEFT_OUT_PER_US: Final = 64
 _ATTEMPT_S: Final = 540.0
 #: Segments at the log's end that may still be written to: the active one and the one before it.
 _UNSETTLED: Final = 2
-_COPY_BYTES: Final = 16 * 1024 * 1024
 #: What the object store's folder holds of a running process only.
 _STAGING: Final = ".staging"
 _BEATS: Final = "heartbeat"
@@ -153,7 +153,7 @@ def back_up(data_dir: Path, out: Path, disk: Disk) -> BackedUp:
         else:
             raise Unavailable(f"No attempt of {_ATTEMPTS} led to a consistent copy; the last one: {reason}")
     about = {"version": 1, "data_dir": os.path.realpath(data_dir), "taken_us": taken_us, "through_lsn": through_lsn}
-    _write_whole(staged / BACKUP_FILE, json.dumps(about, indent=1).encode() + b"\n")
+    write_whole(staged / BACKUP_FILE, json.dumps(about, indent=1).encode() + b"\n")
     files = [path for path in staged.rglob("*") if path.is_file()]
     for folder in [staged, *(path for path in staged.rglob("*") if path.is_dir())]:
         disk.sync_directory(folder)
@@ -259,6 +259,9 @@ class _Copy:
         self._disk = disk
         # Numbers of segments whose copy has their footer: they do not change.
         self._settled: set[int] = set()
+        self._copies = FileCopies(target)
+        # Files that a table needed and an earlier attempt did not find. A file that is gone does not come back.
+        self._lacked: set[str] = set()
         self.outside: tuple[str, ...] = ()
 
     def attempt(self) -> tuple[int, int]:
@@ -275,20 +278,20 @@ class _Copy:
         before = self._held()
         for name in ("disk-id", JOINED_FILE):
             with suppress(FileNotFoundError):
-                _write_whole(self._target / name, (self._source / name).read_bytes())
+                write_whole(self._target / name, (self._source / name).read_bytes())
         pointers = self._copy_catalog()
         first = set(self._objects())
-        self._copy_all("warehouse", _files(self._source / "warehouse"))
-        self._check_pointers(pointers)
+        self._copy_all("warehouse", files_below(self._source / "warehouse"))
+        self._check_tables(pointers)
         self._copy_objects(first)
-        checkpoints = list(_files(self._source / "checkpoints", without=(_STAGING,)))
+        checkpoints = list(files_below(self._source / "checkpoints", without=(_STAGING,)))
         self._copy_all("checkpoints", checkpoints)
         self._remove_others("checkpoints", set(checkpoints))
         self._copy_log()
         self._check_held(before, self._held())
         if time.monotonic() - began > _ATTEMPT_S:
             raise _Again(f"it took longer than {_ATTEMPT_S:.0f} s, while superseded metadata files stay for 600 s")
-        if {name for name, _ in pointers} != {name for name, _ in _read_pointers(self._source / "catalog.db")}:
+        if {name for name, _ in pointers} != {name for name, _ in read_pointers(self._source / "catalog.db")}:
             raise _Again("tables were made or dropped")
         report = verify_log(self._target / "wal", self._disk)
         if not report.ok:
@@ -324,7 +327,7 @@ class _Copy:
             raise _Again("segments were let go of")
 
     def _objects(self) -> Iterator[str]:
-        return _files(self._source / "objects", without=(_STAGING, _BEATS))
+        return files_below(self._source / "objects", without=(_STAGING, _BEATS))
 
     # -- the parts ------------------------------------------------------------------------------
 
@@ -332,23 +335,32 @@ class _Copy:
         """Copy the catalog as of one moment; returns its tables and their metadata files."""
         new = self._target / "catalog.db"
         new.unlink(missing_ok=True)
-        with closing(_open_catalog(self._source / "catalog.db")) as catalog, closing(sqlite3.connect(new)) as copy:
+        with closing(open_catalog(self._source / "catalog.db")) as catalog, closing(sqlite3.connect(new)) as copy:
             catalog.backup(copy)
-        _sync(new)
-        return _read_pointers(new)
+        sync_file(new)
+        return read_pointers(new)
 
-    def _check_pointers(self, pointers: list[tuple[str, str]]) -> None:
-        """Check that the metadata files that the catalog's copy names are in the copy."""
-        root = os.path.realpath(self._source)
-        outside = []
-        for table, location in pointers:
-            path = Path(unquote(urlsplit(location).path))
-            relative = Path(os.path.realpath(path.parent), path.name)
-            if not relative.is_relative_to(root):
-                outside.append(table)
-            elif not (self._target / relative.relative_to(root)).is_file():
-                raise _Again(f"the metadata file of {table} is gone: {location}")
-        self.outside = tuple(sorted(outside))
+    def _check_tables(self, pointers: list[tuple[str, str]]) -> None:
+        """Check that the copy has what the tables of the catalog's copy need.
+
+        Raises:
+            _Again: a file is not there, or not as it should be.
+            Unavailable: that was so at an earlier attempt: the catalog was copied since, and still needs the file.
+        """
+        # What reads tables is heavy, and a server that only looks for BACKUP_FILE does without.
+        from arka.storage.backuptables import CopiedTables, FileLacking
+
+        try:
+            self.outside = CopiedTables(self._source, self._target, self._copies).check(pointers)
+        except FileLacking as error:
+            if error.location in self._lacked:
+                raise Unavailable(
+                    f"The backup would not be whole: {error}. Put the file back, or expire the snapshots that need it "
+                    "or drop the table with the client that owns it, and begin the backup again: docs/recovery.md, A "
+                    "data file"
+                ) from error
+            self._lacked.add(error.location)
+            raise _Again(str(error)) from error
 
     def _copy_objects(self, first: set[str]) -> None:
         """Copy the object store; of WAL objects those that are no newer than the newest of an earlier listing."""
@@ -373,8 +385,8 @@ class _Copy:
                 with suppress(FileNotFoundError):
                     if number not in self._settled:
                         self._copy_segment(number, path, target / path.name, settled=place >= _UNSETTLED)
-            _write_whole(target / SEAL_NAME, seal)
-            _write_whole(target / STATE_NAME, (source / STATE_NAME).read_bytes())
+            write_whole(target / SEAL_NAME, seal)
+            write_whole(target / STATE_NAME, (source / STATE_NAME).read_bytes())
             if (source / SEAL_NAME).read_bytes() == seal:
                 names = {path.name for _, path in segments} | {SEAL_NAME, STATE_NAME}
                 self._remove_others("wal", names)
@@ -383,7 +395,7 @@ class _Copy:
 
     def _copy_segment(self, number: int, path: Path, target: Path, *, settled: bool) -> None:
         if settled:
-            _copy(path, target, path.stat().st_size)
+            copy_file(path, target, path.stat().st_size)
             self._settled.add(number)
             return
         data = self._disk.map(path)
@@ -399,88 +411,20 @@ class _Copy:
             end = found.offset + found.header.frame_bytes
             finished = found.header.kind == KIND_FOOTER
         # What is intact does not change any more: it may be read again now.
-        _copy(path, target, end)
+        copy_file(path, target, end)
         if finished:
             self._settled.add(number)
 
     def _copy_all(self, folder: str, names: Iterable[str]) -> None:
-        """Copy files below a folder that the copy does not have yet, or has not wholly."""
+        """Copy files below a folder that the copy does not have yet, or not as they are now."""
         for name in names:
-            path, target = self._source / folder / name, self._target / folder / name
-            with suppress(FileNotFoundError):
-                size = path.stat().st_size
-                if not target.exists() or target.stat().st_size != size:
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    _copy(path, target, size)
+            self._copies.copy(self._source / folder / name, self._target / folder / name)
         (self._target / folder).mkdir(exist_ok=True)
 
     def _remove_others(self, folder: str, names: set[str]) -> None:
         """Remove from the copy what an earlier attempt copied and is gone since."""
-        for name in set(_files(self._target / folder)) - names:
+        for name in set(files_below(self._target / folder)) - names:
             (self._target / folder / name).unlink()
-
-
-def _files(folder: Path, without: tuple[str, ...] = ()) -> Iterator[str]:
-    """Yield the files below a folder by their path in it, but for those in folders of certain names."""
-    for path, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if name not in without)
-        inside = os.path.relpath(path, folder)
-        for name in sorted(names):
-            yield name if inside == "." else f"{inside}/{name}"
-
-
-def _copy(path: Path, target: Path, size: int) -> None:
-    """Copy ``size`` bytes of a file to a new one that becomes as long as it; holes stay holes."""
-    with path.open("rb") as source, target.open("wb") as copy:
-        fd, end = source.fileno(), os.fstat(source.fileno()).st_size
-        at = 0
-        while at < size:
-            try:
-                at = os.lseek(fd, at, os.SEEK_DATA)
-            except OSError:
-                # Nothing but a hole is left.
-                break
-            until = min(os.lseek(fd, at, os.SEEK_HOLE), size)
-            while at < until:
-                chunk = os.pread(fd, min(_COPY_BYTES, until - at), at)
-                if not chunk:
-                    break
-                copy.seek(at)
-                copy.write(chunk)
-                at += len(chunk)
-            else:
-                continue
-            break
-        copy.truncate(end)
-        copy.flush()
-        os.fsync(copy.fileno())
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _open_catalog(path: Path) -> sqlite3.Connection:
-    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=30)
-
-
-def _read_pointers(path: Path) -> list[tuple[str, str]]:
-    """Return a catalog's tables, by namespace and name, and their metadata files."""
-    with closing(_open_catalog(path)) as catalog:
-        try:
-            rows = catalog.execute("SELECT table_namespace, table_name, metadata_location FROM iceberg_tables")
-        except sqlite3.OperationalError:
-            # It has no table yet.
-            return []
-        return [(f"{namespace}.{name}", str(location)) for namespace, name, location in rows if location]
 
 
 __all__ = ["BACKUP_FILE", "BackedUp", "back_up", "settle_restored"]

@@ -381,13 +381,13 @@ async def open_catalog(
         )
 
 
-async def adopt_warehouse(config: CatalogConfig, old: str, new: str) -> list[str]:
-    """Rewrite the paths of all tables in a worker process; see ``arka.iceberg.adopt.adopt``.
+async def adopt_warehouse(config: CatalogConfig, old: str, new: str, others: tuple[tuple[str, str], ...]) -> list[str]:
+    """Rewrite the paths of all tables in a worker process; see ``arka.iceberg.adopt``.
 
     Cancellation: the worker is killed; the catalog's transaction has happened or not.
     """
     async with open_pool(Template(), 1, _ADOPT_S) as pool:
-        return await pool.run(worker.adopt, config, old, new)
+        return await pool.run(worker.adopt, config, old, new, others)
 
 
 __all__ = ["IcebergCatalog", "adopt_warehouse", "divide", "open_catalog"]

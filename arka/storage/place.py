@@ -17,7 +17,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Awaitable, Callable
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -26,6 +26,7 @@ import structlog
 
 from arka.errors import ConfigurationError
 from arka.iceberg.config import JOINED_FILE, MARKER_FILE, CatalogConfig
+from arka.storage.catalogfile import read_pointers
 from arka.storage.ports import CatalogUnavailable, Disk
 from arka.storage.warehouse import Marker, holds, local_root, read_marker_file, write_file, write_joined
 from arka.wal.logstate import LogState
@@ -110,10 +111,10 @@ def _named_pointers(config: CatalogConfig, data_dir: Path) -> list[tuple[str, st
     file = _catalog_file(config)
     if file is None or not holds(data_dir, file) or not file.exists():
         return []
-    with suppress(sqlite3.Error), closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=rw", uri=True)) as opened:
-        rows = opened.execute("SELECT table_namespace, table_name, metadata_location FROM iceberg_tables").fetchall()
-        return [(f"{namespace}.{name}", str(location)) for namespace, name, location in rows if location]
-    return []
+    try:
+        return read_pointers(file)
+    except sqlite3.Error as error:
+        raise ConfigurationError(f"the catalog {file} cannot be read ({error}), so that nothing was changed") from error
 
 
 def _is_same_elsewhere(there: Path, here: Path) -> bool:
@@ -145,7 +146,7 @@ async def settle_place(
     data_dir: Path,
     disk: Disk,
     wal_dir: Path,
-    adopt: Callable[[str, str], Awaitable[list[str]]],
+    adopt: Callable[[str, str, tuple[tuple[str, str], ...]], Awaitable[list[str]]],
     *,
     adopting: bool,
     take_over: bool,
@@ -157,7 +158,8 @@ async def settle_place(
         data_dir: the data directory.
         disk: where the log lies.
         wal_dir: the log's folder.
-        adopt: rewrites the tables' paths from one URL to another; see ``arka.iceberg.adopt``.
+        adopt: rewrites the tables' paths from one URL to another, of tables beside the warehouse by further pairs of
+            them; see ``arka.iceberg.adopt.Move``.
         adopting: ``--adopt-warehouse`` was given.
         take_over: ``--take-over`` was given.
 
@@ -188,7 +190,7 @@ async def settle_place(
         _check_own_tables(config, data_dir, moved)
     log.warning("warehouse.adopting", before=old, now=new_dir, copy=moved.is_copy)
     await _take_block(disk, wal_dir)
-    names = await adopt(moved.old_url, config.warehouse)
+    names = await adopt(moved.old_url, config.warehouse, _beside(config, data_dir, moved))
     root = local_root(config.warehouse)
     assert root is not None
     before = read_marker_file(root)
@@ -215,6 +217,20 @@ def _refusal(old: str, new_dir: str, config: CatalogConfig, moved: Moved) -> str
     )
 
 
+def _beside(config: CatalogConfig, data_dir: Path, moved: Moved) -> tuple[tuple[str, str], ...]:
+    """How paths beside the warehouse begin, in the old data directory and in this one; its tables move with it."""
+    pairs = []
+    root = local_root(config.warehouse)
+    assert root is not None
+    inside = os.path.relpath(os.path.realpath(root), _real(data_dir))
+    if moved.old_url.endswith(f"/{inside}") and config.warehouse.endswith(f"/{inside}"):
+        # As the directory was spelled, links in its path included.
+        pairs.append((moved.old_url.removesuffix(f"/{inside}"), config.warehouse.removesuffix(f"/{inside}")))
+    if moved.old_dir:
+        pairs.append((f"file://{moved.old_dir}", f"file://{_real(data_dir)}"))
+    return tuple(dict.fromkeys(pairs))
+
+
 def _check_own_tables(config: CatalogConfig, data_dir: Path, moved: Moved) -> None:
     """Refuse to adopt a copy that would share tables with its original even then.
 
@@ -227,14 +243,13 @@ def _check_own_tables(config: CatalogConfig, data_dir: Path, moved: Moved) -> No
             f"{data_dir} is a copy of {moved.old_dir or moved.old_url}, and both have one catalog: its tables cannot "
             "lie in two places. Nothing was changed. Give the copy a catalog of its own, or remove the original"
         )
-    shared = [
-        name for name, location in _named_pointers(config, data_dir) if not location.startswith(moved.old_url + "/")
-    ]
+    own = tuple(f"{old}/" for old in (moved.old_url, *(old for old, _ in _beside(config, data_dir, moved))))
+    shared = [name for name, location in _named_pointers(config, data_dir) if not location.startswith(own)]
     if shared:
         raise ConfigurationError(
-            f"{', '.join(sorted(shared))} lie outside of {moved.old_url}, so that the original's catalog and the "
-            "copy's would name the same files: each server would delete files of the other's. Nothing was changed. "
-            "Remove these tables from one of the two catalogs first, without their files"
+            f"{', '.join(sorted(shared))} lie outside of {moved.old_dir or moved.old_url}, so that the original's "
+            "catalog and the copy's would name the same files: each server would delete files of the other's. Nothing "
+            "was changed. Remove these tables from one of the two catalogs first, without their files"
         )
 
 

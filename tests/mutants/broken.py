@@ -172,6 +172,14 @@ def backups_keep_their_block() -> None:
 
 
 @mutant
+def backups_without_a_look() -> None:
+    """A backup does not look whether it has the files that its tables need (R38)."""
+    from arka.storage.backuptables import CopiedTables
+
+    CopiedTables.check = lambda *_: ()  # type: ignore[method-assign]
+
+
+@mutant
 def missing_segments_are_not_missed() -> None:
     """What the seal mark names need not be there (R39)."""
     from arka.wal import named
