@@ -246,7 +246,8 @@ class TableInfo:
             if owner.rpartition(" ")[2] != str(log_uuid):
                 raise ArkaError(
                     f"{self.name} is a primary-key table of {f'node {owner}' if owner else 'no node'}, which alone "
-                    f"writes to it (table property {OWNER}); this is log {log_uuid}",
+                    f"writes to it (table property {OWNER}); this is log {log_uuid}. If that log never runs again, "
+                    'make this one the owner: docs/operations.md, "The identity of a log"',
                     code=ErrorCode.TABLE_STOPPED,
                 )
 

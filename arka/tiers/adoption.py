@@ -196,11 +196,11 @@ class Adoption:
         return True
 
     def miss_file(self, table: Table, error: FilesMissing) -> None:
-        """Take no writes for a table whose current metadata is gone, until it is read again (R33)."""
+        """Take no writes for a table that a file of its current metadata is gone of, until all were seen (R33)."""
         detail = f"Table {table.info.name} cannot be read: {error}. Restore it"
-        if table.is_committing and table.refusal != detail:
+        if table.is_committing and table.gone != detail:
             log.warning("table.refused", table=str(table.info.name), reason=str(error))
-            table.refusal = detail
+            table.gone = table.refusal = detail
 
     def adopt(self, table: Table, info: TableInfo, question: Question | None = None) -> None:
         """Make the catalog's table ours: what is accepted from now on is bound to it.
@@ -214,6 +214,7 @@ class Adoption:
         table.adopted_at = max(table.adopted_at, trio.current_time() if question is None else question.began)
         table.properties = info.properties
         info, refusal, remarks = judge(table.info, info, self._log_uuid)
+        refusal = table.gone or refusal
         info = table.numbered(info)
         if (refusal, remarks) != (table.refusal, table.remarks):
             log.warning("table.judged", table=str(info.name), refusal=refusal, remarks=remarks)

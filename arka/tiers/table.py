@@ -118,6 +118,9 @@ class Table:
         self.refusal = ""
         #: The name that others gave it if Arka cannot spell that name, as ``refusal`` says too; else empty.
         self.misnamed = ""
+        #: Why it takes no writes while a file that its current metadata needs is gone; "" while none is known to be
+        #: (R33). Its owner is the task that commits the table: an answer of the catalog alone does not end it.
+        self.gone = ""
         #: Why its next waiting write is held back: others changed columns so that it does not fit (R24).
         self.held_back = ""
         #: The partition specs that it has, as of the last look; None before that.

@@ -380,6 +380,7 @@ class Tables:
 
     async def wait_catalog(self, request: Callable[[], Awaitable[None]], *, retry_s: float = _CATALOG_RETRY_S) -> None:
         """Repeat a request until catalog and log take it. Cancellation: the last request may have happened."""
+        said = ""
         while True:
             try:
                 await request()
@@ -389,7 +390,10 @@ class Tables:
             except (CatalogUnavailable, Unavailable) as error:
                 # Also where no LSN can be given to its record (R31).
                 self._tell_waiting(str(error))
-                log.warning("catalog.unavailable", reason=str(error), retry_s=retry_s)
+                # That it lasts is told by the stall, once a minute (R35).
+                if str(error) != said:
+                    said = str(error)
+                    log.warning("catalog.unavailable", reason=said, retry_s=retry_s)
                 await trio.sleep(retry_s)
             else:
                 return
@@ -669,6 +673,7 @@ class Tables:
         if found is not None:
             # What is adopted is acknowledged: a reader has to find it (R28).
             await self.watch.confirm(found.info)
+            table.gone = ""
             self._adopt(table, found)
         elif unusable is not None and not unusable.spelled:
             raise misname(table, unusable)
@@ -688,13 +693,15 @@ class Tables:
         if table.state is TableState.ACTIVE:
             try:
                 found = await ddl.reload_table(self.catalog, table.info.name)
+                if found is not None and found.info.uuid == table.info.uuid:
+                    await self.watch.confirm(found.info)
             except FilesMissing as error:
                 if await self.watch.is_ours():
                     # Its own trouble (R33): it takes no writes until the file is back.
                     self.adoption.miss_file(table, error)
                 raise
             if found is not None and found.info.uuid == table.info.uuid:
-                await self.watch.confirm(found.info)
+                table.gone = ""
                 self._adopt(table, found)
             else:
                 await self._look_for(table)

@@ -85,14 +85,18 @@ def _found(server: ServerProcess, table: str) -> tuple[Rows, int]:
     return {row["id"]: (row["word"], row["part"]) for row in rows}, len(rows)
 
 
+#: What Spark says of a statement that lost a race; the last, where it met the other commit while it still read.
+_LOST_RACE = ("ValidationException", "CommitFailedException", "the table has been concurrently modified")
+
+
 def _try(spark: Spark, statement: str, refused: list[str]) -> bool:
     """Run a statement that may lose a race; whether it won."""
     try:
         spark.sql(statement)
     except SparkError as error:
-        # A lost race is a definite outcome in both of Spark's words for it; anything else is a fault.
+        # A lost race is a definite outcome in each of Spark's words for it; anything else is a fault.
         text = str(error)
-        assert "ValidationException" in text or "CommitFailedException" in text, text
+        assert any(word in text for word in _LOST_RACE), text
         refused.append(text)
         return False
     return True

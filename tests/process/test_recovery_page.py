@@ -231,6 +231,39 @@ def test_object_store(make_server: Callable[..., ServerProcess], keyed: bool) ->
     server.stop()
 
 
+def test_object_store_and_a_primary_key_table(make_server: Callable[..., ServerProcess]) -> None:
+    """A store that is gone: the new log becomes the table's owner as the refusal says, and each row is there once."""
+    server = make_server(iceberg__commit_interval_s=0.1).start()
+    fill(server)
+    server.stop()
+    late = make_server(**DISK_ONLY).start()
+    write_at_disk(late, "p", range(4, 9), keyed=True)
+    late.kill()
+    shutil.rmtree(server.data / "objects")
+    discard, _, resubmit = commands("The object store")
+    subprocess.run([ARKA, *discard.replace("DATA_DIR", str(server.data)).split()[1:]], check=True, timeout=120)
+    server = make_server(iceberg__commit_interval_s=0.1).start()
+    with connect(server.location) as client:
+        stream = Stream(client, "p", NUMBERS)
+        stream.write(numbers([9]))
+        assert "The identity of a log" in str([ack["error"] for ack in stream.finish()])
+    server.stop()
+    verify = [ARKA, "wal", "verify", server.data]
+    said = subprocess.run(verify, check=True, timeout=120, capture_output=True, text=True).stdout
+    (log_uuid,) = re.findall(r"log ([0-9a-f-]{36})", said)[:1]
+    with lake.load(server.data, "p").transaction() as transaction:
+        transaction.set_properties({"arka.owner": f"arka-0 {log_uuid}"})
+    server.start()
+    (aside,) = server.data.glob("wal.discarded-*")
+    resubmit = resubmit.replace("DATA_DIR/wal.discarded-TIME", str(aside)).replace("URL", server.location)
+    subprocess.run([ARKA, *resubmit.split()[1:]], check=True, timeout=120)
+    with connect(server.location) as client:
+        write_all(client, "p", [numbers([9])])
+    assert rows(server, "p") == list(range(10))
+    assert rows(server, "t") == list(range(5))
+    server.stop()
+
+
 def test_new_object_store(make_server: Callable[..., ServerProcess]) -> None:
     """A store that is gone while the disk has all that is needed: both kinds of tables go on, each row once."""
     server = make_server(iceberg__commit_interval_s=0.1).start()

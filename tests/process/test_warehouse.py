@@ -195,7 +195,16 @@ def test_manifest_that_is_gone(make_server: Callable[..., ServerProcess]) -> Non
     server.stop()
 
 
-@pytest.mark.parametrize(("what", "kind"), [("file", "append-only"), ("folder", "primary-key")])
+@pytest.mark.parametrize(
+    ("what", "kind"),
+    [
+        ("file", "append-only"),
+        ("folder", "primary-key"),
+        ("*-m0.avro", "append-only"),
+        ("*-m0.avro", "primary-key"),
+        ("snap-*.avro", "append-only"),
+    ],
+)
 def test_start_without_a_tables_metadata(make_server: Callable[..., ServerProcess], what: str, kind: str) -> None:
     """That table alone takes no writes and names the file. It goes on when the file is back (R33)."""
     server = make_server(iceberg__commit_interval_s=0.05).start()
@@ -205,8 +214,8 @@ def test_start_without_a_tables_metadata(make_server: Callable[..., ServerProces
         write_all(client, "t", [numbers([0])])
     server.stop()
     (folder,) = (server.data / "warehouse" / "default").glob("t-*")
-    newest = max((folder / "metadata").glob("*.metadata.json"))
-    gone = newest if what == "file" else folder
+    newest = max((folder / "metadata").glob(what if what.endswith(".avro") else "*.metadata.json"))
+    gone = folder if what == "folder" else newest
     away = server.data.parent / "away"
     gone.rename(away)
     server.start()
