@@ -137,6 +137,7 @@ ALL: Final = (
     Failpoint("index.merging", _WORKER, "runs of the index are merged into one, the index names the old ones"),
     Failpoint("index.merged", _WORKER, "the index names the merged run, the old ones are there"),
     Failpoint("commit.response", _WORKER, "a commit is done, the server was not told"),
+    Failpoint("commit.recorded", _TRIO, "the disk knows what a commit has done, the table's mark has not risen"),
     Failpoint("commit.answered", _TRIO, "a commit is done, the table's mark has not risen"),
     Failpoint("commit.advanced", _TRIO, "the table's iceberg_committed mark has risen, acks are due"),
     # A clean stop.

@@ -121,6 +121,29 @@ class Lineage:
             return f"no process of this directory committed LSN {mark.committed_lsn} to it in epoch {mark.epoch}"
         return ""
 
+    def contradiction(self, recorded: CommitMark, mark: CommitMark) -> str:
+        """Say why a mark cannot follow one that this directory has seen of the same table; empty if it can.
+
+        Of epochs before the first start that is known no token is known: there the order of both numbers says it.
+
+        Args:
+            recorded: the mark that was seen.
+            mark: an intact mark that is not below it.
+        """
+        if not self.starts or mark.epoch >= self.starts[0].epoch:
+            return ""
+        if mark.committed_lsn == recorded.committed_lsn:
+            # An older version writes no token.
+            follows = mark.epoch == recorded.epoch and mark.token in (0, recorded.token)
+        else:
+            follows = mark.epoch >= recorded.epoch
+        if follows:
+            return ""
+        return (
+            f"it holds LSN {mark.committed_lsn} in epoch {mark.epoch}, and this directory has seen LSN "
+            f"{recorded.committed_lsn} of epoch {recorded.epoch} in it"
+        )
+
 
 #: Of a log that no start was recorded of.
 NO_STARTS: Final = Lineage()

@@ -47,6 +47,7 @@ from arka.storage.backuphold import hold
 from arka.storage.catalogfile import open_catalog, read_pointers
 from arka.storage.filecopy import FileCopies, copy_file, files_below, sync_file, write_whole
 from arka.storage.ports import Disk
+from arka.wal.committed import COMMITTED_NAME
 from arka.wal.dump import verify_log
 from arka.wal.logstate import STATE_NAME, LogState, newest_slot, read_slots
 from arka.wal.seal import SEAL_NAME, read_seal, write_seal
@@ -276,7 +277,9 @@ class _Copy:
         began = time.monotonic()
         taken_us = time.time_ns() // 1000
         before = self._held()
-        for name in ("disk-id", JOINED_FILE):
+        (self._target / "wal").mkdir(exist_ok=True)
+        # Before the catalog: no table of the copy stands below what its log says was committed (R20).
+        for name in ("disk-id", JOINED_FILE, f"wal/{COMMITTED_NAME}"):
             with suppress(FileNotFoundError):
                 write_whole(self._target / name, (self._source / name).read_bytes())
         pointers = self._copy_catalog()
@@ -388,7 +391,7 @@ class _Copy:
             write_whole(target / SEAL_NAME, seal)
             write_whole(target / STATE_NAME, (source / STATE_NAME).read_bytes())
             if (source / SEAL_NAME).read_bytes() == seal:
-                names = {path.name for _, path in segments} | {SEAL_NAME, STATE_NAME}
+                names = {path.name for _, path in segments} | {SEAL_NAME, STATE_NAME, COMMITTED_NAME}
                 self._remove_others("wal", names)
                 return
         raise _Again("segments were begun faster than they were copied")

@@ -138,6 +138,8 @@ class Promises:
         self._found_last: dict[UUID, Counter[int]] = {}
         # By table UUID: writes that were in it before its catalog was restored from a backup (R28).
         self._taken_back: dict[UUID, set[int]] = {}
+        #: By table UUID: up to where acks ``iceberg_committed`` were due by the owner of the log's present disk.
+        self.told_committed: dict[UUID, int] = {}
         # By process: the LSNs that its acks have named, by write.
         self._told: dict[str, dict[int, int]] = {}
 
@@ -337,10 +339,16 @@ class Promises:
     def take_node_loss(self) -> None:
         """Note that a disk is gone, and with it all that no more was promised of than ``disk``."""
         self._trace.note("node lost")
+        # What it knew of commits is gone with it (R20).
+        self.told_committed.clear()
         self._disk_lsn = self._object_lsn
         for write in self.writes.values():
             if write.reached <= Tier.DISK:
                 write.reached = -1
+
+    def take_told(self, table: UUID, lsn: int) -> None:
+        """Note up to where a process has called a table's writes committed: its next start knows it too (R20)."""
+        self.told_committed[table] = max(self.told_committed.get(table, 0), lsn)
 
     def take_given(self, lsn: int) -> None:
         """Note the last LSN that a process gave."""

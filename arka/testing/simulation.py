@@ -96,6 +96,7 @@ FAULTS: Final = (
 #: Faults that are not drawn one by one: a seed has them or not.
 _RESTORE: Final = "catalog restored"
 _SLOW: Final = "slow store"
+_UNMARKED: Final = "marks removed"
 #: What the counts of those faults begin with that may keep the catalog from answering.
 _TROUBLES: Final = ("catalog ", "warehouse ", "table held up", "file of a table")
 #: How a server says that a table stands below what was committed.
@@ -554,9 +555,16 @@ class _Life:
             where = "".join(traceback.format_exception(leaf)[-6:])
             raise PromiseBroken(f"{self.name} ended with {leaf!r}\n{where}") from leaf
 
+    def take_told(self) -> None:
+        """Note how far this process has called its tables committed, if its disk is the log's."""
+        if self._log is not None and not self.superseded:
+            for table in self._log.pipeline.tables.all():
+                self.world.promises.take_told(table.info.uuid, table.committed.lsn)
+
     def _bury(self) -> None:
         if self._log is not None:
             self.world.promises.take_given(self._log.pipeline.memory.last_lsn)
+            self.take_told()
         if self.process.alive:
             # It ended by itself: the page cache stays.
             self._end(self.disk.kill)
@@ -700,8 +708,16 @@ class _World:
         self._slow_rng = slow = random.Random(f"slow {seed}")
         #: Whether the store is slow in some lives (R35).
         self._slows = slow.random() < 0.25 or _SLOW in faults
+        # Of its own, too.
+        self._unmarking_rng = unmarking = random.Random(f"marks {seed}")
+        #: Whether others remove marks, and expire snapshots, while no server runs (R15, R20).
+        self._unmarks = not self._restores and (unmarking.random() < 0.25 or _UNMARKED in faults)
+        # The marks that others removed, by table; and tables that they put back below what was acknowledged.
+        self._unmarked: dict[UUID, dict[UUID, Any]] = {}
+        self._undone: set[UUID] = set()
         # What tables that were put back to a backup held before that, and then, by UUID.
         self._newest: dict[UUID, tuple[dict[str, Any], dict[str, Any]]] = {}
+        self._life: _Life | None = None
         self._outages: Counter[str] = Counter()
         self._nursery: trio.Nursery | None = None
         trace.on_event = self._take_event
@@ -746,6 +762,8 @@ class _World:
             if not lives:
                 break
             await trio.sleep(rng.uniform(0, 2 if life.opened.is_set() else 60))
+            if self._unmarks and life.disk.uuid == self.disk.uuid:
+                self._remove_marks()
         hiding.cancel()
         restoring.cancel()
         self._show()
@@ -780,7 +798,7 @@ class _World:
 
     async def _begin(self, number: int, *, quiet: bool) -> _Life:
         assert self._nursery is not None
-        life = _Life(self, number, quiet=quiet)
+        life = self._life = _Life(self, number, quiet=quiet)
         self.trace.counts["lives"] += 1
         self._nursery.start_soon(life.run, self.writers, self._nursery)
         return life
@@ -816,6 +834,22 @@ class _World:
         self._show()
         self.disk = MachineDisk(self.rng, UUID(int=self.disk.uuid.int + 1))
         self.promises.take_node_loss()
+        self._undone.clear()
+
+    def _remove_marks(self) -> None:
+        """Let others remove a table's mark, and all that says how far it is, while no server runs; its rows stay."""
+        log_uuid, told = self.promises.log_uuid, self.promises.told_committed
+        if log_uuid is None or self.weather.is_late:
+            # A request that comes late would be another process's doing.
+            return
+        for table in self.weather.tables._tables.values():
+            mark = table.marks.get(log_uuid)
+            # What was not acknowledged may have been recorded or not.
+            known = mark is not None and mark.committed_lsn <= told.get(table.info.uuid, 0)
+            if known and self._unmarking_rng.random() < 0.5:
+                self.trace.count(_UNMARKED)
+                self._unmarked[table.info.uuid] = dict(table.marks)
+                table.marks.clear()
 
     async def _hide(self, scope: trio.CancelScope) -> None:
         """Exchange or empty the warehouse for a while, or take a file of one table away until then (R28, R33)."""
@@ -847,21 +881,33 @@ class _World:
                 backup = self.weather.back_up()
                 await trio.sleep(rng.choice((0.3, 3.0, 30.0)) * rng.random())
                 newest = self.weather.back_up()
+                if self._life is not None:
+                    self._life.take_told()
                 # A table that was put back once stays so: nobody commits to it.
                 restored = self.weather.restore({t: data for t, data in backup.items() if t not in self._newest})
                 if restored:
                     self.trace.count(_RESTORE)
                 for table, changes in restored.items():
                     self._newest[table] = newest[table], backup[table]
+                    marks = backup[table]["marks"].values()
+                    lsn = max((mark.committed_lsn for mark in marks), default=0)
+                    if lsn < self.promises.told_committed.get(table, 0) and not self.weather.is_late:
+                        self._undone.add(table)
                     self.promises.take_restore(table, changes)
 
     def _return(self) -> None:
         """Put tables of a restored catalog where they were before, as servers ask for.
 
-        To those that went on from the backup nobody does that: their server knew of no later commit, and replayed all.
+        To those that went on from the backup nobody does that: their server knew of no later commit, since its disk was
+        lost or nothing was acknowledged, and replayed all.
         """
+        for found in self.weather.tables._tables.values():
+            if found.info.uuid in self._unmarked and not found.marks:
+                found.marks.update(self._unmarked[found.info.uuid])
         marks = {table.info.uuid: table.marks for table in self.weather.tables._tables.values()}
         stopped = {t: newest for t, (newest, put_back) in self._newest.items() if marks.get(t) == put_back["marks"]}
+        for table in self._undone & marks.keys() - stopped.keys():
+            self.promises.fail(f"table {table} went on below what was acknowledged, which others had undone")
         for table, changes in self.weather.restore(stopped).items():
             self.promises.take_return(table, changes)
 
@@ -922,7 +968,7 @@ class _World:
     def _take_event(self, event: str, fields: Any) -> None:
         if event == "table.stopped":
             # A process that was cut off may drop a table whose drop its successor never hears of.
-            if _LOWER in fields["reason"] and self._newest:
+            if _LOWER in fields["reason"] and (self._newest or self._unmarked):
                 return
             missed = self.weather.vanished | self.promises.drop_asked | self.weather.warehouse.was_gone
             if not any(str(uuid) in fields["reason"] for uuid in missed):
@@ -949,8 +995,8 @@ def simulate(seed: int, faults: Collection[str] = ()) -> Outcome:
 
     Args:
         seed: decides everything.
-        faults: of ``FAULTS``, those that may happen to a server, and "catalog restored" and "slow store", which then
-            do; none given: the seed chooses.
+        faults: of ``FAULTS``, those that may happen to a server, and "catalog restored", "slow store" and "marks
+            removed", which then do; none given: the seed chooses.
 
     Returns:
         What became of it; never raises for a broken promise.

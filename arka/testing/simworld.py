@@ -571,6 +571,11 @@ class CatalogWeather:
         """Let a request that was given up take effect later."""
         self._late.append((trio.current_time() + self.rng.uniform(0, 5 * self.max_delay_s), effect))
 
+    @property
+    def is_late(self) -> bool:
+        """Whether a request that was given up may still take effect."""
+        return bool(self._late)
+
     def arrive(self) -> None:
         """Let those take effect whose time has come."""
         now = trio.current_time()

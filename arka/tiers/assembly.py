@@ -16,7 +16,7 @@ from uuid import UUID
 from arka._core.framing import KIND_LOST
 from arka._core.lsn import LsnAllocator
 from arka.options import MIB, Settings
-from arka.records import LsnRange, Tier
+from arka.records import KnownTable, LsnRange, Tier
 from arka.storage.ports import Catalog, Disk, ObjectStore, Warehouse
 from arka.storage.threads import run_compute
 from arka.tiers.apart import Apart
@@ -38,6 +38,7 @@ from arka.tiers.table import Table
 from arka.tiers.tables import Tables
 from arka.tiers.uplink import Uplink
 from arka.tiers.watermarks import Watermark
+from arka.wal.committed import CommittedMarks
 from arka.wal.logstate import LogStateFile
 from arka.wal.recovery import RecoveredLog
 from arka.wal.segment import encode_lost
@@ -114,6 +115,7 @@ class Found:
         allocator: gives the LSNs that are reserved.
         first_lsn: the first of them.
         asides: the writes that are set aside.
+        marks: what the disk knows of how far tables are (R20).
     """
 
     data_dir: Path
@@ -125,6 +127,7 @@ class Found:
     allocator: LsnAllocator
     first_lsn: int
     asides: FoundAsides
+    marks: CommittedMarks
 
 
 async def assemble(
@@ -233,6 +236,7 @@ async def assemble(
             on_committed=tables.note_committed,
             adoption=tables.adoption,
             set_aside=aside.keep,
+            marks=found.marks,
         )
 
     tables = Tables(
@@ -252,6 +256,7 @@ async def assemble(
         epoch=lambda: found.state.state.epoch,
         lineage=lambda: found.state.state.lineage,
         verify=uplink.verify,
+        marks=found.marks,
     )
     release = LogRelease(
         checkpoint_store,
@@ -287,7 +292,8 @@ def _hand_over(found: Found, tables: Tables, objects: ObjectTier, release: LogRe
     for uuid, lsn in replay.dropped.items():
         keys.drop_table(uuid, lsn)
     tables.asides, tables.broken = found.asides.known, found.asides.broken
-    tables.restore(replay.known(found.checkpoints.tables), replay.drops, replay.dropped, replay.creates.open.values())
+    known_tables = [_recorded(table, found) for table in replay.known(found.checkpoints.tables)]
+    tables.restore(known_tables, replay.drops, replay.dropped, replay.creates.open.values())
     for known in tables.all():
         known.quiet = replay.is_quiet(known.info.uuid, found.checkpoints)
         known.created_lsn = replay.made_lsn(known.info.uuid)
@@ -299,6 +305,16 @@ def _hand_over(found: Found, tables: Tables, objects: ObjectTier, release: LogRe
         release.note(segment.ref, segment.last_lsn, segment.end_bytes)
         for appended in segment.ranges:
             objects.submit_recovered(appended)
+
+
+def _recorded(known: KnownTable, found: Found) -> KnownTable:
+    """A table with the highest LSN that a checkpoint or the disk's own record says it has committed (R20)."""
+    lsn = found.marks.lsn_of(known.info.uuid)
+    if lsn <= found.replay.dropped.get(known.info.uuid, 0):
+        # It was dropped since, and registered again as others have it.
+        found.marks.forget(known.info.uuid)
+        return known
+    return known._replace(committed_lsn=max(known.committed_lsn, lsn))
 
 
 def _note_lost(memory: MemoryTier, found: Found) -> list[tuple[LsnRange, frozenset[UUID] | None]]:

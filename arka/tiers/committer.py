@@ -20,7 +20,7 @@ import trio
 
 from arka import failpoints
 from arka.errors import ArkaError, DataCorruption, Fenced
-from arka.lineage import Lineage, other_copy_detail
+from arka.lineage import CommitMark, Lineage, other_copy_detail
 from arka.options import IcebergOptions
 from arka.records import TableType
 from arka.storage.ports import (
@@ -46,6 +46,7 @@ from arka.tiers.retry import MAX_RETRY_S, persist
 from arka.tiers.table import Table, TableState, rollback_detail
 from arka.tiers.warehouse import WarehouseWatch
 from arka.tiers.watermarks import Watermark
+from arka.wal.committed import CommittedMarks
 
 log = structlog.get_logger(__name__)
 
@@ -82,6 +83,7 @@ class TableCommitter:
         on_committed: Callable[[Table], None],
         adoption: Adoption,
         set_aside: Callable[[Table, Cut, str], Awaitable[None]],
+        marks: CommittedMarks,
     ) -> None:
         """Join a table to the catalog.
 
@@ -100,6 +102,7 @@ class TableCommitter:
             on_committed: told after the mark rose.
             adoption: takes what each commit has loaded (R27).
             set_aside: keeps a write that cannot be written, durably, and tells its streams (R32).
+            marks: lets the next start know how far the table is, before that is acknowledged (R20).
         """
         self._table = table
         self._catalog = catalog
@@ -114,6 +117,7 @@ class TableCommitter:
         self._on_committed = on_committed
         self._adoption = adoption
         self._set_aside = set_aside
+        self._marks = marks
         self._failures = 0
         # Attempts in a row that others' changes to the table's columns kept from a commit.
         self._holds = 0
@@ -149,6 +153,7 @@ class TableCommitter:
                 cut = self._size.part_of(cut, job.staged)
                 result = await self._commit(job, cut)
                 await self._look(result, cut)
+                await self._record(result, cut)
             except Fenced:
                 raise
             except WarehouseChanged as error:
@@ -318,6 +323,25 @@ class TableCommitter:
                 confirm = partial(self._watch.confirm, self._table.info)
                 await self._persist("looking for the table's files", confirm, cut)
 
+    async def _record(self, result: CommitResult, cut: Cut) -> None:
+        """Let the disk know how far the table is, before anybody is told: others may undo it in the catalog (R20)."""
+        table = self._table
+        if result.outcome is CommitOutcome.COMMITTED:
+            lsn = max(result.committed_lsn, cut.through_lsn)
+        elif result.outcome is CommitOutcome.RECUT and result.committed_lsn > table.committed.lsn:
+            lsn = result.committed_lsn
+        else:
+            return
+        epoch = self._epoch()
+        mark = CommitMark(self._log_uuid, lsn, epoch, self._lineage().token_for(table.info.uuid, epoch, lsn))
+        loaded = None if result.table is None else result.table.mark_of(self._log_uuid)
+        if loaded is not None and loaded.committed_lsn == lsn:
+            # Perhaps that of an earlier process.
+            mark = loaded
+        record = partial(self._marks.record, table.info.uuid, mark)
+        await self._persist("the disk to record what was committed", record, cut)
+        await failpoints.reach("commit.recorded")
+
     async def _persist(self, doing: str, request: Callable[[], Awaitable[T]], cut: Cut) -> T:
         """Repeat a request until the catalog answers it or the table ends; ``doing`` says what is waited for.
 
@@ -349,7 +373,7 @@ class TableCommitter:
                 stalled = True
                 log.warning("iceberg.stalled", table=str(table.info.name), reason=str(error))
             if table.state is not TableState.ACTIVE:
-                raise ArkaError(f"{table.info.name} ended while the catalog was away") from error
+                raise ArkaError(f"{table.info.name} ended while it waited for {doing}") from error
 
         result = await persist(attempt, CatalogUnavailable, note_stalled, retry_s=self._options.retry_s, rng=self._rng)
         self._cost_s += trio.current_time() - started

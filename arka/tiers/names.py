@@ -121,7 +121,7 @@ class Named(Protocol):
         """The table with this UUID."""
         ...
 
-    def register(self, found: CatalogTable) -> Table:
+    async def register(self, found: CatalogTable) -> Table:
         """Take a table of the catalog in, or follow its name."""
         ...
 
@@ -187,7 +187,7 @@ class FreshList:
                 # Another answer came meanwhile, and nobody can say which one is newer.
                 continue
             try:
-                self._tables.register(entry)
+                await self._tables.register(entry)
             except ArkaError as error:
                 log.info("catalog.table_skipped", table=str(entry.info.name), reason=error.detail)
         for uuid, (table, _) in known.items():

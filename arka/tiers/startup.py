@@ -34,6 +34,7 @@ from arka.tiers.reservation import DISK_BLOCK
 from arka.tiers.restore import restore_log
 from arka.tiers.tables import Tables
 from arka.tiers.uplink import Patience, Taken, Uplink, ask_store
+from arka.wal.committed import CommittedMarks
 from arka.wal.logstate import LogState, LogStateFile
 from arka.wal.named import find_headless
 from arka.wal.recovery import RecoveredLog, recover
@@ -139,6 +140,7 @@ class _Start:
             allocator=LsnAllocator(first_lsn, ceiling),
             first_lsn=first_lsn,
             asides=await ask_store(find_asides),
+            marks=await CommittedMarks.read(self._wal_dir, self._world.disk, state.log_uuid),
         )
         opened = await assemble(self._settings, self._world, found, self._uplink, self._checkpoint_store)
         if taken is not None:

@@ -17,7 +17,7 @@ import trio
 
 from arka._core.framing import Frame
 from arka.errors import ArkaError, DataCorruption, ErrorCode
-from arka.lineage import Lineage
+from arka.lineage import CommitMark, Lineage, other_copy_detail
 from arka.records import PartitionField, TableInfo, Tier, same_partitions
 from arka.storage.ports import AcceptedSpec, CatalogTable, TableFrames
 from arka.tiers.backlog import Backlog, Cut
@@ -92,6 +92,8 @@ class Table:
         self.info = info
         self.recorded_lsn = recorded_lsn
         self.known_from_lsn = known_from_lsn
+        #: The highest mark of it that this directory has seen in the catalog, as of the start; None if none.
+        self.recorded: CommitMark | None = None
         self.committed = Watermark(Tier.ICEBERG_COMMITTED, committed_lsn, snapshot_id)
         self.backlog = Backlog()
         #: What is set apart in the object store goes up to here; 0 if nothing is (R33). Invariant: it lies below the
@@ -282,17 +284,24 @@ class Table:
         process knows to be committed (R20).
         """
         mark = found.mark_of(log_uuid)
-        objection = lineage.objection(self.info.name, self.info.uuid, mark)
+        objection = self.objection(mark, lineage)
         if objection:
             self.stop(objection)
             return
         committed_lsn = mark.committed_lsn
-        if committed_lsn < max(self.committed.lsn, self.recorded_lsn):
-            self.stop(rollback_detail(self, committed_lsn))
-            return
         self.discard_through(committed_lsn)
         self.last_lsn = max(self.last_lsn, committed_lsn)
         self.committed.advance(committed_lsn, snapshot_id=found.snapshot_id)
+
+    def objection(self, mark: CommitMark, lineage: Lineage) -> str:
+        """Say why the table cannot go on from a mark that the catalog has of it (R20, R29); empty if it can."""
+        objection = lineage.objection(self.info.name, self.info.uuid, mark)
+        if objection:
+            return objection
+        if mark.committed_lsn < max(self.committed.lsn, self.recorded_lsn):
+            return rollback_detail(self, mark.committed_lsn)
+        problem = "" if self.recorded is None else lineage.contradiction(self.recorded, mark)
+        return other_copy_detail(self.info.name, problem) if problem else ""
 
     @property
     def commitable(self) -> Backlog:
@@ -393,8 +402,8 @@ def rollback_detail(table: Table, found_lsn: int) -> str:
     """Say that a table stands below what was committed, with both numbers (R20)."""
     known_lsn = max(table.committed.lsn, table.recorded_lsn)
     return (
-        f"Table {table.info.name} stands at LSN {found_lsn}, but {known_lsn} was committed: it was rolled back or "
-        "replaced by others. Nothing is replayed (R20); drop it, or move it back and restart"
+        f"Table {table.info.name} stands at LSN {found_lsn}, but {known_lsn} was committed: others rolled it back, "
+        "replaced it or removed its arka.* properties. Nothing is replayed (R20); drop it, or move it back and restart"
     )
 
 

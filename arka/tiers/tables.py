@@ -52,6 +52,7 @@ from arka.tiers.room import Room
 from arka.tiers.table import Ending, Table, TableState
 from arka.tiers.warehouse import WarehouseWatch
 from arka.tiers.watermarks import Watermark
+from arka.wal.committed import CommittedMarks
 
 log = structlog.get_logger(__name__)
 
@@ -123,6 +124,7 @@ class Tables:
         epoch: Callable[[], int],
         lineage: Callable[[], Lineage],
         verify: Callable[[], Awaitable[None]],
+        marks: CommittedMarks,
     ) -> None:
         """Join the list to what it is about.
 
@@ -143,7 +145,9 @@ class Tables:
             epoch: returns the last epoch of the log that the disk knows.
             lineage: returns the log's starts that the disk knows of (R15).
             verify: asks the object store whether this process has the newest epoch (R10).
+            marks: what the disk knows of how far tables are (R20).
         """
+        self._marks = marks
         self._epoch = epoch
         self._lineage = lineage
         self._verify = verify
@@ -303,13 +307,16 @@ class Tables:
                 raise ArkaError(f"Table not found: {_spoken(name)}", code=ErrorCode.TABLE_NOT_FOUND)
             if found is not None and table.misnamed:
                 # Others gave it its name back.
-                self._adopt(table, found)
+                try:
+                    await self._adopt(table, found)
+                except CatalogUnavailable as error:
+                    raise Unavailable(f"{table.info.name} cannot be taken in: {error}") from error
             return table
         known = self._by_uuid.get(found.info.uuid)
         if known is not None and known.state is TableState.ACTIVE and known.info.name != name:
             await check_own_name(self.catalog, known, name)
         # Others gave the name to another table.
-        return self.register(found)
+        return await self.register(found)
 
     async def refresh_list(self) -> None:
         """Wait until the tables are known as the catalog has them now, 1 s at most (R27)."""
@@ -423,9 +430,12 @@ class Tables:
         self._pending_drops = dict(drops)
         for info, recorded_lsn, known_from_lsn in known:
             if info.uuid not in drops:
-                self._add(Table(info, 0, None, recorded_lsn=recorded_lsn, known_from_lsn=known_from_lsn))
+                table = Table(info, 0, None, recorded_lsn=recorded_lsn, known_from_lsn=known_from_lsn)
+                table.recorded = self._marks.mark_of(info.uuid)
+                self._add(table)
                 self._by_name[info.name] = self._by_uuid[info.uuid]
         self._orphans = {uuid for uuid in dropped if uuid not in self._by_uuid}
+        self._marks.keep(self._by_uuid)
 
     async def reconcile(self) -> None:
         """Compare the tables with the catalog's, once: finish drops, take in what is new, stop what is gone.
@@ -451,7 +461,7 @@ class Tables:
             for loaded in found.values():
                 known = self._by_uuid.get(loaded.info.uuid)
                 if known is None:
-                    self.register(loaded)
+                    await self.register(loaded)
                 elif known.state is TableState.ACTIVE:
                     await self._adopt_seen(known, loaded)
             strangers = listing.unread - {known.info.name for known in known_before}
@@ -487,12 +497,20 @@ class Tables:
             except (CatalogUnavailable, ArkaError) as error:
                 log.warning("catalog.leftovers", reason=str(error))
 
-    def register(self, found: CatalogTable) -> Table:
-        """Take a table of the catalog in; one that is known by its UUID follows its name."""
+    async def register(self, found: CatalogTable) -> Table:
+        """Take a table of the catalog in; one that is known by its UUID follows its name.
+
+        Raises:
+            ArkaError: this process dropped it.
+            Unavailable: it is being dropped, or cannot be taken in now.
+        """
         known = self._by_uuid.get(found.info.uuid)
         if known is not None:
             if known.info.name != found.info.name and known.state is TableState.ACTIVE:
-                self._adopt(known, found)
+                try:
+                    await self._adopt(known, found)
+                except CatalogUnavailable as error:
+                    raise Unavailable(f"{found.info.name} cannot be taken in: {error}") from error
             return known
         if found.info.uuid in self._pending_drops:
             raise Unavailable(f"{found.info.name} is being dropped and the catalog has not done it yet: try again")
@@ -526,11 +544,21 @@ class Tables:
         if table.info.uuid in self.broken:
             stop_damaged(table, self.broken[table.info.uuid])
 
-    def _adopt(self, table: Table, found: CatalogTable) -> None:
-        """Learn from the catalog what the log could not say."""
+    async def _adopt(self, table: Table, found: CatalogTable) -> None:
+        """Learn from the catalog what the log could not say.
+
+        Raises:
+            CatalogUnavailable: the disk did not take how far the table is: ask again.
+        """
+        mark, adoptions = found.mark_of(self._log_uuid), table.adoptions
+        is_newer = mark.epoch > self._epoch()
+        if not is_newer and mark.committed_lsn > table.committed.lsn and not table.objection(mark, self._lineage()):
+            # What is adopted is acknowledged, and others may undo it in the catalog (R20).
+            await self._marks.record(table.info.uuid, mark)
         old_name = table.info.name
-        self.adoption.adopt(table, found.info)
-        if found.mark_of(self._log_uuid).epoch > self._epoch():
+        if table.adoptions == adoptions:
+            self.adoption.adopt(table, found.info)
+        if is_newer:
             # A newer process has moved the mark. What it has set aside is not known here, so that its mark says nothing
             # of the writes that wait here (R10, R32); the next look at the store ends this process.
             log.warning(
@@ -554,11 +582,12 @@ class Tables:
         if found.committed_lsn(self._log_uuid) > table.committed.lsn:
             try:
                 await self.watch.confirm(found.info)
+                await self._adopt(table, found)
             except CatalogUnavailable as error:
                 log.warning("table.unread", table=str(table.info.name), hint=str(error))
                 self._unread.add(table.info.uuid)
-                return
-        self._adopt(table, found)
+        else:
+            await self._adopt(table, found)
 
     async def _is_of_another_copy(self, found: CatalogTable) -> bool:
         """Whether a table's mark has an epoch that only another copy of this log can have taken (R29).
@@ -674,7 +703,7 @@ class Tables:
             # What is adopted is acknowledged: a reader has to find it (R28).
             await self.watch.confirm(found.info)
             table.gone = ""
-            self._adopt(table, found)
+            await self._adopt(table, found)
         elif unusable is not None and not unusable.spelled:
             raise misname(table, unusable)
         elif strangers and unusable is None:
@@ -702,7 +731,7 @@ class Tables:
                 raise
             if found is not None and found.info.uuid == table.info.uuid:
                 table.gone = ""
-                self._adopt(table, found)
+                await self._adopt(table, found)
             else:
                 await self._look_for(table)
         self._unread.discard(table.info.uuid)
@@ -777,7 +806,7 @@ class Tables:
         found, created = await ddl.create_table(self.catalog, definition, suffix, owner=self._owner)
         await failpoints.reach("create.done")
         self._creates.made(found.info, suffix)
-        table = self.register(found)
+        table = await self.register(found)
         if created:
             table.created_lsn = self._memory.last_lsn
         return table, created
@@ -894,6 +923,7 @@ class Tables:
             if self._by_name.get(info.name) is table:
                 del self._by_name[info.name]
             self._by_uuid.pop(info.uuid, None)
+            self._marks.forget(info.uuid)
             self._keys.drop_table(info.uuid)
         done.set(None)
         if self._parking.loaded:

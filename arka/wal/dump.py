@@ -25,6 +25,7 @@ from arka._core.framing import (
 from arka.errors import ArkaError, DataCorruption
 from arka.records import TableInfo
 from arka.storage.ports import Disk
+from arka.wal.committed import read_committed
 from arka.wal.logstate import LogState, newest_slot, read_slots
 from arka.wal.named import find_unnamed
 from arka.wal.scan import SegmentScan, TornBytes, may_have_tail
@@ -287,6 +288,11 @@ def verify_log(directory: Path, disk: Disk) -> LogReport:
         log_uuid = log_uuid or seal.log_uuid
         if seal.log_uuid != log_uuid:
             problems.append(_seal_problem(directory, 16, f"log {log_uuid}", f"log {seal.log_uuid}"))
+    if log_uuid is not None:
+        try:
+            read_committed(directory, disk, log_uuid)
+        except ArkaError as error:
+            problems.append(error.detail)
     paths = dict(list_segments(directory, disk))
     for number, path in paths.items():
         try:

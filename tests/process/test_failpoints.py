@@ -100,6 +100,7 @@ UNDER_LOAD = (
     ("index.merging", 2),
     ("index.merged", 2),
     ("commit.response", 3),
+    ("commit.recorded", 3),
     ("commit.answered", 3),
     ("commit.advanced", 3),
     ("release.begin", 1),

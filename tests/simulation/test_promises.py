@@ -50,6 +50,7 @@ from arka.tiers.uplink import Patience
 from arka.tiers.warehouse import WarehouseWatch
 from arka.tiers.watermarks import now_us
 from arka.wal import logstate, seal, writer
+from arka.wal.committed import CommittedMarks
 
 #: Within so many seeds a broken engine has to be caught.
 CATCH_SEEDS = 150
@@ -383,6 +384,21 @@ def test_catches_a_rolled_back_table_that_goes_on(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Table, "stop", go_on)
     broken = catch("catalog restored")
     assert "is lost" in broken or "lacks write" in broken
+
+
+@pytest.mark.parametrize("fault", ["catalog restored", "marks removed"])
+@pytest.mark.parametrize("forgets", ["written", "read"])
+def test_catches_commits_that_nobody_records(forgets: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine whose next start learns from checkpoints alone what was committed is caught (R15, R20)."""
+    if forgets == "written":
+        monkeypatch.setattr(CommittedMarks, "_write", lambda self, marks: None)
+    else:
+        monkeypatch.setattr("arka.wal.committed.read_committed", lambda directory, disk, log_uuid: {})
+    broken = catch(fault)
+    # Rows that are doubled or put back, or a write that was set aside and comes back with them.
+    assert any(words in broken for words in ("twice", "went on below what was acknowledged", "which was refused")), (
+        broken
+    )
 
 
 def test_catches_a_start_that_waits_for_a_slow_store(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from uuid import UUID, uuid4
 
 import pyarrow as pa
@@ -23,6 +24,7 @@ from arka.storage.ports import (
     StagedFiles,
     TableFrames,
 )
+from arka.testing.simdisk import SimDisk
 from arka.tiers.adoption import Adoption
 from arka.tiers.backlog import Cut
 from arka.tiers.committer import TableCommitter
@@ -31,6 +33,7 @@ from arka.tiers.memory import MemoryTier
 from arka.tiers.table import Table, TableState
 from arka.tiers.warehouse import WarehouseWatch
 from arka.tiers.watermarks import Watermark
+from arka.wal.committed import CommittedMarks
 
 LOG = UUID(int=7)
 SCHEMA = pa.schema([pa.field("id", pa.int64(), metadata={"PARQUET:field_id": "1"})])
@@ -74,6 +77,8 @@ class Bench:
         self.objects = Watermark(Tier.OBJECT_STORAGE)
         self.lsn = 0
         self.superseded = False
+        self.disk = SimDisk(random.Random(1))
+        self.disk.make_directory(Path("/wal"))
         memory = MemoryTier(LsnAllocator(1, 1000), KeyIndex(60.0, limit=1000))
         self.committer = TableCommitter(
             self.table,
@@ -89,6 +94,7 @@ class Bench:
             on_committed=lambda table: None,
             adoption=Adoption(self.catalog, memory, log_uuid=LOG, adopt_s=1.0, look_for=self.look_for),
             set_aside=self.keep_aside,
+            marks=CommittedMarks(Path("/wal"), self.disk, LOG, {}),
         )
 
     async def verify(self) -> None:
