@@ -55,7 +55,7 @@ from arka.iceberg.fileio import batch_of
 from arka.iceberg.locations import table_locations
 from arka.iceberg.manifests import ManifestBuilder, ManifestMemory, avro_codec
 from arka.iceberg.specschema import UnknownSourceColumn, spec_schema
-from arka.iceberg.tableoptions import expires_files, max_snapshot_age_ms, min_snapshots
+from arka.iceberg.tableoptions import expires_files, max_snapshot_age_ms, min_snapshots, stated_snapshot_age_ms
 from arka.iceberg.timestamps import newest_ms, next_ms, now_ms
 from arka.storage.ports import StagedFile
 
@@ -110,9 +110,9 @@ def expired_ids(metadata: TableMetadata, keep: int) -> list[int]:
 
     Returns:
         Ids, oldest first; none with ``gc.enabled=false`` (R29). Never the current one, a tag's, what another
-        branch than main can reach, nor one of main that is younger than the branch's ``max-snapshot-age-ms``. One
-        that nothing reaches, such as one that others staged, goes when it is older than
-        ``history.expire.max-snapshot-age-ms``.
+        branch than main can reach, nor one of main that is younger than the branch's ``max-snapshot-age-ms``, or
+        than the table's ``history.expire.max-snapshot-age-ms`` where the branch says nothing and the table does. One
+        that nothing reaches, such as one that others staged, goes when it is older than the latter, or its default.
     """
     if not expires_files(metadata.properties):
         return []
@@ -125,7 +125,10 @@ def expired_ids(metadata: TableMetadata, keep: int) -> list[int]:
             protected |= _ancestors(metadata, ref.snapshot_id)
     history = _ancestors(metadata, metadata.current_snapshot_id)
     now = max(newest_ms(metadata), now_ms())
-    main_age_ms, other_age_ms = (main and main.max_snapshot_age_ms) or -1, max_snapshot_age_ms(metadata.properties)
+    # Without a word of the owner's the number alone counts: a commit a second would keep 432,000 for the default.
+    stated_ms = [main.max_snapshot_age_ms if main else None, stated_snapshot_age_ms(metadata.properties)]
+    main_age_ms = next((age for age in stated_ms if age is not None), -1)
+    other_age_ms = max_snapshot_age_ms(metadata.properties)
     surplus = len(history) + 1 - keep
     expired = []
     for snapshot in sorted(metadata.snapshots, key=lambda s: (s.sequence_number or 0, s.timestamp_ms)):

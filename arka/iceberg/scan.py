@@ -29,7 +29,7 @@ from arka.iceberg.catalogs import catalog
 from arka.iceberg.config import CatalogConfig
 from arka.iceberg.control import key_columns
 from arka.iceberg.deletes import live_rows
-from arka.iceberg.marks import mark_of, marks_of
+from arka.iceberg.marks import mark_in, marks_of
 from arka.iceberg.pieces import pieces
 from arka.iceberg.schema import UnsupportedType, arrow_schema, field_id
 from arka.iceberg.tail import open_tail
@@ -58,8 +58,8 @@ def scan(config: CatalogConfig, job: ReadJob, path: str) -> int:
         TableMissing: no table with that UUID under that name.
         InvalidRequest: a column that the table does not have.
         ArkaError: ``out_of_range``: no retained snapshot ends at ``job.at_lsn``; ``overloaded``: the answer has more
-            than ``job.max_bytes``; ``table_stopped``: others have made
-            something of the table that Arka cannot work with.
+            than ``job.max_bytes``; ``table_stopped``: others have made something of the table that Arka cannot work
+            with, or its mark is not this log's and the answer depends on it.
         DataCorruption: a frame's CRC does not hold (R9).
         OSError: the warehouse or the local disk failed.
     """
@@ -139,10 +139,23 @@ class _Base:
 
 
 def _base_of(table: Table, job: ReadJob) -> _Base:
-    """Choose the snapshot that a read begins with."""
+    """Choose the snapshot that a read begins with.
+
+    Raises:
+        ArkaError: see ``scan``.
+    """
     metadata = table.metadata
     marks = marks_of(metadata.properties)
-    lsn = mark_of(metadata.properties, job.log_uuid).committed_lsn
+    mark = mark_in(metadata, job.log_uuid)
+    objection = job.lineage.objection(job.table.name, job.table.uuid, mark)
+    if objection:
+        if job.at_lsn is not None or job.tail is not None:
+            # Which of the waiting rows the table holds is not known: rows would be left out, or be there twice.
+            raise ArkaError(objection, code=ErrorCode.TABLE_STOPPED)
+        # What it holds can be read; up to which LSN of this log that goes cannot be said.
+        others = [each for each in marks if each.log_uuid != job.log_uuid]
+        return _Base(metadata.current_snapshot_id, 0, others, takes_frames=False, schema=metadata.schema())
+    lsn = mark.committed_lsn
     if job.at_lsn is None or job.at_lsn >= lsn:
         # A table below what was known to be committed was rolled back: its owner's will, nothing is replayed (R20).
         rolled_back = job.tail is not None and lsn < job.tail.after_lsn
@@ -150,15 +163,17 @@ def _base_of(table: Table, job: ReadJob) -> _Base:
         # stays the same whatever others do to the schema later.
         past = metadata.current_snapshot() if job.at_lsn == lsn else None
         return _Base(metadata.current_snapshot_id, lsn, marks, not rolled_back, _schema_at(metadata, past))
-    snapshot = metadata.current_snapshot()
+    snapshot, found = metadata.current_snapshot(), None
     while snapshot is not None:
         notes = {} if snapshot.summary is None else snapshot.summary.additional_properties
         if (notes.get(SUMMARY_LOG), notes.get(SUMMARY_LAST_LSN)) == (str(job.log_uuid), str(job.at_lsn)):
-            then = [replace(m, committed_lsn=job.at_lsn) for m in marks if m.log_uuid == job.log_uuid]
-            schema = _schema_at(metadata, snapshot)
-            return _Base(snapshot.snapshot_id, job.at_lsn, then, takes_frames=False, schema=schema)
+            # The first one is the commit's; others may write its notes into a later snapshot of theirs.
+            found = snapshot
         parent_id = snapshot.parent_snapshot_id
         snapshot = None if parent_id is None else metadata.snapshot_by_id(parent_id)
+    if found is not None:
+        then = [replace(each, committed_lsn=job.at_lsn) for each in marks if each.log_uuid == job.log_uuid]
+        return _Base(found.snapshot_id, job.at_lsn, then, takes_frames=False, schema=_schema_at(metadata, found))
     raise ArkaError(
         f"{job.table.name} holds LSN {lsn} in Iceberg and no retained snapshot ends at at_lsn {job.at_lsn}",
         code=ErrorCode.OUT_OF_RANGE,

@@ -109,8 +109,13 @@ def expires_files(properties: Mapping[str, str]) -> bool:
 
 def max_snapshot_age_ms(properties: Mapping[str, str]) -> int:
     """Return how long a snapshot is kept that no branch or tag reaches, in milliseconds. Never raises for a value."""
-    found = _Reader(properties).count(TableProperties.MAX_SNAPSHOT_AGE_MS, range(10**18))
+    found = stated_snapshot_age_ms(properties)
     return TableProperties.MAX_SNAPSHOT_AGE_MS_DEFAULT if found is None else found
+
+
+def stated_snapshot_age_ms(properties: Mapping[str, str]) -> int | None:
+    """Return how long a table's owner wants snapshots kept, in milliseconds; None for no word. Never raises."""
+    return _Reader(properties).count(TableProperties.MAX_SNAPSHOT_AGE_MS, range(10**18))
 
 
 class _Reader:

@@ -348,6 +348,7 @@ class ReadJob:
         tail: the frames that the newest snapshot may lack, up to ``at_lsn``; None for none.
         max_bytes: most bytes of the answer (R23).
         compression: of the answer's buffers, ``lz4`` or ``zstd``; None for none.
+        lineage: the log's starts; no LSN of a mark that is not of them means anything here (R15).
     """
 
     table: TableInfo
@@ -358,6 +359,7 @@ class ReadJob:
     tail: TableFrames | None = None
     max_bytes: int = 2**62
     compression: str | None = None
+    lineage: Lineage = NO_STARTS
 
 
 class CatalogUnavailable(Exception):

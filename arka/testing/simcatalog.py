@@ -432,6 +432,9 @@ class SimCatalog:
         table = self._find_same(job.table.name, job.table.uuid)
         described = table.describe()
         lsn = described.committed_lsn(job.log_uuid)
+        objection = job.lineage.objection(job.table.name, job.table.uuid, described.mark_of(job.log_uuid))
+        if objection and (job.at_lsn is not None or job.tail is not None):
+            raise ArkaError(objection, code=ErrorCode.TABLE_STOPPED)
         info, changes = table.info, table.changes
         if job.at_lsn is not None and job.at_lsn <= lsn:
             end, then = table.ends.get((job.log_uuid, job.at_lsn), (len(changes), info))

@@ -169,6 +169,7 @@ async def _scan(
         tail=_frames_of(pipeline, table, through_lsn, behind),
         max_bytes=max_bytes,
         compression=request.compression,
+        lineage=pipeline.tables.lineage(),
     )
     try:
         return await pipeline.tables.catalog.scan(job, path)

@@ -149,7 +149,7 @@ class Tables:
         """
         self._marks = marks
         self._epoch = epoch
-        self._lineage = lineage
+        self.lineage = lineage
         self._verify = verify
         #: Tables that are set apart.
         self.apart = apart
@@ -520,7 +520,7 @@ class Tables:
                 "again: restart the server to take it in)",
                 code=ErrorCode.TABLE_DROPPED,
             )
-        objection = self._lineage().objection(found.info.name, found.info.uuid, found.mark_of(self._log_uuid))
+        objection = self.lineage().objection(found.info.name, found.info.uuid, found.mark_of(self._log_uuid))
         committed_lsn = 0 if objection else found.committed_lsn(self._log_uuid)
         known_from_lsn = 0 if committed_lsn else self._memory.last_lsn
         table = Table(found.info, committed_lsn, found.snapshot_id, known_from_lsn=known_from_lsn)
@@ -552,7 +552,7 @@ class Tables:
         """
         mark, adoptions = found.mark_of(self._log_uuid), table.adoptions
         is_newer = mark.epoch > self._epoch()
-        if not is_newer and mark.committed_lsn > table.committed.lsn and not table.objection(mark, self._lineage()):
+        if not is_newer and mark.committed_lsn > table.committed.lsn and not table.objection(mark, self.lineage()):
             # What is adopted is acknowledged, and others may undo it in the catalog (R20).
             await self._marks.record(table.info.uuid, mark)
         old_name = table.info.name
@@ -565,7 +565,7 @@ class Tables:
                 "table.mark_of_another", table=str(table.info.name), mark_lsn=found.committed_lsn(self._log_uuid)
             )
         else:
-            table.adopt_mark(found, self._log_uuid, self._lineage())
+            table.adopt_mark(found, self._log_uuid, self.lineage())
         self.note_committed(table)
         self._note_name(table, old_name)
 

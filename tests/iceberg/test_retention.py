@@ -68,6 +68,34 @@ def test_retention_of_main_is_carried_over(make_lake: Any, key: tuple[str, ...])
 
 
 @KINDS
+@pytest.mark.parametrize(("age_ms", "left"), [("1000000000000", 9), ("0", 2), ("", 2), ("soon", 2)])
+def test_age_that_the_table_states(make_lake: Any, key: tuple[str, ...], age_ms: str, left: int) -> None:
+    """Snapshots of main stay as long as the table's owner says; without a word the number alone counts (R30)."""
+    lake = make_lake(keep_snapshots=2)
+    properties = {"history.expire.max-snapshot-age-ms": age_ms} if age_ms else {}
+    info = lake.create(SCHEMA, key=key, properties=properties)
+    for lsn in range(9):
+        lake.append(info, [_rows(lsn)], lsn)
+    assert len(_ids(lake, info)) == left
+
+
+@KINDS
+def test_age_that_the_branch_states(make_lake: Any, key: tuple[str, ...]) -> None:
+    """What branch main says of its own counts more than what the table says."""
+    lake = make_lake(keep_snapshots=2)
+    info = lake.create(SCHEMA, key=key, properties={"history.expire.max-snapshot-age-ms": "1000000000000"})
+    lake.append(info, [_rows(0)], 0)
+    catalog = lake.foreign()
+    table = catalog.load_table(tuple(info.name))
+    ref = {"ref_name": "main", "type": SnapshotRefType.BRANCH, "snapshot_id": table.current_snapshot().snapshot_id}
+    catalog.commit_table(table, (), (SetSnapshotRefUpdate(**ref, max_snapshot_age_ms=1),))
+    catalog.close()
+    for lsn in range(1, 9):
+        lake.append(info, [_rows(lsn)], lsn)
+    assert len(_ids(lake, info)) == 2
+
+
+@KINDS
 def test_staged_snapshots_stay_until_they_are_old(make_lake: Any, key: tuple[str, ...]) -> None:
     """A snapshot without a ref stays; so do a tag's and a branch's with all it follows. Main keeps its own number."""
     lake = make_lake(keep_snapshots=3)

@@ -172,6 +172,18 @@ def backups_keep_their_block() -> None:
 
 
 @mutant
+def reads_believe_marks() -> None:
+    """A read takes every mark for this log's own (R15, R25)."""
+    from dataclasses import replace
+
+    from arka.iceberg import scan
+    from arka.lineage import NO_STARTS
+
+    base_of = scan._base_of
+    scan._base_of = lambda table, job: base_of(table, replace(job, lineage=NO_STARTS))
+
+
+@mutant
 def backups_without_a_look() -> None:
     """A backup does not look whether it has the files that its tables need (R38)."""
     from arka.storage.backuptables import CopiedTables
