@@ -48,6 +48,9 @@ help: ## list the targets
 .PHONY: venv
 venv: $(VENV)/.installed-test ## make the virtual environment and build the extensions
 
+# What `make test` runs beside foreign toolchains and the simulation.
+QUICK := not foreign and not engines and not simulation and not long
+
 .PHONY: demo
 demo: $(VENV)/.installed-demo ## stream 336,776 real flights to Iceberg and read them back
 	$(PYTHON) examples/demo.py
@@ -59,15 +62,19 @@ test: lint ## everything that CI runs: all checks of `make lint`, then pytest
 	@status=0; \
 	$(PYTHON) -m pytest -m "foreign" $(PYTEST_ARGS) || status=$$?; \
 	[ $$status -ne 5 ] || status=0; \
-	$(PYTHON) -m pytest -m "simulation" -n 2 --dist worksteal $(PYTEST_ARGS) || { ran=$$?; [ $$ran -eq 5 ] || status=$$ran; }; \
-	$(PYTHON) -m pytest -m "not foreign and not engines and not simulation" -n 2 --dist loadfile $(PYTEST_ARGS) \
+	$(PYTHON) -m pytest -m "simulation and not long" -n 2 --dist worksteal $(PYTEST_ARGS) || { ran=$$?; [ $$ran -eq 5 ] || status=$$ran; }; \
+	$(PYTHON) -m pytest -m "$(QUICK)" -n 2 --dist loadfile $(PYTEST_ARGS) \
 		|| status=$$?; \
 	if [ -n "$(PYTEST_STATUS)" ]; then echo $$status > "$(PYTEST_STATUS)"; else exit $$status; fi
+
+.PHONY: test-long
+test-long: $(VENV)/.installed-test ## what takes minutes for each test: engines that are broken on purpose, longer kills
+	$(PYTHON) -m pytest -m "long" -n 2 --dist worksteal $(PYTEST_ARGS)
 
 # Tracing doubles the time of a run, so it is none of CI's.
 .PHONY: coverage
 coverage: $(VENV)/.installed-test ## which lines the tests of `make test` reach (but for simulation and foreign clients)
-	$(PYTHON) -m pytest -m "not foreign and not engines and not simulation" -n 2 --dist loadfile \
+	$(PYTHON) -m pytest -m "$(QUICK)" -n 2 --dist loadfile \
 		--cov --cov-report=term:skip-covered $(PYTEST_ARGS)
 
 .PHONY: lint
@@ -90,7 +97,7 @@ test-engines: $(VENV)/.installed-engines ## Spark and Iceberg's Java library rea
 
 .PHONY: test-leftovers
 test-leftovers: $(VENV)/.installed-engines ## run the tests, then open every healthy table that they leave behind with every reader
-	$(PYTHON) -m pytest -q -m "not foreign and not engines" -n 2 --dist loadfile --basetemp=build/leftovers $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -q -m "not foreign and not engines and not long" -n 2 --dist loadfile --basetemp=build/leftovers $(PYTEST_ARGS)
 	$(PYTHON) -m tests.engines.leftovers build/leftovers
 
 .PHONY: fuzz

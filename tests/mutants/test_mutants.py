@@ -15,6 +15,8 @@ import pytest
 
 from tests.mutants.broken import MUTANTS
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 
 #: By mutant: the tests that catch it, as arguments of pytest.

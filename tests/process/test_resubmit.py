@@ -229,57 +229,60 @@ Change = Callable[[UpdateSchema], object]
 TWO: list[tuple[str, str]] = [("n", "int64!"), ("v", "utf8")]
 
 
-@pytest.mark.parametrize(
-    ("change", "expected", "dropped"),
-    [
-        (lambda u: u.rename_column("v", "w"), {"n": 1, "w": "a"}, []),
-        (lambda u: u.rename_column("n", "m"), {"m": 1, "v": "a"}, []),
-        (lambda u: u.move_first("v"), {"n": 1, "v": "a"}, []),
-        (lambda u: u.add_column("w", StringType()), {"n": 1, "v": "a", "w": None}, []),
-        (lambda u: u.delete_column("v"), {"n": 1}, ["v"]),
-        (lambda u: u.rename_column("v", "w").add_column("x", LongType()), {"n": 1, "w": "a", "x": None}, []),
-        (lambda u: u.update_column("i", LongType()), {"n": 1, "v": "a", "i": 7}, []),
-    ],
-    ids=["renamed", "key renamed", "moved", "added", "dropped", "renamed and added", "widened"],
-)
+#: By table: what others do to its schema, the row that is expected then, and the columns whose values are left out.
+CHANGES: dict[str, tuple[Change, dict[str, object], list[str]]] = {
+    "renamed": (lambda u: u.rename_column("v", "w"), {"n": 1, "w": "a"}, []),
+    "key_renamed": (lambda u: u.rename_column("n", "m"), {"m": 1, "v": "a"}, []),
+    "moved": (lambda u: u.move_first("v"), {"n": 1, "v": "a"}, []),
+    "added": (lambda u: u.add_column("w", StringType()), {"n": 1, "v": "a", "w": None}, []),
+    "dropped": (lambda u: u.delete_column("v"), {"n": 1}, ["v"]),
+    "renamed_and_added": (
+        lambda u: u.rename_column("v", "w").add_column("x", LongType()),
+        {"n": 1, "w": "a", "x": None},
+        [],
+    ),
+    "widened": (lambda u: u.update_column("i", LongType()), {"n": 1, "v": "a", "i": 7}, []),
+}
+
+
 @pytest.mark.parametrize("kind", ["append-only", "primary-key"])
 def test_columns_that_others_changed_since(
-    make_server: Callable[..., ServerProcess],
-    tmp_path: Path,
-    kind: str,
-    change: Change,
-    expected: dict[str, object],
-    dropped: list[str],
+    make_server: Callable[..., ServerProcess], tmp_path: Path, kind: str
 ) -> None:
     """Salvaged values go to the columns that they were written to, whatever these are called now (R24, R38)."""
     server = make_server().start()
+    keyed = {"table_type": "primary_key", "primary_key": "n"} if kind == "primary-key" else {}
     with connect(server.location) as client:
-        fields = [*TWO, ("i", "int32")] if "i" in expected else TWO
-        keyed = {"table_type": "primary_key", "primary_key": "n"} if kind == "primary-key" else {}
-        create(client, "t", fields, **keyed)
-        columns = {"n": pa.array([1], pa.int64()), "v": pa.array(["a"])}
-        if "i" in expected:
-            columns["i"] = pa.array([7], pa.int32())
-        schema = pa.schema([pa.field(name, values.type, name != "n") for name, values in columns.items()])
-        stream = Stream(client, "t", schema, requested_durability="disk")
-        stream.write(pa.RecordBatch.from_arrays(list(columns.values()), schema=schema), idempotency_key="k")
-        stream.finish()
+        for table, (_, expected, _) in CHANGES.items():
+            create(client, table, [*TWO, ("i", "int32")] if "i" in expected else TWO, **keyed)
+            columns = {"n": pa.array([1], pa.int64()), "v": pa.array(["a"])}
+            if "i" in expected:
+                columns["i"] = pa.array([7], pa.int32())
+            schema = pa.schema([pa.field(name, values.type, name != "n") for name, values in columns.items()])
+            stream = Stream(client, table, schema, requested_durability="disk")
+            stream.write(pa.RecordBatch.from_arrays(list(columns.values()), schema=schema), idempotency_key="k")
+            stream.finish()
     server.kill()
     shutil.copytree(server.data / "wal", tmp_path / "log")
     result = CliRunner().invoke(cli.main, ["wal", "salvage", str(server.data), "--discard", "--yes"])
     assert result.exit_code == 0, result.output
-    with lake.open_catalog(server.data) as catalog, catalog.load_table(("default", "t")).update_schema() as update:
-        change(update)
     # The log's own mark would say that it is there, had the commit been faster than the kill.
-    already = lake.rows(server.data, "t").num_rows
+    already = set()
+    with lake.open_catalog(server.data) as catalog:
+        for table, (change, _, _) in CHANGES.items():
+            with catalog.load_table(("default", table)).update_schema() as update:
+                change(update)
+            if lake.rows(server.data, table).num_rows:
+                already.add(table)
     server.start()
     with connect(server.location) as client:
         result = run(tmp_path / "log", "--resubmit", server.location)
         assert result.exit_code == 0, result.output
-        for column in dropped if not already else ():
-            assert f"default.t: {column}" in result.stdout
-        action(client, "Flush", name="t")
-        assert lake.rows(server.data, "t").to_pylist() == [expected]
+        for table, (_, expected, dropped) in CHANGES.items():
+            for column in dropped if table not in already else ():
+                assert f"default.{table}: {column}" in result.stdout
+            action(client, "Flush", name=table)
+            assert lake.rows(server.data, table).to_pylist() == [expected]
     server.stop()
 
 
