@@ -148,7 +148,8 @@ def write_all(
     for batch in batches:
         stream.write(batch)
     found = stream.finish()
-    assert [ack for ack in found if ack["error"] is not None] == []
+    errors = [ack for ack in found if ack["error"] is not None]
+    assert errors == [], errors
     return found
 
 

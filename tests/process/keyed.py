@@ -348,7 +348,8 @@ def send_the_rest(server: ServerProcess, writers: Sequence[KeyedWriter], timeout
 def check_broken(writers: Iterable[KeyedWriter]) -> None:
     """Check that no ack has broken a rule, and that none was an error."""
     writers = list(writers)
-    assert [rule for writer in writers for rule in writer.broken] == []
+    broken = [rule for writer in writers for rule in writer.broken]
+    assert broken == [], broken
     assert [ack for writer in writers for ack in writer.errors] == []
 
 

@@ -34,7 +34,7 @@ class Reader:
         """Wait for this many acks of a tier; none may be an error."""
         wait_for(lambda: self.count(tier) >= count or not self._thread.is_alive() or self._errors(), f"acks of {tier}")
         assert self.failure is None
-        assert self._errors() == []
+        assert self._errors() == [], self._errors()
         assert self.count(tier) == count
 
     def finish(self) -> list[Ack]:
