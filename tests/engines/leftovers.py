@@ -42,7 +42,7 @@ def find(folder: Path) -> Iterator[Leftover]:
     """Find the tables of every SQLite catalog below a folder."""
     for path in sorted(folder.rglob("*.db")):
         test = path.relative_to(folder).parts[1 if path.relative_to(folder).parts[0].startswith("popen-") else 0]
-        opened = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+        opened = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)
         try:
             rows = opened.execute(
                 "SELECT table_namespace, table_name, metadata_location FROM iceberg_tables"

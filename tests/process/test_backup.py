@@ -163,7 +163,7 @@ def test_what_came_after_the_backup_of_a_stopped_server(
     assert first <= max(ack["lsn"] for ack in acks) < last
 
 
-@pytest.mark.parametrize("restarts", [0, 1, 2])
+@pytest.mark.parametrize("restarts", [0, 1, pytest.param(2, marks=pytest.mark.long)])
 def test_what_is_sent_again_after_a_restore(
     restarts: int, make_server: Callable[..., ServerProcess], tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -47,15 +48,18 @@ def _run(server: ServerProcess, writers: list[KeyedWriter], *, to_the_end: bool)
         assert not thread.is_alive(), server.log_tail()
 
 
+_long = partial(pytest.param, marks=pytest.mark.long)
+
+
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
         ("wal.group_written=eio@20", "Input/output error (injected at failpoint wal.group_written)"),
         ("wal.group_begin=enospc@20", "No space left on device"),
         ("wal.header_written=eio@3", "Input/output error (injected at failpoint wal.header_written)"),
-        ("wal.segment_renamed=eio@3", "Input/output error (injected at failpoint wal.segment_renamed)"),
-        ("wal.segment_begin=enospc@3", "No space left on device (injected at failpoint wal.segment_begin)"),
-        ("wal.footer_synced=eio@2", "Input/output error (injected at failpoint wal.footer_synced)"),
+        _long("wal.segment_renamed=eio@3", "Input/output error (injected at failpoint wal.segment_renamed)"),
+        _long("wal.segment_begin=enospc@3", "No space left on device (injected at failpoint wal.segment_begin)"),
+        _long("wal.footer_synced=eio@2", "Input/output error (injected at failpoint wal.footer_synced)"),
     ],
 )
 def test_failed_log(make_server: Callable[..., ServerProcess], fault: str, said: str) -> None:
@@ -107,7 +111,7 @@ def _acked(writer: KeyedWriter) -> set[int]:
     "fault",
     [
         "logstate.slot_written=eio@1",
-        "logstate.slot_written=eio@3",
+        _long("logstate.slot_written=eio@3"),
         "whole.synced=eio@1",
         "recovery.copy_written=enospc",
     ],

@@ -351,7 +351,7 @@ def test_killed_in_its_first_start(make_server: Callable[..., ServerProcess]) ->
     assert lives.finish() > 0
 
 
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.long) for part in range(1, PARTS))])
 def test_killed_under_load_and_at_a_stop(make_server: Callable[..., ServerProcess], part: int) -> None:
     """Killed at every durable step under load and of a clean stop.
 
@@ -364,6 +364,7 @@ def test_killed_under_load_and_at_a_stop(make_server: Callable[..., ServerProces
     assert lives.finish() > 0
 
 
+@pytest.mark.long
 def test_killed_again_in_recovery(make_server: Callable[..., ServerProcess]) -> None:
     """Killed under load, and then again at every durable step of the start that recovers from it."""
     lives = Lives(make_server(**SETTINGS))

@@ -201,8 +201,8 @@ def test_manifest_that_is_gone(make_server: Callable[..., ServerProcess]) -> Non
         ("file", "append-only"),
         ("folder", "primary-key"),
         ("*-m0.avro", "append-only"),
-        ("*-m0.avro", "primary-key"),
-        ("snap-*.avro", "append-only"),
+        pytest.param("*-m0.avro", "primary-key", marks=pytest.mark.long),
+        pytest.param("snap-*.avro", "append-only", marks=pytest.mark.long),
     ],
 )
 def test_start_without_a_tables_metadata(make_server: Callable[..., ServerProcess], what: str, kind: str) -> None:
