@@ -6,6 +6,7 @@ Owns: how a put becomes create-only and durable, and what a failure means. Does 
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import secrets
@@ -50,7 +51,12 @@ async def _run_in_thread(job: Callable[[], T], limiter: trio.CapacityLimiter) ->
 
 
 class FileObjectStore:
-    """Objects as files below one folder: complete and fsynced before they can be seen."""
+    """Objects as files below one folder: complete and fsynced before they can be seen.
+
+    The folder stays the one that it was when this process met it first. One that is gone, or has another in its place
+    (a mount point whose mount is gone), is a store that does not answer: nothing is made there, and that nothing is
+    found there means nothing.
+    """
 
     def __init__(self, root: Path, requests: int) -> None:
         """Use ``root``; it is made by the first put.
@@ -63,6 +69,8 @@ class FileObjectStore:
         self._limiter = trio.CapacityLimiter(requests)
         # Folders whose names, and those of all folders above them, this process has fsynced.
         self._durable: set[Path] = set()
+        # The inode of the root; None before it was met. A device number may change when a file system is mounted again.
+        self._met: int | None = None
 
     @property
     def url(self) -> str:
@@ -117,10 +125,39 @@ class FileObjectStore:
         await self._run(job)
 
     async def _run(self, job: Callable[[], T]) -> T:
+        def checked() -> T:
+            # On both sides: what was done between two looks at the same folder was done in it.
+            self._check_root()
+            try:
+                return job()
+            finally:
+                self._check_root()
+
         try:
-            return await _run_in_thread(job, self._limiter)
+            return await _run_in_thread(checked, self._limiter)
         except OSError as error:
             raise StoreUnavailable(f"{self.url}: {error}") from error
+
+    def _check_root(self) -> None:
+        """Check that the root is the folder that it was.
+
+        Raises:
+            StoreUnavailable: it is gone, or another one.
+        """
+        try:
+            found = self._root.stat().st_ino
+        except (FileNotFoundError, NotADirectoryError):
+            if self._met is None:
+                # The first put makes it.
+                return
+            raise StoreUnavailable(f"{self.url} is gone: it was moved, or is not mounted") from None
+        if self._met is None:
+            self._met = found
+        elif found != self._met:
+            raise StoreUnavailable(
+                f"{self.url} is not the folder that it was: something is mounted there, or is not mounted any more. "
+                "If it is the right one, restart the server"
+            )
 
     def _put(self, key: str, parts: Sequence[Buffer]) -> None:
         staging = self._root / _STAGING
@@ -160,6 +197,9 @@ class FileObjectStore:
             self._make_folder(folder.parent)
             folder.mkdir(exist_ok=True)
             _sync_directory(folder.parent)
+        elif self._met is not None and not folder.is_dir():
+            # One that went away meanwhile is not made again.
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
         else:
             _make_root(folder)
         self._durable.add(folder)

@@ -385,8 +385,20 @@ class Tables:
         for table in self.all():
             table.hurry()
 
-    async def wait_catalog(self, request: Callable[[], Awaitable[None]], *, retry_s: float = _CATALOG_RETRY_S) -> None:
-        """Repeat a request until catalog and log take it. Cancellation: the last request may have happened."""
+    async def wait_catalog(
+        self,
+        request: Callable[[], Awaitable[None]],
+        *,
+        retry_s: float = _CATALOG_RETRY_S,
+        table: Table | None = None,
+    ) -> None:
+        """Repeat a request until catalog and log take it. Cancellation: the last request may have happened.
+
+        Args:
+            request: what is asked.
+            retry_s: the pause after a failure, in seconds.
+            table: the one that waits for it; None: all tables do that nobody commits yet.
+        """
         said = ""
         while True:
             try:
@@ -396,7 +408,7 @@ class Tables:
                 await trio.sleep(_MISNAMED_RETRY_S)
             except (CatalogUnavailable, Unavailable) as error:
                 # Also where no LSN can be given to its record (R31).
-                self._tell_waiting(str(error))
+                self._tell_waiting(str(error), self.all() if table is None else (table,))
                 # That it lasts is told by the stall, once a minute (R35).
                 if str(error) != said:
                     said = str(error)
@@ -405,9 +417,9 @@ class Tables:
             else:
                 return
 
-    def _tell_waiting(self, reason: str) -> None:
+    def _tell_waiting(self, reason: str, tables: Iterable[Table]) -> None:
         """Tell the watch why tables that nobody commits yet wait (R35)."""
-        for table in self.all():
+        for table in tables:
             if not table.taken_up:
                 table.effort.fail(reason)
 
@@ -481,6 +493,7 @@ class Tables:
             if not listing.unread:
                 await self._forget_others(listing)
             self._reconciled = True
+        await self._judge_unread()
         for pending in self._creates.pending():
             try:
                 await self._finish_create(pending, listing)
@@ -651,7 +664,7 @@ class Tables:
         """
         while table.info.uuid in self._unread:
             with self.apart.committing(table):
-                await self.wait_catalog(partial(self._read_at_last, table))
+                await self.wait_catalog(partial(self._read_at_last, table), table=table)
             await self.apart.move_if_wanted(table)
         if table.ending is not None:
             return
@@ -668,7 +681,7 @@ class Tables:
             while table.state is TableState.ACTIVE:
                 with self.apart.committing(table):
                     if await self._make_committer(table).run():
-                        await self.wait_catalog(partial(self._look_for, table))
+                        await self.wait_catalog(partial(self._look_for, table), table=table)
                 await self.apart.move_if_wanted(table)
             nursery.cancel_scope.cancel()
 
@@ -712,6 +725,17 @@ class Tables:
             )
         elif table.state is TableState.ACTIVE:
             stop_missing(table, listing)
+
+    async def _judge_unread(self) -> None:
+        """Find out of which tables a file is gone, so that they take no writes from the start on (R33)."""
+        for uuid in tuple(self._unread):
+            table = self._by_uuid[uuid]
+            try:
+                await self._read_at_last(table)
+            except CatalogUnavailable:
+                if not table.gone:
+                    # Not this table's own trouble. The tasks of the tables ask again.
+                    return
 
     async def _read_at_last(self, table: Table) -> None:
         """Learn how far a table is that could not be read at the start.

@@ -153,3 +153,34 @@ async def test_read_range_is_exact(tmp_path):
     assert await read_range(path, 64, 70) == bytes(range(64, 70))
     with pytest.raises(OSError, match="ends at 100, expected at least 101"):
         await read_range(path, 64, 101)
+
+
+@pytest.mark.parametrize("instead", ["nothing", "an empty folder", "another store"])
+async def test_folder_that_went_away_is_a_store_that_does_not_answer(instead, tmp_path):
+    """Nothing is made, deleted or missed in what is in its place; with the folder back, all of it is there (R10)."""
+    root = tmp_path / "root"
+    store = FileObjectStore(root, 2)
+    await store.put_new("n/epoch/1", [b"x"])
+    root.rename(tmp_path / "away")
+    if instead != "nothing":
+        root.mkdir()
+    if instead == "another store":
+        (root / "n").mkdir()
+        (root / "n" / "other").write_bytes(b"y")
+    before = sorted(root.rglob("*"))
+    for request in (
+        store.put_new("n/wal/1", [b"z"]),
+        store.list_keys("n/"),
+        store.get("n/epoch/1"),
+        store.get_range("n/epoch/1", 0, 1),
+        store.delete(["n/other"]),
+    ):
+        with pytest.raises(StoreUnavailable, match=r"is gone|is not the folder that it was"):
+            await request
+    assert sorted(root.rglob("*")) == before
+    assert root.exists() == (instead != "nothing")
+    if root.exists():
+        root.rename(tmp_path / "instead")
+    (tmp_path / "away").rename(root)
+    await store.put_new("n/wal/1", [b"z"])
+    assert [meta.key for meta in await store.list_keys("n/")] == ["n/epoch/1", "n/wal/1"]

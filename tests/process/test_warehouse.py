@@ -16,7 +16,7 @@ import pytest
 from arka.testing.serverprocess import ServerProcess
 from arka.testing.services import wait_for
 from tests.process import lake
-from tests.process.clients import Stream, action, connect, create, numbers, write_all
+from tests.process.clients import NUMBERS, Stream, action, connect, create, numbers, write_all
 from tests.services.reader import Reader
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
@@ -129,6 +129,42 @@ def test_catalog_replaced_by_an_older_copy(make_server: Callable[..., ServerProc
     assert lake.column(server.data, "t", "n") == [0]
 
 
+@pytest.mark.parametrize("instead", ["nothing", "an empty folder"])
+def test_object_store_that_went_away(make_server: Callable[..., ServerProcess], tmp_path: Path, instead: str) -> None:
+    """Writes go on at memory and disk, nothing is made in the folder's place, and with it back all acks come."""
+    objects = tmp_path / "mnt" / "objects"
+    server = make_server("--object-store", f"file://{objects}", iceberg__commit_interval_s=0.05).start()
+    with connect(server.location) as client:
+        create(client, "t", [("n", "int64!")])
+        write_all(client, "t", [numbers([0])])
+        objects.rename(tmp_path / "away")
+        if instead != "nothing":
+            objects.mkdir()
+        stream = Stream(client, "t", requested_durability="object_storage")
+        reader = Reader(stream)
+        stream.write(numbers([1]))
+        reader.wait("disk", 1)
+        wait_for(
+            lambda: (
+                "something is mounted there" in server.log.read_text()
+                or "is gone: it was moved" in server.log.read_text()
+            ),
+            "the outage is said",
+        )
+        wait_for(lambda: _reason(client) is not None, "the stall is said")
+        assert reader.count("object_storage") == 0
+        assert not objects.exists() or list(objects.iterdir()) == []
+        if objects.exists():
+            objects.rmdir()
+        (tmp_path / "away").rename(objects)
+        reader.wait("object_storage", 1)
+        stream.writer.done_writing()
+        reader.finish()
+        action(client, "Flush", name="t")
+    server.stop()
+    assert sorted(lake.column(server.data, "t", "n")) == [0, 1]
+
+
 def test_start_without_the_warehouse(make_server: Callable[..., ServerProcess], tmp_path: Path) -> None:
     """A start whose warehouse is not mounted takes writes, makes nothing in the mount point, and goes on later."""
     warehouse = tmp_path / "mnt" / "wh"
@@ -231,6 +267,39 @@ def test_start_without_a_tables_metadata(make_server: Callable[..., ServerProces
         write_all(client, "t", [numbers([2])])
     server.stop()
     assert sorted(lake.column(server.data, "t", "n")) == [0, 2]
+
+
+def test_each_table_names_its_own_file(make_server: Callable[..., ServerProcess]) -> None:
+    """Of two tables that lack a file at the start, each takes no write from the first on, and names its own (R33)."""
+    server = make_server(iceberg__commit_interval_s=0.05).start()
+    with connect(server.location) as client:
+        for name in ("t", "u"):
+            create(client, name, [("n", "int64!")])
+            write_all(client, name, [numbers([0])])
+    server.stop()
+    metadata = {name: next((server.data / "warehouse" / "default").glob(f"{name}-*/metadata")) for name in "tu"}
+    gone = {"t": next(metadata["t"].glob("snap-*.avro")), "u": max(metadata["u"].glob("*.metadata.json"))}
+    for path in gone.values():
+        path.rename(path.with_suffix(".away"))
+    server.start()
+    with connect(server.location) as client:
+        for name, other in ("tu", "ut"):
+            stream = Stream(client, name, NUMBERS, requested_durability="disk")
+            stream.write(numbers([1]))
+            assert {ack["code"] for ack in stream.finish()} == {"table_stopped"}
+            for _ in range(2):
+                reason = action(client, "DescribeTable", name=name)["reason"]
+                assert gone[name].name in reason
+                assert gone[other].name not in reason
+                # Past the time after which the watch has a word of its own.
+                wait_for(lambda: "[warning  ] stall" in server.log.read_text(), "the watch has looked")
+        for path in gone.values():
+            path.with_suffix(".away").rename(path)
+        for name in "tu":
+            wait_for(lambda name=name: not action(client, "DescribeTable", name=name)["reason"], "read again")  # type: ignore[misc]
+            write_all(client, name, [numbers([2])])
+    server.stop()
+    assert [sorted(lake.column(server.data, name, "n")) for name in "tu"] == [[0, 2]] * 2
 
 
 def test_unmarked_directory_is_marked_at_its_start(make_server: Callable[..., ServerProcess]) -> None:
