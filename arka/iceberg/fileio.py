@@ -33,6 +33,9 @@ from pyiceberg.io import (
 from pyiceberg.io.pyarrow import PyArrowFileIO
 from pyiceberg.typedef import EMPTY_DICT, Properties
 
+# For its effect: no manifest is read before it.
+import arka.iceberg.avrodoubles  # noqa: F401
+
 #: The value of pyiceberg's ``py-io-impl`` property that selects this class.
 FILE_IO_CLASS: Final = "arka.iceberg.fileio.WarehouseFileIO"
 

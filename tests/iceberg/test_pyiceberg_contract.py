@@ -7,6 +7,8 @@ there, then change ``arka.iceberg`` or this test.
 from __future__ import annotations
 
 import inspect
+import io
+import struct
 import subprocess
 import sys
 from importlib.metadata import version
@@ -15,7 +17,11 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from pyiceberg import table as pyiceberg_table
+from pyiceberg.avro.decoder import StreamingBinaryDecoder, new_decoder
+from pyiceberg.avro.decoder_fast import CythonBinaryDecoder
+from pyiceberg.avro.encoder import BinaryEncoder
 from pyiceberg.avro.file import AvroOutputFile
+from pyiceberg.avro.reader import DoubleReader, StructReader
 from pyiceberg.catalog import Catalog, MetastoreCatalog
 from pyiceberg.catalog.rest import RestCatalog
 from pyiceberg.catalog.sql import IcebergTables, SqlCatalog
@@ -32,7 +38,7 @@ from pyiceberg.table.sorting import UNSORTED_SORT_ORDER
 from pyiceberg.utils.decimal import unscaled_to_decimal
 from pyiceberg.utils.schema_conversion import ConvertSchemaToAvro
 
-from arka.iceberg import sqlcatalog
+from arka.iceberg import avrodoubles, sqlcatalog
 from arka.iceberg.fileio import WarehouseFileIO
 from arka.iceberg.partition import new_partition_spec
 from arka.iceberg.schema import new_iceberg_schema
@@ -257,3 +263,67 @@ def test_where_settings_come_from():
         "assert dict(pyiceberg.catalog._ENV_CONFIG.config) == {}\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
+
+
+def test_doubles_are_still_read_as_floats() -> None:
+    """The compiled decoder loses what ``avrodoubles`` brings back: a failure here means that the module can go."""
+    decoder = new_decoder(struct.pack("<3d", 0.1, 1e300, 5e-324))
+    assert type(decoder) is CythonBinaryDecoder
+    assert [decoder.read_double() for _ in range(3)] == [0.10000000149011612, float("inf"), 0.0]
+
+
+def test_where_doubles_are_read() -> None:
+    """Every double of an Avro file comes through ``DoubleReader.read``, which ``avrodoubles`` replaces."""
+    assert DoubleReader.read is avrodoubles.read_double
+    assert set(vars(DoubleReader)) - {"__module__", "__doc__", "__abstractmethods__", "_abc_impl"} == {"read", "skip"}
+    program = (
+        "import inspect\n"
+        "from pyiceberg.avro.reader import DoubleReader\n"
+        "assert 'return decoder.read_double()' in inspect.getsource(DoubleReader.read)\n"
+        "theirs = DoubleReader.read\n"
+        "import arka.iceberg.fileio\n"
+        "assert DoubleReader.read is not theirs\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
+    # A reader of records asks its fields' readers when it is made.
+    assert "reading_callbacks.append((pos, field.read))" in inspect.getsource(StructReader.__init__)
+
+
+@pytest.mark.parametrize(
+    "bits", [0x3FB999999999999A, 0x7E37E43C8800759C, 1, 1 << 63, 0x7FF0000000000000, 0x7FF8000000000001]
+)
+def test_doubles_are_read_exactly(bits: int) -> None:
+    """A double has all of its bits, and what follows it is found."""
+    decoder = new_decoder(struct.pack("<QQ", bits, bits))
+    assert [struct.pack("<d", DoubleReader().read(decoder)) for _ in range(2)] == [struct.pack("<Q", bits)] * 2
+
+
+@pytest.mark.parametrize(
+    ("write", "read", "values"),
+    [
+        ("write_int", "read_int", [0, -1, 63, 64, -65, 2**31, -(2**31), 2**62, 2**63 - 1, -(2**63)]),
+        (
+            "write_float",
+            "read_float",
+            [0.0, -0.0, 1.401298464324817e-45, 3.4028234663852886e38, 0.10000000149011612, float("-inf")],
+        ),
+        ("write_boolean", "read_boolean", [True, False]),
+        ("write_bytes", "read_bytes", [b"", b"\xff" * 300, bytes(70_000)]),
+        ("write_utf8", "read_utf8", ["", "a\0\u00e4\U0001f642", "x" * 70_000]),
+    ],
+)
+def test_all_other_values_are_exact(write: str, read: str, values: list[Any]) -> None:
+    """The compiled decoder reads the other types as the one in Python does, to the last bit."""
+    raw = io.BytesIO()
+    for value in values:
+        getattr(BinaryEncoder(raw), write)(value)
+    fast, slow = new_decoder(raw.getvalue()), StreamingBinaryDecoder(raw.getvalue())
+    found = [getattr(fast, read)() for _ in values]
+    assert list(map(repr, found)) == list(map(repr, values)) == [repr(getattr(slow, read)()) for _ in values]
+
+
+def test_fixed_bytes_are_exact() -> None:
+    """Decimals, UUIDs and fixed columns are read as bytes."""
+    raw = bytes(range(256))
+    fast = new_decoder(raw)
+    assert [fast.read(length) for length in (0, 1, 16, 239)] == [b"", raw[:1], raw[1:17], raw[17:]]

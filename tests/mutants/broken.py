@@ -220,6 +220,15 @@ def settings_of_others() -> None:
 
 
 @mutant
+def doubles_are_floats() -> None:
+    """Doubles of manifests are read by pyiceberg's compiled decoder (R27)."""
+    import sys
+    from types import ModuleType
+
+    sys.modules["arka.iceberg.avrodoubles"] = ModuleType("arka.iceberg.avrodoubles")
+
+
+@mutant
 def imports_from_the_working_directory() -> None:
     """The working directory stays on the path that modules are imported from (R40)."""
     from arka import importpath

@@ -40,6 +40,7 @@ CAUGHT_BY = {
     "missing_segments_are_not_missed": ("tests/wal/test_named_segments.py", "segment_that_is_gone"),
     "missing_state_is_an_empty_disk": ("tests/wal/test_named_segments.py", "state_or_mark"),
     "settings_of_others": ("tests/iceberg/test_pyiceberg_contract.py", "where_settings"),
+    "doubles_are_floats": ("tests/iceberg/test_exact_partitions.py", "merged"),
     "imports_from_the_working_directory": ("tests/process/test_surroundings.py", "path"),
     "drops_by_name": ("tests/iceberg/test_drops.py", "another_table_meanwhile"),
     "purges_without_a_look": ("tests/iceberg/test_drops.py", "around_others"),

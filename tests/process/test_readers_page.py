@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -75,3 +77,19 @@ def test_pyiceberg_keeps_nulls_in_not_in(server: ServerProcess, client: flight.F
     made = make(server, client, table, "utf8", pa.array(["a", "b", None, "c"]), "Identity")
     assert sorted(made.scan("v NOT IN ('a', 'b')").to_arrow()["id"].to_pylist()) == [2, 3]
     assert made.scan("v NOT IN ('a', 'b') AND v IS NOT NULL").to_arrow()["id"].to_pylist() == [3]
+
+
+def test_pyiceberg_rounds_doubles(server: ServerProcess, client: flight.FlightClient, table: str) -> None:
+    """A process with pyiceberg alone skips the file that has the row; with the page's lines it does not."""
+    made = make(server, client, table, "float64", pa.array([0.1, 0.5, 1e300], pa.float64()), "Identity")
+    remedy = next(block for block in PAGE.split("```python\n") if "DoubleReader" in block).partition("```")[0]
+    for lines, expected in (("", [[], [1], []]), (remedy, [[0], [1], [2]])):
+        program = (
+            f"{lines}\n"
+            "from pyiceberg.expressions import EqualTo\n"
+            "from pyiceberg.table import StaticTable\n"
+            f"table = StaticTable.from_metadata({made.metadata_location!r})\n"
+            "found = [table.scan(EqualTo('v', v)).to_arrow()['id'].to_pylist() for v in (0.1, 0.5, 1e300)]\n"
+            f"assert found == {expected}, found\n"
+        )
+        subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
