@@ -3,7 +3,8 @@
     pytest --basetemp=FOLDER ...
     python -m tests.engines.leftovers FOLDER
 
-A table is healthy unless its test broke it on purpose: ``BROKEN`` names those tests. Each healthy table is read whole
+A table is healthy unless its test broke it on purpose: ``BROKEN`` names those tests. ``KNOWN`` names what a reader's
+release cannot read of any such table. Each healthy table is read whole
 by pyiceberg, DuckDB, Polars and Spark, which must count the same rows, and parsed by Iceberg's Java library. The exit
 code is 1 if any reader fails on any healthy table.
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import re
 import sqlite3
 import sys
 import tempfile
@@ -27,8 +27,33 @@ from tests.readers import open_duckdb
 
 from .spark import Spark
 
-#: Folders of tests that leave a table broken on purpose, or whose warehouse is gone with a service, and why.
-BROKEN: Final[dict[str, str]] = {}
+_MOVED: Final = "the test moved its files, deleted them or let a service that is gone hold them"
+_IO: Final = "a property that others set leads readers elsewhere"
+_DROPPED: Final = "docs/readers.md: a partition's source column was dropped"
+_TIME: Final = "docs/readers.md: Spark has no type for a time of day"
+_BROTLI: Final = "docs/readers.md: Spark has no brotli, which others asked for"
+
+#: Folders of tests that leave a table broken on purpose, by how their names begin, and why.
+BROKEN: Final[dict[str, str]] = {
+    "test_backup_": _MOVED,
+    "test_what_": _MOVED,
+    "test_copy_is_adopted": _MOVED,
+    "test_files_that_are_gone": _MOVED,
+    "test_foreign_tables_beyond": _MOVED,
+    "test_manifest_that_is_gone": _MOVED,
+    "test_no_folder_is_made": _MOVED,
+    "test_purge_beside_a_table": _MOVED,
+    "test_properties_that_others_se": _IO,
+}
+#: What one reader cannot read of a healthy table, by reader and the beginning of the test's folder, and why.
+KNOWN: Final[dict[tuple[str, str], str]] = {
+    ("duckdb", "elsewhere"): _DROPPED,
+    ("duckdb", "test_it_is_adopted"): _DROPPED,
+    ("duckdb", "test_manifests_are_merged"): _DROPPED,
+    ("spark", "test_every_canonical_type"): _TIME,
+    ("spark", "test_parquet_files_carry_ids"): _TIME,
+    ("spark", "test_a_property_of_others_fall"): _BROTLI,
+}
 
 
 @dataclass(frozen=True)
@@ -110,7 +135,11 @@ def _serve_duck(pipe: Any) -> None:
 
 
 def _broken_reason(test: str) -> str | None:
-    return next((reason for prefix, reason in BROKEN.items() if re.match(prefix, test)), None)
+    return next((reason for prefix, reason in BROKEN.items() if test.startswith(prefix)), None)
+
+
+def _known_reason(engine: str, test: str) -> str | None:
+    return next((why for (known, prefix), why in KNOWN.items() if known == engine and test.startswith(prefix)), None)
 
 
 def main() -> int:
@@ -140,6 +169,10 @@ def main() -> int:
                 try:
                     value = read(table.metadata)
                 except Exception as error:
+                    known = _known_reason(engine, table.test)
+                    if known is not None:
+                        print(f"known of {engine}: {table.test} {table.name}: {known}")
+                        continue
                     failures.append(f"{engine}: {table.test} {table.name} {table.metadata}: {str(error)[:400]}")
                 else:
                     counts[engine] = counts.get(engine, 0) + 1
