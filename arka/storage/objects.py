@@ -58,14 +58,16 @@ class FileObjectStore:
     found there means nothing.
     """
 
-    def __init__(self, root: Path, requests: int) -> None:
+    def __init__(self, root: Path, requests: int, *, stays: bool = True) -> None:
         """Use ``root``; it is made by the first put.
 
         Args:
             root: absolute.
             requests: calls at a time.
+            stays: the root has to stay the folder that it was; else one that is gone is made again.
         """
         self._root = root
+        self._stays = stays
         self._limiter = trio.CapacityLimiter(requests)
         # Folders whose names, and those of all folders above them, this process has fsynced.
         self._durable: set[Path] = set()
@@ -144,6 +146,8 @@ class FileObjectStore:
         Raises:
             StoreUnavailable: it is gone, or another one.
         """
+        if not self._stays:
+            return
         try:
             found = self._root.stat().st_ino
         except (FileNotFoundError, NotADirectoryError):
@@ -396,8 +400,8 @@ def open_object_store(options: ObjectStoreOptions) -> ObjectStore:
 
 
 def open_folder(root: Path) -> ObjectStore:
-    """Open a local folder as a store; it is made by the first put."""
-    return FileObjectStore(root, _SPARE_REQUESTS)
+    """Open a local folder as a store of copies, which may be lost; it is made by a put where it is not there."""
+    return FileObjectStore(root, _SPARE_REQUESTS, stays=False)
 
 
 def _wants_http(config: Mapping[str, str]) -> bool:

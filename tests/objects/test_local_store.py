@@ -2,12 +2,13 @@
 
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 import arka.storage.objects
-from arka.storage.objects import FileObjectStore, read_range
+from arka.storage.objects import FileObjectStore, open_folder, read_range
 from arka.storage.ports import ObjectExists, StoreUnavailable
 
 
@@ -91,6 +92,16 @@ async def test_a_folder_that_was_removed_is_made_again(tmp_path):
     (tmp_path / ".staging").rmdir()
     await store.put_new("n/wal/x", [b"y"])
     assert await store.get("n/wal/x") == b"y"
+
+
+async def test_folder_of_copies_is_made_again(tmp_path):
+    """A folder of copies that somebody removed under a running server takes the next copy."""
+    store = open_folder(tmp_path / "copies")
+    await store.put_new("n/checkpoint/1", [b"x"])
+    shutil.rmtree(tmp_path / "copies")
+    assert await store.list_keys("n/") == []
+    await store.put_new("n/checkpoint/2", [b"y"])
+    assert [meta.key for meta in await store.list_keys("n/")] == ["n/checkpoint/2"]
 
 
 async def test_failed_put_leaves_nothing(tmp_path, monkeypatch):
