@@ -15,8 +15,9 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Final
 
 from pyiceberg.catalog import Catalog
@@ -114,7 +115,9 @@ def purge(config: CatalogConfig, opened: Catalog, table: Table) -> None:
         )
         return
     below = _place(table.metadata.location) + "/"
-    for path in _files_of(table.io, table.metadata, table.metadata_location):
+    data = expires_files(table.metadata.properties)
+    named = _files_of(table.io, table.metadata, data=data, skip=_skip_with_a_word)
+    for path in chain(named, (table.metadata_location,)):
         if not _place(path).startswith(below) or _place(path) in kept:
             _log.info("catalog.file_kept table=%s path=%s", ".".join(table.name()), path)
             continue
@@ -152,18 +155,26 @@ def _remove_folder(config: CatalogConfig, metadata: TableMetadata) -> None:
             os.rmdir(folder)
 
 
-def _files_of(io: FileIO, metadata: TableMetadata, metadata_location: str) -> Iterator[str]:
-    """Yield what a table's metadata names: data first, so that a purge that breaks off can still be read."""
+def _files_of(
+    io: FileIO, metadata: TableMetadata, *, data: bool, skip: Callable[[str, OSError], None]
+) -> Iterator[str]:
+    """Yield what a table's metadata names: data first, so that a purge that breaks off can still be read.
+
+    Args:
+        io: reads manifest lists and manifests.
+        metadata: the table's.
+        data: also data and delete files.
+        skip: told a file of metadata that cannot be read, and why; what it names is left out if this returns.
+    """
     lists: list[str] = []
     manifests: dict[str, None] = {}
     seen: set[str] = set()
-    data = expires_files(metadata.properties)
     for snapshot in metadata.snapshots:
         lists.append(snapshot.manifest_list)
         try:
             found = snapshot.manifests(io)
         except OSError as error:
-            _log.warning("catalog.purge_incomplete path=%s reason=%s", snapshot.manifest_list, error)
+            skip(snapshot.manifest_list, error)
             continue
         for manifest in found:
             if manifest.manifest_path in manifests:
@@ -173,7 +184,7 @@ def _files_of(io: FileIO, metadata: TableMetadata, metadata_location: str) -> It
                 try:
                     entries = manifest.fetch_manifest_entry(io, discard_deleted=False)
                 except OSError as error:
-                    _log.warning("catalog.purge_incomplete path=%s reason=%s", manifest.manifest_path, error)
+                    skip(manifest.manifest_path, error)
                     continue
                 paths = {entry.data_file.file_path for entry in entries} - seen
                 seen |= paths
@@ -183,7 +194,10 @@ def _files_of(io: FileIO, metadata: TableMetadata, metadata_location: str) -> It
     yield from (statistics.statistics_path for statistics in metadata.statistics)
     yield from (statistics.statistics_path for statistics in metadata.partition_statistics)
     yield from (entry.metadata_file for entry in metadata.metadata_log)
-    yield metadata_location
+
+
+def _skip_with_a_word(path: str, error: OSError) -> None:
+    _log.warning("catalog.purge_incomplete path=%s reason=%s", path, error)
 
 
 def _files_of_other(io: FileIO, entry: _Entry) -> set[str]:
@@ -194,14 +208,11 @@ def _files_of_other(io: FileIO, entry: _Entry) -> set[str]:
     """
     if entry.metadata is None:
         raise _Unread(f"{entry.name} lies there too and cannot be read")
-    found = set()
-    for snapshot in entry.metadata.snapshots:
-        found.add(_place(snapshot.manifest_list))
-        for manifest in snapshot.manifests(io):
-            found.add(_place(manifest.manifest_path))
-            found |= {_place(e.data_file.file_path) for e in manifest.fetch_manifest_entry(io, discard_deleted=False)}
-    found |= {_place(logged.metadata_file) for logged in entry.metadata.metadata_log}
-    return found | set(entry.places)
+
+    def give_up(path: str, error: OSError) -> None:
+        raise _Unread(f"{entry.name} lies there too and {path} cannot be read: {error}") from error
+
+    return {_place(path) for path in _files_of(io, entry.metadata, data=True, skip=give_up)} | set(entry.places)
 
 
 def _others_near(opened: Catalog, table: Table) -> list[_Entry]:

@@ -11,6 +11,7 @@ import pytest
 from pyiceberg.catalog.sql import SqlCatalog
 from pyiceberg.exceptions import NoSuchTableError
 from pyiceberg.table import Table
+from pyiceberg.table.statistics import StatisticsFile
 
 from arka import failpoints
 from arka.iceberg import control
@@ -122,6 +123,36 @@ def test_purge_of_one_of_two_tables_in_one_folder(lake: Any) -> None:
     # What the purged table alone had is gone.
     assert not any(Path(local_path(s.manifest_list) or "").exists() for s in purged.metadata.snapshots)
     assert not Path(local_path(purged.metadata_location) or "").exists()
+
+
+def test_purge_leaves_statistics_that_another_table_names(lake: Any) -> None:
+    """A statistics file that two tables of one folder name stays when one of them is purged."""
+    catalog: SqlCatalog = lake.foreign()
+    catalog.create_namespace("default")
+    shared = None
+    for name in ("a", "b"):
+        table = made_by_others(
+            catalog, name, 1, location=None if shared is None else shared.rpartition("/metadata/")[0]
+        )
+        if shared is None:
+            shared = f"{table.location()}/metadata/shared.stats"
+            Path(local_path(shared) or "").write_bytes(b"PFA1PFA1")
+        snapshot = table.current_snapshot()
+        assert snapshot is not None
+        with table.update_statistics() as update:
+            update.set_statistics(
+                StatisticsFile(
+                    snapshot_id=snapshot.snapshot_id,
+                    statistics_path=shared,
+                    file_size_in_bytes=8,
+                    file_footer_size_in_bytes=4,
+                    blob_metadata=[],
+                )
+            )
+    info = control.load_table(lake.config, TableName("default", "a")).info
+    control.drop_table(lake.config, info.name, info.uuid, purge=True)
+    assert Path(local_path(shared or "") or "").exists()
+    assert numbers_of(catalog.load_table("default.b")) == [1]
 
 
 @pytest.mark.parametrize("where", ["above", "below", "at"])
