@@ -87,13 +87,17 @@ class Lineage:
         covered = _COVERED.pack(token, table.bytes, epoch, committed_lsn)
         return int.from_bytes(hashlib.blake2b(covered, digest_size=8).digest(), "little") or 1
 
-    def objection(self, name: object, table: UUID, mark: CommitMark) -> str:
-        """Say why a table with this mark is not to be committed to, and what to do; empty if it may be.
+    def objection(
+        self, name: object, table: UUID, mark: CommitMark, known_lsn: int = 0, recorded: CommitMark | None = None
+    ) -> str:
+        """Say why a table's mark is not to be believed, and what to do; empty if it may be (R15, R20, R25).
 
         Args:
             name: the table's, for people.
             table: its UUID.
             mark: what the table remembers of this log.
+            known_lsn: the last LSN that the asking process knew to be committed before the mark was read; 0 if none.
+            recorded: the highest mark of the table that this directory has seen, as of the start; None if none.
         """
         if mark.damage:
             return (
@@ -101,6 +105,11 @@ class Lineage:
                 "taken for committed. Set the property back and restart the server, or drop the table"
             )
         problem = self.problem_of(table, mark)
+        if problem:
+            return other_copy_detail(name, problem)
+        if mark.committed_lsn < known_lsn:
+            return rollback_detail(name, mark.committed_lsn, known_lsn)
+        problem = "" if recorded is None else self.contradiction(recorded, mark)
         return other_copy_detail(name, problem) if problem else ""
 
     def problem_of(self, table: UUID, mark: CommitMark) -> str:
@@ -165,4 +174,18 @@ def other_copy_detail(name: object, problem: str) -> str:
     )
 
 
-__all__ = ["MAX_STARTS", "NO_STARTS", "CommitMark", "Lineage", "Start", "other_copy_detail"]
+def rollback_detail(name: object, found_lsn: int, known_lsn: int) -> str:
+    """Say that a table stands below what was committed, with both numbers (R20).
+
+    Args:
+        name: the table's.
+        found_lsn: where it stands.
+        known_lsn: what was committed to it.
+    """
+    return (
+        f"Table {name} stands at LSN {found_lsn}, but {known_lsn} was committed: others rolled it back, "
+        "replaced it or removed its arka.* properties. Nothing is replayed (R20); drop it, or move it back and restart"
+    )
+
+
+__all__ = ["MAX_STARTS", "NO_STARTS", "CommitMark", "Lineage", "Start", "other_copy_detail", "rollback_detail"]

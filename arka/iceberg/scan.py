@@ -59,7 +59,7 @@ def scan(config: CatalogConfig, job: ReadJob, path: str) -> int:
         InvalidRequest: a column that the table does not have.
         ArkaError: ``out_of_range``: no retained snapshot ends at ``job.at_lsn``; ``overloaded``: the answer has more
             than ``job.max_bytes``; ``table_stopped``: others have made something of the table that Arka cannot work
-            with, or its mark is not this log's and the answer depends on it.
+            with, or its mark is not to be believed and the answer depends on it (``ReadJob.objection``).
         DataCorruption: a frame's CRC does not hold (R9).
         OSError: the warehouse or the local disk failed.
     """
@@ -147,9 +147,9 @@ def _base_of(table: Table, job: ReadJob) -> _Base:
     metadata = table.metadata
     marks = marks_of(metadata.properties)
     mark = mark_in(metadata, job.log_uuid)
-    objection = job.lineage.objection(job.table.name, job.table.uuid, mark)
+    objection = job.objection(mark)
     if objection:
-        if job.at_lsn is not None or job.tail is not None:
+        if job.needs_mark:
             # Which of the waiting rows the table holds is not known: rows would be left out, or be there twice.
             raise ArkaError(objection, code=ErrorCode.TABLE_STOPPED)
         # What it holds can be read; up to which LSN of this log that goes cannot be said.
@@ -157,12 +157,10 @@ def _base_of(table: Table, job: ReadJob) -> _Base:
         return _Base(metadata.current_snapshot_id, 0, others, takes_frames=False, schema=metadata.schema())
     lsn = mark.committed_lsn
     if job.at_lsn is None or job.at_lsn >= lsn:
-        # A table below what was known to be committed was rolled back: its owner's will, nothing is replayed (R20).
-        rolled_back = job.tail is not None and lsn < job.tail.after_lsn
         # Behind the newest snapshot the table's own schema holds, as for whoever asks without an LSN; at it, the answer
         # stays the same whatever others do to the schema later.
         past = metadata.current_snapshot() if job.at_lsn == lsn else None
-        return _Base(metadata.current_snapshot_id, lsn, marks, not rolled_back, _schema_at(metadata, past))
+        return _Base(metadata.current_snapshot_id, lsn, marks, takes_frames=True, schema=_schema_at(metadata, past))
     snapshot, found = metadata.current_snapshot(), None
     while snapshot is not None:
         notes = {} if snapshot.summary is None else snapshot.summary.additional_properties

@@ -349,6 +349,8 @@ class ReadJob:
         max_bytes: most bytes of the answer (R23).
         compression: of the answer's buffers, ``lz4`` or ``zstd``; None for none.
         lineage: the log's starts; no LSN of a mark that is not of them means anything here (R15).
+        known_lsn: the last LSN that the asking process knew to be committed to the table when it asked (R20).
+        recorded: the highest mark of the table that the data directory has seen, as of the start; None if none.
     """
 
     table: TableInfo
@@ -360,6 +362,19 @@ class ReadJob:
     max_bytes: int = 2**62
     compression: str | None = None
     lineage: Lineage = NO_STARTS
+    known_lsn: int = 0
+    recorded: CommitMark | None = None
+
+    @property
+    def needs_mark(self) -> bool:
+        """Whether the answer depends on the table's mark: a past LSN is meant, or rows wait."""
+        return self.at_lsn is not None or self.tail is not None
+
+    def objection(self, mark: CommitMark) -> str:
+        """Say why the mark that the table has of the log is not to be believed; empty if it is (R15, R20)."""
+        # Invariant: the frames begin above what is known to be committed.
+        known_lsn = max(self.known_lsn, 0 if self.tail is None else self.tail.after_lsn)
+        return self.lineage.objection(self.table.name, self.table.uuid, mark, known_lsn, self.recorded)
 
 
 class CatalogUnavailable(Exception):

@@ -495,11 +495,17 @@ async def commit_brings_back_what_it_loaded(subject: Subject) -> None:
 
 
 async def rolled_back_table_is_read_alone(subject: Subject) -> None:
-    """Above a table that stands below what was committed nothing is read: the hole would not show (R20)."""
+    """Of a table that stands below what was committed no LSN is believed: a hole would not show (R20, R25)."""
     info = await _create(subject)
     await _append(subject, info, [1, 2], 0, 4)
     tail = _frames(subject, info, [(9, rows_of(9))], 8, 9)
-    assert sorted(await _found(subject, _read(subject, info, tail=tail))) == [(1, "n1"), (2, "n2")]
+    for asked in ({"tail": tail}, {"tail": tail, "at_lsn": 4}, {"at_lsn": 4}, {"at_lsn": 8}, {"at_lsn": 9}):
+        job = _read(subject, info, known_lsn=8, **asked)
+        error = await _error_of(ArkaError, subject.catalog.scan(job, "unused"))
+        assert error.code is ErrorCode.TABLE_STOPPED, error
+        assert "stands at LSN 4, but 8 was committed" in error.detail, error
+    assert sorted(await _found(subject, _read(subject, info, known_lsn=8))) == [(1, "n1"), (2, "n2")]
+    assert sorted(await _found(subject, _read(subject, info, known_lsn=4, at_lsn=4))) == [(1, "n1"), (2, "n2")]
 
 
 def _named(*rows: tuple[int, str]) -> pa.RecordBatch:

@@ -432,20 +432,21 @@ class SimCatalog:
         table = self._find_same(job.table.name, job.table.uuid)
         described = table.describe()
         lsn = described.committed_lsn(job.log_uuid)
-        objection = job.lineage.objection(job.table.name, job.table.uuid, described.mark_of(job.log_uuid))
-        if objection and (job.at_lsn is not None or job.tail is not None):
+        objection = job.objection(described.mark_of(job.log_uuid))
+        if objection and job.needs_mark:
             raise ArkaError(objection, code=ErrorCode.TABLE_STOPPED)
+        marks = [mark for mark in described.marks if not objection or mark.log_uuid != job.log_uuid]
         info, changes = table.info, table.changes
         if job.at_lsn is not None and job.at_lsn <= lsn:
             end, then = table.ends.get((job.log_uuid, job.at_lsn), (len(changes), info))
             if job.at_lsn < lsn and (job.log_uuid, job.at_lsn) not in table.ends:
                 raise ArkaError(f"no retained snapshot ends at {job.at_lsn}", code=ErrorCode.OUT_OF_RANGE)
             changes, info = changes[:end] if job.at_lsn < lsn else changes, then
-        elif job.tail is not None and lsn >= job.tail.after_lsn:
+        elif job.tail is not None:
             tail = (frame for frame in self._frames(job.tail) if frame.lsn not in job.tail.without)
             changes = changes + [frame for frame in tail if frame.lsn > lsn]
         schema = check_columns(job.table.name, info.schema, job.columns)
-        schema = schema.with_metadata(scan_notes(described.marks, described.snapshot_id))
+        schema = schema.with_metadata(scan_notes(marks, described.snapshot_id))
         found = _fold(info, changes).select(schema.names).slice(0, job.limit)
         if found.nbytes > job.max_bytes:
             raise ArkaError(f"the answer has more than {job.max_bytes} bytes", code=ErrorCode.OVERLOADED)

@@ -423,7 +423,10 @@ class _Life:
                 world.trace.note(f"read: {self.name}: {error}")
                 # A limit of a few frames is passed by control frames alone, and leaves nothing to an answer.
                 full = world.short and error.code is ErrorCode.OVERLOADED
-                if error.code not in (ErrorCode.TABLE_NOT_FOUND, ErrorCode.UNAVAILABLE) and not full:
+                # Others undid what this process knows to be committed (R20): which rows wait cannot be said.
+                undone = error.code is ErrorCode.TABLE_STOPPED and _LOWER in error.detail
+                undone = undone and bool(world.trace.counts[_RESTORE] or world.trace.counts[_UNMARKED])
+                if error.code not in (ErrorCode.TABLE_NOT_FOUND, ErrorCode.UNAVAILABLE) and not full and not undone:
                     raise
 
     async def _read(self, table: Table) -> None:

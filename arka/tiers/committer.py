@@ -20,7 +20,7 @@ import trio
 
 from arka import failpoints
 from arka.errors import ArkaError, DataCorruption, Fenced
-from arka.lineage import CommitMark, Lineage, other_copy_detail
+from arka.lineage import CommitMark, Lineage, other_copy_detail, rollback_detail
 from arka.options import IcebergOptions
 from arka.records import TableType
 from arka.storage.ports import (
@@ -43,7 +43,7 @@ from arka.tiers.backlog import Cut
 from arka.tiers.cutsize import CutSize
 from arka.tiers.foreign import dropped_columns
 from arka.tiers.retry import MAX_RETRY_S, persist
-from arka.tiers.table import Table, TableState, rollback_detail
+from arka.tiers.table import Table, TableState
 from arka.tiers.warehouse import WarehouseWatch
 from arka.tiers.watermarks import Watermark
 from arka.wal.committed import CommittedMarks
@@ -400,7 +400,7 @@ class TableCommitter:
                 # An attempt whose response was lost has landed: the table itself says how far it is (R16).
                 self._advance(result.committed_lsn, result)
             case CommitOutcome.RECUT:
-                table.stop(rollback_detail(table, result.committed_lsn))
+                table.stop(rollback_detail(table.info.name, result.committed_lsn, table.known_lsn))
             case CommitOutcome.NOT_OURS:
                 table.stop(result.detail)
 

@@ -62,7 +62,8 @@ async def read_table(pipeline: Pipeline, table: Table, request: ReadRequest, pat
 
     Raises:
         ArkaError: ``out_of_range``: ``at_lsn`` was not given yet, or no retained snapshot ends there; ``wait_for_lsn``
-            cannot exist, or no write got it in ``limits.read_wait_s``.
+            cannot exist, or no write got it in ``limits.read_wait_s``; ``table_stopped``: the table's mark is not to be
+            believed, for example since it is below what is known to be committed, and the answer depends on it.
         InvalidRequest: a column that the table does not have.
         AdmissionRejected: ``overloaded``: the disk has no room for the answer (R23).
         ArkaError: ``table_not_found``: others have dropped or renamed it.
@@ -170,6 +171,9 @@ async def _scan(
         max_bytes=max_bytes,
         compression=request.compression,
         lineage=pipeline.tables.lineage(),
+        # Before the catalog is asked: it may be committed further meanwhile.
+        known_lsn=table.known_lsn,
+        recorded=table.recorded,
     )
     try:
         return await pipeline.tables.catalog.scan(job, path)

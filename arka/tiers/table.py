@@ -17,7 +17,7 @@ import trio
 
 from arka._core.framing import Frame
 from arka.errors import ArkaError, DataCorruption, ErrorCode
-from arka.lineage import CommitMark, Lineage, other_copy_detail
+from arka.lineage import CommitMark, Lineage
 from arka.records import PartitionField, TableInfo, Tier, same_partitions
 from arka.storage.ports import AcceptedSpec, CatalogTable, TableFrames
 from arka.tiers.backlog import Backlog, Cut
@@ -295,13 +295,12 @@ class Table:
 
     def objection(self, mark: CommitMark, lineage: Lineage) -> str:
         """Say why the table cannot go on from a mark that the catalog has of it (R20, R29); empty if it can."""
-        objection = lineage.objection(self.info.name, self.info.uuid, mark)
-        if objection:
-            return objection
-        if mark.committed_lsn < max(self.committed.lsn, self.recorded_lsn):
-            return rollback_detail(self, mark.committed_lsn)
-        problem = "" if self.recorded is None else lineage.contradiction(self.recorded, mark)
-        return other_copy_detail(self.info.name, problem) if problem else ""
+        return lineage.objection(self.info.name, self.info.uuid, mark, self.known_lsn, self.recorded)
+
+    @property
+    def known_lsn(self) -> int:
+        """The last LSN that this process knows to be committed, by itself or by an earlier one (R20)."""
+        return max(self.committed.lsn, self.recorded_lsn)
 
     @property
     def commitable(self) -> Backlog:
@@ -398,13 +397,4 @@ def _shape(info: TableInfo) -> tuple[int, int]:
     return info.schema_id, info.spec_id
 
 
-def rollback_detail(table: Table, found_lsn: int) -> str:
-    """Say that a table stands below what was committed, with both numbers (R20)."""
-    known_lsn = max(table.committed.lsn, table.recorded_lsn)
-    return (
-        f"Table {table.info.name} stands at LSN {found_lsn}, but {known_lsn} was committed: others rolled it back, "
-        "replaced it or removed its arka.* properties. Nothing is replayed (R20); drop it, or move it back and restart"
-    )
-
-
-__all__ = ["NEVER", "SCHEMA_IDS", "Binding", "Ending", "Table", "TableState", "rollback_detail"]
+__all__ = ["NEVER", "SCHEMA_IDS", "Binding", "Ending", "Table", "TableState"]

@@ -20,6 +20,16 @@ def mutant(function: Callable[[], None]) -> Callable[[], None]:
 
 
 @mutant
+def reads_know_no_commit() -> None:
+    """A read holds a table's mark against nothing that the server knows to be committed (R20, R25)."""
+    from arka.storage.ports import ReadJob
+
+    ReadJob.objection = (  # type: ignore[method-assign]
+        lambda job, mark: job.lineage.objection(job.table.name, job.table.uuid, mark)
+    )
+
+
+@mutant
 def copies_start() -> None:
     """A copied data directory is not told from its original (R29)."""
     from arka.storage import place

@@ -35,6 +35,7 @@ CAUGHT_BY = {
     "damage_counts_against_all": ("tests/tiers/test_activity.py", "kill_of_an_idle"),
     "new_stores_without_copies": ("tests/tiers/test_new_store.py", "copies_of_checkpoints or parked"),
     "reads_believe_marks": ("tests/iceberg/test_reads_of_marks.py", "not_ours"),
+    "reads_know_no_commit": ("tests/tiers/test_reads.py", "undid_names"),
     "backups_without_a_look": ("tests/process/test_backup_whole.py", "compacted"),
     "backups_keep_their_block": ("tests/process/test_backup.py", "sent_again_after_a_restore"),
     "missing_segments_are_not_missed": ("tests/wal/test_named_segments.py", "segment_that_is_gone"),

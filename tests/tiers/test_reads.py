@@ -10,14 +10,14 @@ import trio
 from trio.testing import MockClock
 
 from arka.errors import ArkaError, ErrorCode, Unavailable
-from arka.records import Operation, Tier
+from arka.records import Operation, TableDefinition, TableName, TableType, Tier
 from arka.testing.simcatalog import SimCatalog
 from arka.testing.simnode import NAME, SimNode, create_table, with_options, write, write_all
 from arka.testing.simworld import WAL
-from arka.testing.simwriters import definition_of, frame_buffer
+from arka.testing.simwriters import SCHEMA, definition_of, frame_buffer
 from arka.tiers.pipeline import Pipeline
 from arka.tiers.reads import ReadRequest, read_table
-from arka.tiers.table import Table
+from arka.tiers.table import Table, TableState
 
 
 @pytest.fixture
@@ -344,3 +344,56 @@ async def test_deletes_hide_rows_at_once(path: str, autojump_clock: MockClock) -
         assert sorted(await ids(pipeline, table, path)) == [0, 2, 3]
         await pipeline.flush(table, Tier.ICEBERG_COMMITTED)
         assert sorted(await ids(pipeline, table, path)) == [0, 2, 3] == sorted(node.ids())
+
+
+@pytest.mark.parametrize("key", [False, True], ids=["append-only", "primary-key"])
+@pytest.mark.parametrize("waiting", [False, True], ids=["idle", "waiting"])
+@pytest.mark.parametrize("undo", ["marks removed", "put back"])
+async def test_a_mark_that_others_undid_names_no_lsn(
+    path: str, autojump_clock: MockClock, undo: str, waiting: bool, key: bool
+) -> None:
+    """What this process knows to be committed is held against the catalog: before a commit finds out, and after."""
+    node = SimNode(with_options(iceberg__commit_interval_s=1000))
+    name = TableName("default", "k")
+    schema = SCHEMA.set(0, SCHEMA.field(0).with_nullable(False))
+    kind = {"table_type": TableType.PRIMARY_KEY, "key_columns": ("id",)} if key else {}
+    async with node.run() as pipeline:
+        table, _ = await pipeline.tables.create(TableDefinition(name, schema, **kind))  # type: ignore[arg-type]
+        await write_all(pipeline, table, range(1), Tier.ICEBERG_COMMITTED)
+        older = node.weather.back_up()
+        await write_all(pipeline, table, range(1, 2), Tier.ICEBERG_COMMITTED)
+        lsns = [older[table.info.uuid]["marks"][pipeline.log_uuid].committed_lsn, table.committed.lsn]
+        if waiting:
+            await write_all(pipeline, table, range(2, 3), Tier.DISK)
+            lsns.append(table.last_lsn)
+        assert [await ids(pipeline, table, path, at_lsn=lsn) for lsn in lsns] == [list(range(n)) for n in (1, 2, 3)][
+            : len(lsns)
+        ]
+        if undo == "put back":
+            node.weather.restore(older)
+        else:
+            node.catalog._tables[name].marks.clear()
+            node.catalog._tables[name].ends.clear()
+        held = node.ids(name)
+        for _ in range(2):
+            for asked in [{"at_lsn": lsn} for lsn in lsns] + (
+                [{}] if waiting and table.state is TableState.ACTIVE else []
+            ):
+                with pytest.raises(ArkaError, match=r"stands at LSN .* was committed") as caught:
+                    await ids(pipeline, table, path, **asked)
+                assert caught.value.code is ErrorCode.TABLE_STOPPED
+            if not waiting or table.state is TableState.STOPPED:
+                assert await ids(pipeline, table, path) == held
+            if not waiting:
+                break
+            table.hurry()
+            await trio.sleep(20)
+            assert table.state is TableState.STOPPED
+    async with node.run() as pipeline:
+        # Known from the disk alone.
+        table = await pipeline.tables.find(name)
+        for lsn in lsns:
+            with pytest.raises(ArkaError, match=r"stands at LSN .* was committed"):
+                await ids(pipeline, table, path, at_lsn=lsn)
+        await trio.sleep(20)
+        assert await ids(pipeline, table, path) == held
