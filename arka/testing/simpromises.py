@@ -296,12 +296,16 @@ class Promises:
         """Whether an object was ever seen that holds the frame with this LSN."""
         if lsn not in self._stored:
             for key, data in self._objects.items():
-                if ("/wal/" in key or "/parked/" in key or "/behind/" in key) and key not in self._parsed:
-                    assert self.log_uuid is not None
-                    self._parsed.add(key)
-                    found = parse_object(key, memoryview(data), self.log_uuid)
-                    self._stored.update(header.lsn for _, header in found.frames() if header.lsn)
+                self.take_object(key, data)
         return lsn in self._stored
+
+    def take_object(self, key: str, data: bytes) -> None:
+        """Look into an object, before it is deleted at the latest."""
+        if ("/wal/" in key or "/parked/" in key or "/behind/" in key) and key not in self._parsed:
+            assert self.log_uuid is not None
+            self._parsed.add(key)
+            found = parse_object(key, memoryview(data), self.log_uuid)
+            self._stored.update(header.lsn for _, header in found.frames() if header.lsn)
 
     def take_handshake(self, node: Node, table: UUID, writes: list[Write], asked: int, marks: dict[Tier, int]) -> None:
         """Note what a handshake promises of the writes that its client had sent (protocol 3.3)."""

@@ -105,6 +105,8 @@ class SimStore:
         self.fault_share = fault_share
         self.max_delay_s = max_delay_s
         self.objects: dict[str, bytes] = {}
+        #: Told each object that is deleted.
+        self.on_delete: Callable[[str, bytes], None] = lambda key, data: None
         self.requests: list[Request] = []
         self.away = False
         self._plans: list[tuple[str, str, list[Fault]]] = []
@@ -182,7 +184,8 @@ class SimStore:
 
         def apply() -> None:
             for key in keys:
-                self.objects.pop(key, None)
+                if key in self.objects:
+                    self.on_delete(key, self.objects.pop(key))
 
         await self._request("delete", keys[0] if keys else "", apply, late=apply)
 

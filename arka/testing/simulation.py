@@ -656,6 +656,7 @@ class _World:
         self.weather = CatalogWeather(rng, trace)
         self.weather.on_commit = self._take_commit
         self.promises = Promises(trace, self.store.objects)
+        self.store.on_delete = self.promises.take_object
         odd = random.Random(f"unwritable {seed}")
         self.promises.poison_every = odd.choice((0, 0, 0, 5, 17))
         self.promises.poison = self.weather.tables.poison
@@ -835,6 +836,8 @@ class _World:
         self.trace.count("node loss")
         # A log that is joined to nothing cannot tell; what it does then is a unit test's.
         self._show()
+        # What the lost disk knew of removed marks is gone with it: a limit.
+        self._mark_again()
         self.disk = MachineDisk(self.rng, UUID(int=self.disk.uuid.int + 1))
         self.promises.take_node_loss()
         self._undone.clear()
@@ -904,15 +907,19 @@ class _World:
         To those that went on from the backup nobody does that: their server knew of no later commit, since its disk was
         lost or nothing was acknowledged, and replayed all.
         """
-        for found in self.weather.tables._tables.values():
-            if found.info.uuid in self._unmarked and not found.marks:
-                found.marks.update(self._unmarked[found.info.uuid])
+        self._mark_again()
         marks = {table.info.uuid: table.marks for table in self.weather.tables._tables.values()}
         stopped = {t: newest for t, (newest, put_back) in self._newest.items() if marks.get(t) == put_back["marks"]}
         for table in self._undone & marks.keys() - stopped.keys():
             self.promises.fail(f"table {table} went on below what was acknowledged, which others had undone")
         for table, changes in self.weather.restore(stopped).items():
             self.promises.take_return(table, changes)
+
+    def _mark_again(self) -> None:
+        """Put the marks that others removed where they were."""
+        for found in self.weather.tables._tables.values():
+            if found.info.uuid in self._unmarked and not found.marks:
+                found.marks.update(self._unmarked[found.info.uuid])
 
     def _show(self) -> None:
         """Let everything be in the warehouse again."""

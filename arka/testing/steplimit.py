@@ -10,8 +10,9 @@ from typing import Final
 
 import trio
 
-#: Steps that no history of a sound engine takes: they take some thousands.
-MOST_STEPS: Final = 100_000
+#: Steps that no history of a sound engine takes: most take some thousands, one that restores
+#: from a slow store many times 110,000.
+MOST_STEPS: Final = 500_000
 #: Waits one after the other without a step between them, after which none will come: virtual time jumps at each.
 _MOST_WAITS: Final = 1000
 
