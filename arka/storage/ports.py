@@ -351,6 +351,7 @@ class ReadJob:
         lineage: the log's starts; no LSN of a mark that is not of them means anything here (R15).
         known_lsn: the last LSN that the asking process knew to be committed to the table when it asked (R20).
         recorded: the highest mark of the table that the data directory has seen, as of the start; None if none.
+        waited: whether the reader named an LSN that the answer has to hold.
     """
 
     table: TableInfo
@@ -364,11 +365,12 @@ class ReadJob:
     lineage: Lineage = NO_STARTS
     known_lsn: int = 0
     recorded: CommitMark | None = None
+    waited: bool = False
 
     @property
     def needs_mark(self) -> bool:
-        """Whether the answer depends on the table's mark: a past LSN is meant, or rows wait."""
-        return self.at_lsn is not None or self.tail is not None
+        """Whether the answer depends on the table's mark: an LSN is named, or rows wait."""
+        return self.at_lsn is not None or self.waited or self.tail is not None
 
     def objection(self, mark: CommitMark) -> str:
         """Say why the mark that the table has of the log is not to be believed; empty if it is (R15, R20)."""

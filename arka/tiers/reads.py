@@ -174,6 +174,7 @@ async def _scan(
         # Before the catalog is asked: it may be committed further meanwhile.
         known_lsn=table.known_lsn,
         recorded=table.recorded,
+        waited=request.wait_for_lsn is not None,
     )
     try:
         return await pipeline.tables.catalog.scan(job, path)

@@ -376,7 +376,7 @@ async def test_a_mark_that_others_undid_names_no_lsn(
             node.catalog._tables[name].ends.clear()
         held = node.ids(name)
         for _ in range(2):
-            for asked in [{"at_lsn": lsn} for lsn in lsns] + (
+            for asked in [{named: lsn} for lsn in lsns for named in ("at_lsn", "wait_for_lsn")] + (
                 [{}] if waiting and table.state is TableState.ACTIVE else []
             ):
                 with pytest.raises(ArkaError, match=r"stands at LSN .* was committed") as caught:
