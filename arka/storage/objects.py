@@ -148,16 +148,18 @@ class FileObjectStore:
         """
         if not self._stays:
             return
+        # Read before the look: another thread may make the root and meet it meanwhile.
+        met = self._met
         try:
             found = self._root.stat().st_ino
         except (FileNotFoundError, NotADirectoryError):
-            if self._met is None:
+            if met is None:
                 # The first put makes it.
                 return
             raise StoreUnavailable(f"{self.url} is gone: it was moved, or is not mounted") from None
-        if self._met is None:
+        if met is None:
             self._met = found
-        elif found != self._met:
+        elif found != met:
             raise StoreUnavailable(
                 f"{self.url} is not the folder that it was: something is mounted there, or is not mounted any more. "
                 "If it is the right one, restart the server"
