@@ -26,7 +26,6 @@ leave_working_directory_out()
 for _module in (
     # Before anything else of pyiceberg.
     "arka.iceberg.isolation",
-    "arka.iceberg.avrodoubles",
     "sqlite3",
     "sqlalchemy.dialects.sqlite",
     "arka.iceberg.worker",

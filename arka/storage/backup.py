@@ -44,7 +44,7 @@ from arka.errors import ArkaError, ConfigurationError, Unavailable
 from arka.iceberg.config import JOINED_FILE, CatalogConfig
 from arka.options import IcebergOptions
 from arka.storage.backuphold import hold
-from arka.storage.catalogfile import open_catalog, read_pointers
+from arka.storage.catalogfile import open_catalog_file, read_pointers
 from arka.storage.filecopy import FileCopies, copy_file, files_below, sync_file, write_whole
 from arka.storage.ports import Disk
 from arka.wal.committed import COMMITTED_NAME
@@ -338,7 +338,7 @@ class _Copy:
         """Copy the catalog as of one moment; returns its tables and their metadata files."""
         new = self._target / "catalog.db"
         new.unlink(missing_ok=True)
-        with closing(open_catalog(self._source / "catalog.db")) as catalog, closing(sqlite3.connect(new)) as copy:
+        with closing(open_catalog_file(self._source / "catalog.db")) as catalog, closing(sqlite3.connect(new)) as copy:
             catalog.backup(copy)
         sync_file(new)
         return read_pointers(new)

@@ -95,11 +95,15 @@ class CopiedTables:
         if path is None:
             return None
         named = Path(os.path.normpath(path))
-        # As it is spelled first: a link in the warehouse is copied as what it leads to.
-        for spelled in (named, Path(os.path.realpath(named.parent), named.name)):
-            for root, inside in self._roots:
-                if spelled.is_relative_to(root):
-                    return inside / spelled.relative_to(root)
+        # As it is spelled first: a link in the warehouse is copied as what it leads to. Links are not looked for where
+        # the spelling tells: a table may have many files.
+        inside = self._below_a_root(named)
+        return self._below_a_root(Path(os.path.realpath(named.parent), named.name)) if inside is None else inside
+
+    def _below_a_root(self, path: Path) -> Path | None:
+        for root, inside in self._roots:
+            if path.is_relative_to(root):
+                return inside / path.relative_to(root)
         return None
 
     def _has(self, table: str, file: NeededFile) -> bool:

@@ -15,7 +15,7 @@ from typing import Final
 _TIMEOUT_S: Final = 30.0
 
 
-def open_catalog(path: Path) -> sqlite3.Connection:
+def open_catalog_file(path: Path) -> sqlite3.Connection:
     """Open a catalog that is there.
 
     Raises:
@@ -30,7 +30,7 @@ def read_pointers(path: Path) -> list[tuple[str, str]]:
     Raises:
         sqlite3.Error: it cannot be read.
     """
-    with closing(open_catalog(path)) as catalog:
+    with closing(open_catalog_file(path)) as catalog:
         if not catalog.execute("SELECT 1 FROM sqlite_master WHERE name = 'iceberg_tables'").fetchall():
             # It has no table yet.
             return []
@@ -38,4 +38,4 @@ def read_pointers(path: Path) -> list[tuple[str, str]]:
         return [(f"{namespace}.{name}", str(location)) for namespace, name, location in rows if location]
 
 
-__all__ = ["open_catalog", "read_pointers"]
+__all__ = ["open_catalog_file", "read_pointers"]

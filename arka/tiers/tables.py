@@ -307,10 +307,7 @@ class Tables:
                 raise ArkaError(f"Table not found: {_spoken(name)}", code=ErrorCode.TABLE_NOT_FOUND)
             if found is not None and table.misnamed:
                 # Others gave it its name back.
-                try:
-                    await self._adopt(table, found)
-                except CatalogUnavailable as error:
-                    raise Unavailable(f"{table.info.name} cannot be taken in: {error}") from error
+                await self._take_in(table, found)
             return table
         known = self._by_uuid.get(found.info.uuid)
         if known is not None and known.state is TableState.ACTIVE and known.info.name != name:
@@ -520,10 +517,7 @@ class Tables:
         known = self._by_uuid.get(found.info.uuid)
         if known is not None:
             if known.info.name != found.info.name and known.state is TableState.ACTIVE:
-                try:
-                    await self._adopt(known, found)
-                except CatalogUnavailable as error:
-                    raise Unavailable(f"{found.info.name} cannot be taken in: {error}") from error
+                await self._take_in(known, found)
             return known
         if found.info.uuid in self._pending_drops:
             raise Unavailable(f"{found.info.name} is being dropped and the catalog has not done it yet: try again")
@@ -556,6 +550,17 @@ class Tables:
         table.listen_end(lambda ending: self._note_ending(table, ending))
         if table.info.uuid in self.broken:
             stop_damaged(table, self.broken[table.info.uuid])
+
+    async def _take_in(self, table: Table, found: CatalogTable) -> None:
+        """Adopt a table for a client.
+
+        Raises:
+            Unavailable: the disk did not take how far the table is.
+        """
+        try:
+            await self._adopt(table, found)
+        except CatalogUnavailable as error:
+            raise Unavailable(f"{found.info.name} cannot be taken in: {error}") from error
 
     async def _adopt(self, table: Table, found: CatalogTable) -> None:
         """Learn from the catalog what the log could not say.
@@ -592,15 +597,13 @@ class Tables:
             problem = f"it was committed to in epoch {found.mark_of(self._log_uuid).epoch}, which is above this log's"
             table.stop(other_copy_detail(found.info.name, problem))
             return
-        if found.committed_lsn(self._log_uuid) > table.committed.lsn:
-            try:
+        try:
+            if found.committed_lsn(self._log_uuid) > table.committed.lsn:
                 await self.watch.confirm(found.info)
-                await self._adopt(table, found)
-            except CatalogUnavailable as error:
-                log.warning("table.unread", table=str(table.info.name), hint=str(error))
-                self._unread.add(table.info.uuid)
-        else:
             await self._adopt(table, found)
+        except CatalogUnavailable as error:
+            log.warning("table.unread", table=str(table.info.name), hint=str(error))
+            self._unread.add(table.info.uuid)
 
     async def _is_of_another_copy(self, found: CatalogTable) -> bool:
         """Whether a table's mark has an epoch that only another copy of this log can have taken (R29).
@@ -746,18 +749,21 @@ class Tables:
         if table.state is TableState.ACTIVE:
             try:
                 found = await ddl.reload_table(self.catalog, table.info.name)
-                if found is not None and found.info.uuid == table.info.uuid:
+                if found is not None and found.info.uuid != table.info.uuid:
+                    # Others gave its name to another table.
+                    found = None
+                if found is not None:
                     await self.watch.confirm(found.info)
             except FilesMissing as error:
                 if await self.watch.is_ours():
                     # Its own trouble (R33): it takes no writes until the file is back.
                     self.adoption.miss_file(table, error)
                 raise
-            if found is not None and found.info.uuid == table.info.uuid:
+            if found is None:
+                await self._look_for(table)
+            else:
                 table.gone = ""
                 await self._adopt(table, found)
-            else:
-                await self._look_for(table)
         self._unread.discard(table.info.uuid)
 
     def _note_ending(self, table: Table, ending: Ending) -> None:

@@ -211,16 +211,25 @@ def test_catalog_or_warehouse(make_server: Callable[..., ServerProcess], tmp_pat
         assert rows(restored, name) == list(range(9))
 
 
-@pytest.mark.parametrize("keyed", [False, True])
-def test_object_store(make_server: Callable[..., ServerProcess], keyed: bool) -> None:
-    """A store that is gone: what Iceberg holds is left out, what only the disk holds is sent again, each row once."""
+def lose_the_store(
+    make_server: Callable[..., ServerProcess], late_values: dict[str, range], *, keyed: bool = False
+) -> ServerProcess:
+    """Fill tables, write rows that only the disk has then, and lose the object store; no server runs afterwards."""
     server = make_server(iceberg__commit_interval_s=0.1).start()
     fill(server)
     server.stop()
     late = make_server(**DISK_ONLY).start()
-    write_at_disk(late, "t", range(5, 9), keyed=keyed)
+    for name, values in late_values.items():
+        write_at_disk(late, name, values, keyed=keyed)
     late.kill()
     shutil.rmtree(server.data / "objects")
+    return server
+
+
+@pytest.mark.parametrize("keyed", [False, True])
+def test_object_store(make_server: Callable[..., ServerProcess], keyed: bool) -> None:
+    """A store that is gone: what Iceberg holds is left out, what only the disk holds is sent again, each row once."""
+    server = lose_the_store(make_server, {"t": range(5, 9)}, keyed=keyed)
     assert "holds no epoch of node" in refusal(make_server)
     said, server = follow("The object store", make_server, server)
     assert "left out: 10 writes that their table's own mark says are in it" in said
@@ -233,13 +242,7 @@ def test_object_store(make_server: Callable[..., ServerProcess], keyed: bool) ->
 
 def test_object_store_and_a_primary_key_table(make_server: Callable[..., ServerProcess]) -> None:
     """A store that is gone: the new log becomes the table's owner as the refusal says, and each row is there once."""
-    server = make_server(iceberg__commit_interval_s=0.1).start()
-    fill(server)
-    server.stop()
-    late = make_server(**DISK_ONLY).start()
-    write_at_disk(late, "p", range(4, 9), keyed=True)
-    late.kill()
-    shutil.rmtree(server.data / "objects")
+    server = lose_the_store(make_server, {"p": range(4, 9)}, keyed=True)
     discard, _, resubmit = commands("The object store")
     subprocess.run([ARKA, *discard.replace("DATA_DIR", str(server.data)).split()[1:]], check=True, timeout=120)
     server = make_server(iceberg__commit_interval_s=0.1).start()
@@ -266,14 +269,7 @@ def test_object_store_and_a_primary_key_table(make_server: Callable[..., ServerP
 
 def test_new_object_store(make_server: Callable[..., ServerProcess]) -> None:
     """A store that is gone while the disk has all that is needed: both kinds of tables go on, each row once."""
-    server = make_server(iceberg__commit_interval_s=0.1).start()
-    fill(server)
-    server.stop()
-    late = make_server(**DISK_ONLY).start()
-    for name in TABLES:
-        write_at_disk(late, name, range(5, 9))
-    late.kill()
-    shutil.rmtree(server.data / "objects")
+    server = lose_the_store(make_server, dict.fromkeys(TABLES, range(5, 9)))
     assert "--new-store" in refusal(make_server)
     _, server = follow("A new object store", make_server, server)
     with connect(server.location) as client:

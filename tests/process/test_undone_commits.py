@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def _put_back(data: Path, places: dict[str, str]) -> None:
 
 
 def _expire(table: Table) -> Table:
-    """Write all rows anew, and expire every snapshot but that one."""
+    """Write all rows again, and expire every snapshot but that one."""
     table.overwrite(table.scan().to_arrow())
     table.refresh()
     current = table.metadata.current_snapshot_id
@@ -105,12 +105,17 @@ def test_commits_that_others_undo(make_server: Make, kind: str, stops: bool) -> 
     back = [name for name in names if "back_by" in name]
     _put_back(server.data, {name: places[name][2] for name in back})
     server.start()
-    with connect(server.location) as client:
-        for name in back:
-            write_all(client, name, [numbers([5])])
-    server.stop()
+    _write_and_stop(server, back, 5)
     for name in back:
         assert sorted(lake.column(server.data, name, "n")) == [0, 1, 2, 5]
+
+
+def _write_and_stop(server: ServerProcess, names: Iterable[str], number: int) -> None:
+    """Let each table take one more row, up to Iceberg."""
+    with connect(server.location) as client:
+        for name in names:
+            write_all(client, name, [numbers([number])])
+    server.stop()
 
 
 def test_damaged_record(make_server: Make) -> None:
@@ -128,10 +133,7 @@ def test_damaged_record(make_server: Make) -> None:
         server.start()
     path.unlink()
     server.start()
-    with connect(server.location) as client:
-        for name in KINDS:
-            write_all(client, name, [numbers([1])])
-    server.stop()
+    _write_and_stop(server, KINDS, 1)
     for name in KINDS:
         assert sorted(lake.column(server.data, name, "n")) == [0, 1]
 
