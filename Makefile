@@ -105,6 +105,14 @@ fuzz: $(VENV)/.installed-test ## a million mutated byte streams and IPC messages
 	$(PYTHON) tests/fuzz/fuzz_wire.py --cases 1000000 --seed 1
 	$(PYTHON) tests/fuzz/fuzz_ipc.py --cases 100000 --seed 1
 
+# PAIRS=1 says whether it stops, how much memory it takes and what is lost; latencies want 7 and a quiet machine.
+PAIRS ?= 7
+ATTACK_SECONDS ?= 5
+
+.PHONY: attack
+attack: $(VENV)/.installed-test ## clients that try to stop others, and what a neighbour feels; ATTACKS="headers view" for some
+	$(PYTHON) -m tests.attacks $(ATTACKS) --pairs $(PAIRS) --seconds $(ATTACK_SECONDS)
+
 .PHONY: soak
 soak: $(VENV)/.installed-test ## 10,000 simulated histories of the engine, in parallel; no failing seed is expected
 	$(PYTHON) -m arka.testing.simulation --seeds 10000
