@@ -25,6 +25,7 @@ from arka.errors import ArkaError, ConfigurationError, DataCorruption, Fenced, I
 from arka.exits import EXIT_CONFIGURATION, EXIT_DAMAGED, EXIT_FAILURE, EXIT_FENCED, EXIT_SIGNAL, complain, fail
 from arka.logs import configure_logging
 from arka.options import Settings
+from arka.privacy import keep_private
 from arka.settings import Given, load_settings, show_settings
 from arka.wal_commands import wal
 
@@ -39,6 +40,7 @@ _EXIT_CODES: Final[tuple[tuple[type[ArkaError], int], ...]] = (
 _FLAGS: Final = {
     "data_dir": ("--data-dir", "server.data_dir"),
     "host": ("--host", "server.host"),
+    "insecure": ("--insecure", "server.insecure"),
     "port": ("--port", "server.port"),
     "http_port": ("--http-port", "server.http_port"),
     "node_id": ("--node-id", "server.node_id"),
@@ -60,6 +62,7 @@ log = structlog.get_logger(__name__)
 @click.option("--config", metavar="FILE.toml", type=click.Path(path_type=Path), help="Settings in TOML.")
 @click.option("--data-dir", metavar="DIR", help="WAL, lock file and embedded defaults.  [./arka_data]")
 @click.option("--host", metavar="ADDRESS", help="Address that Flight listens on.  [127.0.0.1]")
+@click.option("--insecure", is_flag=True, default=None, help="Listen on addresses that other machines reach.")
 @click.option("--port", metavar="PORT", help="Flight port; 0 takes a free one.  [8815]")
 @click.option("--http-port", metavar="PORT", help="Reserved: nothing listens on it yet.  [8816]")
 @click.option("--node-id", metavar="NAME", help="This node's name in the object store.  [arka-0]")
@@ -83,6 +86,7 @@ def main_server(config: Path | None, show_config: bool, **flags: str | bool | No
 
     Exit codes: 0 clean, 2 usage or configuration, 3 damaged data, 4 fenced, 1 any other failure.
     """
+    keep_private()
     given = [Given(key, flags[name], flag) for name, (flag, key) in _FLAGS.items() if flags[name] is not None]
     try:
         loaded = load_settings(config=config, flags=given)
@@ -185,6 +189,7 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
 @click.version_option(package_name="arka", prog_name="arka")
 def main() -> None:
     """Look after an Arka server's data."""
+    keep_private()
 
 
 main.add_command(backup)

@@ -45,6 +45,12 @@ class ServerOptions:
     host: str = option("127.0.0.1", "Address that Flight listens on.")
     port: int = option(8815, "Flight port; 0 takes a free one.", at_least=0, at_most=65535)
     http_port: int = option(8816, "Reserved: nothing listens on it yet.", at_least=0, at_most=65535)
+    insecure: bool = option(
+        False, "Listen on addresses that other machines reach, although whoever connects may read, write and drop."
+    )
+    shared_group: str = option(
+        "", "A group that may read the warehouse and an SQLite catalog; empty: the server's user alone may."
+    )
     node_id: str = option(
         "arka-0", "This node's name in the object store.", matches=r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
     )

@@ -8,13 +8,13 @@ bring down what is accepted, then cancel.
 from __future__ import annotations
 
 import random
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Final
+from urllib.parse import unquote, urlsplit
 from uuid import UUID
 
 import structlog
@@ -28,7 +28,9 @@ from arka.flight.grpc import Health
 from arka.flight.http2 import ConnectionFactory
 from arka.flight.service import FlightService, prepare_spill_dir
 from arka.iceberg.config import CatalogConfig
+from arka.listeners import check_host, open_listeners
 from arka.options import Limits, Settings
+from arka.privacy import find_group, share_with
 from arka.settings_shared import store_settings
 from arka.storage.backup import settle_restored
 from arka.storage.backuphold import is_held
@@ -36,11 +38,12 @@ from arka.storage.catalog import IcebergCatalog, adopt_warehouse, open_catalog
 from arka.storage.datadir import announce, device_of, disk_uuid, free_bytes, lock_data_dir, shares_device
 from arka.storage.descriptors import budget, raise_limit
 from arka.storage.disk import PosixDisk
+from arka.storage.modes import Places, warn_of_modes
 from arka.storage.objects import open_folder, open_object_store, read_range
 from arka.storage.place import settle_place
 from arka.storage.ports import CatalogUnavailable
 from arka.storage.survival import local_tiers
-from arka.storage.warehouse import MarkedWarehouse
+from arka.storage.warehouse import MarkedWarehouse, local_root
 from arka.tiers.admission import Ledger
 from arka.tiers.assembly import WAL_FOLDER, OpenLog, Surroundings
 from arka.tiers.demo import demo_definitions
@@ -200,6 +203,11 @@ async def serve(
     """
     data_dir = Path(await trio.Path(settings.server.data_dir).absolute())
     limits = _limits(settings)
+    host, port, insecure = settings.server.host, settings.server.port, settings.server.insecure
+    # Before anything is made on the disk.
+    await check_host(host, port, insecure=insecure)
+    group = find_group(settings.server.shared_group)
+    share_with(group)
     with lock_data_dir(data_dir):
         config = CatalogConfig.from_options(settings.iceberg, data_dir, settings.iceberg.catalog)
         await settle_place(
@@ -216,8 +224,9 @@ async def serve(
             claim = Claim(settings.server.node_id, None, disk_uuid(data_dir))
             await skip_epochs(open_object_store(settings.object_store), claim, log_uuid, through_epoch)
 
+        warn_of_modes(_places(settings, config, data_dir), group)
         await settle_restored(data_dir, PosixDisk(), data_dir / WAL_FOLDER, skip)
-        listeners = await _listen(settings.server.host, settings.server.port)
+        listeners = await open_listeners(host, port, insecure=insecure)
         async with _engine(settings, data_dir) as opened:
             ledger = Ledger(settings.limits.memory_bytes)
             set_kept_bytes(settings.limits.memory_bytes // _KEPT_PART)
@@ -241,6 +250,17 @@ async def serve(
     log.info("server.stopped")
 
 
+def _places(settings: Settings, config: CatalogConfig, data_dir: Path) -> Places:
+    """Say where the server's files lie, as far as that is on this machine."""
+    store, (scheme, _, catalog) = urlsplit(settings.object_store.url), config.uri.partition(":///")
+    return Places(
+        data_dir,
+        Path(unquote(store.path)) if store.scheme == "file" else None,
+        local_root(config.warehouse),
+        Path("/", unquote(catalog.partition("?")[0])) if scheme.startswith("sqlite") else None,
+    )
+
+
 def _limits(settings: Settings) -> Limits:
     """Return the limits with no more connections than there are descriptors for (R31)."""
     found = budget(raise_limit(), settings.limits.connections)
@@ -253,13 +273,6 @@ def _limits(settings: Settings) -> Limits:
             hint="limits.connections needs more descriptors: raise the hard limit (ulimit -Hn, LimitNOFILE)",
         )
     return replace(settings.limits, connections=found.connections)
-
-
-async def _listen(host: str, port: int) -> list[trio.SocketListener]:
-    try:
-        return await trio.open_tcp_listeners(port, host=host)
-    except (OSError, socket.gaierror) as error:
-        raise ConfigurationError(f"Cannot listen on {host}:{port}: {error}") from error
 
 
 @asynccontextmanager

@@ -30,6 +30,7 @@ from arka.flight.refusals import check_not_sql, unknown_action
 from arka.flight.schemas import describe_partition, describe_schema, parse_create_table
 from arka.lineage import CommitMark
 from arka.options import Limits
+from arka.privacy import make_folders
 from arka.records import TableName, Tier
 from arka.storage.threads import run_compute
 from arka.tiers.ddl import load_table
@@ -479,7 +480,7 @@ def _flight_info(table: Table, descriptor: Any) -> Any:
 
 def prepare_spill_dir(path: Path) -> None:
     """Make the directory of DoGet's results and remove what a crash left in it."""
-    path.mkdir(parents=True, exist_ok=True)
+    make_folders(path)
     for left in os.scandir(path):
         if left.name.endswith(".arrows"):
             os.unlink(left.path)

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 from uuid import UUID
 
+from arka.privacy import FILE_MODE, make_folders
+
 
 class Journal:
     """The worker's side: written by the threads of one attempt. An empty path writes nothing."""
@@ -38,8 +40,8 @@ class Journal:
             OSError: the disk failed; nothing was made yet.
         """
         if self._path:
-            os.makedirs(os.path.dirname(self._path), exist_ok=True)
-            self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            make_folders(os.path.dirname(self._path))
+            self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, FILE_MODE)
         try:
             yield self
         finally:
@@ -86,7 +88,7 @@ def start(directory: str, attempt: UUID, table: UUID) -> str:
         OSError: the disk failed.
     """
     path = os.path.join(directory, f"{attempt.hex}.files")
-    os.makedirs(directory, exist_ok=True)
+    make_folders(directory)
     _append(path, f"# {table}\n")
     return path
 
@@ -101,7 +103,7 @@ def give(path: str, commit: UUID) -> None:
 
 
 def _append(path: str, line: str) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, FILE_MODE)
     try:
         os.write(descriptor, line.encode())
     finally:

@@ -5,6 +5,7 @@ Owns: which pyiceberg catalog a URI means and with which properties. Does not ow
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any, Final
 
@@ -19,6 +20,7 @@ from arka.iceberg.config import CATALOG_NAME, CatalogConfig
 from arka.iceberg.fileio import FILE_IO_CLASS
 from arka.iceberg.sight import catalog_file, database_closed, database_opened, look, on_change
 from arka.iceberg.sqlcatalog import LeanSqlCatalog, ServerSqlCatalog
+from arka.privacy import FILE_MODE, make_folders, share_file, share_folder
 from arka.storage.ports import WarehouseChanged
 
 #: How long SQLite waits for another process's transaction, in milliseconds.
@@ -72,29 +74,45 @@ def connect(config: CatalogConfig) -> Catalog:
     if url.get_backend_name() == "sqlite":
         if url.database in (None, "", ":memory:"):
             raise ConfigurationError(f"iceberg.catalog_uri {config.uri!r}: workers cannot share a database in memory")
-        os.makedirs(os.path.dirname(url.database) or ".", exist_ok=True)
+        folder = os.path.dirname(os.path.abspath(url.database))
+        if not os.path.isdir(folder):
+            make_folders(folder)
+            share_folder(folder, passage=True)
     else:
         # A connection that broke while nobody used it is replaced instead of failing the next request.
         properties.setdefault("pool_pre_ping", "true")
+    file = catalog_file(config.uri)
     if config.is_joined():
         # Its tables are there, or the database is not the one that it was: making them would hide that (R28).
         properties["init_catalog_tables"] = "false"
-        if (file := catalog_file(config.uri)) is not None and not os.path.exists(file):
+        if file is not None and not os.path.exists(file):
             raise WarehouseChanged(f"the catalog file {file} is gone")
     kind = ServerSqlCatalog if config.stock_commit else LeanSqlCatalog
     if properties.get("init_catalog_tables", "true").lower() not in ("false", "0", "no", "off"):
+        if file is not None:
+            _make_file(file)
         make_catalog_tables(config.uri, busy_s=_SQLITE_BUSY_MS / 1000)
     made = kind(CATALOG_NAME, **properties)
     made._delete_old_metadata = _keep_old_metadata  # type: ignore[method-assign]
     if made.engine.dialect.name == "sqlite":
         event.listen(made.engine, "connect", _set_pragmas)
-        if (file := catalog_file(config.uri)) is not None:
+        if file is not None:
             # After the pragmas, when its log files are open.
             event.listen(made.engine, "connect", lambda *_, path=file: database_opened(path))
             event.listen(made.engine, "close", lambda *_, path=file: database_closed(path))
         # Connections from before the listener are not used again.
         made.engine.dispose()
     return made
+
+
+def _make_file(path: str) -> None:
+    """Make an SQLite catalog's empty file unless it is there; SQLite gives its log files the same mode and group."""
+    with contextlib.suppress(FileExistsError):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
+        try:
+            share_file(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def catalog(config: CatalogConfig) -> Catalog:

@@ -111,7 +111,7 @@ def _make_folder(config: CatalogConfig, location: str) -> None:
         return
     if config.is_marked() and not os.path.exists(os.path.join(root, MARKER_FILE)):
         raise WarehouseChanged(f"the warehouse {root} has no {MARKER_FILE}: it is not mounted, or was emptied")
-    make_directory(os.path.join(folder, "metadata"))
+    make_directory(os.path.join(folder, "metadata"), shared=True)
 
 
 def look_at(config: CatalogConfig, info: TableInfo) -> None:

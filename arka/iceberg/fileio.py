@@ -35,6 +35,7 @@ from pyiceberg.typedef import EMPTY_DICT, Properties
 
 # For its effect: no manifest is read before it.
 import arka.iceberg.avrodoubles  # noqa: F401
+from arka.privacy import FILE_MODE, make_folder, share_file, share_folder
 
 #: The value of pyiceberg's ``py-io-impl`` property that selects this class.
 FILE_IO_CLASS: Final = "arka.iceberg.fileio.WarehouseFileIO"
@@ -44,7 +45,6 @@ _AWS_VARIABLES: Final = {
     S3_ENDPOINT: ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
     S3_REGION: ("AWS_REGION", "AWS_DEFAULT_REGION"),
 }
-_FILE_MODE: Final = 0o644
 #: Files of a batch that are open at a time.
 _BATCH_FILES: Final = 128
 
@@ -75,12 +75,13 @@ def sync_directory(path: str) -> None:
         os.close(descriptor)
 
 
-def make_directory(path: str, above: str = "") -> None:
+def make_directory(path: str, above: str = "", *, shared: bool = False) -> None:
     """Create a directory and its missing parents, each entry durable on return.
 
     Args:
         path: the directory.
         above: a directory that has to exist if ``path`` lies in it; empty for none.
+        shared: whether what is made is the warehouse's, and so open to the server's shared group.
 
     Raises:
         FileNotFoundError: ``above`` does not exist.
@@ -91,9 +92,9 @@ def make_directory(path: str, above: str = "") -> None:
     if path == above:
         raise FileNotFoundError(errno.ENOENT, "the table's folder is gone", path)
     parent = os.path.dirname(path)
-    make_directory(parent, above)
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(path)
+    make_directory(parent, above, shared=shared)
+    if make_folder(path) and shared:
+        share_folder(path)
     # Also when another process made it: its fsync may still be under way.
     sync_directory(parent)
 
@@ -104,8 +105,9 @@ class _Batch:
     On a journalling file system the first fsync after several writes does most of the work of all.
     """
 
-    def __init__(self, above: str = "") -> None:
+    def __init__(self, above: str = "", *, shared: bool = False) -> None:
         self._above = above
+        self._shared = shared
         # Invariant: each descriptor is open; nothing else closes it. A descriptor from before the write
         # is what an error of the kernel's writeback is reported to.
         self._open: list[tuple[int, str]] = []
@@ -116,11 +118,13 @@ class _Batch:
         """Write a file; its durability comes with ``sync``."""
         flags = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if overwrite else os.O_EXCL)
         try:
-            descriptor = os.open(path, flags, _FILE_MODE)
+            descriptor = os.open(path, flags, FILE_MODE)
         except FileNotFoundError:
-            make_directory(os.path.dirname(path), self._above)
-            descriptor = os.open(path, flags, _FILE_MODE)
+            make_directory(os.path.dirname(path), self._above, shared=self._shared)
+            descriptor = os.open(path, flags, FILE_MODE)
         try:
+            if self._shared:
+                share_file(descriptor)
             with memoryview(data) as view:
                 written = 0
                 while written < view.nbytes:
@@ -169,7 +173,9 @@ class _Batch:
         self._open.clear()
 
 
-def write_durable(path: str, data: bytes | memoryview | pa.Buffer, *, overwrite: bool = False, above: str = "") -> int:
+def write_durable(
+    path: str, data: bytes | memoryview | pa.Buffer, *, overwrite: bool = False, above: str = "", shared: bool = False
+) -> int:
     """Write a whole file.
 
     Args:
@@ -177,6 +183,7 @@ def write_durable(path: str, data: bytes | memoryview | pa.Buffer, *, overwrite:
         data: all of its bytes.
         overwrite: replace an existing file.
         above: see ``make_directory``.
+        shared: see ``make_directory``.
 
     Returns:
         The number of bytes.
@@ -187,7 +194,7 @@ def write_durable(path: str, data: bytes | memoryview | pa.Buffer, *, overwrite:
 
     Durability: contents and directory entry are fsynced on return.
     """
-    batch = _Batch(above)
+    batch = _Batch(above, shared=shared)
     try:
         size = batch.write(path, data, overwrite=overwrite)
         batch.sync()
@@ -268,7 +275,7 @@ class LocalFile(InputFile, OutputFile):
 
         def publish(data: memoryview) -> None:
             if self._batch is None:
-                self.size = write_durable(self.path, data, overwrite=overwrite, above=self._above)
+                self.size = write_durable(self.path, data, overwrite=overwrite, above=self._above, shared=True)
             else:
                 self.size = self._batch.write(self.path, data, overwrite=overwrite)
 
@@ -333,7 +340,7 @@ class WarehouseFileIO(FileIO):
         Raises:
             OSError: the disk refused.
         """
-        self._batch = _Batch(self._above)
+        self._batch = _Batch(self._above, shared=True)
         try:
             yield
             self._batch.sync()

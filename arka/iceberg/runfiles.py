@@ -23,6 +23,7 @@ from typing_extensions import Buffer
 from arka._core.rowkeys import HASH_BYTES
 from arka._core.runs import FileMap, Run, RunDamaged
 from arka.iceberg.fileio import make_directory, sync_directory, write_durable
+from arka.privacy import FILE_MODE
 from arka.records import FIELD_ID_KEY
 
 #: The directory of staged runs, among those of indexes.
@@ -129,7 +130,7 @@ def open_run(directory: str, name: str) -> Iterator[int]:
     """Open a new run's file for writing; see ``new_run``."""
     make_directory(directory)
     path = os.path.join(directory, name)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, FILE_MODE)
     try:
         yield descriptor
         os.fsync(descriptor)

@@ -33,6 +33,7 @@ from arka.iceberg.marks import mark_in, marks_of
 from arka.iceberg.pieces import pieces
 from arka.iceberg.schema import UnsupportedType, arrow_schema, field_id
 from arka.iceberg.tail import open_tail
+from arka.privacy import make_file
 from arka.records import FIELD_ID_KEY, TableName
 from arka.storage.ports import CatalogConflict, CommitMark, ReadJob, SchemaMisfit, TableMissing
 from arka.tableproperties import SUMMARY_LAST_LSN, SUMMARY_LOG, committed_lsn_property
@@ -98,6 +99,7 @@ def _scan(config: CatalogConfig, job: ReadJob, path: str) -> int:
     rows = 0
     stream_schema = schema.with_metadata(scan_notes(base.marks, base.snapshot_id))
     options = pa.ipc.IpcWriteOptions(compression=job.compression)
+    make_file(path)
     with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, stream_schema, options=options) as stream:
         found = (tail.hide(batch) for batch in _batches(table, base, wide, tail.batch_rows))
         for batch in chain(found, tail.rows()):

@@ -25,6 +25,7 @@ from arka import failpoints
 from arka.errors import ArkaError, InternalError
 from arka.iceberg.config import CatalogConfig
 from arka.importpath import leave_working_directory_out
+from arka.privacy import keep_private, share_with
 from arka.records import TableDefinition, TableInfo, TableName
 from arka.storage.ports import (
     CatalogConflict,
@@ -70,7 +71,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def initialise(server_pid: int) -> None:
+def initialise(server_pid: int, shared_group: int | None) -> None:
     """Tie this process to the server; runs once, before any job.
 
     The worker ends when the server does, however that ends, in the middle of a job too (R15). It ignores the
@@ -79,7 +80,10 @@ def initialise(server_pid: int) -> None:
 
     Args:
         server_pid: process id of the server.
+        shared_group: the group that may read warehouse and catalog; None: nobody else may.
     """
+    keep_private()
+    share_with(shared_group)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.nice(_NICENESS)

@@ -43,6 +43,7 @@ from arka._core.lsn import LSN_END
 from arka.errors import ArkaError, ConfigurationError, Unavailable
 from arka.iceberg.config import JOINED_FILE, CatalogConfig
 from arka.options import IcebergOptions
+from arka.privacy import make_file, make_folder, make_folders
 from arka.storage.backuphold import hold
 from arka.storage.catalogfile import open_catalog_file, read_pointers
 from arka.storage.filecopy import FileCopies, copy_file, files_below, sync_file, write_whole
@@ -139,7 +140,7 @@ def back_up(data_dir: Path, out: Path, disk: Disk) -> BackedUp:
             raise ConfigurationError(f"{path} exists already: choose a new folder, or remove it")
     if out.resolve().is_relative_to(data_dir.resolve()):
         raise ConfigurationError(f"{out} lies in the data directory itself: choose a folder elsewhere")
-    staged.mkdir(parents=True)
+    make_folders(staged)
     copy = _Copy(data_dir, staged, disk)
     reason = ""
     with hold(data_dir):
@@ -277,7 +278,7 @@ class _Copy:
         began = time.monotonic()
         taken_us = time.time_ns() // 1000
         before = self._held()
-        (self._target / "wal").mkdir(exist_ok=True)
+        make_folder(self._target / "wal")
         # Before the catalog: no table of the copy stands below what its log says was committed (R20).
         for name in ("disk-id", JOINED_FILE, f"wal/{COMMITTED_NAME}"):
             with suppress(FileNotFoundError):
@@ -338,6 +339,8 @@ class _Copy:
         """Copy the catalog as of one moment; returns its tables and their metadata files."""
         new = self._target / "catalog.db"
         new.unlink(missing_ok=True)
+        # Before SQLite makes it: an empty file is a new database to it.
+        make_file(new)
         with closing(open_catalog_file(self._source / "catalog.db")) as catalog, closing(sqlite3.connect(new)) as copy:
             catalog.backup(copy)
         sync_file(new)
@@ -380,7 +383,7 @@ class _Copy:
     def _copy_log(self) -> None:
         """Copy the log's state, seal mark and segments."""
         source, target = self._source / "wal", self._target / "wal"
-        target.mkdir(exist_ok=True)
+        make_folder(target)
         for _ in range(_LOG_ATTEMPTS):
             seal = (source / SEAL_NAME).read_bytes()
             segments = list_segments(source, self._disk)
@@ -422,7 +425,7 @@ class _Copy:
         """Copy files below a folder that the copy does not have yet, or not as they are now."""
         for name in names:
             self._copies.copy(self._source / folder / name, self._target / folder / name)
-        (self._target / folder).mkdir(exist_ok=True)
+        make_folder(self._target / folder)
 
     def _remove_others(self, folder: str, names: set[str]) -> None:
         """Remove from the copy what an earlier attempt copied and is gone since."""

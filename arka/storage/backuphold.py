@@ -16,6 +16,8 @@ from typing import Final
 
 import structlog
 
+from arka.privacy import private_opener
+
 log = structlog.get_logger(__name__)
 
 #: Locked while a backup is made.
@@ -32,12 +34,16 @@ def hold(data_dir: Path) -> Iterator[None]:
     The lock ends with the process, however it ends. Without leave to write there the copy is made all the same.
     """
     try:
-        file = (data_dir / _HOLD_FILE).open("ab")
+        file = open(data_dir / _HOLD_FILE, "ab", opener=private_opener)  # noqa: SIM115 (closed below)
     except OSError as error:
         log.warning("backup.not_held", reason=str(error))
         yield
         return
     with file:
+        if os.geteuid() == 0:
+            # The server, which may be another user's, has to open it.
+            owner = data_dir.stat()
+            os.fchown(file.fileno(), owner.st_uid, owner.st_gid)
         fcntl.flock(file, fcntl.LOCK_EX)
         os.utime(file.fileno())
         # Its next look is a second away, and what it has begun takes a moment.

@@ -16,6 +16,7 @@ from uuid import UUID, uuid4
 
 from arka import failpoints
 from arka.errors import ConfigurationError
+from arka.privacy import FILE_MODE, make_file, make_folder, make_folders, private_opener, share_folder
 
 
 @contextmanager
@@ -28,8 +29,11 @@ def lock_data_dir(data_dir: Path) -> Iterator[None]:
         ConfigurationError: another process holds it (named with its pid), or it cannot be made.
     """
     try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        make_folders(data_dir.parent)
+        if make_folder(data_dir):
+            # Engines of the shared group pass through it on their way to warehouse and catalog.
+            share_folder(data_dir, passage=True)
+        descriptor = os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
     except OSError as error:
         raise ConfigurationError(f"Cannot use the data directory {data_dir}: {error.strerror}") from error
     try:
@@ -58,6 +62,7 @@ def announce(data_dir: Path, *, flight: str, http: str | None) -> Iterator[None]
     """
     path = data_dir / "server.json"
     staged = data_dir / ".server.json.tmp"
+    make_file(staged)
     staged.write_text(json.dumps({"pid": os.getpid(), "flight": flight, "http": http}) + "\n")
     staged.replace(path)
     try:
@@ -80,7 +85,7 @@ def disk_uuid(data_dir: Path) -> UUID:
     except ValueError:
         raise ConfigurationError(f"{path} does not hold a UUID: restore it, or use another directory") from None
     staged = data_dir / ".disk-id.tmp"
-    with staged.open("w") as file:
+    with open(staged, "w", opener=private_opener) as file:
         file.write(f"{found}\n")
         file.flush()
         os.fsync(file.fileno())

@@ -21,6 +21,7 @@ from arka import failpoints
 from arka._core.framing import Group, punch_hole
 from arka._core.logthread import LogThread
 from arka.errors import DataCorruption
+from arka.privacy import FILE_MODE, make_folder
 from arka.storage.ports import Buffer, DiskFile
 
 T = TypeVar("T")
@@ -157,7 +158,7 @@ class PosixDisk:
         if directory.is_dir():
             return
         self.make_directory(directory.parent)
-        directory.mkdir(exist_ok=True)
+        make_folder(directory)
         self.sync_directory(directory.parent)
 
     def list_names(self, directory: Path) -> list[str]:
@@ -171,7 +172,7 @@ class PosixDisk:
 
     def create(self, path: Path, size: int) -> DiskFile:
         """Create a preallocated file."""
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
         try:
             if size:
                 with _naming(path):

@@ -15,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from arka.privacy import make_folders, private_opener
+
 _COPY_BYTES: Final = 16 * 1024 * 1024
 #: Of a file system that keeps time stamps less exactly than in nanoseconds, none is less exact than this.
 _COARSE_NS: Final = 2_000_000_000
@@ -52,7 +54,7 @@ class FileCopies:
             with suppress(FileNotFoundError):
                 if self.is_current(before, target.stat()):
                     return
-            target.parent.mkdir(parents=True, exist_ok=True)
+            make_folders(target.parent)
             copy_file(source, target, before.st_size)
             os.utime(target, ns=(before.st_mtime_ns, before.st_mtime_ns))
 
@@ -68,7 +70,7 @@ def files_below(folder: Path, without: tuple[str, ...] = ()) -> Iterator[str]:
 
 def copy_file(path: Path, target: Path, size: int) -> None:
     """Copy ``size`` bytes of a file to a new one that becomes as long as it; holes stay holes."""
-    with path.open("rb") as source, target.open("wb") as copy:
+    with path.open("rb") as source, open(target, "wb", opener=private_opener) as copy:
         fd, end = source.fileno(), os.fstat(source.fileno()).st_size
         at = 0
         while at < size:
@@ -95,7 +97,7 @@ def copy_file(path: Path, target: Path, size: int) -> None:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file and make its contents durable."""
-    with path.open("wb") as file:
+    with open(path, "wb", opener=private_opener) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

@@ -26,6 +26,7 @@ from obstore.store import from_url
 from arka import failpoints
 from arka.errors import ConfigurationError
 from arka.options import ObjectStoreOptions
+from arka.privacy import make_folder, private_opener
 from arka.storage.ports import Buffer, ObjectExists, ObjectMeta, ObjectStore, StoreRefused, StoreUnavailable
 from arka.storage.storesettings import check_store_settings, explain, first_line
 
@@ -171,7 +172,7 @@ class FileObjectStore:
         staged = staging / secrets.token_hex(16)
         target = self._root / key
         try:
-            with staged.open("xb") as file:
+            with open(staged, "xb", opener=private_opener) as file:
                 for part in parts:
                     file.write(part)
                 file.flush()
@@ -201,7 +202,7 @@ class FileObjectStore:
             return
         if folder != self._root:
             self._make_folder(folder.parent)
-            folder.mkdir(exist_ok=True)
+            make_folder(folder)
             _sync_directory(folder.parent)
         elif self._met is not None and not folder.is_dir():
             # One that went away meanwhile is not made again.
@@ -244,7 +245,7 @@ def _make_root(root: Path) -> None:
         missing.append(folder)
         folder = folder.parent
     for path in reversed(missing):
-        path.mkdir(exist_ok=True)
+        make_folder(path)
         _sync_directory(path.parent)
     if not missing:
         # A mount point's parent may be closed to us; its name is not ours to make durable then.

@@ -197,7 +197,7 @@ async def settle_place(
     if before is not None:
         marker = Marker(before.uuid, new_dir, config.warehouse)
         write_joined(config, data_dir, marker.uuid, marked=True)
-        write_file(root / MARKER_FILE, marker.to_bytes(), replace=True)
+        write_file(root / MARKER_FILE, marker.to_bytes(), replace=True, shared=True)
     log.warning("warehouse.adopted", before=old, now=new_dir, tables=names)
 
 

@@ -23,6 +23,7 @@ from uuid import UUID
 import trio
 
 from arka.iceberg.config import JOINED_FILE, MARKER_FILE, CatalogConfig
+from arka.privacy import make_folder, private_opener, share_file, share_folder
 from arka.storage.ports import CatalogUnavailable, ObjectExists, ObjectStore, StoreRefused, StoreUnavailable
 
 T = TypeVar("T")
@@ -81,20 +82,23 @@ def read_marker_file(root: Path) -> Marker | None:
         raise CatalogUnavailable(f"{path} cannot be read: {error}") from error
 
 
-def write_file(path: Path, data: bytes, *, replace: bool) -> bool:
+def write_file(path: Path, data: bytes, *, replace: bool, shared: bool = False) -> bool:
     """Write a small file whole and durably; returns whether it is the one that is there now.
 
     Args:
         path: where; its folder exists.
         data: its bytes.
         replace: take the place of a file that is there.
+        shared: whether the server's shared group may read it.
 
     Raises:
         OSError: the disk refused.
     """
     staged = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with staged.open("xb") as file:
+        with open(staged, "xb", opener=private_opener) as file:
+            if shared:
+                share_file(file.fileno())
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -224,11 +228,12 @@ def _sync_directory(directory: Path) -> None:
 
 
 def _make_directory(directory: Path) -> None:
-    """Make a directory and its missing parents, durably."""
+    """Make a warehouse's directory and its missing parents, durably."""
     if directory.is_dir():
         return
     _make_directory(directory.parent)
-    directory.mkdir(exist_ok=True)
+    if make_folder(directory):
+        share_folder(directory)
     _sync_directory(directory.parent)
 
 
@@ -239,7 +244,7 @@ def holds(data_dir: Path, root: Path | None) -> bool:
 
 def _make_file(root: Path, marker: Marker) -> None:
     _make_directory(root)
-    write_file(root / MARKER_FILE, marker.to_bytes(), replace=False)
+    write_file(root / MARKER_FILE, marker.to_bytes(), replace=False, shared=True)
 
 
 __all__ = ["MarkedWarehouse", "Marker", "holds", "local_root", "read_marker_file", "write_file", "write_joined"]

@@ -40,6 +40,7 @@ class ServerProcess:
         program: what is run.
         cwd: its working directory; None for the caller's.
         variables: more variables of its environment.
+        umask: its umask; -1 for the caller's.
     """
 
     def __init__(self, data: Path, settings: Mapping[str, object] | None = None, *flags: str) -> None:
@@ -58,6 +59,7 @@ class ServerProcess:
         self.program = Path(sys.executable).with_name("arka-server")
         self.cwd: Path | None = None
         self.variables: dict[str, str] = {}
+        self.umask = -1
         self._flags = flags
         self._environment = {name: value for name, value in os.environ.items() if not name.startswith("ARKA_")}
         for key, value in (settings or {}).items():
@@ -97,6 +99,7 @@ class ServerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                umask=self.umask,
             )
 
     def start(self) -> ServerProcess:

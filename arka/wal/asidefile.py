@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from arka._core.framing import KIND_BATCH, crc32c
 from arka.errors import DataCorruption
+from arka.privacy import make_file, make_folders
 from arka.records import Operation
 from arka.storage.ports import Buffer
 from arka.wal.objectfile import WalObject, parse_object
@@ -152,7 +153,7 @@ def copy_aside(write: AsideWrite, rows: SalvagedWrite, out: Path) -> Path:
     Raises:
         OSError: the folder cannot be written.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    make_folders(out)
     path = out / f"{rows.table.name}-{write.lsn}.arrows"
     notes = {
         "arka.lsn": str(write.lsn),
@@ -160,6 +161,7 @@ def copy_aside(write: AsideWrite, rows: SalvagedWrite, out: Path) -> Path:
         "arka.operation": rows.operation.name.lower(),
         "arka.reason": write.reason,
     }
+    make_file(path)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, rows.batch.schema) as stream:
         stream.write_batch(rows.batch, custom_metadata=notes)
     return path

@@ -26,6 +26,7 @@ import pyarrow as pa
 
 from arka._core.framing import KIND_BATCH, KIND_CREATE, KIND_DROP, KIND_LOST, FrameHeader
 from arka.errors import ConfigurationError, DataCorruption
+from arka.privacy import make_file, make_folders
 from arka.records import Operation, TableInfo
 from arka.storage.ports import Disk
 from arka.wal.segment import FRAME_HEADER_BYTES, KIND_ACTIVITY, Activity, parse_lost
@@ -232,7 +233,7 @@ def copy_log(survey: LogSurvey, disk: Disk, out: Path) -> Salvage:
     """
     if out.resolve().is_relative_to(survey.directory.resolve()):
         raise ConfigurationError(f"{out} lies in the log's own directory: choose a folder elsewhere")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folders(out)
     if any(out.iterdir()):
         raise ConfigurationError(f"{out} is not empty: choose a new folder")
     salvage = Salvage(survey)
@@ -244,12 +245,14 @@ def copy_log(survey: LogSurvey, disk: Disk, out: Path) -> Salvage:
             if key not in streams:
                 entry = SalvagedTable(write.table, _file_name(write, {table.file for table in salvage.tables}))
                 salvage.tables.append(entry)
+                make_file(out / entry.file)
                 sink = files.enter_context(pa.OSFile(str(out / entry.file), "wb"))
                 streams[key] = entry, files.enter_context(pa.ipc.new_stream(sink, write.batch.schema))
             entry, stream = streams[key]
             stream.write_batch(write.batch, custom_metadata=_metadata(write))
             entry.add(write)
     salvage.unreadable = list(reader.unreadable)
+    make_file(out / REPORT_NAME)
     (out / REPORT_NAME).write_text(json.dumps(_report(salvage, list(reader.records())), indent=2) + "\n")
     for name in [*(table.file for table in salvage.tables), REPORT_NAME]:
         descriptor = os.open(out / name, os.O_RDONLY | os.O_CLOEXEC)
