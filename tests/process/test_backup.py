@@ -139,6 +139,7 @@ def test_backup_of_a_stopped_server_elsewhere(make_server: Callable[..., ServerP
     _back_up(copy, tmp_path / "another")
 
 
+@pytest.mark.long
 def test_what_came_after_the_backup_of_a_stopped_server(
     make_server: Callable[..., ServerProcess], tmp_path: Path
 ) -> None:
@@ -163,7 +164,7 @@ def test_what_came_after_the_backup_of_a_stopped_server(
     assert first <= max(ack["lsn"] for ack in acks) < last
 
 
-@pytest.mark.parametrize("restarts", [0, 1, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.parametrize("restarts", [0, *(pytest.param(restarts, marks=pytest.mark.long) for restarts in (1, 2))])
 def test_what_is_sent_again_after_a_restore(
     restarts: int, make_server: Callable[..., ServerProcess], tmp_path: Path
 ) -> None:

@@ -133,6 +133,7 @@ def test_copy_beside_its_original(make: Make, tmp_path: Path) -> None:
     assert [set(_column(tmp_path, table)) for table in TABLES] == [acked[table] for table in TABLES]
 
 
+@pytest.mark.long
 def test_moved_directory_goes_on(make: Make, tmp_path: Path) -> None:
     """One that was moved starts without a flag, by its path or by a link, and a copy of it is known by its new path."""
     _first_life(make())
@@ -150,6 +151,7 @@ def test_moved_directory_goes_on(make: Make, tmp_path: Path) -> None:
     assert [_column(tmp_path, table) for table in TABLES] == [list(range(6))] * 2
 
 
+@pytest.mark.long
 def test_copy_of_hard_links(make: Make, tmp_path: Path) -> None:
     """Two directories with the same files are refused whatever flag is given."""
     _first_life(make())
@@ -215,7 +217,7 @@ CHANGES: dict[str, dict[str, str | None]] = {
 }
 
 
-@pytest.mark.parametrize("running", [False, True])
+@pytest.mark.parametrize("running", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_marks_that_others_changed(make: Make, tmp_path: Path, running: bool) -> None:
     """Each table whose mark was changed stops and says so; nothing is acknowledged, added or doubled; others go on."""
     server = make().start()

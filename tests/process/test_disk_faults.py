@@ -55,8 +55,8 @@ _long = partial(pytest.param, marks=pytest.mark.long)
     ("fault", "said"),
     [
         ("wal.group_written=eio@20", "Input/output error (injected at failpoint wal.group_written)"),
-        ("wal.group_begin=enospc@20", "No space left on device"),
-        ("wal.header_written=eio@3", "Input/output error (injected at failpoint wal.header_written)"),
+        _long("wal.group_begin=enospc@20", "No space left on device"),
+        _long("wal.header_written=eio@3", "Input/output error (injected at failpoint wal.header_written)"),
         _long("wal.segment_renamed=eio@3", "Input/output error (injected at failpoint wal.segment_renamed)"),
         _long("wal.segment_begin=enospc@3", "No space left on device (injected at failpoint wal.segment_begin)"),
         _long("wal.footer_synced=eio@2", "Input/output error (injected at failpoint wal.footer_synced)"),

@@ -157,7 +157,7 @@ STOP = (
     ("stop.marked", 1),
     ("stop.sealed", 1),
 )
-PARTS = 3
+PARTS = 6
 #: Tails that a recovery's failpoint may need: one that the kill has caught sealed or empty asks less of recovery.
 TAILS = 8
 #: How long a tail is written, in seconds.

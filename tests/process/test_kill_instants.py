@@ -90,7 +90,7 @@ class PlainWriter:
                     self.on_disk.add(first + ack["sequence"])
 
 
-@pytest.mark.parametrize("wanted", [12, pytest.param(LONG_KILLS, marks=pytest.mark.long, id="long")])
+@pytest.mark.parametrize("wanted", [6, pytest.param(LONG_KILLS, marks=pytest.mark.long, id="long")])
 def test_kills_at_any_instant(make_server: Callable[..., ServerProcess], wanted: int) -> None:
     """After many SIGKILLs, some of them during the start from the one before, the sources and Iceberg are equal.
 

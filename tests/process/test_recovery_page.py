@@ -226,7 +226,7 @@ def lose_the_store(
     return server
 
 
-@pytest.mark.parametrize("keyed", [False, True])
+@pytest.mark.parametrize("keyed", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_object_store(make_server: Callable[..., ServerProcess], keyed: bool) -> None:
     """A store that is gone: what Iceberg holds is left out, what only the disk holds is sent again, each row once."""
     server = lose_the_store(make_server, {"t": range(5, 9)}, keyed=keyed)
@@ -299,7 +299,7 @@ def test_data_file(make_server: Callable[..., ServerProcess], tmp_path: Path) ->
         assert sorted(read["n"].to_pylist()) == rows(server, name) == list(range(6))
 
 
-@pytest.mark.parametrize("damage", ["damaged", "gone"])
+@pytest.mark.parametrize("damage", ["damaged", pytest.param("gone", marks=pytest.mark.long)])
 def test_object_of_one_table(make_server: Callable[..., ServerProcess], tmp_path: Path, damage: str) -> None:
     """A parked object that is damaged or gone: its table stops and says so, others go on; put back, it goes on too."""
     small = {"iceberg__commit_interval_s": 0.1, "wal__segment_bytes": 1 << 20, "wal__release_grace_s": 0}

@@ -38,7 +38,9 @@ def wait_for(condition: Callable[[], object], what: str) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("keyed", [False, True], ids=["append-only", "primary-key"])
+@pytest.mark.parametrize(
+    "keyed", [pytest.param(False, marks=pytest.mark.long), True], ids=["append-only", "primary-key"]
+)
 def test_one_table_fails_while_another_writes_much(make_server: Callable[..., ServerProcess], keyed: bool) -> None:
     """It is set apart and stays active; the other writes several times the limit; then each row is there once."""
     server = make_server(

@@ -132,6 +132,7 @@ def test_frozen_owner_is_fenced(node: Callable[..., ServerProcess], shared: Path
     assert len(set(acked.values())) == len(acked), "no LSN was given twice"
 
 
+@pytest.mark.long
 def test_living_owner_keeps_its_log(node: Callable[..., ServerProcess], shared: Path) -> None:
     """A second server with the same node id does not start beside the first, unless it is told to take over."""
     first = node("a").start()
@@ -176,6 +177,7 @@ def test_stale_disk(node: Callable[..., ServerProcess], shared: Path) -> None:
     assert found(shared) == list(range(12))
 
 
+@pytest.mark.long
 def test_copied_data_directory(node: Callable[..., ServerProcess], shared: Path) -> None:
     """A data directory that was copied after a clean stop is refused once the original has run again (R13, R2)."""
     first = node("a").start()

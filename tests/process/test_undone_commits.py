@@ -118,6 +118,7 @@ def _write_and_stop(server: ServerProcess, names: Iterable[str], number: int) ->
     server.stop()
 
 
+@pytest.mark.long
 def test_damaged_record(make_server: Make) -> None:
     """A damaged file ends the start with exit code 3 and its name; without it the server starts."""
     server = make_server(iceberg__commit_interval_s=0.05).start()

@@ -23,6 +23,11 @@ COLUMNS = [("n", "int64!"), ("pad", "utf8")]
 JOIN_TIMEOUT_S = 90.0
 
 
+@pytest.mark.parametrize(
+    "backend",
+    ["local-sqlite", "s3-rest", *(pytest.param(name, marks=pytest.mark.long) for name in ("s3-sqlite", "s3-postgres"))],
+    indirect=True,
+)
 def test_kills_and_resends_are_exact(backend: Backend, make_server: Callable[..., ServerProcess]) -> None:
     """Two writers that resend by key after each of three SIGKILLs have each row in Iceberg exactly once."""
     pick = random.Random(backend.name)

@@ -73,6 +73,7 @@ def test_store_away(own_components: Components, make_server: Callable[..., Serve
     assert lake.numbers_in(backend, table) == list(range(-1, BATCHES))
 
 
+@pytest.mark.long
 def test_start_while_the_store_is_away(own_components: Components, make_server: Callable[..., ServerProcess]) -> None:
     """SIGTERM ends a server whose start waits for its store and catalog, with exit code 0, and it starts later on."""
     backend = own_components.backend("s3-rest")
@@ -235,6 +236,7 @@ def check_tiers(acks: list[Ack], count: int) -> None:
         assert [ack["durability_level"] for ack in acks if ack["sequence"] == sequence] == list(TIERS)
 
 
+@pytest.mark.long
 def test_short_outage_under_load(tmp_path: Path, own_components: Components) -> None:
     """10 s without the store under 20 MB/s: memory stays under its limit, every ack comes, rows are exact."""
     figures = run_outage(tmp_path, own_components, outage_s=10, mb_per_s=20)
