@@ -225,6 +225,19 @@ def channel_of(stream: trio.abc.Stream) -> Channel:
 
 def peer_of(stream: trio.abc.Stream) -> str:
     """Name the other end of a stream, for logs: ``host:port``, or what kind of stream it is."""
+    name = _peer_name(stream)
+    if not isinstance(name, tuple):
+        return name
+    return f"[{name[0]}]:{name[1]}" if ":" in name[0] else f"{name[0]}:{name[1]}"
+
+
+def address_of(stream: trio.abc.Stream) -> str:
+    """Name the host at the other end of a stream: what a client cannot have many of. As ``peer_of`` without a host."""
+    name = _peer_name(stream)
+    return name[0] if isinstance(name, tuple) else name
+
+
+def _peer_name(stream: trio.abc.Stream) -> tuple[str, int] | str:
     inner: object = stream
     while isinstance(inner, trio.SSLStream):
         inner = inner.transport_stream
@@ -234,9 +247,7 @@ def peer_of(stream: trio.abc.Stream) -> str:
         name = inner.socket.getpeername()
     except OSError:
         return "gone"
-    if not isinstance(name, tuple):
-        return "unix"
-    return f"[{name[0]}]:{name[1]}" if ":" in name[0] else f"{name[0]}:{name[1]}"
+    return (str(name[0]), int(name[1])) if isinstance(name, tuple) else "unix"
 
 
-__all__ = ["Channel", "SocketChannel", "StreamChannel", "channel_of", "peer_of"]
+__all__ = ["Channel", "SocketChannel", "StreamChannel", "address_of", "channel_of", "peer_of"]

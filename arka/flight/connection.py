@@ -19,11 +19,8 @@ from collections.abc import Sequence
 from typing import Final
 from uuid import uuid4
 
-import h2.config
-import h2.connection
 import h2.events
 import h2.exceptions
-import h2.settings
 import structlog
 import trio
 from h2.errors import ErrorCodes
@@ -33,13 +30,25 @@ from arka._core import wire
 from arka._core.wire import CONNECTION_WINDOW, INITIAL_WINDOW, MessageAssembler, Splitter, WireError
 from arka.errors import ArkaError, ErrorCode
 from arka.flight import frames
-from arka.flight.channels import channel_of, peer_of
+from arka.flight.channels import address_of, channel_of, peer_of
 from arka.flight.deadlines import Deadlines, Due
 from arka.flight.floods import Flood, FloodGuard
 from arka.flight.flow import Wakeup
 from arka.flight.frames import FrameType
+from arka.flight.h2state import HEADER_LIST_BYTES, SETTINGS_VALUES
+from arka.flight.h2state import make_h2 as _make_h2
 from arka.flight.outbound import Parts
 from arka.flight.streams import ADVERTISED_STREAMS, Shared, Streams
+from arka.flight.turns import (
+    COSTS,
+    FRAME_BYTES_PER_UNIT,
+    RESET_UNITS,
+    SETTINGS_UNITS,
+    STREAMS_PER_LOOK,
+    STREAMS_PER_SLICE,
+    STREAMS_PER_UNIT,
+    ReaderTurn,
+)
 from arka.options import Limits
 
 log = structlog.get_logger(__name__)
@@ -50,8 +59,6 @@ MAX_FRAME_BYTES: Final = 1024 * 1024
 _CONTROL_BYTES: Final = 256 * 1024
 #: Bytes for the connection's window that are put off: a small part of its 2**31-1.
 _CONNECTION_CREDIT_BYTES: Final = 1024 * 1024
-#: MAX_HEADER_LIST_SIZE, bytes (T9).
-_HEADER_LIST_BYTES: Final = 64 * 1024
 #: Seconds to wait for a peer to read our last frames, or to take note of a GOAWAY.
 _GOODBYE_S: Final = 1.0
 #: How often in limits.message_stall_s the progress of streams is looked at.
@@ -61,6 +68,8 @@ _DRAIN_PING: Final = b"arkdrain"
 _KEEPALIVE_PING: Final = b"arkalive"
 #: Bytes that a PING carries (RFC 9113, section 6.7).
 _PING_BYTES: Final = 8
+#: Bytes of a peer's GOAWAY text that are logged.
+_GOAWAY_TEXT_BYTES: Final = 256
 
 
 class Connection:
@@ -76,7 +85,8 @@ class Connection:
         self._splitter = Splitter(MAX_FRAME_BYTES)
         self._h2 = _make_h2()
         self._now = now = trio.current_time()
-        self._floods = FloodGuard(now)
+        self._floods = FloodGuard(now, requests=ADVERTISED_STREAMS * shared.limits.streams_per_connection)
+        self._turn = ReaderTurn(shared.turns, address_of(stream))
         self._deadlines = Deadlines(shared.limits, now)
         self._wakeup = Wakeup()
         # Whether the reader is acting on what came, and whether that made something due.
@@ -101,6 +111,7 @@ class Connection:
         self._settings_seen = False
         self._connection_widened = False
         self._drain_asked = False
+        self._goaway_seen = False
         # Why the connection ends, once it does.
         self._ending: str | None = None
         self._bytes_in = 0
@@ -124,7 +135,7 @@ class Connection:
                 await self._say_goodbye()
                 nursery.cancel_scope.cancel()
         finally:
-            self._streams.abandon_all()
+            self._streams.abandon(self._streams)
             log.info(
                 "connection.closed",
                 peer=self._peer,
@@ -147,7 +158,7 @@ class Connection:
 
     async def _read(self, nursery: trio.Nursery) -> None:
         """Take bytes in and act on them until the connection ends."""
-        splitter = self._splitter
+        splitter, turn = self._splitter, self._turn
         try:
             while size := await self._channel.receive(splitter):
                 self._now = now = trio.current_time()
@@ -156,7 +167,11 @@ class Connection:
                 self._in_turn = True
                 while event := splitter.next():
                     self._handle(event, nursery)
-                self._end_turn()
+                    turn.events += 1
+                    turn.left -= COSTS[event]
+                    if turn.left <= 0:
+                        await self._next_turn()
+                self._end_turn(expects_more=self._channel.expects_more)
                 self._in_turn = False
             self._ending = self._ending or "the peer closed it"
         except (trio.BrokenResourceError, trio.ClosedResourceError):
@@ -174,11 +189,23 @@ class Connection:
         finally:
             self._in_turn = False
 
+    async def _next_turn(self) -> None:
+        """Let others run in the middle of what was received, and what it has caused so far be written (T22)."""
+        self._end_turn(expects_more=True)
+        self._in_turn = False
+        pause_s = self._floods.pause(Flood.REQUESTS, self._now)
+        if pause_s:
+            await trio.sleep(pause_s)
+        await self._turn.wait_next()
+        self._now = trio.current_time()
+        self._in_turn = True
+
     def _handle(self, event: int, nursery: trio.Nursery) -> None:
         """Act on one event of the splitter's; the frequent ones first."""
         splitter = self._splitter
         if event == wire.MESSAGE:
             splitter.assembler.owner.intake.complete(splitter.message, splitter.length)
+            self._turn.spend_message(splitter.length)
         elif event == wire.PREFIX:
             splitter.assembler.owner.intake.begin(splitter.length, splitter.assembler.shortfall)
         elif event == wire.WINDOW:
@@ -221,6 +248,7 @@ class Connection:
         """Act on a frame other than DATA, most of them by way of h2."""
         splitter = self._splitter
         kind, flags, stream_id = splitter.frame_type, splitter.flags, splitter.stream_id
+        self._turn.spend(splitter.length // FRAME_BYTES_PER_UNIT)
         if not self._settings_seen:
             if kind != FrameType.SETTINGS or flags & frames.ACK:
                 raise WireError(ErrorCodes.PROTOCOL_ERROR, _NOT_SETTINGS)
@@ -231,6 +259,7 @@ class Connection:
             return
         if kind == FrameType.RST_STREAM:
             self._count(Flood.RESETS_RECEIVED)
+            self._turn.spend(RESET_UNITS)
             # h2 takes no notice of this one (T8).
             if self._streams.is_idle(stream_id):
                 raise WireError(ErrorCodes.PROTOCOL_ERROR, f"RST_STREAM on stream {stream_id}, which is idle")
@@ -238,6 +267,10 @@ class Connection:
             self._count(Flood.SETTINGS)
             if flags & frames.ACK and splitter.length:
                 raise WireError(ErrorCodes.FRAME_SIZE_ERROR, "an acknowledgement of SETTINGS has a payload")
+            if splitter.length > SETTINGS_VALUES * frames.SETTING_BYTES:
+                raise WireError(ErrorCodes.ENHANCE_YOUR_CALM, f"more than {SETTINGS_VALUES} values in one SETTINGS")
+            # A new INITIAL_WINDOW_SIZE changes the window of each open stream.
+            self._turn.spend(SETTINGS_UNITS + len(self._streams) // STREAMS_PER_UNIT)
         elif kind == FrameType.PING:
             self._count(Flood.PING)
             if stream_id == 0 and splitter.length == _PING_BYTES:
@@ -245,6 +278,8 @@ class Connection:
                 return
         elif kind == FrameType.PRIORITY or kind > FrameType.CONTINUATION:
             self._count(Flood.OTHER)
+        if kind in (FrameType.HEADERS, FrameType.CONTINUATION) and flags & frames.END_HEADERS:
+            self._floods.take(Flood.REQUESTS, self._now)
         events = self._h2.receive_data(splitter.frame)
         for event in events:
             self._handle_h2(event, nursery)
@@ -260,6 +295,7 @@ class Connection:
             else:
                 self._connection_widened = True
         elif isinstance(event, h2.events.RequestReceived):
+            self._turn.spend_headers(sum(len(name) + len(value) for name, value in event.headers))
             self._streams.begin(event, nursery)
         elif isinstance(event, h2.events.StreamEnded):
             self._streams.end_by_peer(event.stream_id)
@@ -281,9 +317,12 @@ class Connection:
             raise WireError(ErrorCodes.PROTOCOL_ERROR, f"GOAWAY on stream {stream_id}")
         if len(frame) < 17:
             raise WireError(ErrorCodes.FRAME_SIZE_ERROR, f"GOAWAY of {len(frame) - 9} bytes")
+        self._count(Flood.OTHER)
         code = int.from_bytes(frame[13:17], "big")
-        if code != ErrorCodes.NO_ERROR:
-            detail = frame[17:].decode("ascii", "replace")
+        if code != ErrorCodes.NO_ERROR and not self._goaway_seen:
+            # Once: a client that repeats it must not fill the log.
+            self._goaway_seen = True
+            detail = frame[17 : 17 + _GOAWAY_TEXT_BYTES].decode("ascii", "replace")
             log.info("connection.peer_goaway", peer=self._peer, code=code, detail=detail)
 
     def _count(self, kind: Flood) -> None:
@@ -309,8 +348,12 @@ class Connection:
         else:
             self._wakeup.set()
 
-    def _end_turn(self) -> None:
-        """Write what the last bytes caused, or see to it that it is written."""
+    def _end_turn(self, *, expects_more: bool) -> None:
+        """Write what the last bytes caused, or see to it that it is written.
+
+        Args:
+            expects_more: more bytes are at hand: what they cause goes out together with this.
+        """
         control = self._control
         control += self._h2.data_to_send()
         if len(control) > _CONTROL_BYTES:
@@ -324,8 +367,7 @@ class Connection:
             control += frames.window_update(0, credit)
         if not control and not self._due:
             return
-        # With more bytes at hand, what they cause goes out together with this.
-        if self._channel.expects_more:
+        if expects_more:
             self._wakeup.set()
         else:
             self._write_now()
@@ -362,6 +404,9 @@ class Connection:
                     self._stop("drained")
                 elif not self._streams.has_output:
                     await self._wakeup.wait()
+                else:
+                    # Streams without window had their turn to no effect: others run before the next of them do.
+                    await trio.lowlevel.checkpoint()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             self._stop("the peer is gone")
         self._flushed.set()
@@ -398,7 +443,9 @@ class Connection:
                 self._stop("the handshake took too long")
             elif due is Due.SILENT:
                 self._stop("the peer does not answer")
-            self._streams.check_progress(now)
+            for streams in self._streams.slices(STREAMS_PER_LOOK):
+                self._streams.check_progress(streams, now)
+                await trio.lowlevel.checkpoint()
 
     async def _drain(self) -> None:
         """Tell the peer of the drain in two steps, so that streams on their way meanwhile are still served."""
@@ -427,7 +474,10 @@ class Connection:
 
     async def _say_goodbye(self) -> None:
         """Cancel what runs, write the last frames, and let the peer read them."""
-        self._streams.abandon_all()
+        for streams in self._streams.slices(STREAMS_PER_SLICE):
+            # A client may leave a thousand RPCs behind at once, and each of them takes a while to end.
+            self._streams.abandon(streams)
+            await trio.lowlevel.checkpoint()
         self._wakeup.set()
         with trio.move_on_after(_GOODBYE_S):
             await self._flushed.wait()
@@ -442,23 +492,6 @@ class Connection:
                 return
 
 
-def _make_h2() -> h2.connection.H2Connection:
-    """Make h2's side of a connection. It announces nothing: our SETTINGS are raw."""
-    config = h2.config.H2Configuration(client_side=False, header_encoding=None)
-    connection = h2.connection.H2Connection(config)
-    # h2 answers one stream too many with a fatal error; the limits that hold are ours (T10).
-    connection.local_settings = h2.settings.Settings(
-        client=False,
-        initial_values={
-            SettingCodes.MAX_CONCURRENT_STREAMS: frames.MAX_STREAM_ID,
-            SettingCodes.MAX_HEADER_LIST_SIZE: _HEADER_LIST_BYTES,
-        },
-    )
-    connection.initiate_connection()
-    connection.clear_outbound_data_buffer()
-    return connection
-
-
 def _first_frames(limits: Limits) -> bytes:
     """What the server says first."""
     values: dict[int, int] = {
@@ -466,7 +499,7 @@ def _first_frames(limits: Limits) -> bytes:
         SettingCodes.MAX_CONCURRENT_STREAMS: ADVERTISED_STREAMS * limits.streams_per_connection,
         SettingCodes.INITIAL_WINDOW_SIZE: INITIAL_WINDOW,
         SettingCodes.MAX_FRAME_SIZE: MAX_FRAME_BYTES,
-        SettingCodes.MAX_HEADER_LIST_SIZE: _HEADER_LIST_BYTES,
+        SettingCodes.MAX_HEADER_LIST_SIZE: HEADER_LIST_BYTES,
     }
     return frames.settings(values) + frames.window_update(0, CONNECTION_WINDOW - 65_535)
 

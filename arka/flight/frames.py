@@ -37,6 +37,8 @@ END_HEADERS: Final = 0x4
 
 #: Largest stream identifier.
 MAX_STREAM_ID: Final = 2**31 - 1
+#: Bytes of one value in a SETTINGS frame.
+SETTING_BYTES: Final = 6
 #: Largest window, bytes.
 MAX_WINDOW: Final = 2**31 - 1
 
@@ -107,6 +109,7 @@ __all__ = [
     "END_STREAM",
     "MAX_STREAM_ID",
     "MAX_WINDOW",
+    "SETTING_BYTES",
     "FrameType",
     "end_of_stream",
     "frame_header",

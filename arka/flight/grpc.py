@@ -28,8 +28,15 @@ from arka.tiers.room import Room
 
 log = structlog.get_logger(__name__)
 
+#: Longest part of a method's name that is shown or logged, and of a value in an error; no method of ours is as long.
+_SHOWN_BYTES: Final = 256
 #: Longest part of a user-agent that is looked at.
 _USER_AGENT_BYTES: Final = 1024
+#: What a metadata key does not begin with, and what is none.
+_RESERVED: Final = (b":", b"grpc-")
+_NOT_METADATA: Final = frozenset({b"te", b"content-type", b"user-agent"})
+#: Values of one binary metadata key: each is decoded by itself.
+_BINARY_VALUES: Final = 256
 _TIMEOUT: Final = re.compile(rb"(\d{1,8})([HMSmun])\Z")
 _SECONDS_PER_UNIT: Final = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 
@@ -154,6 +161,7 @@ class Request:
         path: the method.
         is_grpc: it is a gRPC request; if not, nothing else of it matters.
         content_bytes: its ``content-length``; -1 if it has none.
+        shown_path: the method, cut to what is logged and told.
     """
 
     path: str
@@ -163,6 +171,11 @@ class Request:
     content_bytes: int
     fields: list[tuple[bytes, bytes]]
     user_agent: str = ""
+
+    @property
+    def shown_path(self) -> str:
+        """See the class."""
+        return self.path if len(self.path) <= _SHOWN_BYTES else self.path[:_SHOWN_BYTES] + "..."
 
 
 def read_request(fields: list[tuple[bytes, bytes]]) -> Request:
@@ -244,7 +257,9 @@ def parse_timeout(value: bytes) -> float:
     """
     match = _TIMEOUT.match(value)
     if match is None:
-        raise InvalidRequest(f"Malformed grpc-timeout {value!r}: expected up to eight digits and one of HMSmun")
+        raise InvalidRequest(
+            f"Malformed grpc-timeout {value[:_SHOWN_BYTES]!r}: expected up to eight digits and one of HMSmun"
+        )
     return int(match[1]) * _SECONDS_PER_UNIT[match[2]]
 
 
@@ -254,23 +269,34 @@ def parse_metadata(fields: Iterable[tuple[bytes, bytes]]) -> dict[str, bytes]:
     Raises:
         InvalidRequest: a ``-bin`` value is not base64.
     """
-    metadata: dict[str, bytes] = {}
-    for raw_name, value in fields:
-        if raw_name.startswith((b":", b"grpc-")) or raw_name in (b"te", b"content-type", b"user-agent"):
-            continue
-        name = raw_name.decode("ascii", "backslashreplace")
-        if name.endswith("-bin"):
-            value = b",".join(_decode_binary(name, part) for part in value.split(b","))
-        metadata[name] = metadata[name] + b"," + value if name in metadata else value
-    return metadata
+    found: dict[bytes, list[bytes]] = {}
+    for name, value in fields:
+        if not name.startswith(_RESERVED) and name not in _NOT_METADATA:
+            found.setdefault(name, []).append(value)
+    return {name.decode("ascii", "backslashreplace"): _join_values(name, values) for name, values in found.items()}
 
 
-def _decode_binary(name: str, value: bytes) -> bytes:
+def _join_values(name: bytes, values: list[bytes]) -> bytes:
+    """Join what one key has, in time that grows with its length."""
+    joined = b",".join(values)
+    if not name.endswith(b"-bin"):
+        return joined
+    parts = joined.split(b",", _BINARY_VALUES)
+    if len(parts) > _BINARY_VALUES:
+        raise InvalidRequest(f"More than {_BINARY_VALUES} values of metadata {_shown(name)}")
+    return b",".join(_decode_binary(name, part) for part in parts)
+
+
+def _decode_binary(name: bytes, value: bytes) -> bytes:
     try:
         # Padding is optional on the wire.
         return base64.b64decode(value + b"=" * (-len(value) % 4), validate=True)
     except binascii.Error as error:
-        raise InvalidRequest(f"Malformed metadata {name!r}: not base64") from error
+        raise InvalidRequest(f"Malformed metadata {_shown(name)}: not base64") from error
+
+
+def _shown(name: bytes) -> str:
+    return repr(name[:_SHOWN_BYTES].decode("ascii", "backslashreplace"))
 
 
 class Health:

@@ -18,6 +18,7 @@ from arka.flight.connection import Connection
 from arka.flight.grpc import Route
 from arka.flight.rounds import Round
 from arka.flight.streams import Shared
+from arka.flight.turns import TurnCounts
 from arka.options import Limits
 from arka.tiers.admission import Ledger
 
@@ -70,6 +71,11 @@ class ConnectionFactory:
     def round(self) -> Round:
         """For who tells many streams of one thing."""
         return self._shared.round
+
+    @property
+    def turns(self) -> TurnCounts:
+        """What readers did in one piece (T22)."""
+        return self._shared.turns.counts
 
     @property
     def connections(self) -> int:

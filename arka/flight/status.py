@@ -7,6 +7,7 @@ Source: gRPC "Status codes and their use"; gRPC over HTTP/2, "Status-Message".
 
 from __future__ import annotations
 
+import re
 from enum import IntEnum
 from typing import Final, NamedTuple
 
@@ -58,6 +59,7 @@ _STATUS_OF: Final[dict[ErrorCode, Status]] = {
 
 #: Bytes of a message in the trailers: peers limit a header list to 8 KiB and up.
 _MESSAGE_BYTES: Final = 4096
+_ESCAPED: Final = re.compile(rb"[^\x20-\x7e]|%")
 
 
 class RpcStatus(NamedTuple):
@@ -97,8 +99,13 @@ def percent_encode(message: str) -> bytes:
 
     A message too long for a header is cut at a whole character.
     """
-    raw = message.encode("utf-8", "replace")[:_MESSAGE_BYTES].decode("utf-8", "ignore").encode()
-    return b"".join(b"%c" % byte if 0x20 <= byte <= 0x7E and byte != 0x25 else b"%%%02X" % byte for byte in raw)
+    # Cut first: a character takes four bytes at most, and the whole message may be long.
+    raw = message[:_MESSAGE_BYTES].encode("utf-8", "replace")[:_MESSAGE_BYTES].decode("utf-8", "ignore").encode()
+    return _ESCAPED.sub(_escape, raw)
+
+
+def _escape(match: re.Match[bytes]) -> bytes:
+    return b"%%%02X" % match[0][0]
 
 
 __all__ = ["OK", "RpcError", "RpcStatus", "Status", "percent_encode", "status_of"]

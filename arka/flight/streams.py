@@ -7,7 +7,7 @@ socket, frames, nor the connection's end (``arka.flight.connection``).
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final
 from uuid import uuid4
 
@@ -24,9 +24,11 @@ from arka.flight import frames
 from arka.flight.floods import Flood
 from arka.flight.flow import ReadAhead, StreamIntake
 from arka.flight.grpc import Call, Request, Route, parse_metadata, parse_timeout, read_request, run_call
+from arka.flight.h2state import BoundedH2
 from arka.flight.outbound import Parts, StreamOutput, Turn
 from arka.flight.rounds import Round
 from arka.flight.status import RpcStatus, Status, status_of
+from arka.flight.turns import TurnQueue
 from arka.options import Limits
 from arka.tiers.admission import Ledger
 
@@ -38,11 +40,13 @@ ADVERTISED_STREAMS: Final = 4
 _TURNS_PER_WRITE: Final = 64
 _WRITE_BYTES: Final = 512 * 1024
 #: Streams reset by us that are remembered: their DATA is on its way and no error.
-_RESETS_REMEMBERED: Final = 4096
+_RESETS_REMEMBERED: Final = 1024
 #: Largest content-length that is told from a larger one.
 _CONTENT_BYTES: Final = 2**62
 #: Seconds to wait for the rest of a request that is not gRPC.
 _FOREIGN_S: Final = 10.0
+#: Requests that are not gRPC and get a body, at a time on one connection; others get their status at once.
+_FOREIGN_MOST: Final = 8
 _FOREIGN_BODY: Final = b"This endpoint speaks gRPC (Arrow Flight).\n"
 
 _RESPONSE_FIELDS: Final = [
@@ -63,6 +67,7 @@ class Shared:
         message_limit: largest message, bytes.
         streams: RPCs that are running.
         round: on while many streams are told of one thing.
+        turns: whose turn it is, among connections that used up theirs.
     """
 
     def __init__(self, routes: Mapping[str, Route], ledger: Ledger, limits: Limits) -> None:
@@ -74,6 +79,7 @@ class Shared:
         self.message_limit = min(limits.message_bytes, ledger.statistics().limit_bytes - 2 * INITIAL_WINDOW)
         self.streams = 0
         self.round = Round()
+        self.turns = TurnQueue()
 
 
 class Stream:
@@ -109,7 +115,7 @@ class Streams:
     def __init__(
         self,
         shared: Shared,
-        connection: h2.connection.H2Connection,
+        connection: BoundedH2,
         splitter: Splitter,
         peer: str,
         *,
@@ -137,6 +143,7 @@ class Streams:
         self._splitter = splitter
         self._peer = peer
         self._count = count
+        self._foreign = 0
         self._wake = wake
         self._set_busy = set_busy
         self._open: dict[int, Stream] = {}
@@ -162,30 +169,25 @@ class Streams:
     def begin(self, event: h2.events.RequestReceived, nursery: trio.Nursery) -> None:
         """Begin a stream: start its RPC, or answer why not."""
         stream_id = event.stream_id
-        if stream_id > self.last_served or len(self._open) >= (
-            ADVERTISED_STREAMS * self._limits.streams_per_connection
-        ):
-            self._h2.reset_stream(stream_id, ErrorCodes.REFUSED_STREAM)
-            self._remember_reset(stream_id)
-            self._count(Flood.RESETS_CAUSED)
+        ended = event.stream_ended is not None
+        if stream_id > self.last_served:
+            # The drain has told the peer that this one is not served, so that it may be sent elsewhere.
+            self._reset_new(stream_id, ErrorCodes.REFUSED_STREAM)
             return
         request = read_request(event.headers)
         route = self._shared.routes.get(request.path) if request.is_grpc else None
-        stream = self._make(stream_id, request, route)
-        if event.stream_ended is not None and request.content_bytes > 0:
-            self.reset(stream, ErrorCodes.PROTOCOL_ERROR)
+        if ended and request.content_bytes > 0:
+            self._reset_new(stream_id, ErrorCodes.PROTOCOL_ERROR)
         elif not request.is_grpc:
-            # Its DATA is not made of messages, and discarded: no window of ours needs to be kept for that.
-            stream.intake.abandon()
-            stream.intake.assembler.window = CONNECTION_WINDOW
-            nursery.start_soon(self._refuse_foreign, stream, request.is_head)
+            self._begin_foreign(stream_id, request, ended, nursery)
         elif route is None:
-            self._answer(stream, RpcStatus(Status.UNIMPLEMENTED, f"[unimplemented] Unknown method {request.path}"))
+            text = f"[unimplemented] Unknown method {request.shown_path}"
+            self._refuse(stream_id, ended, RpcStatus(Status.UNIMPLEMENTED, text))
         else:
             try:
-                self._start(stream, route, request, nursery)
+                self._start(stream_id, route, request, nursery)
             except ArkaError as error:
-                self._answer(stream, status_of(error))
+                self._refuse(stream_id, ended, status_of(error))
 
     def _make(self, stream_id: int, request: Request, route: Route | None) -> Stream:
         shared = self._shared
@@ -194,7 +196,7 @@ class Streams:
         )
         stream = Stream(
             stream_id,
-            request.path,
+            request.shown_path,
             StreamIntake(assembler, shared.ledger, shared.read_ahead, lambda urgent: self._owe(stream, urgent)),
             StreamOutput(stream_id, lambda: self._make_ready(stream)),
         )
@@ -205,13 +207,13 @@ class Streams:
         self._set_busy(True)
         return stream
 
-    def _start(self, stream: Stream, route: Route, request: Request, nursery: trio.Nursery) -> None:
+    def _start(self, stream_id: int, route: Route, request: Request, nursery: trio.Nursery) -> None:
         """Start an RPC's task.
 
         Raises:
-            ArkaError: why it is not to run.
+            ArkaError: why it is not to run; nothing was begun.
         """
-        limits, here, total = self._limits, len(self._open) - 1, self._shared.streams
+        limits, here, total = self._limits, len(self._open), self._shared.streams
         if here >= limits.streams_per_connection:
             raise AdmissionRejected(
                 f"{here} RPCs are open on this connection, allowed are {limits.streams_per_connection}: retry later"
@@ -222,7 +224,8 @@ class Streams:
         if request.timeout is not None:
             deadline = trio.current_time() + parse_timeout(request.timeout)
         metadata = parse_metadata(request.fields)
-        call = Call(request.path, metadata, self._peer, deadline, stream.intake, stream.output, request.user_agent)
+        stream = self._make(stream_id, request, route)
+        call = Call(stream.method, metadata, self._peer, deadline, stream.intake, stream.output, request.user_agent)
         if self.draining and route.flight_data:
             stream.intake.withhold()
         self._h2.send_headers(stream.id, _RESPONSE_FIELDS)
@@ -241,28 +244,63 @@ class Streams:
             self._shared.streams -= 1
             stream.intake.abandon()
 
-    def _answer(self, stream: Stream, status: RpcStatus) -> None:
-        """End an RPC that did not run, with trailers alone."""
+    def _refuse(self, stream_id: int, ended: bool, status: RpcStatus) -> None:
+        """Answer an RPC that does not run, with trailers alone (T10): nothing is kept of it."""
+        self._answer(stream_id, ended, [*_RESPONSE_FIELDS, *status.trailers()])
+
+    def _answer(self, stream_id: int, ended: bool, fields: list[tuple[bytes, bytes]]) -> None:
+        """Answer a request with header fields alone, at the end of this turn.
+
+        Args:
+            stream_id: of a request that came in this turn.
+            ended: the peer has ended its side; if not, it is told to stop sending.
+            fields: the answer.
+        """
+        self._h2.send_headers(stream_id, fields, end_stream=True)
+        if ended:
+            self._h2.forget(stream_id)
+        else:
+            self._h2.reset_stream(stream_id, ErrorCodes.NO_ERROR)
+            self._remember_reset(stream_id)
+
+    def _reset_new(self, stream_id: int, code: ErrorCodes) -> None:
+        """Reset a stream whose request came in this turn."""
+        self._count(Flood.RESETS_CAUSED)
+        self._h2.reset_stream(stream_id, code)
+        self._remember_reset(stream_id)
+
+    def _begin_foreign(self, stream_id: int, request: Request, ended: bool, nursery: trio.Nursery) -> None:
+        """Answer what is not gRPC (T11)."""
+        if self._foreign >= _FOREIGN_MOST or len(self._open) >= self._limits.streams_per_connection:
+            self._answer(stream_id, ended, [(b":status", b"415"), (b"content-length", b"0")])
+            return
+        self._foreign += 1
+        stream = self._make(stream_id, request, None)
+        # Its DATA is not made of messages, and discarded: no window of ours needs to be kept for that.
         stream.intake.abandon()
-        stream.output.finish([*_RESPONSE_FIELDS, *status.trailers()], trio.current_time())
+        stream.intake.assembler.window = CONNECTION_WINDOW
+        nursery.start_soon(self._refuse_foreign, stream, request.is_head)
 
     async def _refuse_foreign(self, stream: Stream, is_head: bool) -> None:
         """Answer what is not gRPC with 415 and a body (T11), once all of the request is there and in order."""
-        with stream.scope:
-            with trio.move_on_after(_FOREIGN_S):
-                await stream.intake.receive()
-            if stream.id not in self._open:
-                # Reset by either side at the moment at which it ended.
-                return
-            fields = [
-                (b":status", b"415"),
-                (b"content-type", b"text/plain; charset=utf-8"),
-                (b"content-length", b"%d" % len(_FOREIGN_BODY)),
-            ]
-            self._h2.send_headers(stream.id, fields)
-            if not is_head:
-                stream.output.put_nowait(_FOREIGN_BODY)
-            stream.output.finish([], trio.current_time())
+        try:
+            with stream.scope:
+                with trio.move_on_after(_FOREIGN_S):
+                    await stream.intake.receive()
+                if stream.id not in self._open:
+                    # Reset by either side at the moment at which it ended.
+                    return
+                fields = [
+                    (b":status", b"415"),
+                    (b"content-type", b"text/plain; charset=utf-8"),
+                    (b"content-length", b"%d" % len(_FOREIGN_BODY)),
+                ]
+                self._h2.send_headers(stream.id, fields)
+                if not is_head:
+                    stream.output.put_nowait(_FOREIGN_BODY)
+                stream.output.finish([], trio.current_time())
+        finally:
+            self._foreign -= 1
 
     # -- what the peer does -----------------------------------------------------------------------
 
@@ -398,10 +436,16 @@ class Streams:
         """Whether ``pump`` or ``take_updates`` has something to do."""
         return bool(self._ready or self._owed)
 
-    def check_progress(self, now: float) -> None:
-        """End streams whose message, or whose client as a reader, has stalled (T4)."""
+    def slices(self, size: int) -> Iterator[list[Stream]]:
+        """Divide the open streams into slices of ``size``; each is taken when it is asked for."""
+        streams = list(self._open.values())
+        for start in range(0, len(streams), size):
+            yield [stream for stream in streams[start : start + size] if stream.id in self._open]
+
+    def check_progress(self, streams: Iterable[Stream], now: float) -> None:
+        """End those of ``streams`` whose message, or whose client as a reader, has stalled (T4)."""
         stall_s = self._limits.message_stall_s
-        for stream in self:
+        for stream in streams:
             if stream.intake.is_stalled(now, stall_s):
                 stream.intake.fail(
                     Unavailable(f"A message stopped in the middle: nothing of it came for {stall_s:g} s")
@@ -426,9 +470,9 @@ class Streams:
         self._remember_reset(stream.id)
         self._forget(stream)
 
-    def abandon_all(self) -> None:
-        """Drop every stream and cancel its RPC: the connection is over."""
-        for stream in self:
+    def abandon(self, streams: Iterable[Stream]) -> None:
+        """Drop some open streams and cancel their RPCs: the connection is over."""
+        for stream in streams:
             self._forget(stream)
 
     def _close(self, stream: Stream) -> None:
@@ -447,6 +491,7 @@ class Streams:
 
     def _forget(self, stream: Stream) -> None:
         del self._open[stream.id]
+        self._h2.forget(stream.id)
         for table in (self._ready, self._blocked, self._owed):
             table.pop(stream.id, None)
         self._splitter.close(stream.id)
@@ -461,6 +506,7 @@ class Streams:
             self._wake()
 
     def _remember_reset(self, stream_id: int) -> None:
+        self._h2.forget(stream_id)
         self._resets[stream_id] = None
         if len(self._resets) > _RESETS_REMEMBERED:
             self._resets_forgotten = max(self._resets_forgotten, self._resets.popitem(last=False)[0])

@@ -787,12 +787,34 @@ class TestLimits:
             assert "on this server" in (await second.response(1)).message
 
     async def test_more_than_advertised(self):
-        """T10: a stream above MAX_CONCURRENT_STREAMS is refused with RST_STREAM, the connection lives."""
+        """T10, T22: a stream above MAX_CONCURRENT_STREAMS is answered like any other that is one too many."""
         limits = Limits(memory_bytes=64 * MIB, streams_per_connection=1)
         async with served({"/x": Route(wait_for_ever)}, limits=limits, client_settings={S_INITIAL_WINDOW_SIZE: 0}) as s:
-            await s.peer.send(*(s.peer.request(i, content_type=None) for i in (1, 3, 5, 7, 9)))
-            assert await s.peer.wait_reset(9) == REFUSED_STREAM
+            await s.peer.send(*(s.peer.request(i, "/x") for i in range(1, 40, 2)))
+            for i in range(3, 40, 2):
+                response = await s.peer.response(i)
+                assert response.status == Status.UNAVAILABLE
+                assert response.message.startswith("[overloaded]")
+                assert await s.peer.wait_reset(i) == NO_ERROR
             await s.peer.settle()
+            # What is discarded afterwards is no error.
+            await s.peer.send(data(39, grpc_message(b"late")))
+            await s.peer.settle()
+
+    async def test_many_foreign_requests(self):
+        """T11, T22: of requests that are not gRPC a few wait for their end; the others get their 415 at once."""
+        limits = Limits(memory_bytes=64 * MIB)
+        async with served({"/x": Route(wait_for_ever)}, limits=limits) as s:
+            await s.peer.send(*(s.peer.request(i, content_type=None) for i in range(1, 200, 2)))
+            answered = [i for i in range(1, 200, 2) if i > 16]
+            for i in answered:
+                response = await s.peer.response(i)
+                assert dict(response.headers)[b":status"] == b"415"
+                assert not response.body
+            await s.peer.send(data(1, b"x", end=True))
+            assert dict((await s.peer.response(1)).headers)[b":status"] == b"415"
+            await s.peer.send(s.peer.request(201, content_type=None, end=True))
+            assert (await s.peer.response(201)).body
 
     async def test_connections(self):
         """A connection too many is closed at once and logged."""
