@@ -26,6 +26,7 @@ from arka.exits import EXIT_CONFIGURATION, EXIT_DAMAGED, EXIT_FAILURE, EXIT_FENC
 from arka.logs import configure_logging
 from arka.options import Settings
 from arka.privacy import keep_private
+from arka.redaction import redact
 from arka.settings import Given, load_settings, show_settings
 from arka.wal_commands import wal
 
@@ -166,7 +167,7 @@ def _report(error: BaseException, *, ready: bool, debug: bool) -> int:
         log.error("server.failed", exc_info=error)
         return EXIT_FAILURE
     if debug:
-        traceback.print_exception(error)
+        click.echo(redact("".join(traceback.format_exception(error))), err=True, nl=False)
     for kind, code in _EXIT_CODES:
         decisive = next((leaf for leaf in leaves if isinstance(leaf, kind)), None)
         if decisive is not None:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+from arka.redaction import redact
+
 
 class ErrorCode(StrEnum):
     """The code in an ack's ``code`` field and in the ``[code]`` that begins a gRPC message."""
@@ -48,6 +50,8 @@ class ArkaError(Exception):
     retryable: bool = False
 
     def __init__(self, detail: str, *, code: ErrorCode | None = None, retryable: bool | None = None) -> None:
+        # Here, where every error passes: a detail may quote what a library said, and that what it was told.
+        detail = redact(detail)
         super().__init__(detail)
         self.detail = detail
         if code is not None:

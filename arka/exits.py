@@ -19,6 +19,8 @@ from typing import Final, NoReturn
 
 import click
 
+from arka.redaction import redact
+
 EXIT_FAILURE: Final = 1
 EXIT_CONFIGURATION: Final = 2
 EXIT_DAMAGED: Final = 3
@@ -29,7 +31,7 @@ EXIT_SIGNAL: Final = 128
 def complain(error: BaseException) -> None:
     """Say on stderr what went wrong, the program's name first."""
     program = Path(sys.argv[0]).name
-    for line in str(error).splitlines() or [type(error).__name__]:
+    for line in redact(str(error)).splitlines() or [type(error).__name__]:
         click.echo(f"{program}: {line}", err=True)
 
 

@@ -1,7 +1,8 @@
 """Set up logging: structlog for Arka's own events, the standard library's for everybody else's.
 
-Owns: format, level, timestamps (UTC), destination. An event's name is ``tier.verb``, its facts are
-key=value. Only structlog's synchronous calls are used: the asynchronous family needs asyncio.
+Owns: format, level, timestamps (UTC), destination, and that each line passes ``arka.redaction``. An event's name is
+``tier.verb``, its facts are key=value. Only structlog's synchronous calls are used: the asynchronous family needs
+asyncio.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import structlog.tracebacks
 from structlog.typing import Processor
 
 from arka.options import LogOptions
+from arka.redaction import redact
 
 #: Libraries talk at warning level; their debug output helps only with ``log.level = debug``.
 _FOREIGN_LEVEL = logging.WARNING
@@ -37,7 +39,7 @@ def configure_logging(options: LogOptions, stream: TextIO | None = None) -> None
     ]
     final = _renderers(options.format, colors=destination.isatty())
     structlog.configure(
-        processors=[*shared, *final],
+        processors=[*shared, *final, _redacted],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.WriteLoggerFactory(file=destination),
         # Log lines are rare; a cached logger would escape a later configuration and tests' captures.
@@ -47,12 +49,17 @@ def configure_logging(options: LogOptions, stream: TextIO | None = None) -> None
     foreign.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name],
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *final],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *final, _redacted],
         )
     )
     root = logging.getLogger()
     root.handlers[:] = [foreign]
     root.setLevel(level if level == logging.DEBUG else max(level, _FOREIGN_LEVEL))
+
+
+def _redacted(_logger: object, _method: str, line: object) -> str:
+    """Take secrets out of a finished line: also out of tracebacks and of what libraries say."""
+    return redact(str(line))
 
 
 def _renderers(name: str, *, colors: bool) -> list[Processor]:

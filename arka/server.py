@@ -7,6 +7,7 @@ bring down what is accepted, then cancel.
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, asynccontextmanager
@@ -20,7 +21,7 @@ from uuid import UUID
 import structlog
 import trio
 
-from arka import failpoints
+from arka import failpoints, redaction
 from arka._core.buffers import set_kept_bytes
 from arka.errors import ArkaError, ConfigurationError, ErrorCode
 from arka.flight import messages
@@ -202,6 +203,14 @@ async def serve(
     Cancellation: as a crash at that moment: nothing acked is lost.
     """
     data_dir = Path(await trio.Path(settings.server.data_dir).absolute())
+    # Before anything can fail.
+    redaction.remember(
+        redaction.secrets_of(
+            {"object_store.config": settings.object_store.config, "iceberg.catalog": settings.iceberg.catalog},
+            (settings.object_store.url, settings.iceberg.catalog_uri, settings.iceberg.warehouse),
+            os.environ,
+        )
+    )
     limits = _limits(settings)
     host, port, insecure = settings.server.host, settings.server.port, settings.server.insecure
     # Before anything is made on the disk.

@@ -26,8 +26,9 @@ from urllib.parse import urlsplit
 from arka import failpoints
 from arka.errors import ConfigurationError
 from arka.options import Settings
+from arka.redaction import shown as shown_value
 from arka.settings_shared import shared_s3_properties
-from arka.settings_text import SIZE_UNITS, format_size, format_value, mask_secret, quote
+from arka.settings_text import SIZE_UNITS, format_size, format_value, quote
 
 DEFAULT_ORIGIN: Final = "default"
 DERIVED_ORIGIN: Final = "default, under server.data_dir"
@@ -154,7 +155,7 @@ def load_settings(
             value = _read(setting, item.value)
             _check_bounds(setting, value)
         except ValueError as error:
-            shown = format_value(mask_secret(item.key, item.value))
+            shown = format_value(shown_value(item.key, item.value))
             problems.append(f"{item.key} = {shown} (from {item.origin}): {error}")
             continue
         if entry:
@@ -176,12 +177,12 @@ def show_settings(loaded: LoadedSettings) -> Iterator[str]:
         table, name = key.split(".")
         value = getattr(getattr(loaded.settings, table), name)
         if setting.kind is not dict:
-            shown = format_value(mask_secret(key, value), is_size=setting.is_size)
+            shown = format_value(shown_value(key, value), is_size=setting.is_size)
             yield f"{key} = {shown}  # {loaded.origins[key]}"
             continue
         for entry in sorted(value):
             full = f"{key}.{entry}"
-            yield f"{key}.{quote(entry)} = {quote(mask_secret(full, value[entry]))}  # {loaded.origins[full]}"
+            yield f"{key}.{quote(entry)} = {quote(shown_value(full, value[entry]))}  # {loaded.origins[full]}"
 
 
 def _from_toml(config: Path | None) -> Iterator[Given]:
@@ -348,7 +349,7 @@ def _check_together(values: Mapping[str, Any], origins: Mapping[str, str], probl
     """Check what takes more than one value, or a value in its final form."""
 
     def refuse(key: str, why: str) -> None:
-        problems.append(f"{key} = {format_value(mask_secret(key, values[key]))} (from {origins[key]}): {why}")
+        problems.append(f"{key} = {format_value(shown_value(key, values[key]))} (from {origins[key]}): {why}")
 
     for key in ("object_store.url", "iceberg.catalog_uri", "iceberg.warehouse"):
         url = values[key]

@@ -1,4 +1,4 @@
-"""Write a setting's value for people: TOML spelling, byte sizes with units, secrets masked."""
+"""Write a setting's value for people: TOML spelling, byte sizes with units."""
 
 from __future__ import annotations
 
@@ -7,23 +7,7 @@ from typing import Any, Final
 
 from arka.options import GIB, KIB, MIB
 
-MASK: Final = "***"
-
 SIZE_UNITS: Final = {"": 1, "KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": 1024 * GIB}
-
-_SECRET_NAME: Final = r"secret|passw|token|credential|access.?key|account.?key|private|signature"
-_SECRET_KEY: Final = re.compile(_SECRET_NAME, re.IGNORECASE)
-_URL_PASSWORD: Final = re.compile(r"(?<=://)([^/@:]*):[^/@]*@")
-_URL_QUERY_SECRET: Final = re.compile(rf"([?&][^=&]*(?:{_SECRET_NAME})[^=&]*=)[^&]*", re.IGNORECASE)
-
-
-def mask_secret(key: str, value: Any) -> Any:
-    """Hide a secret: all of a string whose key's name says so, or the passwords in a URL."""
-    if not isinstance(value, str):
-        return value
-    if _SECRET_KEY.search(key):
-        return MASK
-    return _URL_QUERY_SECRET.sub(rf"\1{MASK}", _URL_PASSWORD.sub(rf"\1:{MASK}@", value))
 
 
 def format_size(amount: int) -> str:
@@ -51,4 +35,4 @@ def quote(text: str) -> str:
     return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda match: f"\\u{ord(match[0]):04x}", escaped) + '"'
 
 
-__all__ = ["MASK", "SIZE_UNITS", "format_size", "format_value", "mask_secret", "quote"]
+__all__ = ["SIZE_UNITS", "format_size", "format_value", "quote"]

@@ -27,6 +27,7 @@ from arka.iceberg.config import CatalogConfig
 from arka.importpath import leave_working_directory_out
 from arka.privacy import keep_private, share_with
 from arka.records import TableDefinition, TableInfo, TableName
+from arka.redaction import redact, remember
 from arka.storage.ports import (
     CatalogConflict,
     CatalogListing,
@@ -71,7 +72,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def initialise(server_pid: int, shared_group: int | None) -> None:
+def initialise(server_pid: int, shared_group: int | None, secrets: tuple[str, ...]) -> None:
     """Tie this process to the server; runs once, before any job.
 
     The worker ends when the server does, however that ends, in the middle of a job too (R15). It ignores the
@@ -81,9 +82,11 @@ def initialise(server_pid: int, shared_group: int | None) -> None:
     Args:
         server_pid: process id of the server.
         shared_group: the group that may read warehouse and catalog; None: nobody else may.
+        secrets: what no error and no log line of this process may hold.
     """
     keep_private()
     share_with(shared_group)
+    remember(secrets)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.nice(_NICENESS)
@@ -144,7 +147,7 @@ def _job(function: Callable[P, T]) -> Callable[P, T | Exception]:
 
 
 def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+    return redact(f"{type(error).__name__}: {error}")
 
 
 @_job

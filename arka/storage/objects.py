@@ -27,6 +27,7 @@ from arka import failpoints
 from arka.errors import ConfigurationError
 from arka.options import ObjectStoreOptions
 from arka.privacy import make_folder, private_opener
+from arka.redaction import shown_url
 from arka.storage.ports import Buffer, ObjectExists, ObjectMeta, ObjectStore, StoreRefused, StoreUnavailable
 from arka.storage.storesettings import check_store_settings, explain, first_line
 
@@ -399,7 +400,7 @@ def open_object_store(options: ObjectStoreOptions) -> ObjectStore:
         store = attempt(options.config)
     except (obstore.exceptions.BaseError, ValueError, TypeError) as error:
         raise ConfigurationError(explain(options.url, options.config, error, attempt)) from error
-    return RemoteObjectStore(store, options.url, requests)
+    return RemoteObjectStore(store, shown_url(options.url), requests)
 
 
 def open_folder(root: Path) -> ObjectStore:

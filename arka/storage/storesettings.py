@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from arka.errors import ConfigurationError
+from arka.redaction import MASK, is_harmless, shown, shown_url
 
 #: What obstore prefixes the names of its settings with, by store; the environment's variables begin alike.
 _PREFIXES: Final = ("aws_", "google_", "azure_")
@@ -78,11 +79,14 @@ def explain(
         attempt: opens it with other settings.
     """
     reason = first_line(error)
+    url = shown_url(url)
     if "recognise URL" in reason or "Unable to convert URL" in reason:
         return f"object_store.url {url!r}: no object store that this server knows; expected {_SCHEMES}"
     for key in config:
         if reason != _reason_of(attempt, {name: value for name, value in config.items() if name != key}):
-            return f"object_store.config.{key} = {_shown(key, config[key])}: {reason} (object_store.url {url!r})"
+            value = shown(f"object_store.config.{key}", config[key])
+            reason = reason if value != MASK else reason.replace(config[key], MASK)
+            return f"object_store.config.{key} = {value!r}: {reason} (object_store.url {url!r})"
     variable = next(
         (
             name
@@ -92,6 +96,7 @@ def explain(
         None,
     )
     if variable is not None:
+        reason = reason if is_harmless(variable) else reason.replace(os.environ[variable], MASK)
         return f"The variable {variable}, which the object store reads: {reason} (object_store.url {url!r})"
     return f"object_store.url {url!r} cannot be opened: {reason}"
 
@@ -107,11 +112,6 @@ def _reason_of(attempt: Callable[[Mapping[str, str]], object], config: Mapping[s
     except Exception as error:
         return first_line(error)
     return None
-
-
-def _shown(key: str, value: str) -> str:
-    secret = any(word in key.lower() for word in ("secret", "key", "token", "password", "sas"))
-    return "(hidden)" if secret else repr(value)
 
 
 __all__ = ["check_store_settings", "explain", "first_line"]

@@ -22,7 +22,7 @@ import structlog
 import trio
 import trio_parallel
 
-from arka import privacy
+from arka import privacy, redaction
 from arka.errors import ConfigurationError
 from arka.iceberg import worker
 from arka.importpath import SAFE_PATH
@@ -287,7 +287,7 @@ async def open_pool(template: Template, size: int, deadline_s: float) -> AsyncIt
     try:
         async with trio_parallel.open_worker_context(
             idle_timeout=_IDLE_S,
-            init=functools.partial(worker.initialise, os.getpid(), privacy.shared_group()),
+            init=functools.partial(worker.initialise, os.getpid(), privacy.shared_group(), redaction.known()),
             grace_period=_GRACE_S,
             worker_type=trio_parallel.WorkerType.FORKSERVER,
         ) as context:

@@ -264,7 +264,7 @@ def test_bounds_between_settings():
 
 def test_shown_settings_load_again(tmp_path):
     """``--show-config`` is itself a legal TOML file that gives the same settings."""
-    environment = {"ARKA_SERVER_DATA_DIR": str(tmp_path / 'q"uo\\te'), "ARKA_ICEBERG_CATALOG__X__Y": "a\nb"}
+    environment = {"ARKA_SERVER_DATA_DIR": str(tmp_path / 'q"uo\\te'), "ARKA_ICEBERG_CATALOG__S3__REGION": "a\nb"}
     loaded = load_settings(environment=environment)
     config = toml(tmp_path, "\n".join(show_settings(loaded)))
     assert load_settings(config=config, environment={}).settings == loaded.settings
