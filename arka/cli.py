@@ -91,7 +91,7 @@ def main_server(config: Path | None, show_config: bool, **flags: str | bool | No
     given = [Given(key, flags[name], flag) for name, (flag, key) in _FLAGS.items() if flags[name] is not None]
     try:
         loaded = load_settings(config=config, flags=given)
-        failpoints.arm(os.environ.get(failpoints.VARIABLE, ""), server_pid=os.getpid())
+        failpoints.arm(failpoints.wished(os.environ), server_pid=os.getpid())
     except ConfigurationError as error:
         fail(error, EXIT_CONFIGURATION)
     if show_config:

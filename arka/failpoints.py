@@ -1,7 +1,8 @@
 """Failpoints: named places beside the durable steps where a test can kill the server or fail a call.
 
 Owns: the names, what the variable ``ARKA_FAILPOINTS`` asks for, and doing it. Does not own the steps. For tests
-only: it is no setting, and a server without the variable pays one check of a global at each place.
+only: it is no setting, and a server without the variable pays one check of a global at each place. A server that has it
+starts only if ``ARKA_TESTING`` is ``1`` too, so that no stray variable makes one kill itself.
 
 ``ARKA_FAILPOINTS`` is a list of ``name=action[@n]`` with commas between: the n-th hit of that place in one process
 (the first without ``@n``) does the action, the hits before and after it do nothing. Actions:
@@ -26,6 +27,8 @@ from typing import Final
 from arka.errors import ConfigurationError
 
 VARIABLE: Final = "ARKA_FAILPOINTS"
+#: ``1``: the process is a test's, and may be told to kill itself.
+TESTING: Final = "ARKA_TESTING"
 
 _ERRORS: Final = {"eio": errno.EIO, "enospc": errno.ENOSPC}
 #: How long whoever asked for the server's death waits for it, in seconds: it must not pass the place.
@@ -206,6 +209,21 @@ def armed() -> bool:
     return _armed is not None
 
 
+def wished(environment: Mapping[str, str]) -> str:
+    """Return what the environment asks for; empty for nothing.
+
+    Raises:
+        ConfigurationError: it asks for failpoints, and this is no test.
+    """
+    text = environment.get(VARIABLE, "").strip()
+    if text and environment.get(TESTING) != "1":
+        raise ConfigurationError(
+            f"{VARIABLE} is set: it makes a server kill itself or fail, for tests alone. Unset it; a test sets "
+            f"{TESTING}=1 beside it"
+        )
+    return text
+
+
 def arm(text: str, *, server_pid: int) -> None:
     """Set the failpoints of this process.
 
@@ -266,4 +284,4 @@ def _say(line: str) -> None:
     os.write(2, f"{line}\n".encode())
 
 
-__all__ = ["ALL", "VARIABLE", "Failpoint", "Place", "arm", "armed", "hit", "reach"]
+__all__ = ["ALL", "TESTING", "VARIABLE", "Failpoint", "Place", "arm", "armed", "hit", "reach", "wished"]

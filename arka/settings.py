@@ -35,7 +35,7 @@ DERIVED_ORIGIN: Final = "default, under server.data_dir"
 SHARED_ORIGIN: Final = "default, from object_store.config"
 
 #: Variables of the build and of the test tools that share the prefix; no settings.
-FOREIGN_VARIABLES: Final = frozenset({"ARKA_DEBUG", "ARKA_EXT", failpoints.VARIABLE})
+FOREIGN_VARIABLES: Final = frozenset({"ARKA_DEBUG", "ARKA_EXT", failpoints.VARIABLE, failpoints.TESTING})
 
 _TRUE: Final = frozenset({"true", "yes", "on", "1"})
 _FALSE: Final = frozenset({"false", "no", "off", "0"})

@@ -27,6 +27,8 @@ A setting has one name, `table.name`, and four places. A later one wins:
 `arka-server --show-config` prints every setting with its value and where it came from, secrets masked, and
 starts nothing. What it prints is itself a legal TOML file. Names that Arka does not know are errors, in the
 file as in the environment (`ARKA_DEBUG` and `ARKA_EXT` belong to the build and are ignored).
+`ARKA_FAILPOINTS` makes a server kill itself or fail, for tests alone: a server that has it starts only with
+`ARKA_TESTING=1` beside it.
 
 Names end in their unit: `_s` is seconds, a number with or without a fraction; `bytes` takes a whole number
 or a string with a binary unit: `65536`, `"64KiB"`, `"128MiB"`, `"1GiB"`. A relative `server.data_dir` is

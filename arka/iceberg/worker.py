@@ -94,7 +94,7 @@ def initialise(server_pid: int, shared_group: int | None, secrets: tuple[str, ..
     leave_working_directory_out()
     importlib.import_module("arka.iceberg.isolation")
     threading.Thread(target=_end_with_server, daemon=True).start()
-    failpoints.arm(os.environ.get(failpoints.VARIABLE, ""), server_pid=server_pid)
+    failpoints.arm(failpoints.wished(os.environ), server_pid=server_pid)
     logging.getLogger("pyiceberg").setLevel(logging.ERROR)
 
 

@@ -90,7 +90,7 @@ class ServerProcess:
     def spawn(self) -> None:
         """Start the process without waiting for anything."""
         ports = ("--port", "0", "--http-port", "0")
-        wished = {failpoints.VARIABLE: self.failpoints} if self.failpoints else {}
+        wished = {failpoints.VARIABLE: self.failpoints, failpoints.TESTING: "1"} if self.failpoints else {}
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [str(self.program), "--data-dir", str(self.data), *ports, *self._flags],

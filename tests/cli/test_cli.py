@@ -11,7 +11,7 @@ import trio
 import trio.testing
 from click.testing import CliRunner
 
-from arka import cli
+from arka import cli, failpoints
 from arka.errors import ConfigurationError, DataCorruption, Fenced, InternalError, Unavailable
 from arka.settings import SETTINGS
 
@@ -34,12 +34,23 @@ def test_show_config_prints_every_setting(run):
     assert os.listdir() == []
 
 
+@pytest.mark.parametrize(("variables", "code"), [({}, 2), ({"ARKA_TESTING": "0"}, 2), ({"ARKA_TESTING": "1"}, 0)])
+def test_failpoints_are_for_tests_alone(run, monkeypatch, variables, code):
+    """A stray ARKA_FAILPOINTS ends the start with the variable's name; a test says that it is one."""
+    for name, value in ({"ARKA_FAILPOINTS": "wal.group_synced=kill"} | variables).items():
+        monkeypatch.setenv(name, value)
+    result = run("--show-config")
+    failpoints.arm("", server_pid=0)
+    assert result.exit_code == code
+    assert ("ARKA_FAILPOINTS is set" in result.output) == bool(code)
+
+
 @pytest.mark.parametrize(("parameter", "flag", "key"), [(p, f, k) for p, (f, k) in cli._FLAGS.items()])
 def test_each_flag_gives_its_setting(run, parameter, flag, key):
     """A flag sets the key it is documented for, and is named as its origin."""
     values = {"server.port": "7", "server.http_port": "7", "log.format": "json", "log.level": "error"}
     urls = {"object_store.url": "s3://b", "iceberg.catalog_uri": "http://c", "iceberg.warehouse": "s3://w"}
-    switches = ("demo_tables", "take_over", "adopt_warehouse", "new_store")
+    switches = ("demo_tables", "take_over", "adopt_warehouse", "new_store", "insecure")
     arguments = [flag] if parameter in switches else [flag, (values | urls).get(key, "given")]
     (line,) = [line for line in run(*arguments, "--show-config").output.splitlines() if line.startswith(f"{key} =")]
     assert line.endswith(f"# {flag}")

@@ -35,6 +35,8 @@ def test_variables_in_the_page_exist():
     page = (DOCS / "configuration.md").read_text(encoding="utf-8")
     variables = set(re.findall(r"ARKA_[A-Z0-9_]*[A-Z0-9]", page)) - {
         "ARKA_DEBUG",
+        "ARKA_FAILPOINTS",
+        "ARKA_TESTING",
         "ARKA_EXT",
         "ARKA_TABLE_NAME",
     }
