@@ -15,7 +15,7 @@ from uuid import UUID
 import msgspec
 import pyarrow as pa
 
-from arka.errors import ArkaError, ErrorCode, InvalidRequest
+from arka.errors import ArkaError, ErrorCode, InvalidRequest, cut, quote
 from arka.tableproperties import OWNER
 
 #: LSNs are JSON integers for JavaScript clients too: below 2**53 (protocol 3.1).
@@ -48,10 +48,10 @@ class Tier(IntEnum):
             InvalidRequest: naming the legal words.
         """
         try:
-            return cls[word.upper()]
+            return cls[cut(word).upper()]
         except KeyError:
             legal = ", ".join(tier.word for tier in cls)
-            raise InvalidRequest(f"Unknown durability {word!r}: expected one of {legal}") from None
+            raise InvalidRequest(f"Unknown durability {quote(word)}: expected one of {legal}") from None
 
 
 class Operation(IntEnum):
@@ -99,7 +99,8 @@ class TableName(NamedTuple):
         Raises:
             InvalidRequest: naming the part that is not legal.
         """
-        return cls.from_parts(text.split("."))
+        # One part too many is enough to tell.
+        return cls.from_parts(text.split(".", 2))
 
     @classmethod
     def from_parts(cls, parts: list[str]) -> TableName:
@@ -109,15 +110,18 @@ class TableName(NamedTuple):
             InvalidRequest: naming the part that is not legal.
         """
         if len(parts) == 1 and "." in parts[0]:
-            parts = parts[0].split(".")
+            parts = parts[0].split(".", 2)
         if len(parts) not in (1, 2):
+            name = ".".join(cut(part) for part in parts[:3])
+            more = f" and {len(parts) - 3} parts more" if len(parts) > 3 else ""
             raise InvalidRequest(
-                f"Illegal table name {'.'.join(parts)!r}: expected 'name' or 'namespace.name', found {len(parts)} parts"
+                f"Illegal table name {quote(name)}{more}: expected 'name' or 'namespace.name', not more than 2 parts"
             )
         for part in parts:
             if not _NAME_PART.match(part):
+                whole = ".".join(map(cut, parts))
                 raise InvalidRequest(
-                    f"Illegal table name {'.'.join(parts)!r}: part {part!r} must match [A-Za-z_][A-Za-z0-9_]{{0,127}}"
+                    f"Illegal table name {quote(whole)}: part {quote(part)} must match [A-Za-z_][A-Za-z0-9_]{{0,127}}"
                 )
         return cls(DEFAULT_NAMESPACE, parts[0]) if len(parts) == 1 else cls(*parts)
 
@@ -374,7 +378,7 @@ def parse_write_request(data: bytes) -> WriteRequest:
     try:
         return _REQUEST_DECODER.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidRequest(f"Malformed WriteRequest in app_metadata: {error}") from error
+        raise InvalidRequest(f"Malformed WriteRequest in app_metadata: {cut(str(error))}") from error
 
 
 class AckMessage(msgspec.Struct, frozen=True, omit_defaults=False):

@@ -36,6 +36,9 @@ FOUND_REQUIRED_NULLS: Final[int]
 FOUND_OUT_OF_RANGE: Final[int]
 MAX_DEPTH: Final[int]
 MAX_FIELDS: Final[int]
+MAX_TEXT_BYTES: Final[int]
+MAX_METADATA_BYTES: Final[int]
+MAX_BATCH_HEADER_BYTES: Final[int]
 
 def message_type(header: bytes) -> int: ...
 def metadata_version(header: bytes) -> int: ...

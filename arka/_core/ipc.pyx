@@ -64,7 +64,15 @@ FOUND_OUT_OF_RANGE = 6
 #: Deepest field nesting and most fields that a schema may have: a flatbuffer may name one vector of
 #: children many times, so that a few bytes would stand for 2**64 fields.
 MAX_DEPTH = 64
-MAX_FIELDS = 100_000
+MAX_FIELDS = 20_000
+
+#: Most bytes of the names, time zones and metadata that a schema refers to, and of the metadata of another message: a
+#: flatbuffer may name one string many times, and Arrow copies it each time (T23).
+MAX_TEXT_BYTES = 16 * 1024 * 1024
+MAX_METADATA_BYTES = 1024 * 1024
+
+#: Longest header of a record batch or dictionary in bytes: one of 100,000 fields would have about 6 MiB.
+MAX_BATCH_HEADER_BYTES = 8 * 1024 * 1024
 
 cdef enum:
     #: Body, bytes, below which the GIL is kept: the check takes less time than giving it up and asking for it again.
@@ -89,6 +97,14 @@ cdef enum:
     F_RANGE_64 = 16
     # Bytes of the Message that is put before a dictionary's RecordBatch: keeps its alignment of 8.
     PREFIX = 40
+    # What Arrow keeps for a field or an entry of metadata, at least.
+    ENTRY_BYTES = 64
+    # Slots of flatbuffer tables, and members of the union Type (Schema.fbs).
+    MESSAGE_METADATA = 4
+    SCHEMA_METADATA = 2
+    FIELD_METADATA = 6
+    TYPE_TIMESTAMP = 10
+    TYPE_UNION = 14
     # Most elements of an array in one call: keeps offset + length far from overflow.
     MAX_ROWS = 1 << 30
 
@@ -294,36 +310,75 @@ def schema_endianness(bytes header):
     return endianness
 
 
+cdef int _spend(int64_t *left, int64_t amount, str what) except -1:
+    left[0] -= amount
+    if left[0] < 0:
+        raise ValueError(f"IPC message: its {what} are too long: a text counts as often as it is named")
+    return 0
+
+
+cdef int _spend_string(View view, Table table, int slot, int64_t *left, str what) except -1:
+    cdef Py_ssize_t count
+    _vector(view, table, slot, 1, &count)
+    return _spend(left, count, what)
+
+
+cdef int _spend_metadata(View view, Table table, int slot, int64_t *left) except -1:
+    """Count what a vector of KeyValue refers to, before Arrow copies it."""
+    cdef Py_ssize_t count, i
+    cdef Py_ssize_t at = _vector(view, table, slot, 4, &count)
+    cdef Table entry
+    _spend(left, count * ENTRY_BYTES, "metadata")
+    for i in range(count):
+        _table(view, _follow(view, at + 4 * i), &entry)
+        _spend_string(view, entry, 0, left, "metadata")
+        _spend_string(view, entry, 1, left, "metadata")
+    return 0
+
+
+cdef int _check_message_metadata(View view, Table message) except -1:
+    cdef int64_t left = MAX_METADATA_BYTES
+    return _spend_metadata(view, message, MESSAGE_METADATA, &left)
+
+
 def schema_dictionary_ids(bytes header):
-    """Return the ids of a schema's dictionary-encoded fields, depth first.
+    """Return the ids of a schema's dictionary-encoded fields, depth first, and bound what Arrow will make of it.
+
+    Call this before Arrow reads the schema: a flatbuffer may name one field, vector or text many times, and Arrow
+    makes a copy for each name.
 
     Args:
-        header: a Schema message. Only call this after Arrow has accepted it.
+        header: a Schema message.
 
     Returns:
         One id per dictionary-encoded field, in the order in which its fields are met when each field
-        comes before its children.
+        comes before its children. They mean something only if Arrow accepts the schema too.
 
     Raises:
-        ValueError: not a Schema message, nested deeper than MAX_DEPTH, or over MAX_FIELDS fields.
+        ValueError: not a Schema message, nested deeper than MAX_DEPTH, over MAX_FIELDS fields, or over
+            MAX_TEXT_BYTES of texts.
     """
     cdef View view
     cdef Table message, schema
     cdef Py_ssize_t count, at
     cdef Py_ssize_t left = MAX_FIELDS
+    cdef int64_t texts = MAX_TEXT_BYTES
     cdef list ids = []
     _message(header, &view, &message)
     _header_table(view, message, 1, &schema)
+    _check_message_metadata(view, message)
+    _spend_metadata(view, schema, SCHEMA_METADATA, &texts)
     at = _vector(view, schema, 1, 4, &count)
-    _walk_fields(view, at, count, MAX_DEPTH, &left, ids)
+    _walk_fields(view, at, count, MAX_DEPTH, &left, &texts, ids)
     return ids
 
 
 cdef int _walk_fields(
-    View view, Py_ssize_t at, Py_ssize_t count, int depth, Py_ssize_t *left, list ids
+    View view, Py_ssize_t at, Py_ssize_t count, int depth, Py_ssize_t *left, int64_t *texts, list ids
 ) except -1:
     cdef Py_ssize_t i, place, children, child_count
-    cdef Table field, encoding
+    cdef int kind
+    cdef Table field, encoding, type_
     if depth == 0:
         raise ValueError(f"IPC schema nests deeper than {MAX_DEPTH} levels")
     for i in range(count):
@@ -331,6 +386,18 @@ cdef int _walk_fields(
         if left[0] < 0:
             raise ValueError(f"IPC schema has more than {MAX_FIELDS} fields")
         _table(view, _follow(view, at + 4 * i), &field)
+        _spend_string(view, field, 0, texts, "names")
+        _spend_metadata(view, field, FIELD_METADATA, texts)
+        place = _field(view, field, 2, 1)
+        kind = view.data[place] if place else 0
+        place = _field(view, field, 3, 4)
+        if place and (kind == TYPE_TIMESTAMP or kind == TYPE_UNION):
+            _table(view, _follow(view, place), &type_)
+            if kind == TYPE_TIMESTAMP:
+                _spend_string(view, type_, 1, texts, "time zones")
+            else:
+                _vector(view, type_, 1, 4, &child_count)
+                _spend(texts, 4 * child_count, "type ids")
         place = _field(view, field, 4, 4)
         if place:
             _table(view, _follow(view, place), &encoding)
@@ -338,7 +405,7 @@ cdef int _walk_fields(
             ids.append(_i64(view, place) if place else 0)
         children = _vector(view, field, 5, 4, &child_count)
         if child_count:
-            _walk_fields(view, children, child_count, depth - 1, left, ids)
+            _walk_fields(view, children, child_count, depth - 1, left, texts, ids)
     return 0
 
 
@@ -369,6 +436,7 @@ def dictionary_batch(bytes header):
     cdef uint16_t vtable[6]
     _message(header, &view, &message)
     _header_table(view, message, 2, &dictionary)
+    _check_message_metadata(view, message)
     length = _body_length(view, message)
     at = _field(view, dictionary, 0, 8)
     identity = _i64(view, at) if at else 0
@@ -524,8 +592,13 @@ cdef class BatchLayout:
         cdef Table message, batch, compression
         cdef Py_ssize_t at, i
         cdef int64_t offset, length, total = 0
+        if len(header) > MAX_BATCH_HEADER_BYTES:
+            raise ValueError(
+                f"IPC record batch: a header of {len(header)} bytes, at most {MAX_BATCH_HEADER_BYTES} are legal"
+            )
         self.header = header
         _message(header, &view, &message)
+        _check_message_metadata(view, message)
         self.data = view.data
         _header_table(view, message, 3, &batch)
         self.body_bytes = _body_length(view, message)

@@ -6,19 +6,23 @@ conversion of arrays (``convert``) nor the bytes (``decode``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import pyarrow as pa
 
-from arka.errors import ErrorCode, InvalidRequest
+from arka.errors import ErrorCode, InvalidRequest, cut, listed, quote
 from arka.flight.canonical import UnsupportedType, by_value, canonical_type, widens
 from arka.flight.convert import Converter, Dictionaries, How, Step, invalid_batch
 from arka.flight.datatypes import type_name
-from arka.flight.layout import is_list_like, wire_type
+from arka.flight.layout import is_list_like, is_scalar, wire_type
 from arka.flight.plain import plain_array, plain_type
 from arka.records import Operation, TableInfo, TableName, TableType
 from arka.tableproperties import PARTIAL, PARTIAL_NULL
+
+#: Differences that are spelled; of the others the error says how many there are.
+_MOST_DIFFERENCES: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +106,7 @@ class StreamPlan:
                 raise InvalidRequest(f"operation delete needs a primary-key table; {self.name} is append-only")
             return self.deletes
         if self.upserts is None:
-            raise _mismatch(self.name, (*self.differences, "the stream fits deletes alone"))
+            raise _mismatch(self.name, self.differences, "; the stream fits deletes alone")
         return self.upserts
 
     def selected(self) -> Conformance:
@@ -111,8 +115,10 @@ class StreamPlan:
         return self.keys
 
 
-def _mismatch(name: TableName, differences: Sequence[str]) -> InvalidRequest:
-    return InvalidRequest(f"Schema mismatch for {name}: {'; '.join(differences)}", code=ErrorCode.SCHEMA_MISMATCH)
+def _mismatch(name: TableName, differences: Sequence[str], behind: str = "") -> InvalidRequest:
+    return InvalidRequest(
+        f"Schema mismatch for {name}: {listed(differences, '; ')}{behind}", code=ErrorCode.SCHEMA_MISMATCH
+    )
 
 
 def plan_conformance(stream: pa.Schema, table: TableInfo) -> StreamPlan:
@@ -138,7 +144,9 @@ class _Planner:
     def __init__(self, stream: pa.Schema, table: TableInfo) -> None:
         self._stream = stream
         self._table = table
+        # What keeps the stream from upserts: the first of them as texts, and how many there are.
         self._differences: list[str] = []
+        self._different = 0
         # The number of the dictionary-encoded field that is met next.
         self._slot = 0
 
@@ -146,33 +154,37 @@ class _Planner:
         schema = self._table.schema
         names = self._stream.names
         places = {field.name: position for position, field in enumerate(schema)}
+        near = _Near(field.name for field in schema)
         if not names:
-            self._differences.append("the stream has no columns, expected at least one")
+            self._differ("the stream has no columns, expected at least one")
         steps: dict[int, tuple[int, Step]] = {}
         unfit: set[str] = set()
         slots: list[tuple[int, list[pa.DataType]]] = []
         for index, field in enumerate(self._stream):
             place = places.get(field.name)
             below = dictionary_value_types(field.type)
-            first_slot, found = self._slot, len(self._differences)
+            first_slot, found = self._slot, self._different
             if place is None:
-                self._differences.append(f"column {field.name!r} is not in the table{_near(field.name, places)}")
+                self._differ("column {} is not in the table{}", field.name, near.hint(field.name))
             elif place in steps:
-                self._differences.append(f"column {field.name!r} appears twice")
+                self._differ("column {} appears twice", field.name)
             else:
                 steps[place] = index, self._step(field.type, schema.field(place), field.name)
-            if len(self._differences) > found:
+            if self._different > found:
                 unfit.add(field.name)
             slots.append((index, below))
             self._slot = first_slot + len(below)
-        self._differences += self._lacking([place for place in range(len(schema)) if place not in steps])
+        self._find_lacking([place for place in range(len(schema)) if place not in steps])
         keys = self._table.key_schema().names if self._table.key_columns else []
-        deletes = bool(keys) and all(name in names and name not in unfit for name in keys)
+        known = set(names)
+        deletes = bool(keys) and all(name in known and name not in unfit for name in keys)
+        if self._different > len(self._differences):
+            self._differences.append(f"and {self._different - len(self._differences)} more")
         if self._differences and not deletes:
             raise _mismatch(self._table.name, self._differences)
         key_places = [places[name] for name in keys] if deletes else []
         key_columns = sorted(steps[place][0] for place in key_places)
-        wanted = key_columns if self._differences else range(len(names))
+        wanted = set(key_columns if self._differences else range(len(names)))
         return StreamPlan(
             name=self._table.name,
             upserts=None if self._differences else self._conformance(range(len(schema)), steps, range(len(names))),
@@ -202,22 +214,22 @@ class _Planner:
             columns=tuple(columns),
         )
 
-    def _lacking(self, absent: Sequence[int]) -> list[str]:
-        """Say which absent columns cannot be filled with nulls, and why."""
+    def _find_lacking(self, absent: Sequence[int]) -> None:
+        """Record which absent columns cannot be filled with nulls, and why."""
         partial = self._table.table_type is not TableType.PRIMARY_KEY or (
             self._table.properties.get(PARTIAL) == PARTIAL_NULL
         )
-        found = []
         for place in absent:
             field = self._table.schema.field(place)
             if not field.nullable:
-                found.append(f"required column {field.name!r} ({type_name(field.type)}) is missing")
+                self._differ("required column {} ({}) is missing", field.name, field.type)
             elif not partial:
-                found.append(
-                    f"column {field.name!r} ({type_name(field.type)}) is missing: an upsert replaces the "
-                    f"whole row unless the table has the property {PARTIAL!r}: {PARTIAL_NULL!r}"
+                self._differ(
+                    "column {} ({}) is missing: an upsert replaces the whole row unless the table has the property "
+                    f"{PARTIAL!r}: {PARTIAL_NULL!r}",
+                    field.name,
+                    field.type,
                 )
-        return found
 
     def _step(self, source: pa.DataType, target: pa.Field, path: str) -> Step:
         """Plan one field; what cannot be is recorded as a difference."""
@@ -231,7 +243,7 @@ class _Planner:
             return self._dictionary_step(source, target, path)
         if types.is_null(source):
             if not target.nullable:
-                self._differ(path, source, target.type)
+                self._differ_in_type(path, source, target.type)
             return Step(How.NULLS, target.type, path)
         if types.is_struct(target.type) and types.is_struct(source):
             return self._struct_step(source, target, path)
@@ -256,29 +268,30 @@ class _Planner:
             canonical = canonical_type(source)
         except UnsupportedType as error:
             unknown_zone = pa.types.is_timestamp(values) and pa.types.is_timestamp(target)
-            self._differ(path, source, target, f" ({error})" if unknown_zone else "")
+            self._differ_in_type(path, source, target, f" ({error})" if unknown_zone else "")
             return
         nested = pa.types.is_nested(values) or pa.types.is_nested(target)
         if nested or not (widens(canonical, target) or by_value(values, target)):
-            self._differ(path, source, target)
+            self._differ_in_type(path, source, target)
 
     def _struct_step(self, source: pa.DataType, target: pa.Field, path: str) -> Step:
         places = {child.name: place for place, child in enumerate(target.type)}
+        near = _Near(places)
         steps: dict[int, tuple[int | None, Step]] = {}
         for index, child in enumerate(source):
             below = f"{path}.{child.name}"
             place = places.get(child.name)
             if place is None:
-                self._differences.append(f"column {below!r} is not in the table{_near(child.name, places)}")
+                self._differ("column {} is not in the table{}", below, near.hint(child.name))
             elif place in steps:
-                self._differences.append(f"column {below!r} appears twice")
+                self._differ("column {} appears twice", below)
             else:
                 steps[place] = index, self._step(child.type, target.type.field(place), below)
         for place, child in enumerate(target.type):
             below = f"{path}.{child.name}"
             if place not in steps:
                 if not child.nullable:
-                    self._differences.append(f"required column {below!r} ({type_name(child.type)}) is missing")
+                    self._differ("required column {} ({}) is missing", below, child.type)
                 steps[place] = None, Step(How.NULLS, child.type, below)
         children = tuple(steps[place] for place in range(len(places)))
         return self._nested(How.STRUCT, source, target, path, children)
@@ -295,18 +308,38 @@ class _Planner:
         kept = wire_type(plain_type(source)) == target.type and not _has_required(target.type)
         return Step(How.KEEP if kept else how, target.type, path, children)
 
-    def _differ(self, path: str, source: pa.DataType, target: pa.DataType, why: str = "") -> None:
-        self._differences.append(f"column {path!r} is {type_name(source)}, expected {type_name(target)}{why}")
+    def _differ_in_type(self, path: str, source: pa.DataType, target: pa.DataType, why: str = "") -> None:
+        self._differ("column {} is {}, expected {}{}", path, source, target, why)
+
+    def _differ(self, template: str, path: str = "", *parts: pa.DataType | str) -> None:
+        """Record a difference; it is spelled only if the error has room for it."""
+        self._different += 1
+        if len(self._differences) < _MOST_DIFFERENCES:
+            spelled = (cut(type_name(part)) if isinstance(part, pa.DataType) else part for part in parts)
+            self._differences.append(template.format(quote(path), *spelled))
 
 
-def _near(name: str, places: dict[str, int]) -> str:
-    """Name the column that differs in case alone, if there is one."""
-    same = [other for other in places if other.lower() == name.lower()]
-    return f" (names are case-sensitive: expected {same[0]!r})" if same else ""
+class _Near:
+    """Finds names that differ in case alone."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = names
+        self._folded: dict[str, str] | None = None
+
+    def hint(self, name: str) -> str:
+        """Name the column that differs in case alone, if there is one."""
+        if self._folded is None:
+            self._folded = {}
+            for other in self._names:
+                self._folded.setdefault(other.lower(), other)
+        same = self._folded.get(name.lower())
+        return "" if same is None else f" (names are case-sensitive: expected {same!r})"
 
 
 def dictionary_value_types(type_: pa.DataType) -> list[pa.DataType]:
     """Return the value types of the dictionary-encoded fields of a type, depth first, a field before its children."""
+    if is_scalar(type_):
+        return []
     types = pa.types
     if isinstance(type_, pa.BaseExtensionType):
         return dictionary_value_types(type_.storage_type)

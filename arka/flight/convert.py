@@ -19,7 +19,7 @@ from typing import Any, Final, NoReturn
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from arka.errors import ErrorCode, InvalidRequest
+from arka.errors import ErrorCode, InvalidRequest, cut, quote
 from arka.flight.datatypes import type_name
 from arka.flight.plain import plain_array
 from arka.nullarrays import null_array
@@ -75,17 +75,29 @@ class DictionaryValues:
         """
         self.raw = values
         self._known: dict[pa.DataType, tuple[pa.Array, pa.Array | None, int]] = {}
+        # Why all of them cannot be converted, by target and path: found out once, like the values.
+        self._refused: dict[tuple[pa.DataType, str], InvalidRequest] = {}
 
-    def as_type(self, target: pa.DataType, cast: Callable[[pa.Array], pa.Array]) -> tuple[pa.Array, int]:
+    def as_type(self, target: pa.DataType, path: str, cast: Callable[[pa.Array], pa.Array]) -> tuple[pa.Array, int]:
         """Return the values in a table's type, and the longest one's bytes where they vary (else 0).
 
         Args:
             target: a canonical type.
+            path: whose values they are, for people.
             cast: makes it of the values, if need be.
+
+        Raises:
+            InvalidRequest: what ``cast`` raised, each time.
         """
         known = self._known.get(target)
         if known is None:
-            values = self.raw if self.raw.type == target else cast(self.raw)
+            if (refusal := self._refused.get((target, path))) is not None:
+                raise refusal.with_traceback(None)
+            try:
+                values = self.raw if self.raw.type == target else cast(self.raw)
+            except InvalidRequest as error:
+                self._refused[target, path] = error
+                raise
             varies = pa.types.is_string(target) or pa.types.is_binary(target)
             lengths = pc.binary_length(values).cast(pa.int64()) if varies else None
             known = values, lengths, (pc.max(lengths).as_py() or 0) if varies else 0
@@ -108,7 +120,7 @@ Dictionaries = Callable[[int], "DictionaryValues | None"]
 
 def invalid_batch(path: str, problem: str) -> InvalidRequest:
     """Make the error of a batch whose column ``path`` cannot be accepted."""
-    return InvalidRequest(f"Invalid batch: column {path!r}: {problem}", code=ErrorCode.INVALID_BATCH)
+    return InvalidRequest(f"Invalid batch: column {quote(path)}: {cut(problem)}", code=ErrorCode.INVALID_BATCH)
 
 
 def _no_dictionaries(_slot: int) -> None:
@@ -228,7 +240,7 @@ class Converter:
         self, array: pa.Array, place: int, step: Step, problem: str, cause: Exception | None = None
     ) -> NoReturn:
         """Name the row and the value that cannot be converted."""
-        where = "" if step.path == self._column else f" in {step.path!r}"
+        where = "" if step.path == self._column else f" in {quote(step.path)}"
         raise invalid_batch(
             self._column or step.path, f"row {self._row(place)} holds {_spell(array, place)}{where}: {problem}"
         ) from cause
@@ -262,7 +274,7 @@ class Converter:
             raise invalid_batch(step.path, "its dictionary has not been sent")
         try:
             # The values' own conversion has the limit to itself: it is done once for many batches.
-            values, longest = held.as_type(step.target, partial(Converter(self._limit)._cast, step=step))
+            values, longest = held.as_type(step.target, step.path, partial(Converter(self._limit)._cast, step=step))
         except InvalidRequest:
             if not held.fixed_width:
                 raise

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from arka._core import ipc
 from arka._core.buffers import FRAME_HEADER_BYTES, FrameBuffer
-from arka.errors import ErrorCode, InternalError, InvalidRequest
+from arka.errors import ErrorCode, InternalError, InvalidRequest, cut
 from arka.flight.conform import Conformance, StreamPlan, plan_conformance
 from arka.flight.convert import invalid_batch
 from arka.flight.dictionaries import REFUSALS, StreamDictionaries
@@ -35,6 +35,14 @@ from arka.records import Operation, TableInfo
 THREAD_BYTES: Final = 1024 * 1024
 #: The same for batches that are rewritten: casts and copies are several times slower.
 THREAD_REWRITE_BYTES: Final = 256 * 1024
+#: What a field costs beside its bytes, in the same measure: 1 us where Arrow reads it as it is, 40 us where it is cast.
+_FIELD_BYTES: Final = 512
+_REWRITTEN_FIELD_BYTES: Final = 4096
+#: Fixed-width bytes that are only compared with what is legal cost so much less.
+_COMPARED: Final = 16
+#: Bytes of a schema message above which reading it and holding it against the table belongs into a thread: a field has
+#: some 50 bytes and costs 60 us.
+THREAD_SCHEMA_BYTES: Final = 4096
 #: Longest header of a batch that is remembered, to be recognised: a batch of some hundred columns has so much.
 _REMEMBERED_BYTES: Final = 64 * 1024
 #: Longest schema message: one of 10,000 columns has about 2 MiB.
@@ -183,7 +191,7 @@ class BatchDecoder:
             plan = plan_conformance(stream, self._table)
         except UnicodeDecodeError as error:
             # Arrow keeps names and time zones as bytes; they are decoded when they are asked for.
-            raise InvalidRequest(f"Malformed schema message: a name is not UTF-8: {error}") from error
+            raise InvalidRequest(f"Malformed schema message: a name is not UTF-8: {cut(str(error))}") from error
         dictionaries = StreamDictionaries(ids, plan.dictionary_types, self._limits)
         wire = wire_schema(stream)
         self._wire_layout = plan_layout(wire)
@@ -265,36 +273,56 @@ class BatchDecoder:
             raise InvalidRequest("A dictionary message has no data header")
         self._dictionaries.add(message.header, message.buffer)
 
+    def dictionary_work(self, message: IpcMessage) -> int:
+        """Tell whether taking a dictionary belongs into a thread, as ``thread_work`` does for a batch."""
+        if self._dictionaries is None or message.header is None or message.buffer is None:
+            return 0
+        work = self._dictionaries.work(message.header, message.buffer)
+        return work if work > THREAD_REWRITE_BYTES else 0
+
     # -- batches ----------------------------------------------------------------------------------
 
-    def needs_thread(self, message: IpcMessage, operation: Operation = Operation.UPSERT) -> bool:
-        """Tell whether decoding this batch takes long enough to be done in a thread (T16).
+    def thread_work(self, message: IpcMessage, operation: Operation = Operation.UPSERT) -> int:
+        """Tell whether decoding this batch takes long enough to be done in a thread (T16), and how long about.
 
         Args:
             message: a RecordBatch; one that is malformed needs none.
             operation: what is done with its rows, checked.
+
+        Returns:
+            Its work in bytes that are looked at; 0 if it needs no thread.
         """
         frame = message.buffer
         if frame is None or message.header is None or self._plan is None or self._wire_layout is None:
-            return False
+            return 0
         target = self._target(operation)
         try:
             layout = self._layout(message.header)
-            if layout.rows > COUNT_ROWS and target.partitions is not None and target.partitions.concerns(layout.rows):
-                return True
+            work, least = 0, THREAD_BYTES
             if target.conformance.identical and target.columns is None and layout.codec == ipc.CODEC_NONE:
-                if frame.body_bytes <= THREAD_BYTES:
-                    return False
-                return layout.variable_bytes(self._wire_layout.plan) > THREAD_BYTES
-            if self._plan.dictionary_types and layout.rows * 16 > THREAD_REWRITE_BYTES:
-                return True
-            size = layout.uncompressed_bytes(frame)
-            if target.rewrites_rows:
-                # Each row, and each element below, may name all of the message.
-                size *= max((length for length, _ in layout.nodes), default=0)
+                work = layout.node_count * _FIELD_BYTES
+                if frame.body_bytes > THREAD_BYTES:
+                    work += layout.variable_bytes(self._wire_layout.plan) + frame.body_bytes // _COMPARED
+            else:
+                least = THREAD_REWRITE_BYTES
+                size = layout.uncompressed_bytes(frame)
+                if target.rewrites_rows:
+                    # Each row, and each element below, may name all of the message.
+                    size *= max((length for length, _ in layout.nodes), default=0)
+                if self._plan.dictionary_types:
+                    size += layout.rows * 16
+                    if self._dictionaries is not None:
+                        size += self._dictionaries.unjoined_bytes
+                work = size + layout.node_count * _REWRITTEN_FIELD_BYTES
+            if layout.rows > COUNT_ROWS and target.partitions is not None and target.partitions.concerns(layout.rows):
+                work = max(work, least) + layout.rows * 64
         except ValueError:
-            return False
-        return size > THREAD_REWRITE_BYTES
+            return 0
+        return work if work > least else 0
+
+    def needs_thread(self, message: IpcMessage, operation: Operation = Operation.UPSERT) -> bool:
+        """Tell whether decoding this batch belongs into a thread; see ``thread_work``."""
+        return self.thread_work(message, operation) > 0
 
     def decode(self, message: IpcMessage, operation: Operation = Operation.UPSERT) -> DecodedBatch:
         """Decode, check and, where need be, rewrite one batch.
@@ -317,7 +345,7 @@ class BatchDecoder:
         try:
             layout = self._layout(header)
         except ValueError as error:
-            raise InvalidRequest(f"Invalid batch: {error}", code=ErrorCode.INVALID_BATCH) from error
+            raise InvalidRequest(f"Invalid batch: {cut(str(error))}", code=ErrorCode.INVALID_BATCH) from error
         if layout.body_bytes != frame.body_bytes:
             raise InvalidRequest(
                 f"Invalid batch: a body of {frame.body_bytes} bytes, its header says {layout.body_bytes}",
@@ -393,7 +421,7 @@ class BatchDecoder:
         try:
             size = layout.uncompressed_bytes(frame)
         except ValueError as error:
-            raise InvalidRequest(f"Invalid batch: {error}", code=ErrorCode.INVALID_BATCH) from error
+            raise InvalidRequest(f"Invalid batch: {cut(str(error))}", code=ErrorCode.INVALID_BATCH) from error
         if size > limit:
             raise InvalidRequest(
                 f"Invalid batch: it decompresses to {size} bytes, the limit is {limit} (limits.batch_bytes); "
@@ -425,10 +453,11 @@ def read_schema(header: bytes) -> tuple[pa.Schema, tuple[int, ...]]:
             raise InvalidRequest(f"IPC message of type {ipc.message_type(header)}, expected a schema")
         if ipc.schema_endianness(header) != 0:
             raise InvalidRequest("The stream is big-endian: send little-endian Arrow data")
-        stream = pa.ipc.read_schema(pa.py_buffer(FrameBuffer(header, 0)).slice(FRAME_HEADER_BYTES))
-        return stream, tuple(ipc.schema_dictionary_ids(header))
+        # First: it bounds what Arrow makes of the bytes (T23).
+        ids = tuple(ipc.schema_dictionary_ids(header))
+        return pa.ipc.read_schema(pa.py_buffer(FrameBuffer(header, 0)).slice(FRAME_HEADER_BYTES)), ids
     except REFUSALS as error:
-        raise InvalidRequest(f"Malformed schema message: {error}") from error
+        raise InvalidRequest(f"Malformed schema message: {cut(str(error))}") from error
 
 
 def _ipc_message(frame: FrameBuffer) -> pa.Buffer:
@@ -462,7 +491,7 @@ def _read(frame: FrameBuffer, schema: pa.Schema, limits: Limits | None = None) -
     try:
         batch = pa.ipc.read_record_batch(_ipc_message(frame), schema)
     except REFUSALS as error:
-        raise InvalidRequest(f"Invalid batch: {error}", code=ErrorCode.INVALID_BATCH) from error
+        raise InvalidRequest(f"Invalid batch: {cut(str(error))}", code=ErrorCode.INVALID_BATCH) from error
     if limits is not None:
         _check_referred(batch, limits)
     try:
@@ -473,7 +502,7 @@ def _read(frame: FrameBuffer, schema: pa.Schema, limits: Limits | None = None) -
                 column.validate(full=True)
             except REFUSALS as cause:
                 raise invalid_batch(field.name, str(cause)) from cause
-        raise InvalidRequest(f"Invalid batch: {error}", code=ErrorCode.INVALID_BATCH) from error
+        raise InvalidRequest(f"Invalid batch: {cut(str(error))}", code=ErrorCode.INVALID_BATCH) from error
     return batch
 
 

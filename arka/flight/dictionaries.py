@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from arka._core import ipc
 from arka._core.buffers import FRAME_HEADER_BYTES, FrameBuffer
-from arka.errors import ErrorCode, InvalidRequest
+from arka.errors import ErrorCode, InvalidRequest, cut
 from arka.flight.convert import DictionaryValues
 from arka.flight.layout import Layout, describe_finding, plan_layout, wire_type
 from arka.flight.plain import is_plain, plain_array, referred_bytes
@@ -36,19 +36,56 @@ REFUSALS: Final = (
 )
 
 
-@dataclass(slots=True)
-class _Dictionary:
-    """One dictionary as sent so far: chunks that came as deltas, joined when they are needed."""
+_concat: Final = pa.concat_arrays
 
-    chunks: list[pa.Array]
-    size: int
-    values: DictionaryValues | None = None
+#: What a piece of a dictionary takes beside its values, in bytes: arrays, buffers and their owners.
+_PIECE_BYTES: Final = 1024
+
+
+class _Dictionary:
+    """One dictionary as sent so far: pieces that came as deltas, joined when they are needed.
+
+    Of two neighbours the older one has more than twice as many bytes: each value is copied a few times at most, however
+    small the deltas are, and the pieces are few.
+    """
+
+    __slots__ = ("pieces", "size", "values")
+
+    def __init__(self, values: pa.Array, size: int) -> None:
+        self.pieces = [(values, size + _PIECE_BYTES)]
+        self.size = size + _PIECE_BYTES
+        self.values: DictionaryValues | None = None
+
+    def add(self, values: pa.Array, size: int) -> None:
+        """Add what a delta brought."""
+        self.values = None
+        pieces = self.pieces
+        pieces.append((values, size + _PIECE_BYTES))
+        count, total = 1, pieces[-1][1]
+        while count < len(pieces) and pieces[-count - 1][1] <= 2 * total:
+            count += 1
+            total += pieces[-count][1]
+        if count > 1:
+            self._join(count)
+        self.size = sum(size for _, size in pieces)
+
+    def _join(self, count: int) -> None:
+        """Make the newest ``count`` pieces one."""
+        joined = _concat([values for values, _ in self.pieces[-count:]])
+        self.pieces[-count:] = [(joined, joined.nbytes + _PIECE_BYTES)]
+
+    @property
+    def unjoined_bytes(self) -> int:
+        """Bytes that the next batch has to copy and look at first."""
+        return 0 if self.values is not None else self.size
 
     def joined(self) -> DictionaryValues:
-        if len(self.chunks) > 1:
-            self.chunks = [pa.concat_arrays(self.chunks)]
+        """All its values."""
+        if len(self.pieces) > 1:
+            self._join(len(self.pieces))
+            self.size = self.pieces[0][1]
         if self.values is None:
-            self.values = DictionaryValues(self.chunks[0])
+            self.values = DictionaryValues(self.pieces[0][0])
         return self.values
 
 
@@ -76,6 +113,9 @@ class StreamDictionaries:
         self._ids = tuple(ids)
         self._limits = limits
         self._held: dict[int, _Dictionary] = {}
+        # Invariant: the sum of the sizes of what is held. A stream may have thousands of dictionaries.
+        self._held_bytes = 0
+        self._unjoined_bytes = 0
         self._kinds: dict[int, _Kind] = {}
         if len(ids) != len(value_types):
             raise InvalidRequest(f"The schema has {len(value_types)} dictionaries but {len(ids)} ids for them")
@@ -96,11 +136,17 @@ class StreamDictionaries:
 
         Where a dictionary's type is not the table's, a converted copy takes about as much again.
         """
-        return sum(dictionary.size for dictionary in self._held.values())
+        return self._held_bytes
+
+    @property
+    def unjoined_bytes(self) -> int:
+        """Bytes that the next batch has to copy and look at before its own, if it uses all that is new."""
+        return self._unjoined_bytes
 
     def clear(self) -> None:
         """Forget everything."""
-        self._held.clear()
+        self._held = {}
+        self._held_bytes = self._unjoined_bytes = 0
 
     def values(self, slot: int) -> DictionaryValues | None:
         """Return the values for a dictionary-encoded field, or None when none were sent.
@@ -109,7 +155,42 @@ class StreamDictionaries:
             slot: the field's number among the dictionary-encoded ones, depth first.
         """
         held = self._held.get(self._ids[slot])
-        return None if held is None else held.joined()
+        if held is None:
+            return None
+        self._forget(held)
+        values = held.joined()
+        self._count(held)
+        return values
+
+    def _forget(self, dictionary: _Dictionary) -> None:
+        self._held_bytes -= dictionary.size
+        self._unjoined_bytes -= dictionary.unjoined_bytes
+
+    def _count(self, dictionary: _Dictionary) -> None:
+        self._held_bytes += dictionary.size
+        self._unjoined_bytes += dictionary.unjoined_bytes
+
+    def work(self, header: bytes, frame: FrameBuffer) -> int:
+        """Tell how much there is to look at in a dictionary batch, in bytes; 0 if it is malformed.
+
+        Args:
+            header: a DictionaryBatch message.
+            frame: its frame.
+        """
+        try:
+            identity, is_delta, batch_header = ipc.dictionary_batch(header)
+            kind = self._kinds.get(identity)
+            if identity in self._ignored or kind is None:
+                return 0
+            layout = ipc.BatchLayout(batch_header)
+            size = layout.uncompressed_bytes(frame) + len(header)
+        except ValueError:
+            return 0
+        if not is_plain(kind.wire.field(0).type):
+            # Each value may name all of the message.
+            size *= max(1, layout.rows)
+        held = self._held.get(identity)
+        return size + (held.size if is_delta and held is not None else 0)
 
     def add(self, header: bytes, frame: FrameBuffer) -> None:
         """Take a dictionary batch.
@@ -125,7 +206,7 @@ class StreamDictionaries:
         try:
             self._add(header, frame)
         except REFUSALS as error:
-            raise InvalidRequest(f"Malformed dictionary: {error}") from error
+            raise InvalidRequest(f"Malformed dictionary: {cut(str(error))}") from error
 
     def _add(self, header: bytes, frame: FrameBuffer) -> None:
         identity, is_delta, batch_header = ipc.dictionary_batch(header)
@@ -141,7 +222,7 @@ class StreamDictionaries:
             )
         held = self._held.get(identity)
         # A delta without a dictionary before it is one itself.
-        others = self.held_bytes - (0 if held is None or is_delta else held.size)
+        others = self.held_bytes + _PIECE_BYTES - (0 if held is None or is_delta else held.size)
         self._check_size(identity, others + layout.uncompressed_bytes(frame))
         if layout.rows > self._limits.batch_rows:
             raise InvalidRequest(
@@ -164,12 +245,13 @@ class StreamDictionaries:
         # Uncompressed values are views of the whole frame, which they keep alive.
         size = max(own.size if layout.codec == ipc.CODEC_NONE else 0, values.nbytes)
         self._check_size(identity, others + size)
+        if held is not None:
+            self._forget(held)
         if is_delta and held is not None:
-            held.chunks.append(values)
-            held.size += size
-            held.values = None
+            held.add(values, size)
         else:
-            self._held[identity] = _Dictionary([values], size)
+            held = self._held[identity] = _Dictionary(values, size)
+        self._count(held)
 
     def _check_size(self, identity: int, size: int) -> None:
         if size > self._limits.dictionary_bytes:

@@ -9,30 +9,46 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeVar
 
 import trio
 
 from arka._core import ipc
 from arka._core.wire import FlightMessage
-from arka.errors import ArkaError, ErrorCode, InvalidRequest, Unavailable
+from arka.errors import ArkaError, ErrorCode, InvalidRequest, Unavailable, cut, quote
 from arka.flight import messages
 from arka.flight.acks import AckForm, AckQueue
-from arka.flight.decode import BatchDecoder, DecodedBatch, read_schema
+from arka.flight.decode import THREAD_SCHEMA_BYTES, BatchDecoder, DecodedBatch, read_schema
 from arka.flight.ordering import StreamOrder
 from arka.flight.refusals import check_not_sql
 from arka.options import Limits
 from arka.records import Operation, TableName, TableType, Tier, WriteRequest, parse_write_request
-from arka.storage.threads import run_compute
+from arka.storage.threads import Job
 from arka.tiers.pipeline import Pipeline
 from arka.tiers.room import NoRoom, Room
 from arka.tiers.table import Ending, Table
 from arka.tiers.watermarks import Advance
 
+T = TypeVar("T")
+
 #: Longest idempotency key in UTF-8 bytes (protocol 3).
 _MAX_KEY_BYTES: Final = 256
 _ACKS: Final = ("each", "requested", "watermark")
 _FORMS: Final = {"metadata": AckForm.METADATA, "batch": AckForm.BATCH}
+
+
+#: What a byte of a schema costs, in bytes of data: a field of some 50 bytes takes 60 us.
+_SCHEMA_WORK: Final = 256
+
+
+class _Released:
+    """Stands for a charge that somebody else releases."""
+
+    def release(self) -> None:
+        """Do nothing."""
+
+
+_RELEASED: Final = _Released()
 
 
 class Outbound(Protocol):
@@ -68,8 +84,11 @@ class Exchange:
         find: Callable[[TableName], Awaitable[Table]],
         form: AckForm,
         follow: Callable[[Room], None] | None = None,
+        peer: str = "",
     ) -> None:
         self._pipeline = pipeline
+        # Whose turn it is among the threads (T23).
+        self._peer = peer
         self._limits = limits
         self._find = find
         self._outbound = outbound
@@ -198,13 +217,13 @@ class Exchange:
             elif kind == ipc.SCHEMA:
                 await self._take_schema(message)
             elif kind == ipc.DICTIONARY_BATCH:
-                self._require_decoder().add_dictionary(message)
+                await self._take_dictionary(message)
             else:
                 raise InvalidRequest(
                     f"IPC message of type {kind} in a write stream: expected schema, dictionary or batch"
                 )
         except ValueError as error:
-            raise InvalidRequest(f"Malformed IPC message: {error}") from error
+            raise InvalidRequest(f"Malformed IPC message: {cut(str(error))}") from error
         finally:
             if not kept:
                 message.charge.release()
@@ -228,7 +247,8 @@ class Exchange:
             await self._bind_requested(request)
             self._schema_metadata = metadata
             self._asked = True
-        read_schema(message.header)
+        if message.header != self._schema_header:
+            await self._with_schema(message.header, read_schema, message.header)
         if self._schema_header is not None:
             # The first one is the stream's; a second may only repeat it.
             await self._check_schema()
@@ -242,7 +262,40 @@ class Exchange:
             if self._decoder is None:
                 # The names in it mean the columns that have them now.
                 await self._pipeline.tables.adoption.refresh(self._table)
+                decoder = BatchDecoder(self._table.info, self._limits)
+                await self._with_schema(self._schema_header, decoder.set_schema, self._schema_header)
+                self._decoder = decoder
             self._require_decoder()
+
+    async def _with_schema(self, header: bytes, function: Callable[..., T], *args: object) -> T:
+        """Call what looks at each field of a schema: in a thread if there may be many."""
+        if len(header) <= THREAD_SCHEMA_BYTES:
+            return function(*args)
+        return await Job(self._peer, len(header) * _SCHEMA_WORK).run(function, *args, abandon=True)
+
+    async def _take_dictionary(self, message: FlightMessage) -> None:
+        if self._decoder is None:
+            await self._check_schema()
+        decoder = self._require_decoder()
+        work = decoder.dictionary_work(message)
+        if work:
+            await self._in_thread(message, work, decoder.add_dictionary, message)
+        else:
+            decoder.add_dictionary(message)
+
+    async def _in_thread(self, message: FlightMessage, work: int, function: Callable[..., T], *args: object) -> T:
+        """Call what looks at a message in a thread, when it is this client's turn.
+
+        Cancellation: the thread is left alone, so that no drain waits for it; the message is paid for until it ends.
+        """
+        job = Job(self._peer, work)
+        try:
+            return await job.run(function, *args, abandon=True)
+        except trio.Cancelled:
+            if job.running:
+                job.keep(message.charge)
+                message.charge = _RELEASED
+            raise
 
     async def _settle_schema_metadata(self, next_metadata: bytes | None) -> None:
         """Apply what stood on the schema message, unless the first batch says the same (arrow-go repeats it)."""
@@ -302,16 +355,17 @@ class Exchange:
             self._order.requested = request.ordered
         form, coalesce, requested_only = self.acks.form, self.acks.coalesce, self.acks.requested_only
         if request.ack_as is not None:
-            word = request.ack_as.lower()
+            word = cut(request.ack_as).lower()
             if word not in ("auto", *_FORMS):
-                raise InvalidRequest(f"Unknown ack_as {request.ack_as!r}: expected auto, metadata or batch")
+                raise InvalidRequest(f"Unknown ack_as {quote(request.ack_as)}: expected auto, metadata or batch")
             if self._auto_form is not AckForm.PUT_RESULT:
                 form = _FORMS.get(word, self._auto_form)
         if request.acks is not None:
-            if request.acks.lower() not in _ACKS:
-                raise InvalidRequest(f"Unknown acks {request.acks!r}: expected {', '.join(_ACKS)}")
-            coalesce = request.acks.lower() == "watermark"
-            requested_only = request.acks.lower() == "requested"
+            acks = cut(request.acks).lower()
+            if acks not in _ACKS:
+                raise InvalidRequest(f"Unknown acks {quote(request.acks)}: expected {', '.join(_ACKS)}")
+            coalesce = acks == "watermark"
+            requested_only = acks == "requested"
         wanted = (form, coalesce, requested_only)
         if wanted != (self.acks.form, self.acks.coalesce, self.acks.requested_only):
             if self.acks.writes:
@@ -402,11 +456,12 @@ class Exchange:
             ArkaError: why it is refused.
         """
         options = self._check_write(decoder, message, number)
-        if decoder.needs_thread(message, options.operation):
-            decoded = await run_compute(decoder.decode, message, options.operation)
+        work = decoder.thread_work(message, options.operation)
+        if work:
+            decoded = await self._in_thread(message, work, decoder.decode, message, options.operation)
             while self._rebind(decoder, options):
                 # Others changed the table meanwhile: these are columns that it had.
-                decoded = await run_compute(decoder.decode, message, options.operation)
+                decoded = await self._in_thread(message, work, decoder.decode, message, options.operation)
         else:
             decoded = decoder.decode(message, options.operation)
         self._accept(decoded, options, message)
@@ -527,7 +582,7 @@ class Exchange:
             table = self._bound_table()
             if request.table_name is not None and TableName.parse(request.table_name) != table.info.name:
                 raise InvalidRequest(
-                    f"The stream writes to {table.info.name}: a batch cannot go to {request.table_name}"
+                    f"The stream writes to {table.info.name}: a batch cannot go to {cut(request.table_name)}"
                 )
             if request.requested_durability is not None:
                 requested = Tier.parse(request.requested_durability)
@@ -541,9 +596,9 @@ class Exchange:
 
     def _parse_operation(self, word: str) -> Operation:
         try:
-            operation = Operation[word.upper()]
+            operation = Operation[cut(word).upper()]
         except KeyError:
-            raise InvalidRequest(f"Unknown operation {word!r}: expected upsert or delete") from None
+            raise InvalidRequest(f"Unknown operation {quote(word)}: expected upsert or delete") from None
         table = self._bound_table()
         if operation is Operation.DELETE and table.info.table_type is not TableType.PRIMARY_KEY:
             raise InvalidRequest(f"operation delete needs a primary-key table; {table.info.name} is append-only")

@@ -20,7 +20,7 @@ import structlog
 import trio
 
 from arka._core.wire import FlightMessage, read_fields
-from arka.errors import ArkaError, InvalidRequest
+from arka.errors import ArkaError, InvalidRequest, quote
 from arka.flight.flow import StreamIntake, Taker
 from arka.flight.outbound import Outbox, StreamOutput
 from arka.flight.status import OK, RpcError, RpcStatus, Status, status_of
@@ -331,7 +331,7 @@ class Health:
         service = await self._service(call)
         serving = self._serving.get(service)
         if serving is None:
-            raise RpcError(Status.NOT_FOUND, f"Unknown service {service!r}")
+            raise RpcError(Status.NOT_FOUND, f"Unknown service {quote(service)}")
         await call.send(self._RESPONSES[serving])
 
     async def _watch(self, call: Call) -> None:

@@ -68,11 +68,30 @@ def describe_finding(finding: tuple[int, int, int, int]) -> str:
     return _FINDINGS[found].format(expected=expected, found=actual)
 
 
+#: Types that stand for themselves, with no other type below: most columns have one, and schemas have many columns.
+_SCALARS: Final = frozenset(
+    type_.id
+    for type_ in (
+        *(pa.bool_(), pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64()),
+        *(pa.float16(), pa.float32(), pa.float64(), pa.string(), pa.binary(), pa.large_string(), pa.large_binary()),
+        *(pa.date32(), pa.date64(), pa.time32("ms"), pa.time64("us"), pa.timestamp("us"), pa.duration("us")),
+        *(pa.binary(16), pa.decimal32(9), pa.decimal64(18), pa.decimal128(38), pa.decimal256(76)),
+    )
+)
+
+
+def is_scalar(type_: pa.DataType) -> bool:
+    """Tell whether a type is neither nested nor an encoding of another one; False where that is not certain."""
+    return type_.id in _SCALARS
+
+
 def wire_type(type_: pa.DataType) -> pa.DataType:
     """Return the type with which a batch of ``type_`` is read.
 
     That is: indices for dictionaries, storage for extensions, all the way down.
     """
+    if is_scalar(type_):
+        return type_
     types = pa.types
     if isinstance(type_, pa.BaseExtensionType):
         return wire_type(type_.storage_type)
@@ -158,6 +177,8 @@ class _Walk:
         self.rules.append((kind, width, flags, lowest, highest))
         self.paths.append(path)
         self.columns.append(self.column)
+        if is_scalar(type_):
+            return
         types = pa.types
         if types.is_map(type_):
             entries = (ipc.KIND_STRUCT, 0, ipc.FLAG_NEVER_NULL, 0, 0)
@@ -182,6 +203,8 @@ class _Walk:
 def _kind(type_: pa.DataType) -> tuple[int, int]:
     """Return how a type's node lays out its buffers, and the width in bytes that goes with it."""
     types = pa.types
+    if types.is_primitive(type_) and not types.is_boolean(type_):
+        return ipc.KIND_FIXED, type_.bit_width // 8
     if types.is_null(type_):
         return ipc.KIND_NULL, 0
     if types.is_boolean(type_):
@@ -209,4 +232,13 @@ def _kind(type_: pa.DataType) -> tuple[int, int]:
     return ipc.KIND_FIXED, type_.bit_width // 8
 
 
-__all__ = ["Layout", "Range", "describe_finding", "is_list_like", "plan_layout", "wire_schema", "wire_type"]
+__all__ = [
+    "Layout",
+    "Range",
+    "describe_finding",
+    "is_list_like",
+    "is_scalar",
+    "plan_layout",
+    "wire_schema",
+    "wire_type",
+]

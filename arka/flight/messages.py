@@ -13,7 +13,7 @@ from typing import Any, Final
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError, Message
 
-from arka.errors import InvalidRequest
+from arka.errors import InvalidRequest, cut
 
 PACKAGE: Final = "arrow.flight.protocol"
 SERVICE: Final = f"/{PACKAGE}.FlightService/"
@@ -115,7 +115,7 @@ def parse(name: str, data: bytes) -> Any:
     try:
         message.ParseFromString(data)
     except DecodeError as error:
-        raise InvalidRequest(f"Malformed {name}: {error}") from error
+        raise InvalidRequest(f"Malformed {name}: {cut(str(error))}") from error
     return message
 
 

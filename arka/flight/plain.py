@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from arka._core import ipc
-from arka.flight.layout import is_list_like
+from arka.flight.layout import is_list_like, is_scalar
 
 #: More bytes than any row may have: sums of rows that are cut to this cannot overflow an int64.
 _MOST: Final = 2**36
@@ -29,6 +29,8 @@ _MOST: Final = 2**36
 
 def is_plain(type_: pa.DataType) -> bool:
     """Tell whether each value of such arrays stands in them once (dictionaries aside)."""
+    if is_scalar(type_):
+        return True
     types = pa.types
     if isinstance(type_, pa.BaseExtensionType):
         return is_plain(type_.storage_type)
@@ -49,32 +51,50 @@ def is_plain(type_: pa.DataType) -> bool:
 
 def plain_type(type_: pa.DataType) -> pa.DataType:
     """Return the type of an array's plain form; a type that is plain stands for itself."""
-    if is_plain(type_):
-        return type_
+    made = _made_plain(type_)
+    return type_ if made is None else made
+
+
+def _made_plain(type_: pa.DataType) -> pa.DataType | None:
+    """The plain form of a type that is not plain, else None: each level is looked at once, however deep it lies."""
+    if is_scalar(type_):
+        return None
     types = pa.types
     if isinstance(type_, pa.BaseExtensionType):
-        return plain_type(type_.storage_type)
+        return _made_plain(type_.storage_type)
     if types.is_string_view(type_):
         return pa.string()
     if types.is_binary_view(type_):
         return pa.binary()
     if types.is_run_end_encoded(type_):
         return plain_type(type_.value_type)
-    if types.is_struct(type_):
-        return pa.struct([_plain_field(child) for child in type_])
-    if types.is_map(type_):
-        return pa.map_(_plain_field(type_.key_field), _plain_field(type_.item_field))
     if types.is_dictionary(type_):
-        return pa.dictionary(type_.index_type, plain_type(type_.value_type))
+        values = _made_plain(type_.value_type)
+        return None if values is None else pa.dictionary(type_.index_type, values)
+    if types.is_struct(type_):
+        children = [_made_plain(child.type) for child in type_]
+        if all(child is None for child in children):
+            return None
+        return pa.struct([_with_type(field, child) for field, child in zip(type_, children, strict=True)])
+    if types.is_map(type_):
+        key, item = _made_plain(type_.key_type), _made_plain(type_.item_type)
+        if key is None and item is None:
+            return None
+        return pa.map_(_with_type(type_.key_field, key), _with_type(type_.item_field, item))
+    if not is_list_like(type_):
+        return None
+    element = _made_plain(type_.value_type)
+    is_view = types.is_list_view(type_) or types.is_large_list_view(type_)
+    if element is None and not is_view:
+        return None
+    field = _with_type(type_.value_field, element)
     if types.is_fixed_size_list(type_):
-        return pa.list_(_plain_field(type_.value_field), type_.list_size)
-    if types.is_large_list(type_):
-        return pa.large_list(_plain_field(type_.value_field))
-    return pa.list_(_plain_field(type_.value_field))
+        return pa.list_(field, type_.list_size)
+    return pa.large_list(field) if types.is_large_list(type_) else pa.list_(field)
 
 
-def _plain_field(field: pa.Field) -> pa.Field:
-    return field.with_type(plain_type(field.type))
+def _with_type(field: pa.Field, type_: pa.DataType | None) -> pa.Field:
+    return field if type_ is None else field.with_type(type_)
 
 
 # -- counting -------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from arka.errors import InvalidRequest
+from arka.errors import InvalidRequest, quote
 from arka.tableproperties import ALLOWED, MAX_BYTES, rule_of
 
 _CODEC: Final = "write.parquet.compression-codec"
@@ -38,13 +38,13 @@ def check_properties(properties: Mapping[str, str]) -> dict[str, str]:
             raise InvalidRequest("properties: a property has no name")
         rule = rule_of(key)
         if rule is None:
-            raise InvalidRequest(f"properties: {key!r} cannot be set; expected {ALLOWED}")
+            raise InvalidRequest(f"properties: {quote(key)} cannot be set; expected {ALLOWED}")
         if not rule.pattern.match(value):
-            raise InvalidRequest(f"properties: {key!r} is {value!r}, expected {rule.expected}")
+            raise InvalidRequest(f"properties: {quote(key)} is {quote(value)}, expected {rule.expected}")
     highest = _HIGHEST_LEVEL.get(properties.get(_CODEC, "").lower())
     if highest is not None and int(properties.get(_LEVEL, "1")) > highest:
         raise InvalidRequest(
-            f"properties: {_LEVEL!r} is {properties[_LEVEL]!r}, expected a whole number from 1 to {highest} for "
+            f"properties: {_LEVEL!r} is {quote(properties[_LEVEL])}, expected a whole number from 1 to {highest} for "
             f"{properties[_CODEC]}"
         )
     return dict(properties)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from arka._core.wire import read_fields
-from arka.errors import ArkaError, ErrorCode
+from arka.errors import ArkaError, ErrorCode, cut, quote
 
 _PACKAGE: Final = "arrow.flight.protocol.sql."
 _READ: Final = (
@@ -59,7 +59,7 @@ def check_not_sql(data: bytes) -> None:
     if name is not None:
         use = next((use for beginning, use in _IN_PLACE_OF if name.startswith(beginning)), _READ)
         raise ArkaError(
-            f"Flight SQL's {name}: this server does not speak Flight SQL; {use}", code=ErrorCode.UNIMPLEMENTED
+            f"Flight SQL's {cut(name)}: this server does not speak Flight SQL; {use}", code=ErrorCode.UNIMPLEMENTED
         )
 
 
@@ -71,10 +71,12 @@ def unknown_action(name: str, known: Iterable[str]) -> ArkaError:
             f"Unknown action {name!r}, which is Flight SQL's: {_ACTIONS[name]}. This server has {', '.join(names)}",
             code=ErrorCode.UNIMPLEMENTED,
         )
-    folded = name.replace("_", "").replace("-", "").lower()
+    folded = cut(name).replace("_", "").replace("-", "").lower()
     meant = next((other for other in names if other.lower() == folded), None)
     hint = "" if meant is None else f" (names are case-sensitive: {meant})"
-    return ArkaError(f"Unknown action {name!r}{hint}: expected one of {', '.join(names)}", code=ErrorCode.UNIMPLEMENTED)
+    return ArkaError(
+        f"Unknown action {quote(name)}{hint}: expected one of {', '.join(names)}", code=ErrorCode.UNIMPLEMENTED
+    )
 
 
 def _sql_name(data: bytes) -> str | None:

@@ -20,7 +20,7 @@ import pyarrow as pa
 import structlog
 import trio
 
-from arka.errors import ArkaError, ErrorCode, InvalidRequest, Unavailable
+from arka.errors import ArkaError, ErrorCode, InvalidRequest, Unavailable, cut, quote
 from arka.flight import messages
 from arka.flight.acks import AckForm, chokes_on_metadata
 from arka.flight.exchange import Exchange
@@ -155,7 +155,15 @@ class FlightService:
     async def _write_stream(self, call: Call, form: AckForm) -> None:
         if form is AckForm.METADATA and chokes_on_metadata(call.user_agent):
             form = AckForm.BATCH
-        exchange = Exchange(self._pipeline, self._limits, call, find=self._find, form=form, follow=call.follow)
+        exchange = Exchange(
+            self._pipeline,
+            self._limits,
+            call,
+            find=self._find,
+            form=form,
+            follow=call.follow,
+            peer=_address_of(call.peer),
+        )
         call.attach_outbox(exchange)
         try:
             if await self._read_writes(call, exchange):
@@ -197,9 +205,11 @@ class FlightService:
             raise InvalidRequest(f"limit must not be negative: {ticket.limit}")
         columns = None if ticket.columns is None else tuple(ticket.columns)
         limit = None if ticket.limit is None else min(ticket.limit, _MOST_ROWS)
-        compression = ticket.compression.lower()
+        compression = cut(ticket.compression).lower()
         if compression not in _COMPRESSIONS:
-            raise InvalidRequest(f"Unknown compression {ticket.compression!r}: expected {', '.join(_COMPRESSIONS)}")
+            raise InvalidRequest(
+                f"Unknown compression {quote(ticket.compression)}: expected {', '.join(_COMPRESSIONS)}"
+            )
         request = ReadRequest(columns, limit, ticket.at_lsn, ticket.wait_for_lsn, _COMPRESSIONS[compression])
         with self._spill() as path:
             await read_table(self._pipeline, table, request, str(path))
@@ -419,6 +429,11 @@ class FlightService:
         return {"name": str(table.info.name), "durability": tier.word, "lsn": lsn}
 
 
+def _address_of(peer: str) -> str:
+    """A peer's address without its port: what is shared out is shared out among addresses."""
+    return peer.rpartition(":")[0] or peer
+
+
 async def _request(call: Call) -> bytes:
     """Receive the one message of a unary request."""
     data = await call.receive()
@@ -447,7 +462,7 @@ def _parse_body(body: bytes) -> _NameBody:
     try:
         return msgspec.json.decode(body, type=_NameBody)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidRequest(f"Malformed action body: {error}; expected JSON with 'name'") from error
+        raise InvalidRequest(f"Malformed action body: {cut(str(error))}; expected JSON with 'name'") from error
 
 
 def _parse_ticket(data: bytes) -> _Ticket:
@@ -459,7 +474,7 @@ def _parse_ticket(data: bytes) -> _Ticket:
         try:
             return msgspec.json.decode(data, type=_Ticket)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise InvalidRequest(f"Malformed ticket: {error}") from error
+            raise InvalidRequest(f"Malformed ticket: {cut(str(error))}") from error
     try:
         return _Ticket(data.decode())
     except UnicodeDecodeError as error:

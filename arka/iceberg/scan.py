@@ -23,7 +23,7 @@ from pyiceberg.table.metadata import TableMetadata
 from pyiceberg.table.snapshots import Snapshot
 from pyiceberg.transforms import IdentityTransform
 
-from arka.errors import ArkaError, ErrorCode, InternalError, InvalidRequest
+from arka.errors import ArkaError, ErrorCode, InternalError, InvalidRequest, listed, quote
 from arka.iceberg.align import align_batch
 from arka.iceberg.catalogs import catalog
 from arka.iceberg.config import CatalogConfig
@@ -248,9 +248,9 @@ def check_columns(name: TableName, schema: pa.Schema, columns: Sequence[str] | N
         return schema
     missing = [column for column in columns if schema.get_field_index(column) < 0]
     if missing:
-        raise InvalidRequest(f"No such column in {name}: {', '.join(missing)}")
+        raise InvalidRequest(f"No such column in {name}: {listed(map(quote, missing))}")
     if not columns or len(set(columns)) < len(columns):
-        raise InvalidRequest(f"Columns of {name} must be at least one, each once: found {list(columns)}")
+        raise InvalidRequest(f"Columns of {name} must be at least one, each once: found {listed(map(quote, columns))}")
     return pa.schema([schema.field(column) for column in columns])
 
 
