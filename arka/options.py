@@ -79,7 +79,35 @@ INDEX_BYTES = 128 * MIB
 class Limits:
     """What one client, and all of them together, may use."""
 
-    memory_bytes: int = option(GIB, "Ledger of received bytes not yet on disk.", at_least=16 * MIB)
+    memory_bytes: int = option(
+        GIB,
+        "Ledger of all bytes held for clients: messages not yet on disk, windows, schemas, dictionaries, answers.",
+        at_least=16 * MIB,
+    )
+    stream_share: float = option(
+        0.25,
+        "The part of memory_bytes that one stream's messages may hold while another stream waits for memory.",
+        at_least=0.01,
+        at_most=1,
+    )
+    connection_share: float = option(
+        0.25, "The same for one connection while another connection waits.", at_least=0.01, at_most=1
+    )
+    peer_share: float = option(
+        0.25, "The same for one client address while another address waits.", at_least=0.01, at_most=1
+    )
+    min_bytes_per_s: int = option(
+        64 * KIB,
+        "The rate, over 10 s, below which a stream with a granted message ends with overloaded while others wait "
+        "for memory: a client that sends slowly must not hold what others need. 0 ends none.",
+        at_least=0,
+    )
+    unread_bytes: int = option(
+        64 * MIB,
+        "Acks, error texts and handshakes that clients have not read, of all streams together; a stream that keeps "
+        "too many of them is not read, then ended.",
+        at_least=MIB,
+    )
     disk_bytes: int = option(64 * GIB, "Bytes of WAL, parked writes and spill files.", at_least=64 * MIB)
     disk_free_bytes: int = option(GIB, "Free space kept beside what accepted writes still need.", at_least=0)
     stall_s: float = option(
@@ -93,7 +121,11 @@ class Limits:
         at_least=0.01,
         at_most=1,
     )
-    message_bytes: int = option(256 * MIB, "Largest gRPC message; a larger one ends its stream.", at_least=64 * KIB)
+    message_bytes: int = option(
+        256 * MIB,
+        "Largest gRPC message; a larger one ends its stream. At most half of memory_bytes.",
+        at_least=64 * KIB,
+    )
     batch_bytes: int = option(128 * MIB, "Largest batch body; a larger one gets an error ack.", at_least=64 * KIB)
     batch_rows: int = option(2**24, "Most rows of one batch.", at_least=1)
     partitions: int = option(

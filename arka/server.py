@@ -237,7 +237,7 @@ async def serve(
         await settle_restored(data_dir, PosixDisk(), data_dir / WAL_FOLDER, skip)
         listeners = await open_listeners(host, port, insecure=insecure)
         async with _engine(settings, data_dir) as opened:
-            ledger = Ledger(settings.limits.memory_bytes)
+            ledger = Ledger.of(limits)
             set_kept_bytes(settings.limits.memory_bytes // _KEPT_PART)
             spill_dir = data_dir / "spill"
             prepare_spill_dir(spill_dir)
@@ -271,7 +271,7 @@ def _places(settings: Settings, config: CatalogConfig, data_dir: Path) -> Places
 
 
 def _limits(settings: Settings) -> Limits:
-    """Return the limits with no more connections than there are descriptors for (R31)."""
+    """Return the limits with no more connections than there are descriptors for (R31), and messages that fit (T25)."""
     found = budget(raise_limit(), settings.limits.connections)
     if found.connections < settings.limits.connections:
         log.warning(
@@ -281,7 +281,16 @@ def _limits(settings: Settings) -> Limits:
             descriptors=found.limit,
             hint="limits.connections needs more descriptors: raise the hard limit (ulimit -Hn, LimitNOFILE)",
         )
-    return replace(settings.limits, connections=found.connections)
+    most = settings.limits.memory_bytes // 2
+    if settings.limits.message_bytes > most:
+        log.warning(
+            "server.message_bytes_clamped",
+            message_bytes=most,
+            asked=settings.limits.message_bytes,
+            hint="limits.message_bytes may be half of limits.memory_bytes at most",
+        )
+    message_bytes = min(settings.limits.message_bytes, most)
+    return replace(settings.limits, connections=found.connections, message_bytes=message_bytes)
 
 
 @asynccontextmanager

@@ -19,6 +19,7 @@ cdef class MessageAssembler:
     cdef readonly object error
     cdef public int64_t window
     cdef public int64_t ahead
+    cdef public int64_t low
     cdef readonly int64_t progress_bytes
     cdef readonly int64_t message_bytes
     cdef readonly int64_t shortfall

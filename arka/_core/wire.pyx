@@ -56,6 +56,8 @@ PADDING = 10
 EMPTY = 11
 #: A well-formed WINDOW_UPDATE: ``length`` bytes more for ``stream_id``, or for the connection (0).
 WINDOW = 12
+#: A DATA frame has ended, and the window of ``assembler`` is below its ``low``.
+LOW = 13
 
 cdef enum:
     E_NEED = 0
@@ -71,6 +73,7 @@ cdef enum:
     E_PADDING = 10
     E_EMPTY = 11
     E_WINDOW = 12
+    E_LOW = 13
     #: inside this module: look again
     E_AGAIN = 99
 
@@ -291,6 +294,7 @@ cdef class MessageAssembler:
         window: bytes that the peer may still send on the stream; the caller adds what it grants.
         ahead: bytes of ``window`` that were granted before any message asked for them; while there are any,
             each prefix is an event.
+        low: bytes of ``window`` below which the end of a DATA frame is an event; 0 for none.
         progress_bytes: payload consumed so far.
         message_bytes: wire length of the message in progress, prefix included; 0 between messages.
         shortfall: at a PREFIX event, how many bytes of the message the window does not cover; <= 0 if it does.
@@ -611,6 +615,17 @@ cdef class Splitter:
     def in_body(self):
         return self.in_data and self.current is not None and self.current.state == S_BODY and self.start == self.end
 
+    @property
+    def frame_left(self):
+        """Payload bytes of the DATA frame in progress that have not been taken in; the windows have them already."""
+        return self.payload_left if self.in_data else 0
+
+    def lacking(self):
+        """The assembler of the DATA frame in progress, if it will have less window than its ``low``; else None."""
+        if self.in_data and self.current is not None and self.current.window + self.payload_left < self.current.low:
+            return self.current
+        return None
+
     def open(self, uint32_t stream_id, MessageAssembler assembler not None):
         """Make a stream live: its DATA goes to ``assembler``."""
         self.streams[stream_id] = assembler
@@ -930,9 +945,12 @@ cdef class Splitter:
         if self.data_length:
             self.consumed_bytes += self.data_length
             self.data_length = 0
-            if self.padding_bytes and self.current is not None:
-                self.length = self.padding_bytes
-                return E_PADDING
+            if self.current is not None:
+                if self.padding_bytes:
+                    self.length = self.padding_bytes
+                    return E_PADDING
+                if self.current.window < self.current.low:
+                    return E_LOW
         self.in_data = False
         self.current = None
         if self.assembler is None:

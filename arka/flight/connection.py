@@ -82,6 +82,8 @@ class Connection:
         self._round = shared.round
         self._channel = channel_of(stream)
         self._peer = peer_of(stream)
+        self._ledger = shared.ledger
+        self._account = shared.ledger.open_connection(address_of(stream))
         self._splitter = Splitter(MAX_FRAME_BYTES)
         self._h2 = _make_h2()
         self._now = now = trio.current_time()
@@ -99,6 +101,7 @@ class Connection:
             self._h2,
             self._splitter,
             self._peer,
+            account=self._account,
             count=self._count,
             wake=self._wake,
             set_busy=lambda busy: self._deadlines.set_busy(busy, trio.current_time()),
@@ -136,6 +139,7 @@ class Connection:
                 nursery.cancel_scope.cancel()
         finally:
             self._streams.abandon(self._streams)
+            self._ledger.close_connection(self._account)
             log.info(
                 "connection.closed",
                 peer=self._peer,
@@ -171,6 +175,8 @@ class Connection:
                     turn.left -= COSTS[event]
                     if turn.left <= 0:
                         await self._next_turn()
+                if (lacking := splitter.lacking()) is not None:
+                    lacking.owner.intake.step(splitter.frame_left)
                 self._end_turn(expects_more=self._channel.expects_more)
                 self._in_turn = False
             self._ending = self._ending or "the peer closed it"
@@ -225,6 +231,8 @@ class Connection:
             self._streams.reset(splitter.assembler.owner, ErrorCodes.PROTOCOL_ERROR)
         elif event == wire.PADDING:
             splitter.assembler.owner.intake.add_padding(splitter.length)
+        elif event == wire.LOW:
+            splitter.assembler.owner.intake.step(0)
         elif event == wire.EMPTY:
             self._count(Flood.EMPTY_DATA)
         elif event == wire.PREFACE:

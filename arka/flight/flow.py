@@ -4,9 +4,11 @@ Owns: each stream's window and its charges, from the first byte of a message unt
 own the bytes (``arka._core.wire``), the ledger (``arka.tiers.admission``) nor the connection's window, which
 is given back whatever happens here.
 
-The initial window is charged when a stream opens. Beyond it a message's bytes are granted only when the ledger
-holds a charge for the whole message: at its prefix if the window does not cover it, else when it is complete.
-Nobody waits while holding: a stream that has to wait gives up what it had reserved ahead.
+The initial window is charged when a stream opens; if the ledger has none, the stream is refused. Beyond it a message's
+bytes are granted only when the ledger holds a charge for the whole message: at its prefix if the window does not cover
+it, else when it is complete. Of a granted message the window is told in steps of ``STEP_BYTES`` ahead of receipt (T25).
+Nobody waits while holding: a stream that has to wait gives up what it had reserved ahead. The window of that was told
+and cannot be taken back, so it counts against what all streams may reserve ahead until the message is granted.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from typing import Final
 import trio
 
 from arka._core.wire import INITIAL_WINDOW, FlightMessage, MessageAssembler
-from arka.errors import ArkaError, ErrorCode
+from arka.errors import AdmissionRejected, ArkaError, ErrorCode
+from arka.flight.pace import Pace
+from arka.tiers.accounts import Account
 from arka.tiers.admission import Charge, Ledger
 from arka.tiers.room import Room
 
@@ -33,8 +37,10 @@ _MESSAGE_OVERHEAD: Final = 512
 _PREFIX_BYTES: Final = 5
 #: Messages from this size on are worth a reservation ahead, bytes: smaller ones flow within the initial window.
 _AHEAD_LEAST: Final = INITIAL_WINDOW // 4
+#: Window of a granted message that is told ahead of receipt, in bytes (T25).
+STEP_BYTES: Final = 1024 * 1024
 #: Most bytes reserved ahead for one stream: more hides no round trip, and window once given cannot be taken back.
-_AHEAD_MOST: Final = 16 * 1024 * 1024
+_AHEAD_MOST: Final = 8 * 1024 * 1024
 #: Bytes reserved ahead where there is plenty, beside two messages: what a client sends while the server's thread waits
 #: for its turn on a busy machine. With two messages of 320 kB alone, streams of them ran at two thirds of the speed.
 _AHEAD_WIDE: Final = 4 * 1024 * 1024
@@ -42,6 +48,8 @@ _AHEAD_WIDE: Final = 4 * 1024 * 1024
 _AHEAD_PART: Final = 32
 #: Share of the ledger that all streams together may reserve ahead: an idle stream keeps its reservation.
 _AHEAD_SHARE: Final = 8
+#: One peer may reserve ahead so many times what it leaves: three quarters if it is alone.
+_PEER_TIMES: Final = 3
 
 
 class Wakeup:
@@ -97,11 +105,13 @@ class ReadAhead:
         """How many bytes one stream may reserve whatever its messages are like."""
         return min(_AHEAD_WIDE, self._left // _AHEAD_PART)
 
-    def take(self, amount: int) -> Charge | None:
-        """Reserve ``amount`` bytes if that makes nobody wait."""
+    def take(self, amount: int, account: Account | None = None) -> Charge | None:
+        """Reserve ``amount`` bytes if that makes nobody wait, and leaves something for other peers."""
         if amount > self._left:
             return None
-        charge = self._ledger.try_request(amount)
+        if account is not None and account.peer.ahead + amount > _PEER_TIMES * (self._left - amount):
+            return None
+        charge = self._ledger.try_ahead(amount, account)
         if charge is not None:
             self._left -= amount
         return charge
@@ -114,13 +124,15 @@ class ReadAhead:
 class _Entry:
     """A message that is not the RPC's yet: its charge waits, or an earlier message's does."""
 
-    __slots__ = ("charge", "credit", "granted", "intake", "message", "total")
+    __slots__ = ("charge", "credit", "granted", "intake", "message", "told", "total")
 
-    def __init__(self, intake: StreamIntake, total: int, credit: int) -> None:
+    def __init__(self, intake: StreamIntake, total: int, credit: int, told: int = 0) -> None:
         self.intake = intake
         self.total = total
         # Window bytes owed to the peer once the charge is granted.
         self.credit = credit
+        # Window bytes that were told ahead of it and are not charged while it waits.
+        self.told = told
         self.charge: Charge | None = None
         self.granted = False
         self.message: FlightMessage | bytes | None = None
@@ -140,6 +152,9 @@ class StreamIntake:
         assembler: has the stream's window; None of its messages is larger than the ledger can ever grant.
         increment: bytes for the stream's next WINDOW_UPDATE, in ``assembler.window`` already.
         ended: the peer has ended its side.
+        refusal: why the stream is not to run: there was no initial window for it; None if there was.
+        account: who is charged.
+        paced: whether ``Pace`` knows of it.
     """
 
     def __init__(
@@ -148,6 +163,10 @@ class StreamIntake:
         ledger: Ledger,
         read_ahead: ReadAhead,
         on_credit: Callable[[bool], None],
+        *,
+        account: Account | None = None,
+        pace: Pace | None = None,
+        on_wait: Callable[[], None] | None = None,
     ) -> None:
         """Charge the initial window.
 
@@ -156,16 +175,26 @@ class StreamIntake:
             ledger: charged with them.
             read_ahead: bounds what is reserved ahead.
             on_credit: called when ``increment`` grows, with whether the peer should be told at once.
+            account: the stream's, in the ledger.
+            pace: watches the rate of granted messages.
+            on_wait: called when a message has to wait for the ledger.
         """
+        self.account = account
+        self.paced = False
+        self._pace = pace
+        self._on_wait = on_wait
         self.assembler = assembler
         self.increment = 0
         self.ended = False
         self._ledger = ledger
         self._read_ahead = read_ahead
         self._on_credit = on_credit
-        # SETTINGS has promised this window: if the ledger is full the charge waits in its place while the
-        # stream's first bytes may come. Nothing above it is granted before it, since grants keep their order.
-        self._base: Charge | None = ledger.request(INITIAL_WINDOW)
+        self.refusal: AdmissionRejected | None = None
+        self._base: Charge | None = None
+        try:
+            self._base = ledger.take_window(INITIAL_WINDOW, account)
+        except AdmissionRejected as error:
+            self.refusal = error
         # What the RPC may take: message, wire bytes, charge to release then, window to give back then.
         self._inbox: deque[tuple[FlightMessage | bytes, int, Charge | None, int]] = deque()
         self._inbox_cost = 0
@@ -176,6 +205,8 @@ class StreamIntake:
         self._current: Charge | None = None
         # Invariant: while there is a reserve, its amount is assembler.ahead.
         self._reserve: Charge | None = None
+        # Window of the granted message in progress that is not told yet.
+        self._promised = 0
         # A message that needs window while none is given: its wire bytes.
         self._deferred = 0
         self._owed = 0
@@ -253,12 +284,13 @@ class StreamIntake:
             self._current = self._reserve.split(total)
             self._read_ahead.give_back(total)
             self.assembler.ahead = ahead - total
+            self._watch_pace()
             self._reserve_ahead(total, shortfall)
         elif shortfall > 0:
             if self._closed:
                 self._deferred = total
             else:
-                self._request(total)
+                self._request(total, total - _PREFIX_BYTES - shortfall)
         if self.increment and -shortfall - untold < max(total, self._recent) + _PREFIX_BYTES:
             # Nothing else may bring the peer the update: its messages need not cause acks, and it need not read those.
             # Invariant: by what it was told, it gets as far as the prefix behind another message like these.
@@ -268,6 +300,10 @@ class StreamIntake:
         """Hand over a message; it reaches the RPC when it is paid for, in order."""
         credit = 0
         self._deferred = 0
+        if self._promised:
+            # The initial window stood in for it.
+            promised, self._promised, self.assembler.low = self._promised, 0, 0
+            self._credit(promised)
         entry, self._open = self._open, None
         if entry is not None:
             entry.message = message
@@ -279,7 +315,7 @@ class StreamIntake:
                 # Small and soon gone: the initial window's charge stands for it until it is taken.
                 credit = total
             else:
-                charge = self._ledger.try_request(total)
+                charge = self._ledger.try_request(total, self.account)
                 if charge is None:
                     self._await(message, total)
                     return
@@ -299,6 +335,18 @@ class StreamIntake:
         self._credit(amount)
         if not self._closed and not self.assembler.between_messages:
             self._pay(0, urgent=True)
+
+    def step(self, frame_left: int) -> None:
+        """Tell the peer of more window for a granted message, if it has received enough of what it was told of.
+
+        Args:
+            frame_left: bytes of a frame in progress that have not come, and that the window has no more.
+        """
+        amount = min(self._promised, STEP_BYTES - self.assembler.window - frame_left)
+        if amount > 0:
+            self._promised -= amount
+            self._pay(amount, urgent=True)
+        self.assembler.low = STEP_BYTES // 2 if self._promised and not self.ended else 0
 
     def end(self) -> None:
         """Note that the peer has ended its side."""
@@ -320,13 +368,22 @@ class StreamIntake:
 
     def is_stalled(self, now: float, limit_s: float) -> bool:
         """Whether a granted message has made no progress for ``limit_s``; to be asked again and again."""
-        granted = self._current is not None or (self._open is not None and self._open.granted)
         progress = self.assembler.progress_bytes
-        if not granted or progress != self._progress:
+        if not self.is_granted or progress != self._progress:
             self._progress = progress
             self._progress_at = now
             return False
         return now - self._progress_at >= limit_s
+
+    @property
+    def is_granted(self) -> bool:
+        """Whether a message is in progress whose bytes are charged, or that was granted while it waits for others."""
+        return self._current is not None or (self._open is not None and self._open.granted)
+
+    @property
+    def progress_bytes(self) -> int:
+        """Payload that has come on the stream so far."""
+        return self.assembler.progress_bytes
 
     def take_increment(self) -> int:
         """Take what the stream's next WINDOW_UPDATE is to say; 0 when nothing, or nobody, needs one."""
@@ -341,7 +398,10 @@ class StreamIntake:
     def abandon(self) -> None:
         """Release everything that the RPC did not take. Idempotent."""
         self._drop_partial()
+        if self.paced and self._pace is not None:
+            self._pace.leave(self)
         for entry in self._awaiting:
+            self._take_back(entry)
             if entry.charge is not None:
                 entry.charge.release()
         self._awaiting.clear()
@@ -374,37 +434,67 @@ class StreamIntake:
         if not self._closed:
             self._reopen()
 
-    def _request(self, total: int) -> None:
-        """Ask for a whole message, without holding anything meanwhile (R22)."""
+    def _request(self, total: int, unreceived: int) -> None:
+        """Ask for a whole message, without holding anything meanwhile (R22).
+
+        Args:
+            total: its wire bytes.
+            unreceived: bytes of window, and of the frame in progress, that have not come.
+        """
         granted_ahead, self.assembler.ahead = self.assembler.ahead, 0
-        charge = self._ledger.try_request(total)
-        self._drop_reserve(granted_ahead)
+        charge = self._ledger.try_request(total, self.account)
+        reserve, self._reserve = self._reserve, None
+        if reserve is not None:
+            reserve.release()
         if charge is not None:
+            self._read_ahead.give_back(granted_ahead)
             self._current = charge
-            self._credit(total - granted_ahead)
-            self._reserve_ahead(total, total)
+            self._watch_pace()
+            self._promised += total - granted_ahead
+            self.step(unreceived - self.assembler.window)
+            if not self._promised:
+                self._reserve_ahead(total, total)
             return
-        self._open = entry = _Entry(self, total, total - granted_ahead)
-        self._awaiting.append(entry)
-        entry.charge = self._ledger.request(total, entry.on_grant)
-        if entry.granted:
-            self._on_granted(entry)
+        self._open = entry = _Entry(self, total, total - granted_ahead, granted_ahead)
+        self._wait(entry)
 
     def _await(self, message: FlightMessage | bytes, total: int) -> None:
         entry = _Entry(self, total, total)
         entry.message = message
+        self._wait(entry)
+
+    def _wait(self, entry: _Entry) -> None:
+        """Let a message wait for the ledger, in its stream's order."""
         self._awaiting.append(entry)
-        entry.charge = self._ledger.request(total, entry.on_grant)
+        entry.charge = self._ledger.request(entry.total, entry.on_grant, self.account)
         if entry.granted:
             self._on_granted(entry)
+        elif self._on_wait is not None:
+            self._on_wait()
 
     def _on_granted(self, entry: _Entry) -> None:
         if entry.charge is None:
             # Granted while still being asked for: whoever asks goes on.
             return
+        self._take_back(entry)
         credit, entry.credit = entry.credit, 0
-        self._credit(credit)
+        if entry is self._open:
+            self._watch_pace()
+            self._promised += credit
+            self.step(0)
+        else:
+            self._credit(credit)
         self._deliver_granted()
+
+    def _take_back(self, entry: _Entry) -> None:
+        """Count the window that was told ahead of a message no more as reserved."""
+        told, entry.told = entry.told, 0
+        self._read_ahead.give_back(told)
+
+    def _watch_pace(self) -> None:
+        """Let the rate of what was granted be watched, until a look finds no granted message in progress."""
+        if not self.paced and self._pace is not None:
+            self._pace.join(self)
 
     def _deliver_granted(self) -> None:
         awaiting = self._awaiting
@@ -440,7 +530,7 @@ class StreamIntake:
         want = min(max(2 * recent, self._read_ahead.wide), _AHEAD_MOST)
         if recent < _AHEAD_LEAST or want - ahead < max(recent // 2, want // 4) or self._closed:
             return
-        charge = self._read_ahead.take(want)
+        charge = self._read_ahead.take(want, self.account)
         if charge is None:
             return
         self._drop_reserve(ahead)
@@ -458,7 +548,7 @@ class StreamIntake:
     def _drop_partial(self) -> None:
         """Drop the message in progress and what is reserved for those after it."""
         self.assembler.abort()
-        self._deferred = 0
+        self._deferred = self._promised = self.assembler.low = 0
         ahead, self.assembler.ahead = self.assembler.ahead, 0
         self._drop_reserve(ahead)
         current, self._current = self._current, None
@@ -467,6 +557,7 @@ class StreamIntake:
         entry, self._open = self._open, None
         if entry is not None:
             self._awaiting.remove(entry)
+            self._take_back(entry)
             if entry.charge is not None:
                 entry.charge.release()
 
@@ -490,7 +581,7 @@ class StreamIntake:
         self._pay(0, urgent=True)
         deferred, self._deferred = self._deferred, 0
         if deferred:
-            self._request(deferred)
+            self._request(deferred, self.assembler.window)
 
 
-__all__ = ["ReadAhead", "StreamIntake", "Taker", "Wakeup"]
+__all__ = ["STEP_BYTES", "ReadAhead", "StreamIntake", "Taker", "Wakeup"]

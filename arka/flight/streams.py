@@ -26,10 +26,12 @@ from arka.flight.flow import ReadAhead, StreamIntake
 from arka.flight.grpc import Call, Request, Route, parse_metadata, parse_timeout, read_request, run_call
 from arka.flight.h2state import BoundedH2
 from arka.flight.outbound import Parts, StreamOutput, Turn
+from arka.flight.pace import Pace
 from arka.flight.rounds import Round
 from arka.flight.status import RpcStatus, Status, status_of
 from arka.flight.turns import TurnQueue
 from arka.options import Limits
+from arka.tiers.accounts import Account
 from arka.tiers.admission import Ledger
 
 log = structlog.get_logger(__name__)
@@ -64,6 +66,7 @@ class Shared:
         ledger: charged with every byte that a client may send before it may.
         limits: of streams, messages and times.
         read_ahead: bounds what is granted before it is asked for.
+        pace: ends streams that hold memory which others wait for.
         message_limit: largest message, bytes.
         streams: RPCs that are running.
         round: on while many streams are told of one thing.
@@ -75,6 +78,7 @@ class Shared:
         self.ledger = ledger
         self.limits = limits
         self.read_ahead = ReadAhead(ledger)
+        self.pace = Pace(ledger, limits)
         # What the ledger could never grant beside a stream's own initial window is refused at once.
         self.message_limit = min(limits.message_bytes, ledger.statistics().limit_bytes - 2 * INITIAL_WINDOW)
         self.streams = 0
@@ -119,6 +123,7 @@ class Streams:
         splitter: Splitter,
         peer: str,
         *,
+        account: Account | None = None,
         count: Callable[[Flood], None],
         wake: Callable[[], None],
         set_busy: Callable[[bool], None],
@@ -130,6 +135,7 @@ class Streams:
             connection: h2's side.
             splitter: has the assemblers of live streams.
             peer: the client's address, for logs.
+            account: the connection's, in the ledger; without one it is opened here.
             count: counts what the peer must not do too often; raises WireError.
             wake: called when the writer has something to do.
             set_busy: told when there are streams, or none any more.
@@ -142,6 +148,10 @@ class Streams:
         self._h2 = connection
         self._splitter = splitter
         self._peer = peer
+        self._account = account or shared.ledger.open_connection(peer)
+        self._nursery: trio.Nursery | None = None
+        # Whether a task looks at the rates of others because a stream of this connection waits.
+        self._looking = False
         self._count = count
         self._foreign = 0
         self._wake = wake
@@ -174,6 +184,7 @@ class Streams:
             # The drain has told the peer that this one is not served, so that it may be sent elsewhere.
             self._reset_new(stream_id, ErrorCodes.REFUSED_STREAM)
             return
+        self._nursery = nursery
         request = read_request(event.headers)
         route = self._shared.routes.get(request.path) if request.is_grpc else None
         if ended and request.content_bytes > 0:
@@ -190,6 +201,11 @@ class Streams:
                 self._refuse(stream_id, ended, status_of(error))
 
     def _make(self, stream_id: int, request: Request, route: Route | None) -> Stream:
+        """Make a stream.
+
+        Raises:
+            AdmissionRejected: the ledger has no window for one that is to run.
+        """
         shared = self._shared
         assembler = MessageAssembler(
             route is not None and route.flight_data, shared.message_limit, self._limits.batch_bytes
@@ -197,9 +213,19 @@ class Streams:
         stream = Stream(
             stream_id,
             request.shown_path,
-            StreamIntake(assembler, shared.ledger, shared.read_ahead, lambda urgent: self._owe(stream, urgent)),
+            StreamIntake(
+                assembler,
+                shared.ledger,
+                shared.read_ahead,
+                lambda urgent: self._owe(stream, urgent),
+                account=shared.ledger.open_stream(self._account),
+                pace=shared.pace,
+                on_wait=self._start_looking,
+            ),
             StreamOutput(stream_id, lambda: self._make_ready(stream)),
         )
+        if route is not None and stream.intake.refusal is not None:
+            raise stream.intake.refusal
         assembler.owner = stream
         assembler.content_bytes = min(request.content_bytes, _CONTENT_BYTES)
         self._open[stream_id] = stream
@@ -453,6 +479,21 @@ class Streams:
             output = stream.output
             if output.finishing and now - output.last_progress >= stall_s:
                 self._break_off(stream, status_of(Unavailable(f"The client read nothing for {stall_s:g} s")), now)
+
+    def _start_looking(self) -> None:
+        """A stream waits for the ledger: see to it that those who hold it use it (T25)."""
+        if not self._looking and self._nursery is not None:
+            self._looking = True
+            self._nursery.start_soon(self._look_at_rates)
+
+    async def _look_at_rates(self) -> None:
+        """Look at the rates of all streams of the server as long as one of this connection waits."""
+        while True:
+            next_at = self._shared.pace.look(trio.current_time())
+            if not self._account.waiting:
+                break
+            await trio.sleep_until(next_at)
+        self._looking = False
 
     def withhold(self) -> None:
         """Give write streams no new window: the connection drains (T19)."""

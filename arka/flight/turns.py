@@ -59,6 +59,7 @@ _COST_OF_EVENT: Final = {
     wire.PADDING: 1,
     wire.EMPTY: 1,
     wire.WINDOW: 1,
+    wire.LOW: 2,
 }
 #: Indexed by event: what each costs, in units.
 COSTS: Final = tuple(_COST_OF_EVENT.get(event, 0) for event in range(max(_COST_OF_EVENT) + 1))

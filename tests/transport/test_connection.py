@@ -455,6 +455,24 @@ class TestTasks:
             assert s.ledger.statistics().charged_bytes == 0
 
 
+async def send_within_window(
+    peer, stream_id: int, message: bytes, sent: int, frame_bytes: int = 16_384, *, settle: bool = False
+) -> int:
+    """Send the rest of a message as its window allows; returns the most window that was told ahead of what was sent."""
+    most = 0
+    while sent < len(message):
+        granted = peer.granted.get(stream_id, INITIAL_WINDOW)
+        most = max(most, granted - sent)
+        if granted <= sent or settle:
+            await peer.settle()
+            granted = peer.granted.get(stream_id, INITIAL_WINDOW)
+            assert granted > sent, f"no window behind {sent} bytes of {len(message)}"
+        size = min(granted - sent, frame_bytes, len(message) - sent)
+        await peer.send(data(stream_id, message[sent : sent + size]))
+        sent += size
+    return most
+
+
 class TestInboundFlow:
     """T4, T5: the stream window holds back, the connection's never does."""
 
@@ -496,14 +514,105 @@ class TestInboundFlow:
         limits = Limits(memory_bytes=16 * MIB)
         async with served(write_routes(writes), limits=limits) as s:
             hog = s.ledger.try_request(15 * MIB)
-            await s.peer.send(s.peer.request(1, WRITES), data(1, batch(2 * MIB)[:5]))
+            message = batch(2 * MIB)
+            await s.peer.send(s.peer.request(1, WRITES), data(1, message[:5]))
             await s.peer.send(s.peer.request(3), data(3, grpc_message(b"sibling"), end=True))
             assert (await s.peer.response(3)).messages == [b"sibling"]
             await s.peer.settle()
             assert 1 not in s.peer.granted
             assert s.ledger.statistics().waiting_bytes == 2 * MIB
             hog.release()
-            await s.peer.wait(lambda: s.peer.granted.get(1, 0) >= INITIAL_WINDOW + 2 * MIB)
+            await send_within_window(s.peer, 1, message, 5)
+            await s.peer.settle()
+            assert [m.charge.amount for m in writes.messages] == [2 * MIB]
+
+    @pytest.mark.parametrize("frame_bytes", [1_000, 16_384, MIB])
+    async def test_window_goes_a_step_ahead_of_receipt(self, frame_bytes):
+        """T25: a message of 4 MiB is charged whole, its window is told a MiB ahead of what has come, at each moment."""
+        writes = Writes(hold=True)
+        async with served(write_routes(writes), limits=Limits(memory_bytes=64 * MIB)) as s:
+            message = batch(4 * MIB)
+            await s.peer.send(s.peer.request(1, WRITES), data(1, message[:5]))
+            await s.peer.settle()
+            assert s.ledger.statistics().message_bytes == 4 * MIB
+            most = await send_within_window(s.peer, 1, message, 5, frame_bytes, settle=frame_bytes == MIB)
+            assert most <= MIB
+            await s.peer.settle()
+            assert [m.charge.amount for m in writes.messages] == [4 * MIB]
+
+    async def test_slow_hogs_end_while_others_wait(self, autojump_clock):
+        """T25: streams that trickle a granted message end with [overloaded] and free it; who waits goes on."""
+        writes, limits = Writes(), Limits(memory_bytes=16 * MIB, message_bytes=4 * MIB, message_stall_s=1000)
+        ledger = Ledger.of(limits)
+        async with served(write_routes(writes), limits=limits, ledger=ledger) as s:
+            hogs = (1, 3)
+            for stream_id in (*hogs, 5):
+                await s.peer.send(s.peer.request(stream_id, WRITES), data(stream_id, batch(4 * MIB)[:5]))
+            await s.peer.settle()
+            assert s.ledger.statistics().message_bytes == 8 * MIB
+            with trio.fail_after(60):
+                sent = 5
+                while not (ended := [i for i in hogs if self.ended(s.peer, i)]):
+                    await trio.sleep(1)
+                    for stream_id in hogs:
+                        await s.peer.send(data(stream_id, batch(4 * MIB)[sent : sent + 1]))
+                    sent += 1
+            # The other one stays: nobody waits any more.
+            assert len(ended) == 1
+            response = await s.peer.response(ended[0])
+            assert response.status == Status.UNAVAILABLE
+            assert response.message.startswith("[overloaded]")
+            await send_within_window(s.peer, 5, batch(4 * MIB), 5)
+            await s.peer.settle()
+            assert [m.charge.amount for m in writes.messages] == [4 * MIB]
+
+    @staticmethod
+    def ended(peer, stream_id):
+        return stream_id in peer.responses and peer.responses[stream_id].ended
+
+    async def test_slow_streams_stay_while_nobody_waits(self, autojump_clock):
+        """A slow client is no hog by itself: with memory for all its message may take as long as it takes."""
+        writes, limits = Writes(), Limits(memory_bytes=16 * MIB, message_stall_s=1000)
+        async with served(write_routes(writes), limits=limits, ledger=Ledger.of(limits)) as s:
+            message = batch(100_000)
+            await s.peer.send(s.peer.request(1, WRITES), data(1, message[:5]))
+            for at in range(5, len(message), 1_000):
+                await trio.sleep(1)
+                await s.peer.send(data(1, message[at : at + 1_000]))
+            await s.peer.settle()
+            assert [m.charge.amount for m in writes.messages] == [100_000]
+
+    async def test_small_messages_pass_a_full_ledger(self):
+        """T25: with all room for messages taken, each stream has one small message at a time admitted all the same."""
+        writes, limits = Writes(hold=True), Limits(memory_bytes=16 * MIB)
+        ledger = Ledger.of(limits)
+        async with served(write_routes(writes), limits=limits, ledger=ledger) as s:
+            hog = ledger.request(16 * MIB)
+            for stream_id in (1, 3):
+                await s.peer.send(s.peer.request(stream_id, WRITES), data(stream_id, batch(1_000) * 2))
+            await s.peer.settle()
+            assert len(writes.messages) == 2
+            writes.messages[0].charge.release()
+            await s.peer.settle()
+            assert len(writes.messages) == 3
+            hog.release()
+            await s.peer.settle()
+            assert len(writes.messages) == 4
+
+    async def test_streams_beyond_the_windows_part_are_refused(self):
+        """T26: initial windows have a part of the ledger, one peer a part of that; beyond it streams are refused."""
+        limits = Limits(memory_bytes=16 * MIB)
+        async with served({"/x": Route(wait_for_ever)}, limits=limits, ledger=Ledger.of(limits)) as s:
+            fit = 16 * MIB // 4 * 3 // 4 // INITIAL_WINDOW
+            for i in range(fit + 1):
+                await s.peer.send(s.peer.request(2 * i + 1, "/x"))
+            response = await s.peer.response(2 * fit + 1)
+            assert response.status == Status.UNAVAILABLE
+            assert response.message.startswith("[overloaded]")
+            assert s.ledger.statistics().window_bytes == fit * INITIAL_WINDOW
+            await s.peer.send(rst_stream(1), s.peer.request(2 * fit + 3, "/x"))
+            await s.peer.settle()
+            assert not self.ended(s.peer, 2 * fit + 3)
 
     async def test_small_messages_wait_for_their_charge(self):
         """With the ledger full small messages are held, in order, and the window shrinks until it is granted."""

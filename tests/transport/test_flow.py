@@ -107,8 +107,12 @@ def receive(splitter: Splitter, chunk: bytes) -> None:
                 client.intake.begin(splitter.length, splitter.assembler.shortfall)
             elif kind == wire.PADDING:
                 client.intake.add_padding(splitter.length)
+            elif kind == wire.LOW:
+                client.intake.step(0)
             else:
                 assert kind == wire.EMPTY, kind
+        if (lacking := splitter.lacking()) is not None:
+            lacking.owner.intake.step(splitter.frame_left)
 
 
 class Flow(RuleBasedStateMachine):
@@ -200,7 +204,7 @@ class Flow(RuleBasedStateMachine):
             elif entry is not None:
                 granted = entry.total - entry.credit
             put_off = made._owed + sum(item[3] for item in made._inbox)
-            put_off += sum(waiting.credit for waiting in made._awaiting if waiting is not entry)
+            put_off += sum(waiting.credit for waiting in made._awaiting if waiting is not entry) + made._promised
             expected = INITIAL_WINDOW + client.assembler.ahead + granted - client.partial
             assert client.assembler.window + put_off == expected
 
@@ -333,7 +337,7 @@ class TestReceive:
         made.follow(room)
         log.close("full")
         made.complete(FlightMessage(header=b"1"), INITIAL_WINDOW // 2)
-        made.begin(MIB, MIB - INITIAL_WINDOW // 2)
+        made.begin(MIB // 2, MIB // 2 - INITIAL_WINDOW // 2)
         assert made.take_increment() == 0
         assert assembler.ahead == 0
         assert ledger.statistics().charged_bytes == INITIAL_WINDOW + INITIAL_WINDOW // 2
@@ -347,7 +351,7 @@ class TestReceive:
             log.tick()
         else:
             room.detach()
-        assert made.take_increment() >= MIB + INITIAL_WINDOW // 2
+        assert made.take_increment() >= MIB // 2 + INITIAL_WINDOW // 2
         log.open()
         log.close("full")
         made.abandon()
