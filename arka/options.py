@@ -94,7 +94,10 @@ class Limits:
         0.25, "The same for one connection while another connection waits.", at_least=0.01, at_most=1
     )
     peer_share: float = option(
-        0.25, "The same for one client address while another address waits.", at_least=0.01, at_most=1
+        0.25,
+        "The same for one client address while another address waits; of the connections too, while few are left.",
+        at_least=0.01,
+        at_most=1,
     )
     min_bytes_per_s: int = option(
         64 * KIB,
@@ -145,7 +148,11 @@ class Limits:
     )
     streams: int = option(10_000, "Open RPCs of all connections together.", at_least=1)
     streams_per_connection: int = option(1_000, "Open RPCs of one connection.", at_least=1)
-    connections: int = option(10_000, "Open connections.", at_least=1)
+    connections: int = option(
+        10_000,
+        "Open connections: without a limit clients could take every descriptor. Above it idle ones end for others.",
+        at_least=1,
+    )
     actions: int = option(64, "Actions that change something, such as CreateTable, at a time.", at_least=1)
     unread_acks: int = option(
         1_000_000, "Acks a client may leave unread before its stream is no longer read.", at_least=1_000

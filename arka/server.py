@@ -25,8 +25,10 @@ from arka import failpoints, redaction
 from arka._core.buffers import set_kept_bytes
 from arka.errors import ArkaError, ConfigurationError, ErrorCode
 from arka.flight import messages
+from arka.flight.accepting import accept_connections
+from arka.flight.connections import ENDING_MOST
 from arka.flight.grpc import Health
-from arka.flight.http2 import ConnectionFactory
+from arka.flight.http2 import REFUSING_MOST, ConnectionFactory
 from arka.flight.service import FlightService, prepare_spill_dir
 from arka.iceberg.config import CatalogConfig
 from arka.listeners import check_host, open_listeners
@@ -37,13 +39,14 @@ from arka.storage.backup import settle_restored
 from arka.storage.backuphold import is_held
 from arka.storage.catalog import IcebergCatalog, adopt_warehouse, open_catalog
 from arka.storage.datadir import announce, device_of, disk_uuid, free_bytes, lock_data_dir, shares_device
-from arka.storage.descriptors import budget, raise_limit
+from arka.storage.descriptors import RESERVE, WORKER_DESCRIPTORS, budget, raise_limit
 from arka.storage.disk import PosixDisk
 from arka.storage.modes import Places, warn_of_modes
 from arka.storage.objects import open_folder, open_object_store, read_range
 from arka.storage.place import settle_place
 from arka.storage.ports import CatalogUnavailable
 from arka.storage.survival import local_tiers
+from arka.storage.threads import most_threads
 from arka.storage.warehouse import MarkedWarehouse, local_root
 from arka.tiers.admission import Ledger
 from arka.tiers.assembly import WAL_FOLDER, OpenLog, Surroundings
@@ -158,7 +161,9 @@ class Server:
 
     async def _accept(self, accepting: trio.CancelScope, connections: trio.Nursery) -> None:
         with accepting:
-            await trio.serve_listeners(self._connections.serve, self._listeners, handler_nursery=connections)
+            async with trio.open_nursery() as loops:
+                for listener in self._listeners:
+                    loops.start_soon(accept_connections, listener, self._connections.serve, connections)
         for listener in self._listeners:
             await listener.aclose()
 
@@ -272,7 +277,18 @@ def _places(settings: Settings, config: CatalogConfig, data_dir: Path) -> Places
 
 def _limits(settings: Settings) -> Limits:
     """Return the limits with no more connections than there are descriptors for (R31), and messages that fit (T25)."""
-    found = budget(raise_limit(), settings.limits.connections)
+    workers = settings.iceberg.encode_workers + settings.iceberg.commit_workers
+    reserve = RESERVE + ENDING_MOST + REFUSING_MOST + WORKER_DESCRIPTORS * workers
+    found = budget(raise_limit(), settings.limits.connections, reserve)
+    log.info(
+        "server.budget",
+        descriptors=found.limit,
+        reserved=found.limit - found.connections if found.connections < settings.limits.connections else reserve,
+        connections=found.connections,
+        streams=settings.limits.streams,
+        workers=workers,
+        threads=most_threads(),
+    )
     if found.connections < settings.limits.connections:
         log.warning(
             "server.connections_clamped",

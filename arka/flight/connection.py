@@ -60,7 +60,7 @@ _CONTROL_BYTES: Final = 256 * 1024
 #: Bytes for the connection's window that are put off: a small part of its 2**31-1.
 _CONNECTION_CREDIT_BYTES: Final = 1024 * 1024
 #: Seconds to wait for a peer to read our last frames, or to take note of a GOAWAY.
-_GOODBYE_S: Final = 1.0
+GOODBYE_S: Final = 1.0
 #: How often in limits.message_stall_s the progress of streams is looked at.
 _STALL_CHECKS: Final = 4
 _NOT_SETTINGS: Final = "the first frame is not SETTINGS"
@@ -79,6 +79,8 @@ class Connection:
         """Prepare to serve ``stream``; the caller closes it after ``run``."""
         self._stream = stream
         self._limits = shared.limits
+        self._lines = shared.lines
+        self._open = shared.connections
         self._round = shared.round
         self._channel = channel_of(stream)
         self._peer = peer_of(stream)
@@ -104,7 +106,7 @@ class Connection:
             account=self._account,
             count=self._count,
             wake=self._wake,
-            set_busy=lambda busy: self._deadlines.set_busy(busy, trio.current_time()),
+            set_busy=self._set_busy,
         )
         # Frames of our own and of h2's that are not DATA, in order.
         self._control = bytearray(_first_frames(shared.limits))
@@ -140,8 +142,10 @@ class Connection:
         finally:
             self._streams.abandon(self._streams)
             self._ledger.close_connection(self._account)
-            log.info(
+            self._lines.write(
+                log.info,
                 "connection.closed",
+                trio.current_time(),
                 peer=self._peer,
                 reason=self._ending or "cancelled",
                 rpcs=self._streams.calls,
@@ -157,6 +161,16 @@ class Connection:
             self._streams.withhold()
             if self._nursery is not None and self._ending is None:
                 self._nursery.start_soon(self._drain)
+
+    def end_idle(self) -> None:
+        """End, since another connection needs the place (``arka.flight.connections``)."""
+        if self._ending is None:
+            self._h2.close_connection(ErrorCodes.NO_ERROR, b"idle, and others need the connection")
+            self._stop("idle, and others need the place")
+
+    def _set_busy(self, busy: bool) -> None:
+        self._deadlines.set_busy(busy, trio.current_time())
+        self._open.set_busy(self, busy)
 
     # -- reading ----------------------------------------------------------------------------------
 
@@ -331,7 +345,7 @@ class Connection:
             # Once: a client that repeats it must not fill the log.
             self._goaway_seen = True
             detail = frame[17 : 17 + _GOAWAY_TEXT_BYTES].decode("ascii", "replace")
-            log.info("connection.peer_goaway", peer=self._peer, code=code, detail=detail)
+            self._lines.write(log.info, "connection.peer_goaway", self._now, peer=self._peer, code=code, detail=detail)
 
     def _count(self, kind: Flood) -> None:
         if not self._floods.allow(kind, self._now):
@@ -460,7 +474,7 @@ class Connection:
         self._control += frames.goaway(frames.MAX_STREAM_ID, ErrorCodes.NO_ERROR, "draining")
         self._h2.ping(_DRAIN_PING)
         self._wakeup.set()
-        await trio.sleep(_GOODBYE_S)
+        await trio.sleep(GOODBYE_S)
         self._finish_drain()
 
     def _finish_drain(self) -> None:
@@ -487,7 +501,7 @@ class Connection:
             self._streams.abandon(streams)
             await trio.lowlevel.checkpoint()
         self._wakeup.set()
-        with trio.move_on_after(_GOODBYE_S):
+        with trio.move_on_after(GOODBYE_S):
             await self._flushed.wait()
             try:
                 if isinstance(self._stream, trio.abc.HalfCloseableStream):
@@ -527,4 +541,4 @@ def _error_of(assembler: MessageAssembler) -> ArkaError:
     return ArkaError(refusal.detail, code=_CODE_OF_REFUSAL[refusal.kind])
 
 
-__all__ = ["MAX_FRAME_BYTES", "Connection"]
+__all__ = ["GOODBYE_S", "MAX_FRAME_BYTES", "Connection"]

@@ -1,20 +1,24 @@
 """The HTTP/2 server: what all connections have in common, and how they end together.
 
-Owns: how many connections there are, and the drain. Does not own listeners (``arka.server``) nor what happens
-on a connection. From here down: ``connection`` is one client's, ``streams`` its streams, ``flow`` what a
-stream's client may send, ``outbound`` what it is sent, ``grpc`` what a handler sees of it.
+Owns: how a connection begins or is refused, and the drain. Does not own listeners (``arka.server``), who gets a place
+(``arka.flight.connections``) nor what happens on a connection. From here down: ``connection`` is one client's,
+``streams`` its streams, ``flow`` what a stream's client may send, ``outbound`` what it is sent, ``grpc`` what a handler
+sees of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
 from uuid import uuid4
 
 import structlog
 import trio
+from h2.errors import ErrorCodes
 
-from arka.flight.channels import peer_of
-from arka.flight.connection import Connection
+from arka.flight import frames
+from arka.flight.channels import address_of, channel_of, peer_of
+from arka.flight.connection import GOODBYE_S, Connection
 from arka.flight.grpc import Route
 from arka.flight.rounds import Round
 from arka.flight.streams import Shared
@@ -23,6 +27,11 @@ from arka.options import Limits
 from arka.tiers.admission import Ledger
 
 log = structlog.get_logger(__name__)
+
+#: Connections that are being refused politely at a time: each has a descriptor. Others are closed at once.
+REFUSING_MOST: Final = 32
+#: Reads of what a refused client still sends, of 4 KiB each.
+_LAST_READS: Final = 64
 
 
 class ConnectionFactory:
@@ -38,6 +47,7 @@ class ConnectionFactory:
         """
         self._shared = Shared(routes, ledger, limits)
         self._connections: dict[Connection, None] = {}
+        self._refusing = 0
         self._draining = False
         self._idle = trio.Event()
         self._idle.set()
@@ -47,9 +57,9 @@ class ConnectionFactory:
 
         Cancellation: its RPCs are cancelled, the peer is told nothing.
         """
-        limit = self._shared.limits.connections
-        if len(self._connections) >= limit:
-            log.warning("connection.refused", peer=peer_of(stream), limit=limit)
+        address = address_of(stream)
+        if not self._shared.connections.make_room(address):
+            await self._refuse(stream)
             return
         connection = Connection(stream, self._shared)
         if self._draining:
@@ -57,15 +67,44 @@ class ConnectionFactory:
         if not self._connections:
             self._idle = trio.Event()
         self._connections[connection] = None
+        self._shared.connections.add(connection, address)
         try:
             await connection.run()
         except* Exception as errors:
             # A bug of ours, outside of any RPC. Other connections do not pay for it.
             log.exception("connection.failed", peer=peer_of(stream), incident=uuid4().hex[:12], exc_info=errors)
         finally:
+            self._shared.connections.remove(connection)
             del self._connections[connection]
             if not self._connections:
                 self._idle.set()
+
+    async def _refuse(self, stream: trio.abc.Stream) -> None:
+        """Tell a client that there is no place for its connection, and let it read that."""
+        limit = self._shared.limits.connections
+        self._shared.lines.write(
+            log.warning, "connection.refused", trio.current_time(), peer=peer_of(stream), limit=limit
+        )
+        text = f"[overloaded] {limit} connections are open, or this address has its share of them: retry later"
+        last = frames.settings({}) + frames.goaway(0, ErrorCodes.ENHANCE_YOUR_CALM, text)
+        if self._refusing >= REFUSING_MOST:
+            channel_of(stream).send_now([last])
+            return
+        self._refusing += 1
+        try:
+            with trio.move_on_after(GOODBYE_S):
+                await stream.send_all(last)
+                if isinstance(stream, trio.abc.HalfCloseableStream):
+                    await stream.send_eof()
+                # Closing with bytes unread would reset the connection, and the client lose the reason.
+                for _ in range(_LAST_READS):
+                    if not await stream.receive_some(4096):
+                        break
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            # The client is gone already.
+            return
+        finally:
+            self._refusing -= 1
 
     @property
     def round(self) -> Round:

@@ -21,10 +21,12 @@ from h2.errors import ErrorCodes
 from arka._core.wire import CONNECTION_WINDOW, INITIAL_WINDOW, MessageAssembler, Splitter, WireError
 from arka.errors import AdmissionRejected, ArkaError, Unavailable
 from arka.flight import frames
+from arka.flight.connections import OpenConnections
 from arka.flight.floods import Flood
 from arka.flight.flow import ReadAhead, StreamIntake
 from arka.flight.grpc import Call, Request, Route, parse_metadata, parse_timeout, read_request, run_call
 from arka.flight.h2state import BoundedH2
+from arka.flight.lines import Lines
 from arka.flight.outbound import Parts, StreamOutput, Turn
 from arka.flight.pace import Pace
 from arka.flight.rounds import Round
@@ -71,6 +73,8 @@ class Shared:
         streams: RPCs that are running.
         round: on while many streams are told of one thing.
         turns: whose turn it is, among connections that used up theirs.
+        connections: those that are open, and who gets a place.
+        lines: log lines that clients cause.
     """
 
     def __init__(self, routes: Mapping[str, Route], ledger: Ledger, limits: Limits) -> None:
@@ -84,6 +88,8 @@ class Shared:
         self.streams = 0
         self.round = Round()
         self.turns = TurnQueue()
+        self.connections = OpenConnections(limits.connections, limits.peer_share)
+        self.lines = Lines()
 
 
 class Stream:

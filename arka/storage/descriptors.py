@@ -8,8 +8,10 @@ from __future__ import annotations
 import resource
 from typing import Final, NamedTuple
 
-#: Descriptors that are kept for the log, the object store, the catalog, the workers and reads.
+#: Descriptors that are kept for the log, the object store, the catalog and reads. Threads have none of their own.
 RESERVE: Final = 256
+#: What a worker process takes on this side: two pipes, its end, and the same while another is started in its place.
+WORKER_DESCRIPTORS: Final = 12
 #: More than this is never needed, and an unlimited hard limit is no number.
 _MOST: Final = 1 << 20
 
@@ -40,17 +42,18 @@ def raise_limit() -> int:
     return _MOST if soft == resource.RLIM_INFINITY else soft
 
 
-def budget(limit: int, connections: int) -> Budget:
+def budget(limit: int, connections: int, reserve: int = RESERVE) -> Budget:
     """Divide descriptors.
 
     Args:
         limit: how many there are.
         connections: how many connections are asked for.
+        reserve: how many connections may not take.
 
     Returns:
         At most as many connections as were asked for, at least one. Half of a small limit is reserved.
     """
-    return Budget(limit, max(1, min(connections, limit - min(RESERVE, limit // 2))))
+    return Budget(limit, max(1, min(connections, limit - min(reserve, limit // 2))))
 
 
-__all__ = ["RESERVE", "Budget", "budget", "raise_limit"]
+__all__ = ["RESERVE", "WORKER_DESCRIPTORS", "Budget", "budget", "raise_limit"]

@@ -223,4 +223,13 @@ async def run_compute(function: Callable[..., T], *args: object, peer: str = SER
     return await Job(peer, size).run(function, *args)
 
 
-__all__ = ["SERVER", "SMALL_BYTES", "Job", "Lanes", "lanes", "run_compute"]
+def most_threads() -> int:
+    """Return how many threads jobs may take: those for computing, and trio's own limit for what waits for disks.
+
+    However many clients there are: a request takes none while it waits for its turn.
+    """
+    computing = (os.cpu_count() or 1) + 1
+    return computing + int(trio.to_thread.current_default_thread_limiter().total_tokens)
+
+
+__all__ = ["SERVER", "SMALL_BYTES", "Job", "Lanes", "lanes", "most_threads", "run_compute"]

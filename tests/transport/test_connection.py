@@ -925,15 +925,6 @@ class TestLimits:
             await s.peer.send(s.peer.request(201, content_type=None, end=True))
             assert (await s.peer.response(201)).body
 
-    async def test_connections(self):
-        """A connection too many is closed at once and logged."""
-        factory = ConnectionFactory({ECHO: Route(echo)}, Ledger(64 * MIB), Limits(connections=1))
-        with structlog.testing.capture_logs() as logs:
-            async with connected(factory), connected(factory, shake_hands=False) as (second, _):
-                while not second.closed:
-                    await trio.testing.wait_all_tasks_blocked()
-        assert "connection.refused" in [entry["event"] for entry in logs]
-
     @pytest.mark.parametrize(
         ("flood", "kind"),
         [
