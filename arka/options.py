@@ -73,6 +73,8 @@ class LogOptions:
 
 #: What ``limits.index_bytes`` is unless it is set.
 INDEX_BYTES = 128 * MIB
+#: What ``limits.reads`` is unless it is set.
+READS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +104,7 @@ class Limits:
     min_bytes_per_s: int = option(
         64 * KIB,
         "The rate, over 10 s, below which a stream with a granted message ends with overloaded while others wait "
-        "for memory: a client that sends slowly must not hold what others need. 0 ends none.",
+        "for memory, or a read whose client takes less while other reads wait. 0 ends none.",
         at_least=0,
     )
     unread_bytes: int = option(
@@ -111,7 +113,7 @@ class Limits:
         "too many of them is not read, then ended.",
         at_least=MIB,
     )
-    disk_bytes: int = option(64 * GIB, "Bytes of WAL, parked writes and spill files.", at_least=64 * MIB)
+    disk_bytes: int = option(64 * GIB, "Bytes of WAL and parked writes.", at_least=64 * MIB)
     disk_free_bytes: int = option(GIB, "Free space kept beside what accepted writes still need.", at_least=0)
     stall_s: float = option(
         30.0,
@@ -140,8 +142,25 @@ class Limits:
         "Memory that a commit worker keeps of primary-key tables between commits; the indexes themselves are on disk.",
         at_least=0,
     )
+    reads: int = option(
+        READS,
+        "DoGets that run at a time, each in a process of its own; one client address has all but one at most.",
+        at_least=1,
+        at_most=64,
+    )
+    reads_waiting: int = option(
+        256, "DoGets that wait for their turn or for an LSN; one client address has half of them at most.", at_least=1
+    )
+    read_buffer_bytes: int = option(
+        16 * MIB, "Bytes of all answers of DoGet together that wait in memory for their clients.", at_least=MIB
+    )
+    read_disk_bytes: int = option(
+        512 * MIB,
+        "Bytes of all DoGets together that are copied from the log, since they are not committed yet.",
+        at_least=MIB,
+    )
     read_pin_s: float = option(
-        300.0, "Longest time that a DoGet keeps the log from being released while it is answered.", at_least=1
+        300.0, "Longest time that a DoGet keeps the log from being released while it copies from it.", at_least=1
     )
     read_wait_s: float = option(
         30.0, "Longest time that a DoGet waits for the LSN that its wait_for_lsn names.", at_least=0.1

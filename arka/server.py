@@ -29,7 +29,7 @@ from arka.flight.accepting import accept_connections
 from arka.flight.connections import ENDING_MOST
 from arka.flight.grpc import Health
 from arka.flight.http2 import REFUSING_MOST, ConnectionFactory
-from arka.flight.service import FlightService, prepare_spill_dir
+from arka.flight.service import FlightService
 from arka.iceberg.config import CatalogConfig
 from arka.listeners import check_host, open_listeners
 from arka.options import Limits, Settings
@@ -45,6 +45,7 @@ from arka.storage.modes import Places, warn_of_modes
 from arka.storage.objects import open_folder, open_object_store, read_range
 from arka.storage.place import settle_place
 from arka.storage.ports import CatalogUnavailable
+from arka.storage.readpipe import READ_FOLDER, prepare_read_folders
 from arka.storage.survival import local_tiers
 from arka.storage.threads import most_threads
 from arka.storage.warehouse import MarkedWarehouse, local_root
@@ -244,10 +245,9 @@ async def serve(
         async with _engine(settings, data_dir) as opened:
             ledger = Ledger.of(limits)
             set_kept_bytes(settings.limits.memory_bytes // _KEPT_PART)
-            spill_dir = data_dir / "spill"
-            prepare_spill_dir(spill_dir)
+            prepare_read_folders(data_dir / READ_FOLDER)
             effects = Effects(settings.limits.actions)
-            service = FlightService(opened.pipeline, effects, limits, spill_dir)
+            service = FlightService(opened.pipeline, effects, limits)
             health = Health([f"{messages.PACKAGE}.FlightService"])
             connections = ConnectionFactory({**service.routes(), **health.routes()}, ledger, limits)
             server = Server(opened, effects, service, health, connections, listeners, drain_s=settings.server.drain_s)
@@ -322,7 +322,7 @@ async def _engine(settings: Settings, data_dir: Path) -> AsyncIterator[OpenLog]:
         if reason is not None:
             log.warning("server.local_only", tier=tier, hint=reason)
     # Each may be a mount of its own.
-    wal_dir, spill_dir, checkpoint_dir = (data_dir / name for name in (WAL_FOLDER, "spill", "checkpoints"))
+    wal_dir, spill_dir, checkpoint_dir = (data_dir / name for name in (WAL_FOLDER, READ_FOLDER, "checkpoints"))
     spill_apart = device_of(spill_dir) != device_of(wal_dir)
     index_bytes = settings.limits.index_bytes
     async with open_catalog(
@@ -331,6 +331,7 @@ async def _engine(settings: Settings, data_dir: Path) -> AsyncIterator[OpenLog]:
         settings.iceberg.catalog,
         index_bytes=index_bytes,
         partitions=settings.limits.partitions,
+        reads=settings.limits.reads,
     ) as catalog:
         surroundings = Surroundings(
             warehouse=_open_warehouse(settings, data_dir),

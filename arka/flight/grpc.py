@@ -74,6 +74,11 @@ class Call:
         self._intake = intake
         self._output = output
 
+    @property
+    def peer_host(self) -> str:
+        """The client's address without its port: what is shared among peers goes by it."""
+        return self.peer.rpartition(":")[0] or self.peer
+
     async def receive(self) -> FlightMessage | bytes | None:
         """Take the client's next message.
 
@@ -114,6 +119,20 @@ class Call:
         """
         size = sum(len(part) for part in parts)
         await self._output.put(size + 5, message_prefix(size), *parts)
+
+    async def send_bytes(self, part: bytes) -> None:
+        """Send the next bytes of messages that the caller has framed; waits while the stream's send buffer is full.
+
+        Raises:
+            trio.ClosedResourceError: the stream is over.
+
+        Cancellation: the bytes were not sent.
+        """
+        await self._output.put(len(part), part)
+
+    def discard_unsent(self) -> None:
+        """Drop what waits to be sent, for an RPC that is about to end with an error: its client does not read."""
+        self._output.discard()
 
     def attach_outbox(self, outbox: Outbox) -> None:
         """Let the connection pull messages from ``outbox`` whenever the client has room for them (T6)."""

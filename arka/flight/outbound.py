@@ -157,6 +157,12 @@ class StreamOutput:
         waiting = self._trailers
         self.finish(waiting if waiting and (b"grpc-status", b"0") not in waiting else trailers, now)
 
+    def discard(self) -> None:
+        """Drop what is queued, be it in the middle of a message: an error is about to end the stream."""
+        self._parts.clear()
+        self._buffered = 0
+        self._room.unpark_all()
+
     def close(self) -> None:
         """Forget everything: the stream is over. Whoever waits to send is told."""
         self._closed = True

@@ -8,21 +8,17 @@ from __future__ import annotations
 
 import base64
 import json
-import os
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
-from uuid import uuid4
 
 import msgspec
-import pyarrow as pa
 import structlog
 import trio
 
 from arka.errors import ArkaError, ErrorCode, InvalidRequest, Unavailable, cut, quote
 from arka.flight import messages
 from arka.flight.acks import AckForm, chokes_on_metadata
+from arka.flight.answers import AnswerBuffers, BufferedAnswer, check_rate, deliver
 from arka.flight.exchange import Exchange
 from arka.flight.grpc import Call, Route
 from arka.flight.publicschema import public_schema
@@ -30,9 +26,7 @@ from arka.flight.refusals import check_not_sql, unknown_action
 from arka.flight.schemas import describe_partition, describe_schema, parse_create_table
 from arka.lineage import CommitMark
 from arka.options import Limits
-from arka.privacy import make_folders
 from arka.records import TableName, Tier
-from arka.storage.threads import run_compute
 from arka.tiers.ddl import load_table
 from arka.tiers.effects import Effects
 from arka.tiers.pipeline import Pipeline
@@ -89,19 +83,18 @@ class _Ticket(msgspec.Struct, frozen=True):
 class FlightService:
     """Arrow Flight's RPCs over a pipeline."""
 
-    def __init__(self, pipeline: Pipeline, effects: Effects, limits: Limits, spill_dir: Path) -> None:
+    def __init__(self, pipeline: Pipeline, effects: Effects, limits: Limits) -> None:
         """Join the service to the engine.
 
         Args:
             pipeline: where tables are and writes go.
             effects: runs the actions that change something.
             limits: what one stream may use.
-            spill_dir: local directory for the results of DoGet while they are sent.
         """
         self._effects = effects
         self._pipeline = pipeline
         self._limits = limits
-        self._spill_dir = spill_dir
+        self._answer_buffers = AnswerBuffers(limits.read_buffer_bytes, limits.reads)
         self._draining = False
         self._drain_reason = "The server is draining: reconnect to the same node and resume"
         self._drain_deadline = 0.0
@@ -211,45 +204,26 @@ class FlightService:
                 f"Unknown compression {quote(ticket.compression)}: expected {', '.join(_COMPRESSIONS)}"
             )
         request = ReadRequest(columns, limit, ticket.at_lsn, ticket.wait_for_lsn, _COMPRESSIONS[compression])
-        with self._spill() as path:
-            await read_table(self._pipeline, table, request, str(path))
-            source = await run_compute(pa.memory_map, str(path), "r")
-        # The file is unlinked here: the map keeps its bytes until the last of them is sent.
-        with source, self._held(source.size()):
-            reader = pa.ipc.MessageReader.open_stream(source)
-            while (message := await run_compute(_next_message, reader)) is not None:
-                header = _public_header(message)
-                body = message.body
-                size = body.size if body is not None else 0
-                parts: list[bytes | memoryview] = [messages.flight_data_head(header, size)]
-                if size:
-                    parts.append(memoryview(body).cast("B"))
-                # The spilled answer takes room that writers need.
-                with trio.move_on_after(self._limits.message_stall_s) as stall:
-                    await call.send(*parts)
-                if stall.cancelled_caught:
-                    raise ArkaError(
-                        f"A message of the answer was not read in {self._limits.message_stall_s:g} s "
-                        "(limits.message_stall_s)",
-                        code=ErrorCode.TOO_LARGE,
-                    )
+        answer = BufferedAnswer(self._answer_buffers)
+        turns = self._pipeline.read_turns
 
-    @contextmanager
-    def _held(self, size: int) -> Iterator[None]:
-        """Count a result's bytes on the disk, which they take until the last is sent (R23)."""
-        self._pipeline.note_held("spill", size)
-        try:
-            yield
-        finally:
-            self._pipeline.note_held("spill", -size)
+        def contended() -> bool:
+            return (answer.reading and turns.contended) or self._answer_buffers.waiting > 0
 
-    @contextmanager
-    def _spill(self) -> Iterator[Path]:
-        path = self._spill_dir / f"{uuid4()}.arrows"
+        async def read() -> None:
+            try:
+                await read_table(self._pipeline, table, request, answer, peer=call.peer_host)
+            except ArkaError as error:
+                answer.fail(error)
+
         try:
-            yield path
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(read)
+                nursery.start_soon(check_rate, call, answer, self._limits.min_bytes_per_s, contended)
+                await deliver(call, answer, self._limits.message_stall_s)
+                nursery.cancel_scope.cancel()
         finally:
-            path.unlink(missing_ok=True)
+            answer.close()
 
     async def get_schema(self, call: Call) -> None:
         """Send a table's schema as an encapsulated IPC message."""
@@ -443,21 +417,6 @@ async def _request(call: Call) -> bytes:
     return data
 
 
-def _next_message(reader: pa.ipc.MessageReader) -> pa.ipc.Message | None:
-    try:
-        return reader.read_next_message()
-    except StopIteration:
-        return None
-
-
-def _public_header(message: pa.ipc.Message) -> bytes:
-    """A message's flatbuffer; a schema's without the field ids and marks that the scan put there."""
-    if message.type != "schema":
-        return bytes(message.metadata)
-    schema = pa.ipc.read_schema(message)
-    return bytes(pa.ipc.read_message(public_schema(schema).serialize()).metadata)
-
-
 def _parse_body(body: bytes) -> _NameBody:
     try:
         return msgspec.json.decode(body, type=_NameBody)
@@ -493,17 +452,9 @@ def _flight_info(table: Table, descriptor: Any) -> Any:
     )
 
 
-def prepare_spill_dir(path: Path) -> None:
-    """Make the directory of DoGet's results and remove what a crash left in it."""
-    make_folders(path)
-    for left in os.scandir(path):
-        if left.name.endswith(".arrows"):
-            os.unlink(left.path)
-
-
 def _describe_mark(mark: CommitMark) -> dict[str, Any]:
     """What a table remembers of a log; the token as text, since JSON's numbers are not that exact everywhere."""
     return {"committed_lsn": mark.committed_lsn, "epoch": mark.epoch, "token": f"{mark.token:016x}"}
 
 
-__all__ = ["FlightService", "prepare_spill_dir"]
+__all__ = ["FlightService"]

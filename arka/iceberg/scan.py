@@ -1,14 +1,16 @@
-"""Read a table into an Arrow IPC stream file: a snapshot, and what lies above it in the log.
+"""Read a table: a snapshot, and what lies above it in the log, as Arrow messages in a pipe.
 
-Owns: the file that DoGet streams from, and which snapshot it begins with. Does not own what frames above it come to
-(``tail``).
+Owns: the order of an answer, and which snapshot it begins with. Does not own what frames above it come to (``tail``),
+their copies (``tailcopy``) nor the pipe (``outlet``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -30,10 +32,11 @@ from arka.iceberg.config import CatalogConfig
 from arka.iceberg.control import key_columns
 from arka.iceberg.deletes import live_rows
 from arka.iceberg.marks import mark_in, marks_of
+from arka.iceberg.outlet import PIPE_NAME, Outlet
 from arka.iceberg.pieces import pieces
 from arka.iceberg.schema import UnsupportedType, arrow_schema, field_id
 from arka.iceberg.tail import open_tail
-from arka.privacy import make_file
+from arka.iceberg.tailcopy import copied
 from arka.records import FIELD_ID_KEY, TableName
 from arka.storage.ports import CatalogConflict, CommitMark, ReadJob, SchemaMisfit, TableMissing
 from arka.tableproperties import SUMMARY_LAST_LSN, SUMMARY_LOG, committed_lsn_property
@@ -42,13 +45,13 @@ from arka.tableproperties import SUMMARY_LAST_LSN, SUMMARY_LOG, committed_lsn_pr
 SNAPSHOT_KEY = "arka.snapshot-id"
 
 
-def scan(config: CatalogConfig, job: ReadJob, path: str) -> int:
-    """Write a table's rows to a local file.
+def scan(config: CatalogConfig, job: ReadJob, folder: str) -> int:
+    """Send a table's rows through the pipe of a read.
 
     Args:
         config: the catalog.
-        job: what is wanted of which table; its frames must stay in the log until this returns.
-        path: the file; replaced.
+        job: what is wanted of which table; its frames must stay in the log until the pipe says that they are copied.
+        folder: has the pipe, and gets the copies.
 
     Returns:
         The number of rows: those of the snapshot first, then those that frames add. The stream's schema is the table's
@@ -58,20 +61,26 @@ def scan(config: CatalogConfig, job: ReadJob, path: str) -> int:
     Raises:
         TableMissing: no table with that UUID under that name.
         InvalidRequest: a column that the table does not have.
-        ArkaError: ``out_of_range``: no retained snapshot ends at ``job.at_lsn``; ``overloaded``: the answer has more
-            than ``job.max_bytes``; ``table_stopped``: others have made something of the table that Arka cannot work
-            with, or its mark is not to be believed and the answer depends on it (``ReadJob.objection``).
+        ArkaError: ``out_of_range``: no retained snapshot ends at ``job.at_lsn``; ``table_stopped``: others have made
+            something of the table that Arka cannot work with, or its mark is not to be believed and the answer depends
+            on it (``ReadJob.objection``).
         DataCorruption: a frame's CRC does not hold (R9).
-        OSError: the warehouse or the local disk failed.
+        OSError: the warehouse or the local disk failed, or nobody reads the pipe any more.
     """
     try:
-        return _scan(config, job, path)
+        with ExitStack() as held:
+            outlet = held.enter_context(Outlet(str(Path(folder) / PIPE_NAME)))
+            if job.tail is not None:
+                # Before the catalog is asked, which may take long: the log keeps the frames until this is done.
+                job = replace(job, tail=held.enter_context(copied(job.tail, folder, outlet.check_wanted)))
+            outlet.say_copied()
+            return _scan(config, job, outlet)
     except SchemaMisfit as error:
         what = f"{job.table.name} cannot be read now: {error}"
         raise ArkaError(what, code=ErrorCode.TABLE_STOPPED) from error
 
 
-def _scan(config: CatalogConfig, job: ReadJob, path: str) -> int:
+def _scan(config: CatalogConfig, job: ReadJob, outlet: Outlet) -> int:
     info = job.table
     try:
         table = catalog(config).load_table(tuple(info.name))
@@ -93,31 +102,27 @@ def _scan(config: CatalogConfig, job: ReadJob, path: str) -> int:
         what = f"others have made something of {info.name} that cannot be read here: {error}"
         raise ArkaError(what, code=ErrorCode.TABLE_STOPPED) from error
     schema = check_columns(info.name, whole, job.columns)
-    frames = job.tail if base.takes_frames else None
-    tail = open_tail(None if frames is None else replace(frames, table=now), base.lsn)
-    wide = pa.schema([*schema, *(whole.field(name) for name in tail.needs if name not in schema.names)])
-    rows = 0
     stream_schema = schema.with_metadata(scan_notes(base.marks, base.snapshot_id))
-    options = pa.ipc.IpcWriteOptions(compression=job.compression)
-    make_file(path)
-    with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, stream_schema, options=options) as stream:
-        found = (tail.hide(batch) for batch in _batches(table, base, wide, tail.batch_rows))
-        for batch in chain(found, tail.rows()):
-            # Views of the log and of the snapshot's files alike: the metadata is this answer's.
-            chosen = pa.RecordBatch.from_arrays([batch.column(name) for name in schema.names], schema=stream_schema)
-            wanted = chosen if job.limit is None else chosen.slice(0, job.limit - rows)
-            if wanted.num_rows:
-                if sink.tell() + wanted.nbytes > job.max_bytes:
-                    raise ArkaError(
-                        f"The answer has more than {job.max_bytes} bytes, for which the server's disk has room now: "
-                        "ask for fewer columns or rows, or try again later",
-                        code=ErrorCode.OVERLOADED,
-                    )
-                for piece in pieces(wanted, compressed=job.compression is not None):
-                    stream.write_batch(piece)
-                rows += wanted.num_rows
-            if job.limit is not None and rows >= job.limit:
-                break
+    frames = job.tail if base.takes_frames and job.limit != 0 else None
+    tail = open_tail(None if frames is None else replace(frames, table=now), base.lsn)
+    outlet.begin(stream_schema, job.compression)
+    if job.limit == 0:
+        return 0
+    names = set(schema.names)
+    wide = pa.schema([*schema, *(whole.field(name) for name in tail.needs if name not in names)])
+    rows = 0
+    found = (tail.hide(batch) for batch in _batches(table, base, wide, tail.batch_rows, outlet))
+    for batch in chain(found, tail.rows()):
+        outlet.check_wanted()
+        # Views of the log and of the snapshot's files alike: the metadata is this answer's.
+        chosen = pa.RecordBatch.from_arrays([batch.column(name) for name in schema.names], schema=stream_schema)
+        wanted = chosen if job.limit is None else chosen.slice(0, job.limit - rows)
+        if wanted.num_rows:
+            for piece in pieces(wanted, compressed=job.compression is not None):
+                outlet.put(piece)
+            rows += wanted.num_rows
+        if job.limit is not None and rows >= job.limit:
+            break
     return rows
 
 
@@ -189,7 +194,7 @@ def _schema_at(metadata: TableMetadata, snapshot: Snapshot | None) -> Schema:
     return metadata.schema()
 
 
-def _batches(table: Table, base: _Base, schema: pa.Schema, batch_rows: int) -> Iterator[pa.RecordBatch]:
+def _batches(table: Table, base: _Base, schema: pa.Schema, batch_rows: int, outlet: Outlet) -> Iterator[pa.RecordBatch]:
     """Yield the live rows of a snapshot."""
     if base.snapshot_id is None:
         return
@@ -201,6 +206,7 @@ def _batches(table: Table, base: _Base, schema: pa.Schema, batch_rows: int) -> I
         if isinstance(field.transform, IdentityTransform)
     }
     for task in table.scan(snapshot_id=base.snapshot_id).plan_files():
+        outlet.check_wanted()
         with table.io.new_input(task.file.file_path).open() as source:
             file = pq.ParquetFile(source)
             ids = {int((f.metadata or {}).get(FIELD_ID_KEY, -1)): f.name for f in file.schema_arrow}

@@ -9,6 +9,7 @@ workers are forked from (``arka.iceberg.template``). The server never loads pyic
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import logging
@@ -18,6 +19,7 @@ import signal
 import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Final, ParamSpec, TypeVar
 from uuid import UUID
 
@@ -49,6 +51,9 @@ from arka.storage.ports import (
 #: Workers give way to the server's own process: what a client waits for first is there, and a backlog is bounded by the
 #: disk and not by the time that it takes.
 _NICENESS: Final = 5
+
+#: How much sooner than others the kernel ends a process that reads for a client.
+_READER_OOM_SCORE: Final = "500"
 
 #: What jobs raise on purpose: crosses to the server as it is.
 _DEFINITE: Final = (
@@ -96,6 +101,13 @@ def initialise(server_pid: int, shared_group: int | None, secrets: tuple[str, ..
     threading.Thread(target=_end_with_server, daemon=True).start()
     failpoints.arm(failpoints.wished(os.environ), server_pid=server_pid)
     logging.getLogger("pyiceberg").setLevel(logging.ERROR)
+
+
+def initialise_reader(server_pid: int, shared_group: int | None, secrets: tuple[str, ...]) -> None:
+    """As ``initialise``, for a process that reads for clients: where memory runs out, it is the first to go (T27)."""
+    initialise(server_pid, shared_group, secrets)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(_READER_OOM_SCORE)
 
 
 def _end_with_server() -> None:
@@ -246,11 +258,11 @@ def look_at(config: CatalogConfig, info: TableInfo) -> None:
 
 
 @_job
-def scan(config: CatalogConfig, job: ReadJob, path: str) -> int:
+def scan(config: CatalogConfig, job: ReadJob, folder: str) -> int:
     """See ``arka.iceberg.scan.scan``."""
     from arka.iceberg.scan import scan as run
 
-    return run(config, job, path)
+    return run(config, job, folder)
 
 
 __all__ = [

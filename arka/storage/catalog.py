@@ -21,14 +21,15 @@ from uuid import UUID
 import structlog
 import trio
 
-from arka.errors import ArkaError
+from arka.errors import ArkaError, InternalError
 from arka.iceberg import worker
 from arka.iceberg.attempts import finished_files
 from arka.iceberg.config import CatalogConfig
-from arka.options import INDEX_BYTES, IcebergOptions
+from arka.options import INDEX_BYTES, READS, IcebergOptions
 from arka.records import TableDefinition, TableInfo, TableName, TableType
 from arka.storage.attempts import Attempts
 from arka.storage.ports import (
+    Answer,
     CatalogListing,
     CatalogTable,
     CatalogUnavailable,
@@ -43,10 +44,17 @@ from arka.storage.ports import (
     TableMissing,
     WorkUnfinished,
 )
+from arka.storage.readpipe import READ_FOLDER, ReadPipe, open_read_pipe
 from arka.storage.workers import JobWatch, Template, WorkerPool, open_pool
 
-#: Control calls at a time; scans may take all of them but one, so that a long one does not stop CreateTable.
+#: Control calls at a time.
 _CONTROL_WORKERS: Final = 2
+
+#: How long a worker has to notice that nobody wants its answer any more, in seconds; then it is killed.
+_GIVING_UP_S: Final = 0.25
+
+#: How long a reader process waits for the next read before it ends, in seconds.
+_READER_IDLE_S: Final = 60.0
 
 #: How long rewriting the paths of all tables may take, in seconds.
 _ADOPT_S: Final = 86_400.0
@@ -125,6 +133,8 @@ class IcebergCatalog:
         commit: _Shards,
         builds: WorkerPool,
         control: WorkerPool,
+        reads: WorkerPool,
+        read_dir: Path,
         attempts: Attempts,
         open_fresh: Callable[[], AbstractAsyncContextManager[WorkerPool]],
     ) -> None:
@@ -136,7 +146,8 @@ class IcebergCatalog:
         self._control = control
         self._attempts = attempts
         self._open_fresh = open_fresh
-        self._scans = trio.CapacityLimiter(_CONTROL_WORKERS - 1)
+        self._reads = reads
+        self._read_dir = read_dir
         # What was last said of each table's properties: once, not with each commit.
         self._noted: dict[UUID, tuple[str, ...]] = {}
 
@@ -286,10 +297,46 @@ class IcebergCatalog:
         """See ``ports.Catalog.look_at``."""
         await self._control.run(worker.look_at, self._config, table)
 
-    async def scan(self, job: ReadJob, path: str) -> int:
+    async def scan(self, job: ReadJob, answer: Answer) -> int:
         """See ``ports.Catalog.scan``."""
-        async with self._scans:
-            return await self._control.run(worker.scan, self._config, job, path)
+        async with open_read_pipe(self._read_dir) as pipe:
+            return await self._scan(job, answer, pipe)
+
+    async def _scan(self, job: ReadJob, answer: Answer, pipe: ReadPipe) -> int:
+        rows = 0
+        complete = True
+        failures: list[Exception] = []
+        ended = trio.Event()
+        working = trio.CancelScope(shield=True)
+
+        async def work() -> None:
+            nonlocal rows
+            try:
+                with working:
+                    rows = await self._reads.run(worker.scan, self._config, job, pipe.folder, progress=pipe.progress)
+            except Exception as error:
+                failures.append(error)
+            finally:
+                pipe.end()
+                ended.set()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(work)
+            try:
+                complete = await pipe.run(answer)
+            except Exception as error:
+                failures.insert(0, error)
+            finally:
+                # A worker whose answer is not wanted any more finds that out soon, and its process lives on.
+                pipe.close()
+                with trio.CancelScope(shield=True, deadline=trio.current_time() + _GIVING_UP_S):
+                    await ended.wait()
+                working.cancel()
+        if failures:
+            raise failures[0]
+        if not complete:
+            raise InternalError(f"the answer of {job.table.name} ended inside a message")
+        return rows
 
 
 def _progress_of(job: TableFrames) -> Callable[[], int]:
@@ -343,6 +390,7 @@ async def open_catalog(
     *,
     index_bytes: int = INDEX_BYTES,
     partitions: int = 10_000,
+    reads: int = READS,
 ) -> AsyncIterator[IcebergCatalog]:
     """Open a catalog with its worker processes; no process starts before its first job or ``start``.
 
@@ -352,6 +400,7 @@ async def open_catalog(
         properties: further pyiceberg properties, beside ``options.catalog``: credentials, ``s3.*``.
         index_bytes: memory that a commit worker keeps of primary-key tables between commits.
         partitions: most partitions that a write may touch under a spec that is newer than it (R27).
+        reads: reads at a time, each in a process of its own (T27).
 
     Raises:
         ConfigurationError: an option cannot work.
@@ -368,6 +417,10 @@ async def open_catalog(
         async def pool(size: int = 1) -> WorkerPool:
             return await stack.enter_async_context(open_pool(template, size, options.job_deadline_s))
 
+        readers = open_pool(
+            template, reads, options.job_deadline_s, idle_s=_READER_IDLE_S, initialise=worker.initialise_reader
+        )
+
         attempts = Attempts(config.attempts_dir)
         await attempts.load()
         yield IcebergCatalog(
@@ -376,6 +429,8 @@ async def open_catalog(
             commit=_Shards([await pool() for _ in range(options.commit_workers)], await pool()),
             builds=await pool(),
             control=await pool(_CONTROL_WORKERS),
+            reads=await stack.enter_async_context(readers),
+            read_dir=data_dir / READ_FOLDER,
             attempts=attempts,
             open_fresh=partial(open_pool, template, 1, options.job_deadline_s),
         )

@@ -346,7 +346,6 @@ class ReadJob:
         limit: most rows; None for all.
         at_lsn: the last LSN that the answer may hold; None for the newest there is.
         tail: the frames that the newest snapshot may lack, up to ``at_lsn``; None for none.
-        max_bytes: most bytes of the answer (R23).
         compression: of the answer's buffers, ``lz4`` or ``zstd``; None for none.
         lineage: the log's starts; no LSN of a mark that is not of them means anything here (R15).
         known_lsn: the last LSN that the asking process knew to be committed to the table when it asked (R20).
@@ -360,7 +359,6 @@ class ReadJob:
     limit: int | None = None
     at_lsn: int | None = None
     tail: TableFrames | None = None
-    max_bytes: int = 2**62
     compression: str | None = None
     lineage: Lineage = NO_STARTS
     known_lsn: int = 0
@@ -377,6 +375,22 @@ class ReadJob:
         # Invariant: the frames begin above what is known to be committed.
         known_lsn = max(self.known_lsn, 0 if self.tail is None else self.tail.after_lsn)
         return self.lineage.objection(self.table.name, self.table.uuid, mark, known_lsn, self.recorded)
+
+
+class Answer(Protocol):
+    """Takes the messages of one read, in order; each method waits while there is no room."""
+
+    async def tail_copied(self) -> None:
+        """Take note that the log's frames are no longer needed; called once, before the first message."""
+        ...
+
+    async def begin(self, header: bytes, body_bytes: int) -> None:
+        """Begin a message: its flatbuffer, and how many bytes of body ``add`` will bring."""
+        ...
+
+    async def add(self, part: bytes) -> None:
+        """Take the next bytes of the message's body; never none."""
+        ...
 
 
 class CatalogUnavailable(Exception):
@@ -538,11 +552,12 @@ class Catalog(Protocol):
         """
         ...
 
-    async def scan(self, job: ReadJob, path: str) -> int:
-        """Write a table's rows as an Arrow IPC stream to the local file ``path``: a snapshot's, and frames above it.
+    async def scan(self, job: ReadJob, answer: Answer) -> int:
+        """Send a table's rows to ``answer`` as Arrow messages: a snapshot's, and frames above it.
 
-        The schema's metadata says which snapshot it was (``arka.snapshot-id``) and how far each log is in it; both come
-        from one metadata file (R25). Frames that it holds already are left out.
+        The first message is the schema; its metadata says which snapshot it was (``arka.snapshot-id``) and how far each
+        log is in it; both come from one metadata file (R25). Frames that it holds already are left out. The frames must
+        be in the log until ``answer.tail_copied``. The answer's methods are called from the caller's task.
 
         Returns:
             The number of rows.
@@ -550,9 +565,11 @@ class Catalog(Protocol):
         Raises:
             TableMissing: no such table.
             InvalidRequest: a column that the table does not have.
-            ArkaError: ``out_of_range``: ``at_lsn`` lies below the newest snapshot and no retained one ends there;
-                ``overloaded``: the answer would have more than ``max_bytes``.
+            ArkaError: ``out_of_range``: ``at_lsn`` lies below the newest snapshot and no retained one ends there.
             DataCorruption: a frame's CRC does not hold (R9).
+            Exception: what a method of ``answer`` raised.
+
+        Cancellation: whatever reads for the answer has ended, or was killed.
         """
         ...
 

@@ -273,21 +273,30 @@ class WorkerPool:
 
 
 @asynccontextmanager
-async def open_pool(template: Template, size: int, deadline_s: float) -> AsyncIterator[WorkerPool]:
+async def open_pool(
+    template: Template,
+    size: int,
+    deadline_s: float,
+    *,
+    idle_s: float = _IDLE_S,
+    initialise: Callable[[int, int | None, tuple[str, ...]], None] = worker.initialise,
+) -> AsyncIterator[WorkerPool]:
     """Open a pool; no process starts before its first job.
 
     Args:
         template: what its workers are forked from.
         size: jobs at a time.
         deadline_s: see ``WorkerPool``.
+        idle_s: how long a process waits for its next job.
+        initialise: runs once in each process, as ``worker.initialise``.
 
     Cancellation: closing waits for running jobs, so whoever runs them must be cancelled first.
     """
     reason: BaseException | None = None
     try:
         async with trio_parallel.open_worker_context(
-            idle_timeout=_IDLE_S,
-            init=functools.partial(worker.initialise, os.getpid(), privacy.shared_group(), redaction.known()),
+            idle_timeout=idle_s,
+            init=functools.partial(initialise, os.getpid(), privacy.shared_group(), redaction.known()),
             grace_period=_GRACE_S,
             worker_type=trio_parallel.WorkerType.FORKSERVER,
         ) as context:

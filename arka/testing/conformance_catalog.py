@@ -15,7 +15,7 @@ from uuid import UUID, uuid4
 
 import pyarrow as pa
 
-from arka.errors import ArkaError, DataCorruption, ErrorCode, InvalidRequest
+from arka.errors import AdmissionRejected, ArkaError, DataCorruption, ErrorCode, InvalidRequest
 from arka.records import (
     FIELD_ID_KEY,
     PartitionRequest,
@@ -40,6 +40,7 @@ from arka.storage.ports import (
     TableMissing,
 )
 from arka.tableproperties import OWNER
+from arka.testing.answers import CollectedAnswer
 
 SUFFIX: Final = "0123abcd"
 
@@ -150,12 +151,16 @@ async def _append(
 
 
 async def _ids(subject: Subject, info: TableInfo) -> list[int]:
-    path = str(subject.directory / f"{uuid4()}.arrow")
-    count = await subject.catalog.scan(_read(subject, info, ["id"], None), path)
-    table = pa.ipc.open_stream(pa.OSFile(path, "rb")).read_all()
-    assert table.num_rows == count
-    found: list[int] = table.column("id").to_pylist()
-    return found
+    return [row["id"] for row in await _rows_as_sent(subject, _read(subject, info, ["id"], None))]
+
+
+async def _rows_as_sent(subject: Subject, job: ReadJob) -> list[dict[str, Any]]:
+    answer = CollectedAnswer()
+    count = await subject.catalog.scan(job, answer)
+    rows = answer.rows()
+    assert answer.copied
+    assert len(rows) == count
+    return rows
 
 
 def _nested_ids(field: pa.Field) -> list[int]:
@@ -370,9 +375,9 @@ async def scan_honours_columns_and_limit(subject: Subject) -> None:
     """A scan has the columns asked for, in that order, in the table's types, and no row too many (R25)."""
     info = await _create(subject)
     result = await _append(subject, info, [1, 2, 3], 0, 3)
-    path = str(subject.directory / f"{uuid4()}.arrow")
-    assert await subject.catalog.scan(_read(subject, info, ["tags", "id"], 2), path) == 2
-    table = pa.ipc.open_stream(pa.OSFile(path, "rb")).read_all()
+    answer = CollectedAnswer()
+    assert await subject.catalog.scan(_read(subject, info, ["tags", "id"], 2), answer) == 2
+    table = answer.table()
     wanted = pa.schema([info.schema.field("tags"), info.schema.field("id")])
     assert table.schema.equals(wanted)
     assert [int(field.metadata[FIELD_ID_KEY]) for field in table.schema] == [3, 1]
@@ -381,21 +386,20 @@ async def scan_honours_columns_and_limit(subject: Subject) -> None:
         f"arka.{subject.log_uuid}.committed-lsn".encode(): b"3",
     }
     assert table.num_rows == 2
-    assert await subject.catalog.scan(_read(subject, info, None, None), path) == 3
-    whole = pa.ipc.open_stream(pa.OSFile(path, "rb")).read_all()
-    assert whole.cast(SCHEMA).to_pylist() == rows_of(1, 2, 3).to_pylist()
-    assert await subject.catalog.scan(_read(subject, info, None, 0), path) == 0
-    error = await _error_of(InvalidRequest, subject.catalog.scan(_read(subject, info, ["id", "nothing"], None), path))
+    answer = CollectedAnswer()
+    assert await subject.catalog.scan(_read(subject, info, None, None), answer) == 3
+    assert answer.table().cast(SCHEMA).to_pylist() == rows_of(1, 2, 3).to_pylist()
+    answer = CollectedAnswer()
+    assert await subject.catalog.scan(_read(subject, info, None, 0), answer) == 0
+    assert (answer.messages, answer.table().schema.names) == (1, SCHEMA.names)
+    job = _read(subject, info, ["id", "nothing"], None)
+    error = await _error_of(InvalidRequest, subject.catalog.scan(job, CollectedAnswer()))
     assert "nothing" in error.detail
 
 
 async def _found(subject: Subject, job: ReadJob) -> list[Any]:
     """What a read finds: the rows' ``id`` and ``name``, in order."""
-    path = str(subject.directory / f"{uuid4()}.arrow")
-    count = await subject.catalog.scan(job, path)
-    rows = pa.ipc.open_stream(pa.OSFile(path, "rb")).read_all().to_pylist()
-    assert len(rows) == count
-    return [(row["id"], row["name"]) for row in rows]
+    return [(row["id"], row["name"]) for row in await _rows_as_sent(subject, job)]
 
 
 async def read_adds_the_frames_above_the_snapshot(subject: Subject) -> None:
@@ -414,20 +418,33 @@ async def read_adds_the_frames_above_the_snapshot(subject: Subject) -> None:
         assert len(set(limited)) == 3
 
 
-async def read_keeps_to_its_room(subject: Subject) -> None:
-    """An answer that needs more bytes than it may have ends with ``overloaded``, in its snapshot or above it (R23)."""
+async def read_lets_go_of_the_log(subject: Subject) -> None:
+    """Frames may vanish as soon as they are said to be copied, which is before the first message (T27)."""
+    owner = {OWNER: owner_property("node", subject.log_uuid)}
+    keyed = {"table_type": TableType.PRIMARY_KEY, "key_columns": ("id",), "properties": owner}
+    for kind in ({}, keyed):
+        info = await _create(subject, **kind)
+        await _append(subject, info, range(1000), 0, 1)
+        tail = _frames(subject, info, [(2, rows_of(*range(500, 1500)))], 1, 2)
+        answer = CollectedAnswer(lambda piece=tail.slices[0]: subject.damage(piece))  # type: ignore[misc]
+        assert await subject.catalog.scan(_read(subject, info, tail=tail), answer) == (1500 if kind else 2000)
+        assert sorted({row["id"] for row in answer.rows()}) == list(range(1500))
+
+
+async def read_ends_with_its_answer(subject: Subject) -> None:
+    """What the answer raises ends the read, and the next one is not held up (T27)."""
     info = await _create(subject)
     await _append(subject, info, range(1000), 0, 1)
-    tail = _frames(subject, info, [(2, rows_of(*range(1000)))], 1, 2)
-    size = (await subject.catalog.scan(_read(subject, info, tail=tail), str(subject.directory / "whole"))) and (
-        subject.directory / "whole"
-    ).stat().st_size
-    assert len(await _found(subject, _read(subject, info, tail=tail, max_bytes=size))) == 2000
-    for room in (0, size // 4, size * 3 // 4):
-        job = _read(subject, info, tail=tail, max_bytes=room)
-        error = await _error_of(ArkaError, subject.catalog.scan(job, str(subject.directory / "cut")))
-        assert error.code is ErrorCode.OVERLOADED
-        assert not (subject.directory / "cut").exists() or (subject.directory / "cut").stat().st_size <= room + 4096
+
+    class Refused(CollectedAnswer):
+        async def begin(self, header: bytes, body_bytes: int) -> None:
+            await super().begin(header, body_bytes)
+            if self.messages == 2:
+                raise AdmissionRejected("the client is too slow")
+
+    for _ in range(3):
+        await _error_of(AdmissionRejected, subject.catalog.scan(_read(subject, info), Refused()))
+    assert len(await _ids(subject, info)) == 1000
 
 
 async def read_of_the_past(subject: Subject) -> None:
@@ -444,15 +461,14 @@ async def read_of_the_past(subject: Subject) -> None:
     newest = [found for found, _ in await _found(subject, _read(subject, info, at_lsn=10, tail=tail))]
     assert (sorted(newest), newest[-1]) == ([1, 2, 3, 7], 3)
     for between in (0, 2, 4, 8):
-        error = await _error_of(ArkaError, subject.catalog.scan(_read(subject, info, at_lsn=between), "unused"))
+        error = await _error_of(
+            ArkaError, subject.catalog.scan(_read(subject, info, at_lsn=between), CollectedAnswer())
+        )
         assert error.code is ErrorCode.OUT_OF_RANGE
 
 
 async def _rows(subject: Subject, job: ReadJob) -> list[Any]:
-    path = str(subject.directory / f"{uuid4()}.arrow")
-    await subject.catalog.scan(job, path)
-    found: list[Any] = pa.ipc.open_stream(pa.OSFile(path, "rb")).read_all().to_pylist()
-    return sorted(found, key=lambda row: tuple(row.values()))
+    return sorted(await _rows_as_sent(subject, job), key=lambda row: tuple(row.values()))
 
 
 async def read_of_the_past_has_its_own_columns(subject: Subject) -> None:
@@ -469,8 +485,8 @@ async def read_of_the_past_has_its_own_columns(subject: Subject) -> None:
     assert await _rows(subject, _read(subject, info, at_lsn=1)) == first
     assert await _rows(subject, _read(subject, info, ["name"], at_lsn=1)) == [{"name": "n1"}]
     assert await _rows(subject, _read(subject, info, at_lsn=2)) == [*now, {"id": 2, "title": "n2", "more": None}]
-    await _error_of(InvalidRequest, subject.catalog.scan(_read(subject, info, ["title"], at_lsn=1), "unused"))
-    await _error_of(InvalidRequest, subject.catalog.scan(_read(subject, info, ["name"]), "unused"))
+    await _error_of(InvalidRequest, subject.catalog.scan(_read(subject, info, ["title"], at_lsn=1), CollectedAnswer()))
+    await _error_of(InvalidRequest, subject.catalog.scan(_read(subject, info, ["name"]), CollectedAnswer()))
 
 
 async def commit_brings_back_what_it_loaded(subject: Subject) -> None:
@@ -501,7 +517,7 @@ async def rolled_back_table_is_read_alone(subject: Subject) -> None:
     tail = _frames(subject, info, [(9, rows_of(9))], 8, 9)
     for asked in ({"tail": tail}, {"tail": tail, "at_lsn": 4}, {"at_lsn": 4}, {"at_lsn": 8}, {"at_lsn": 9}):
         job = _read(subject, info, known_lsn=8, **asked)
-        error = await _error_of(ArkaError, subject.catalog.scan(job, "unused"))
+        error = await _error_of(ArkaError, subject.catalog.scan(job, CollectedAnswer()))
         assert error.code is ErrorCode.TABLE_STOPPED, error
         assert "stands at LSN 4, but 8 was committed" in error.detail, error
     assert sorted(await _found(subject, _read(subject, info, known_lsn=8))) == [(1, "n1"), (2, "n2")]
@@ -547,10 +563,9 @@ async def primary_key_keeps_one_row_of_each_key(subject: Subject) -> None:
                 assert len(found) == len(dict(found))
                 assert dict(found) == expected[end], (merge, committed, end)
                 # Columns that are not asked for are looked at all the same.
-                path = str(subject.directory / f"{uuid4()}.arrow")
-                names = sorted(name for _, name in found)
-                await subject.catalog.scan(_read(subject, info, ["name"], tail=tail), path)
-                assert sorted(pa.ipc.open_stream(pa.OSFile(path, "rb")).read_all()["name"].to_pylist()) == names
+                found = await _rows_as_sent(subject, _read(subject, info, ["name"], tail=tail))
+                names = sorted(expected[end].values())
+                assert sorted(row["name"] for row in found) == names
 
 
 async def damaged_frame_is_never_encoded(subject: Subject) -> None:
@@ -581,7 +596,8 @@ CHECKS: Final[tuple[Check, ...]] = (
     logs_have_marks_of_their_own,
     scan_honours_columns_and_limit,
     read_adds_the_frames_above_the_snapshot,
-    read_keeps_to_its_room,
+    read_lets_go_of_the_log,
+    read_ends_with_its_answer,
     read_of_the_past,
     read_of_the_past_has_its_own_columns,
     commit_brings_back_what_it_loaded,

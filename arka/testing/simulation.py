@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import random
 import sys
-import tempfile
 import time
 import traceback
 from collections import Counter
@@ -45,6 +44,7 @@ from arka.options import (
 )
 from arka.records import TableDefinition, TableName, TableType
 from arka.storage.ports import CommitJob, StoreUnavailable
+from arka.testing.answers import CollectedAnswer
 from arka.testing.simpromises import PromiseBroken, Promises
 from arka.testing.simschemas import change_schema, wide_definition
 from arka.testing.simstore import SimStore
@@ -431,13 +431,12 @@ class _Life:
 
     async def _read(self, table: Table) -> None:
         through_lsn = table.last_lsn
-        with tempfile.NamedTemporaryFile(suffix=".arrows") as file:
-            await read_table(self.pipeline, table, ReadRequest(("id", "part")), file.name)
-            await self.process.gate()
-            found = pa.ipc.open_stream(pa.memory_map(file.name)).read_all()
+        answer = CollectedAnswer()
+        await read_table(self.pipeline, table, ReadRequest(("id", "part")), answer)
+        await self.process.gate()
         if table.state is TableState.ACTIVE and not self.superseded:
             self.world.trace.counts["reads"] += 1
-            keys = [(row["id"], row["part"]) for row in found.to_pylist()]
+            keys = [(row["id"], row["part"]) for row in answer.rows()]
             self.world.promises.take_read(self, table.info.uuid, through_lsn, keys)
 
     # -- faults -----------------------------------------------------------------------------------

@@ -663,10 +663,10 @@ class ProcessCatalog(SimCatalog):
             self._weather.trace.count("catalog encode part")
         return made
 
-    def _scan(self, job: ReadJob, path: str) -> int:
+    def _scan(self, job: ReadJob, tail: Sequence[FrameRows]) -> pa.Table:
         if not self._weather.warehouse.shows(job.table.uuid):
             raise CatalogUnavailable(f"{job.table.name}: its files are not there")
-        return super()._scan(job, path)
+        return super()._scan(job, tail)
 
     async def _call(self, name: str, effect: Callable[[], T]) -> T:
         weather, rng = self._weather, self._weather.rng

@@ -9,7 +9,7 @@ table's failure stays in the table.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -28,11 +28,13 @@ from arka.tiers.disk import DiskTier
 from arka.tiers.keys import KeyIndex
 from arka.tiers.memory import Appended, MemoryTier, Releasable
 from arka.tiers.objects import ObjectTier
+from arka.tiers.readturns import ReadTurns
 from arka.tiers.release import LogRelease
 from arka.tiers.room import Room
 from arka.tiers.space import POLL_S, DiskSpace, SharedRoom
 from arka.tiers.table import Table, TableState
 from arka.tiers.tables import Tables
+from arka.tiers.tailroom import TailRoom
 from arka.tiers.uplink import Taken, Uplink
 from arka.tiers.watch import Effort, State, Watch, Watched
 from arka.tiers.watermarks import Bracket, Watermark
@@ -123,6 +125,10 @@ class Pipeline:
         self.read_pin_s = settings.limits.read_pin_s
         #: How long a read may wait for an LSN.
         self.read_wait_s = settings.limits.read_wait_s
+        #: Which reads run (T27).
+        self.read_turns = ReadTurns(settings.limits.reads, settings.limits.reads_waiting)
+        #: Room for what they copy of the log.
+        self.tail_room = TailRoom(settings.limits.read_disk_bytes, parts.space, self.read_turns)
         self._release = parts.release
         self._key_room = Room("keys", settings.limits.stall_s)
         self._commit_interval_s = settings.iceberg.commit_interval_s
@@ -233,6 +239,7 @@ class Pipeline:
     def _begin_drain(self) -> None:
         self._draining = True
         self.stopping.set()
+        self.read_turns.close("The server is draining: read again after its restart")
 
     async def wait_drained(self) -> None:
         """Wait until every accepted write is committed, as far as its table can be.
@@ -420,12 +427,8 @@ class Pipeline:
             owed += queued + sum(table.backlog.frame_bytes for table in self.tables.all())
         return owed
 
-    def spill_room(self) -> AbstractContextManager[int]:
-        """Keep room for an answer that is about to be written; see ``DiskSpace.spill_room``."""
-        return self._space.spill_room()
-
     def copy_room(self) -> int:
-        """Bytes that the log's file system has for a copy that goes at once; see ``DiskSpace.copy_room``."""
+        """Bytes that a copy for a read may take; see ``DiskSpace.copy_room``."""
         return self._space.copy_room()
 
     def note_held(self, kind: str, delta: int) -> None:

@@ -1,19 +1,20 @@
 """Reading a table: its newest snapshot, and above it every write that was accepted (R25).
 
-Owns: up to which LSN an answer goes, and that the frames it needs stay in the log until it is made. Does not own making
-it (``arka.iceberg.scan``).
+Owns: up to which LSN an answer goes, and that the frames it needs stay in the log until they are copied. Does not own
+making it (``arka.iceberg.scan``), whose turn it is (``arka.tiers.readturns``) nor sending it (``arka.flight.answers``).
 """
 
 from __future__ import annotations
 
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, Protocol
 
 import trio
 
 from arka.errors import ArkaError, ErrorCode, Unavailable
 from arka.records import MAX_LSN
-from arka.storage.ports import CatalogUnavailable, ReadJob, TableFrames, TableMissing
+from arka.storage.ports import Answer, CatalogUnavailable, ReadJob, TableFrames, TableMissing
 from arka.tiers.backlog import Backlog, Cut
 from arka.tiers.pipeline import Pipeline
 from arka.tiers.table import Table, TableState
@@ -21,6 +22,8 @@ from arka.tiers.watermarks import Watermark
 
 #: How long a read waits for a table that the start has not compared with the catalog yet.
 _TAKE_UP_S: Final = 10.0
+#: What a read has once it holds nothing of the log, in seconds: its client's pace is judged elsewhere.
+_NEVER_S: Final = 1e9
 #: How far above the last LSN a read may wait for one: the log reserves so many at a time (R2).
 _AHEAD: Final = 2**32
 
@@ -44,34 +47,86 @@ class ReadRequest:
     compression: str | None = None
 
 
-async def read_table(pipeline: Pipeline, table: Table, request: ReadRequest, path: str) -> int:
-    """Write a table's rows as an Arrow IPC stream to a local file.
+class ReaderAnswer(Answer, Protocol):
+    """Takes an answer on its way to a client."""
+
+    async def end(self) -> None:
+        """Wait until what is left of the answer needs none of what reads that run have; nothing more comes."""
+        ...
+
+
+class _Pinned:
+    """Passes an answer on, and lets go of the log once its frames are copied; see ``ports.Answer``."""
+
+    def __init__(self, answer: ReaderAnswer, held: AsyncExitStack, until: trio.CancelScope) -> None:
+        self._answer = answer
+        self._held = held
+        self._until = until
+        self.begin = answer.begin
+        self.add = answer.add
+
+    async def tail_copied(self) -> None:
+        """Let go of the log: from here on the read may take as long as its client."""
+        await self._held.aclose()
+        self._until.deadline = trio.current_time() + _NEVER_S
+        await self._answer.tail_copied()
+
+
+async def read_table(
+    pipeline: Pipeline, table: Table, request: ReadRequest, answer: ReaderAnswer, *, peer: str = ""
+) -> int:
+    """Send a table's rows to ``answer`` as Arrow messages.
 
     Every write that was accepted before the call is in it, each once; what was accepted later may be. Writes that are
     in memory alone are waited for until they are on disk. Of a stopped table the snapshot alone is read: its writes
-    are parked, and nobody can say whether they will ever be in it (R18).
+    are parked, and nobody can say whether they will ever be in it (R18). Until the read has its turn it holds nothing.
 
     Args:
         pipeline: the engine.
         table: which.
         request: what is wanted.
-        path: the file; replaced.
+        answer: takes the messages; the first one is the schema.
+        peer: whose read it is: peers take turns (T27).
 
     Returns:
-        The number of rows.
+        The number of rows, once ``answer`` has taken all of them.
 
     Raises:
         ArkaError: ``out_of_range``: ``at_lsn`` was not given yet, or no retained snapshot ends there; ``wait_for_lsn``
             cannot exist, or no write got it in ``limits.read_wait_s``; ``table_stopped``: the table's mark is not to be
-            believed, for example since it is below what is known to be committed, and the answer depends on it.
+            believed, for example since it is below what is known to be committed, and the answer depends on it;
+            ``too_large``: more of the table waits to be committed than a read may copy.
         InvalidRequest: a column that the table does not have.
-        AdmissionRejected: ``overloaded``: the disk has no room for the answer (R23).
+        AdmissionRejected: ``overloaded``: too many reads wait, or the disk has no room to copy what waits.
         ArkaError: ``table_not_found``: others have dropped or renamed it.
-        Unavailable: catalog or warehouse do not answer in time; the start has not compared the table with the catalog
-            yet; the log is another process's; or the server drains while the read waits for an LSN.
+        Unavailable: catalog or warehouse do not answer in time, or lack a file; the start has not compared the table
+            with the catalog yet; the log is another process's; or the server drains while the read waits.
+        Exception: what a method of ``answer`` raised.
 
-    Cancellation: the file may be there.
+    Cancellation: the worker ends; what was sent stays sent.
     """
+    with pipeline.read_turns.admit(peer) as place:
+        through_lsn = await _wait_readable(pipeline, table, request)
+        async with AsyncExitStack() as held:
+            with trio.CancelScope() as until:
+                if pipeline.tables.apart.behind_bytes(table):
+                    # Its frames lie in the object store, which may be slow: nobody waits for that but such reads.
+                    until.deadline = trio.current_time() + pipeline.read_pin_s
+                    tail = await _cut(pipeline, table, through_lsn, held)
+                    async with place.turn():
+                        return await _scan(pipeline, table, request, tail, _Pinned(answer, held, until), answer)
+                async with place.turn():
+                    until.deadline = trio.current_time() + pipeline.read_pin_s
+                    tail = await _cut(pipeline, table, through_lsn, held)
+                    return await _scan(pipeline, table, request, tail, _Pinned(answer, held, until), answer)
+    raise Unavailable(
+        f"What {table.info.name} adds to its snapshot was not copied in {pipeline.read_pin_s:g} s (limits.read_pin_s): "
+        "try again"
+    )
+
+
+async def _wait_readable(pipeline: Pipeline, table: Table, request: ReadRequest) -> int:
+    """Wait until all that a read may find is on disk; returns the last LSN of that."""
     disk, _, _ = pipeline.marks_of(table)
     if request.wait_for_lsn is not None:
         await _wait_for_lsn(pipeline, disk, request.wait_for_lsn)
@@ -85,19 +140,27 @@ async def read_table(pipeline: Pipeline, table: Table, request: ReadRequest, pat
     await _wait_taken_up(table)
     through_lsn = table.last_lsn if request.at_lsn is None else min(request.at_lsn, table.last_lsn)
     await disk.wait_reached(through_lsn)
+    return through_lsn
+
+
+async def _cut(pipeline: Pipeline, table: Table, through_lsn: int, held: AsyncExitStack) -> TableFrames | None:
+    """Find the frames of a read, and keep them in the log until ``held`` is closed.
+
+    Raises:
+        ArkaError: ``too_large``.
+        AdmissionRejected: the disk has no room.
+    """
+    committed_lsn = table.committed.lsn
+    behind_bytes = pipeline.tables.apart.behind_bytes(table)
+    pipeline.tail_room.check(str(table.info.name), behind_bytes, committed_lsn)
+    held.enter_context(pipeline.tail_room.beside(behind_bytes))
+    behind = await held.enter_async_context(pipeline.tables.apart.copied(table, pipeline.copy_room))
     # No wait between looking and pinning: what the table still needs is in the log now.
-    with (
-        pipeline.tables.pin(table),
-        pipeline.spill_room() as room,
-        # Also while it waits for its turn behind others.
-        trio.move_on_after(pipeline.read_pin_s),
-    ):
-        async with pipeline.tables.apart.copied(table, pipeline.copy_room) as behind:
-            return await _scan(pipeline, table, request, path, behind, through_lsn, room)
-    raise Unavailable(
-        f"{table.info.name} was not read in {pipeline.read_pin_s:g} s (limits.read_pin_s): other reads are before it, "
-        "or it is too large for that"
-    )
+    tail = _frames_of(pipeline, table, through_lsn, behind)
+    held.enter_context(pipeline.tables.pin(table))
+    if tail is not None:
+        pipeline.tail_room.check(str(table.info.name), tail.size, committed_lsn)
+    return tail
 
 
 def _check_given(pipeline: Pipeline, name: str, lsn: int) -> None:
@@ -155,20 +218,18 @@ async def _scan(
     pipeline: Pipeline,
     table: Table,
     request: ReadRequest,
-    path: str,
-    behind: Backlog,
-    through_lsn: int,
-    max_bytes: int,
+    tail: TableFrames | None,
+    pinned: Answer,
+    answer: ReaderAnswer,
 ) -> int:
-    """Write a table's rows; what is set apart of it is on the local disk (``behind``)."""
+    """Send a table's rows: those of its snapshot, and what ``tail`` adds."""
     job = ReadJob(
         table=table.info,
         log_uuid=pipeline.log_uuid,
         columns=request.columns,
         limit=request.limit,
         at_lsn=request.at_lsn,
-        tail=_frames_of(pipeline, table, through_lsn, behind),
-        max_bytes=max_bytes,
+        tail=tail,
         compression=request.compression,
         lineage=pipeline.tables.lineage(),
         # Before the catalog is asked: it may be committed further meanwhile.
@@ -176,14 +237,30 @@ async def _scan(
         recorded=table.recorded,
         waited=request.wait_for_lsn is not None,
     )
-    try:
-        return await pipeline.tables.catalog.scan(job, path)
-    except CatalogUnavailable as error:
-        raise Unavailable(f"{table.info.name} cannot be read now: {error}") from error
-    except TableMissing as error:
-        raise ArkaError(
-            f"Table not found: {table.info.name}: others dropped or renamed it", code=ErrorCode.TABLE_NOT_FOUND
-        ) from error
+    async with pipeline.tail_room.copy(0 if tail is None else tail.size):
+        try:
+            rows = await pipeline.tables.catalog.scan(job, pinned)
+        except CatalogUnavailable as error:
+            _check_not_dropped(table)
+            raise Unavailable(f"{table.info.name} cannot be read now: {error}") from error
+        except TableMissing as error:
+            _check_not_dropped(table)
+            raise ArkaError(
+                f"Table not found: {table.info.name}: others dropped or renamed it", code=ErrorCode.TABLE_NOT_FOUND
+            ) from error
+        await answer.end()
+        return rows
+
+
+def _check_not_dropped(table: Table) -> None:
+    """Say of a read that failed that its table was dropped meanwhile, which takes its files away.
+
+    Raises:
+        ArkaError: ``table_not_found``.
+    """
+    if table.state is TableState.DROPPED:
+        what = f"Table not found: {table.info.name}: it was dropped while it was read"
+        raise ArkaError(what, code=ErrorCode.TABLE_NOT_FOUND)
 
 
 async def _wait_taken_up(table: Table) -> None:
@@ -216,4 +293,4 @@ def _frames_of(pipeline: Pipeline, table: Table, through_lsn: int, behind: Backl
     return replace(table.frames(pipeline.log_uuid, cut), without=asides)
 
 
-__all__ = ["ReadRequest", "read_table"]
+__all__ = ["ReadRequest", "ReaderAnswer", "read_table"]

@@ -8,24 +8,20 @@ free beside ``limits.disk_free_bytes``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 import trio
 
-from arka.errors import AdmissionRejected
-from arka.options import GIB
 from arka.tiers.room import Room
 
 #: How often the file system's free space is asked for, in seconds; one statvfs is a few microseconds.
 POLL_S: Final = 1.0
-#: The part of the limit, and the most bytes, that writes leave to answers of DoGet.
-_ANSWERS_PART: Final = 8
-_ANSWERS_BYTES: Final = GIB
-#: The part of the free bytes that answers may use while writes are held back.
+#: The part of the free bytes that reads may use while writes are held back.
 _FREE_PART: Final = 4
+#: The part of the free bytes by which copies of reads may lower the free space at which writes are held back.
+_COPIES_PART: Final = 2
 #: How many bytes may come to be owed for each byte that is accepted: its frame in the log, its object, its data file.
 _MAX_OWED: Final = 3
 
@@ -62,7 +58,7 @@ class DiskSpace:
             free_bytes: least free bytes of the file system, beside what is owed.
             used_bytes: bytes of WAL now.
             read_free: returns the free bytes of the log's file system; must not block for long.
-            read_spill_free: the same of that of spill files; None: it is the log's.
+            read_spill_free: the same of that of the copies of reads; None: it is the log's.
             stall_s: how long writes wait for room, in seconds, before they are refused.
         """
         self.room = Room("disk", stall_s)
@@ -73,16 +69,14 @@ class DiskSpace:
         self._read_spill_free = read_spill_free
         self._owed_bytes: Callable[[], int] = int
         self._unwritten_bytes: Callable[[], int] = int
-        # What else takes room of the limit, by kind: spill files, parked writes.
+        # What else takes room of the limit, by kind: parked writes.
         self._held: dict[str, int] = {}
-        # Room of files that are being written.
-        self._spilling = 0
+        # Copies that reads have made.
+        self._copied = 0
         self._free = read_free()
         # What had to stay free at the last look, and how many bytes may be accepted until the next one.
         self._kept = 0
         self._left = 0
-        # Where writes stop: the limit, without what is left to answers.
-        self._mark = limit_bytes
         #: Whether the log has reached its limit: that passes when later tiers let go of it.
         self.log_full = False
         self._judge()
@@ -112,7 +106,7 @@ class DiskSpace:
     def note_written(self, size: int) -> None:
         """Count bytes that were written to the log."""
         self._used_bytes += size
-        if self.used_bytes > self._mark:
+        if self.used_bytes > self._limit_bytes:
             self._judge()
 
     def note_released(self, size: int) -> None:
@@ -124,43 +118,25 @@ class DiskSpace:
         """Count bytes that are held beside the log and are within ``limits.disk_bytes``.
 
         Args:
-            kind: a word for people: ``spill``, ``parked``.
+            kind: a word for people: ``parked``.
             delta: bytes more; negative for less.
         """
         self._held[kind] = self._held.get(kind, 0) + delta
         self._judge()
 
-    @contextmanager
-    def spill_room(self) -> Iterator[int]:
-        """Give half of the room that is left to a file that is about to be written, and keep it for that.
-
-        Yields:
-            Bytes that the file may have; what it has in the end is for ``note_held``.
-
-        Raises:
-            AdmissionRejected: ``overloaded``: there is no room.
-        """
-        self._look()
-        free, kept = self._free, self._kept - self._free_bytes // _FREE_PART
-        if self._read_spill_free is not None:
-            free, kept = self._read_spill_free(), self._free_bytes + self._spilling
-        room = min(self._limit_bytes - self.used_bytes - self._spilling, free - kept) // 2
-        if room <= 0:
-            raise AdmissionRejected(
-                f"The disk has no room for an answer: {free} bytes are free, {kept} are kept "
-                f"(limits.disk_free_bytes), and {self.used_bytes} of {self._limit_bytes} (limits.disk_bytes) are used"
-            )
-        self._spilling += room
-        try:
-            yield room
-        finally:
-            self._spilling -= room
-            self._look()
-
     def copy_room(self) -> int:
-        """Bytes that the file system has for a copy that goes with the request it is for: half of what is left."""
+        """Bytes that a copy for a read may take: half of what is left beside what writes need."""
         self._look()
-        return max(self._free - self._kept + self._free_bytes // _FREE_PART, 0) // 2
+        spare = self._free_bytes // _FREE_PART
+        if self._read_spill_free is not None:
+            return max(self._read_spill_free() - self._free_bytes + spare, 0) // 2
+        return max(self._free - self._kept + spare, 0) // 2
+
+    def note_copies(self, delta: int) -> None:
+        """Count bytes of copies that reads have made, or are about to make: writes have that room all the same."""
+        if self._read_spill_free is None:
+            self._copied += delta
+            self._judge()
 
     async def run(self) -> None:
         """Watch the file system, and how long writes have waited, until cancelled."""
@@ -179,29 +155,25 @@ class DiskSpace:
 
     def _judge(self) -> None:
         self._kept = self._free_bytes + self._owed_bytes()
-        if self._read_spill_free is None:
-            self._kept += self._spilling
         used = self.used_bytes
         coming = self._unwritten_bytes()
-        # Answers that are there or are being written count in the part that is theirs first.
-        spilled = self._held.get("spill", 0) + self._spilling
-        answers = max(min(self._limit_bytes // _ANSWERS_PART, _ANSWERS_BYTES) - spilled, 0)
-        self._mark = self._limit_bytes - answers
-        left = self._mark - used - coming
-        free_left = (self._free - self._kept) // _MAX_OWED
+        left = self._limit_bytes - used - coming
+        # Readers never take the writers' room: their copies go soon, and are as good as free until then.
+        free = self._free + min(self._copied, self._free_bytes // _COPIES_PART)
+        free_left = (free - self._kept) // _MAX_OWED
         self._left = min(left, free_left)
         self.log_full = left <= 0
         if self.log_full:
             held = "".join(f", {size} of them {kind}" for kind, size in self._held.items() if size)
             self.room.close(
                 f"The log holds {used + coming} bytes that later tiers still need{held}; the limit is "
-                f"{self._limit_bytes} (limits.disk_bytes), {answers} of it are left to answers of DoGet"
+                f"{self._limit_bytes} (limits.disk_bytes)"
             )
-        elif self._free < self._kept:
+        elif free < self._kept:
             self.room.close(
                 f"The disk is nearly full: the log's file system has {self._free} bytes free, at least "
                 f"{self._kept} are kept: {self._free_bytes} (limits.disk_free_bytes) and the rest for what accepted "
-                "writes and reads still need"
+                "writes still need"
             )
         else:
             self.room.open()

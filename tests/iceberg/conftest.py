@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import select
 from collections.abc import Callable, Container, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -13,14 +16,15 @@ import pytest
 from pyiceberg.catalog.sql import SqlCatalog
 from pyiceberg.table import Table
 
-from arka.iceberg import catalogs, commit, control, encode
+from arka.iceberg import catalogs, commit, control, encode, scan
 from arka.iceberg.config import CATALOG_NAME, CatalogConfig
 from arka.iceberg.garbage import Garbage
 from arka.iceberg.manifests import ManifestMemory
+from arka.iceberg.outlet import PIPE_NAME, RECORD
 from arka.iceberg.rowdelta import KeyedTables
 from arka.options import IcebergOptions
 from arka.records import PartitionRequest, TableDefinition, TableInfo, TableName, TableType, owner_property
-from arka.storage.ports import CommitJob, CommitResult, SegmentSlice, StagedFiles, TableFrames
+from arka.storage.ports import CommitJob, CommitResult, ReadJob, SegmentSlice, StagedFiles, TableFrames
 from arka.tableproperties import OWNER
 from arka.testing.segmentfile import write_segment_file
 from tests.readers import open_duckdb
@@ -59,6 +63,31 @@ class Lake:
             properties=({OWNER: owner_property("node", LOG)} if key else {}) | (properties or {}),
         )
         return control.create_table(self.config, definition, uuid4().hex[:8]).info
+
+    def read(self, job: ReadJob) -> pa.Table:
+        """Return what a worker sends of a table."""
+        folder = self.directory / f"read-{uuid4()}"
+        folder.mkdir()
+        os.mkfifo(folder / PIPE_NAME)
+        reader = os.open(folder / PIPE_NAME, os.O_RDONLY | os.O_NONBLOCK)
+        os.set_blocking(reader, True)
+        with ThreadPoolExecutor(1) as pool, open(reader, "rb") as pipe:
+            reading = pool.submit(scan.scan, self.config, job, str(folder))
+            while not select.select([pipe], [], [], 0.05)[0]:
+                if reading.done():
+                    reading.result()
+            answer, copied = bytearray(), 0
+            while front := pipe.read(RECORD.size):
+                header, body = RECORD.unpack(front)
+                copied += not header
+                if header:
+                    answer += b"\xff\xff\xff\xff" + header.to_bytes(4, "little") + pipe.read(header) + pipe.read(body)
+            rows = reading.result()
+        assert copied == 1
+        found = pa.ipc.open_stream(pa.py_buffer(bytes(answer))).read_all()
+        assert found.num_rows == rows
+        assert [path.name for path in folder.iterdir()] == [PIPE_NAME]
+        return found
 
     def reload(self, info: TableInfo) -> TableInfo:
         """Return what the catalog says of a table now."""

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from arka.errors import InternalError
-from arka.iceberg import encode, scan
+from arka.iceberg import encode
 from arka.storage.ports import CommitOutcome, ReadJob, TableFrames
 
 UTC = dt.UTC
@@ -158,9 +158,7 @@ def test_every_canonical_type_survives_both_engines(lake: Any, duck: Any) -> Non
     # pyiceberg reads a null list of structs as an empty one.
     expected_of_pyiceberg = [{**row, "deep": row["deep"] or []} for row in expected]
     assert sorted(_read_with_pyiceberg(lake, info), key=_by_i32) == expected_of_pyiceberg
-    path = str(lake.directory / "out.arrow")
-    assert scan.scan(lake.config, ReadJob(info, lake.log_uuid), path) == len(ROWS)
-    by_us = pa.ipc.open_stream(pa.OSFile(path, "rb")).read_all()
+    by_us = lake.read(ReadJob(info, lake.log_uuid))
     assert by_us.schema.equals(EVERYTHING)
     assert sorted((_plain(row) for row in by_us.to_pylist()), key=_by_i32) == expected
 

@@ -20,7 +20,7 @@ from pyiceberg.types import (
     UnknownType,
 )
 
-from arka.iceberg import control, encode, scan
+from arka.iceberg import control, encode
 from arka.iceberg.align import align_batch
 from arka.iceberg.schema import UnsupportedType, arrow_schema, field_id, iceberg_schema, new_iceberg_schema
 from arka.records import FIELD_ID_KEY
@@ -226,9 +226,7 @@ def test_alignment_follows_ids(lake: Any) -> None:
         },
     ]
     assert found == whole[1:] + whole
-    path = str(lake.directory / "out.arrow")
-    assert scan.scan(lake.config, ReadJob(newer, lake.log_uuid), path) == 5
-    assert pa.ipc.open_stream(pa.OSFile(path, "rb")).read_all().to_pylist() == found
+    assert lake.read(ReadJob(newer, lake.log_uuid)).to_pylist() == found
 
 
 def test_alignment_shares_what_is_the_same() -> None:

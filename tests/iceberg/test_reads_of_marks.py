@@ -10,7 +10,7 @@ import pytest
 from pyiceberg.table.update import AssertTableUUID, RemovePropertiesUpdate, RemoveSnapshotsUpdate
 
 from arka.errors import ArkaError, ErrorCode
-from arka.iceberg import commit, scan
+from arka.iceberg import commit
 from arka.iceberg.marks import mark_in
 from arka.lineage import Lineage, Start
 from arka.storage.ports import CommitOutcome, ReadJob
@@ -46,9 +46,7 @@ class _Tables:
         catalog.close()
 
     def read(self, *, lineage: Lineage = LINEAGE, **more: Any) -> tuple[list[int], dict[bytes, bytes]]:
-        path = str(self.lake.directory / "read.arrow")
-        scan.scan(self.lake.config, ReadJob(self.other, self.lake.log_uuid, lineage=lineage, **more), path)
-        found = pa.ipc.open_stream(pa.OSFile(path, "rb")).read_all()
+        found = self.lake.read(ReadJob(self.other, self.lake.log_uuid, lineage=lineage, **more))
         return sorted(found["n"].to_pylist()), found.schema.metadata
 
     def waiting(self, first: int = 2) -> Any:

@@ -26,7 +26,6 @@ from pyiceberg.table.update import AddSnapshotUpdate, SetSnapshotRefUpdate
 from pyiceberg.typedef import Record
 
 from arka.errors import InvalidRequest
-from arka.iceberg import scan
 from arka.iceberg.fileio import (
     WarehouseFileIO,
     local_path,
@@ -163,9 +162,8 @@ def _rows(*numbers: int) -> pa.RecordBatch:
 
 
 def _scan(lake: Any, info: Any, columns: list[str] | None = None) -> list[dict[str, Any]]:
-    path = str(lake.directory / "out.arrow")
-    scan.scan(lake.config, ReadJob(info, lake.log_uuid, None if columns is None else tuple(columns)), path)
-    found: list[dict[str, Any]] = pa.ipc.open_stream(pa.OSFile(path, "rb")).read_all().to_pylist()
+    job = ReadJob(info, lake.log_uuid, None if columns is None else tuple(columns))
+    found: list[dict[str, Any]] = lake.read(job).to_pylist()
     return sorted(found, key=lambda row: row.get("n", 0))
 
 

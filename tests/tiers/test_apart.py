@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 import trio
 from structlog.testing import capture_logs
@@ -14,6 +13,7 @@ from trio.testing import MockClock
 from arka.errors import AdmissionRejected
 from arka.options import KIB
 from arka.records import TableName, Tier
+from arka.testing.answers import CollectedAnswer
 from arka.testing.simnode import SimNode, create_table, with_options, write, write_some
 from arka.testing.simwriters import definition_of
 from arka.tiers.parking import Parking
@@ -189,15 +189,14 @@ async def test_nothing_is_set_apart_while_nobody_commits(autojump_clock: MockClo
         assert node.ids(SLOW) == list(range(len(node.ids(SLOW))))
 
 
-async def test_reads_see_what_is_set_apart(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_reads_see_what_is_set_apart(autojump_clock: MockClock) -> None:
     """Each accepted write once: what is committed, what is set apart, what has come since (R25)."""
     node = SimNode(SETTINGS)
-    path = str(tmp_path / "read.arrows")
 
     async def read(table: Table) -> list[int]:
-        await read_table(pipeline, table, ReadRequest(("id",)), path)
-        found: list[int] = pa.ipc.open_stream(pa.OSFile(path)).read_all()["id"].to_pylist()
-        return found
+        answer = CollectedAnswer()
+        await read_table(pipeline, table, ReadRequest(("id",)), answer)
+        return [row["id"] for row in answer.rows()]
 
     async with node.run() as pipeline:
         slow, _ = await set_apart(node, pipeline)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from uuid import UUID
 
-import pyarrow as pa
 import pytest
 import trio
 from trio.testing import MockClock
@@ -22,6 +21,7 @@ from arka.storage.ports import (
     UnwritableRows,
     WarehouseChanged,
 )
+from arka.testing.answers import CollectedAnswer
 from arka.testing.simnode import NAME, SimNode, create_table, write, write_all
 from arka.testing.simworld import ProcessCatalog
 from arka.testing.simwriters import parse_acks
@@ -129,9 +129,9 @@ async def test_reads_leave_it_out_at_once(
                 while not table.asides:
                     await trio.sleep(0.1)
             assert max(world.ids()) < 7
-            await read_table(pipeline, table, ReadRequest(("id",)), str(tmp_path / "found"))
-            found = pa.ipc.open_stream((tmp_path / "found").read_bytes()).read_all()
-            assert sorted(found["id"].to_pylist()) == [n for n in range(20) if n != 7]
+            answer = CollectedAnswer()
+            await read_table(pipeline, table, ReadRequest(("id",)), answer)
+            assert sorted(row["id"] for row in answer.rows()) == [n for n in range(20) if n != 7]
 
 
 async def test_it_waits_for_the_store(autojump_clock: MockClock, world: SimNode) -> None:

@@ -11,15 +11,14 @@ from arka.tiers.room import NoRoom
 from arka.tiers.space import DiskSpace
 
 
-async def test_log_limit_leaves_a_part_to_answers() -> None:
-    """Near the limit writes are refused with the figures; an eighth of it is left to what readers are sent."""
+async def test_log_has_a_limit() -> None:
+    """At the limit writes are refused with the figures; reads take nothing of it (T27)."""
     space = DiskSpace(limit_bytes=800, free_bytes=0, used_bytes=400, read_free=lambda: 10_000)
+    space.note_copies(5000)
     space.room.check()
-    space.note_written(301)
-    with pytest.raises(AdmissionRejected, match="701 bytes"):
+    space.note_written(401)
+    with pytest.raises(AdmissionRejected, match="801 bytes"):
         space.room.check()
-    with space.spill_room() as room:
-        assert room == 49
     space.note_released(2)
     space.room.check()
 
@@ -33,12 +32,12 @@ async def test_what_is_not_written_yet_counts() -> None:
         accepted += 10
         space.note_accepted(10)
         assert accepted < 1000
-    assert accepted == 710
+    assert accepted == 810
 
 
 async def test_writes_wait_before_they_are_refused(autojump_clock: MockClock) -> None:
     """Without room they are held back, for ``stall_s`` since it was last there, and only then refused."""
-    space = DiskSpace(limit_bytes=800, free_bytes=0, used_bytes=701, read_free=lambda: 10_000, stall_s=30)
+    space = DiskSpace(limit_bytes=800, free_bytes=0, used_bytes=801, read_free=lambda: 10_000, stall_s=30)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(space.run)
         for _ in range(3):
@@ -52,7 +51,7 @@ async def test_writes_wait_before_they_are_refused(autojump_clock: MockClock) ->
         before = trio.current_time()
         await space.room.wait()
         assert 30 <= trio.current_time() - before <= 32
-        with pytest.raises(AdmissionRejected, match=r"701 bytes.*no room for 30 s") as refused:
+        with pytest.raises(AdmissionRejected, match=r"801 bytes.*no room for 30 s") as refused:
             space.room.check()
         assert not isinstance(refused.value, NoRoom)
         space.note_released(2)
@@ -121,48 +120,47 @@ async def test_a_burst_between_two_looks_is_seen() -> None:
         space.room.check()
 
 
-async def test_spill_files_count() -> None:
+async def test_what_is_held_counts() -> None:
     """What is held beside the log is within the same limit, is named in the refusal, and is given back."""
     space = DiskSpace(limit_bytes=100, free_bytes=0, used_bytes=50, read_free=lambda: 1000)
-    space.note_held("spill", 60)
+    space.note_held("parked", 60)
     assert space.used_bytes == 110
-    with pytest.raises(AdmissionRejected, match=r"110 bytes .*60 of them spill.*limits\.disk_bytes"):
+    with pytest.raises(AdmissionRejected, match=r"110 bytes .*60 of them parked.*limits\.disk_bytes"):
         space.room.check()
-    space.note_held("spill", -60)
+    space.note_held("parked", -60)
     space.room.check()
 
 
-async def test_an_answer_gets_half_of_the_room() -> None:
-    """What a read may write is kept free for it, writes have the other half, and the marks hold for both (R23)."""
-    free = 150
-    space = DiskSpace(limit_bytes=1000, free_bytes=48, used_bytes=960, read_free=lambda: free)
-    with space.spill_room() as first, space.spill_room() as second:
-        # 40 bytes up to the limit.
-        assert (first, second) == (20, 10)
-    space.note_released(960)
-    with space.spill_room() as first:
-        # 102 bytes above what is kept, and a quarter of that.
-        assert first == 57
-        free = 105
-        space.note_released(0)
-        space.room.check()
-        # It is written, and writes took the other half.
-        free = 50
-        space.note_released(0)
-        with pytest.raises(AdmissionRejected, match="kept"):
-            space.room.check()
-        with pytest.raises(AdmissionRejected, match="no room for an answer"), space.spill_room():
-            pass
-    free = 60
+async def test_copies_of_reads_leave_the_room_to_writes() -> None:
+    """A read may copy half of what writes do not need; what it has copied is as good as free for them (T27)."""
+    free = 300
+    space = DiskSpace(limit_bytes=1 << 40, free_bytes=100, used_bytes=0, read_free=lambda: free)
+    # 200 bytes above what is kept, and a quarter of that.
+    assert space.copy_room() == 112
+    free -= 50
+    space.note_copies(50)
+    # Writers fill the disk as far as they may, copies or not.
+    free = 51
     space.note_released(0)
     space.room.check()
-    # Answers go on where writes do not, down to three quarters of the mark.
-    free = 47
+    assert space.copy_room() == 0
+    free = 49
     space.note_released(0)
     with pytest.raises(AdmissionRejected):
         space.room.check()
-    with space.spill_room() as first:
-        assert first == 5
-    free = 36
-    with pytest.raises(AdmissionRejected), space.spill_room():
-        pass
+    free = 60
+    space.note_copies(-50)
+    space.note_released(0)
+    with pytest.raises(AdmissionRejected):
+        space.room.check()
+
+
+async def test_copies_on_a_file_system_of_their_own() -> None:
+    """Where they do not share the log's disk, only their own counts."""
+    space = DiskSpace(
+        limit_bytes=1 << 40, free_bytes=100, used_bytes=0, read_free=lambda: 90, read_spill_free=lambda: 275
+    )
+    assert space.copy_room() == 100
+    space.note_copies(50)
+    with pytest.raises(AdmissionRejected):
+        space.room.check()
