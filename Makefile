@@ -101,9 +101,10 @@ test-leftovers: $(VENV)/.installed-engines ## run the tests, then open every hea
 	$(PYTHON) -m tests.engines.leftovers build/leftovers
 
 .PHONY: fuzz
-fuzz: $(VENV)/.installed-test ## a million mutated byte streams and IPC messages; no finding is expected
+fuzz: $(VENV)/.installed-test ## mutated byte streams and IPC messages, and 30 minutes of shared bytes; no finding is expected
 	$(PYTHON) tests/fuzz/fuzz_wire.py --cases 1000000 --seed 1
 	$(PYTHON) tests/fuzz/fuzz_ipc.py --cases 100000 --seed 1
+	$(PYTHON) tests/fuzz/fuzz_shared.py --minutes 30 --seed 1
 
 # PAIRS=1 says whether it stops, how much memory it takes and what is lost; latencies want 7 and a quiet machine.
 PAIRS ?= 7

@@ -305,7 +305,9 @@ class _Planner:
         children: tuple[tuple[int | None, Step], ...],
     ) -> Step:
         """Make a nested field's step: kept whole only where nothing below can need a change."""
-        kept = wire_type(plain_type(source)) == target.type and not _has_required(target.type)
+        # The wire type of a dictionary is that of its indices, which may be the table's type by chance.
+        encoded = bool(dictionary_value_types(source))
+        kept = not encoded and wire_type(plain_type(source)) == target.type and not _has_required(target.type)
         return Step(How.KEEP if kept else how, target.type, path, children)
 
     def _differ_in_type(self, path: str, source: pa.DataType, target: pa.DataType, why: str = "") -> None:

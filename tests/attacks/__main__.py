@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,6 +49,8 @@ def main() -> int:
         for attack in chosen:
             print(f"{attack.family:8} {attack.name:32} {attack.rule:10} {attack.what}")
         return 0
+    # Ended from outside, it ends what it has started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     settings = dict(pair.split("=", 1) for pair in options.setting)
     load_before = os.getloadavg()[0]
     rows, broken = [], 0

@@ -10,6 +10,7 @@ import pytest
 
 from arka._core import ipc
 from arka.errors import ErrorCode, InvalidRequest
+from arka.flight.canonical import canonical_type
 from arka.flight.decode import BatchDecoder, DecodedBatch
 from arka.options import Limits
 from arka.testing.ipcstreams import StreamMessage, make_table, write_stream
@@ -155,3 +156,29 @@ def test_one_dictionary_for_two_types_is_refused() -> None:
                 BatchDecoder(table, Limits()).set_schema(changed)
             return
     raise AssertionError("found no place for the id")
+
+
+_NUMBERS = pa.DictionaryArray.from_arrays(pa.array([2, 0, None, 1], pa.int32()), pa.array([50, 60, 70], pa.int32()))
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.ListArray.from_arrays([0, 2, 4], _NUMBERS),
+        pa.LargeListArray.from_arrays([0, 2, 4], _NUMBERS),
+        pa.FixedSizeListArray.from_arrays(_NUMBERS, 2),
+        pa.ListViewArray.from_arrays(pa.array([1, 0], pa.int32()), pa.array([3, 2], pa.int32()), _NUMBERS),
+        pa.StructArray.from_arrays([_NUMBERS], ["n"]),
+        pa.MapArray.from_arrays([0, 2, 4], pa.array(["a", "b", "c", "d"]), _NUMBERS),
+        pa.ListArray.from_arrays([0, 1, 4], pa.StructArray.from_arrays([_NUMBERS], ["n"])),
+        pa.RunEndEncodedArray.from_arrays([1, 2], pa.StructArray.from_arrays([_NUMBERS.slice(0, 2)], ["n"])),
+    ],
+    ids=lambda column: str(column.type)[:40],
+)
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_indices_below_are_never_taken_for_values(feed: Feed, column: pa.Array, compression: str | None) -> None:
+    """A nested dictionary whose indices would fit the table as they are is decoded."""
+    sent = pa.record_batch([column], names=["c"])
+    table = make_table(pa.schema([("c", canonical_type(column.type))]))
+    (decoded,) = feed(BatchDecoder(table, Limits()), write_stream(sent.schema, [sent], compression=compression))
+    assert decoded.batch.column(0).to_pylist() == column.to_pylist()
