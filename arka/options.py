@@ -254,7 +254,7 @@ class IdempotencyOptions:
     retention_s: float = option(86_400.0, "Kept at least this long after iceberg_committed.", at_least=0)
     keys: int = option(
         20_000_000,
-        "Keys remembered, some 40 bytes each; with so many, writes with new keys are refused.",
+        "Keys remembered, some 40 bytes each; then new keys are refused, but for tables with few: an eighth more.",
         at_least=1_000,
     )
 

@@ -12,6 +12,10 @@ The index is open-addressed with linear probing. A slot holds 32 bits of the has
 so that a miss, a deletion and a rehash read no entry at all. The slot where a search begins is the upper bits of
 the tag; a deletion moves what follows back and leaves no marker behind. Tags are made with a secret of the process:
 clients choose keys, and with a tag that they can compute they could choose keys that all begin in one slot.
+
+The index changes its size in steps. A new one is made beside the old one, each insertion and deletion moves MOVE slots
+to it, and until all are moved a search looks in both. Growing twenty million keys at once takes 100 ms of the server's
+only thread. The old index's memory goes back to the system in steps too.
 """
 
 import os
@@ -30,6 +34,8 @@ cdef extern from "sys/mman.h" nogil:
     void *MAP_FAILED
     void *mmap(void *addr, size_t length, int prot, int flags, int fd, long offset)
     int munmap(void *addr, size_t length)
+    int MADV_DONTNEED
+    int madvise(void *addr, size_t length, int advice)
 
 cdef enum:
     HASH = 16
@@ -41,10 +47,24 @@ cdef enum:
     LEAST_BITS = 6
     #: The largest: a tag has 32 bits.
     MOST_BITS = 31
+    #: Slots that each operation moves to a new index. All 2**b are moved before the new index needs another size: a
+    #: grown one takes 2**b * 2/3 more entries until then, one that has shrunk by two bits 2**b / 24.
+    MOVE = 32
+    #: Slots that a look for expired keys moves, though it forgets none: a table at rest finishes too.
+    IDLE_MOVE = 1024
+    #: Indexes of so many bits are mapped: their memory can be given back piece by piece. The smallest has 1 MiB.
+    MAP_BITS = 17
+    #: Slots in such a piece: 128 KiB.
+    PIECE = 16384
 
 #: Entries are numbered modulo this, so that a number plus one fits 32 bits and is never 0.
 cdef uint32_t NUMBERS = 0xFFFFFFFF
 
+#: An emptied slot of the old index: its number is one that no entry has, so that no search ends here.
+cdef uint64_t GONE = <uint64_t> 1 << 32
+
+#: Slots that one insertion or deletion moves at most.
+MOVED_SLOTS = MOVE
 HASH_BYTES = HASH
 ENTRY_BYTES = ENTRY
 
@@ -94,6 +114,24 @@ cdef Py_ssize_t probe(const Keys *keys, const unsigned char *hash, uint32_t tag)
         at = (at + 1) & mask
 
 
+cdef Py_ssize_t probe_old(const Keys *keys, const unsigned char *hash, uint32_t tag) noexcept nogil:
+    """Find a hash's slot in the old index; -1 if it is not there."""
+    cdef Py_ssize_t mask
+    cdef Py_ssize_t at
+    cdef uint64_t slot
+    if keys.old == NULL:
+        return -1
+    mask = (<Py_ssize_t> 1 << keys.old_bits) - 1
+    at = <Py_ssize_t> (tag >> (32 - keys.old_bits))
+    while True:
+        slot = keys.old[at]
+        if slot == 0:
+            return -1
+        if (slot >> 32) == tag and <uint32_t> slot and memcmp(entry_at(keys, position_of(keys, slot)), hash, HASH) == 0:
+            return at
+        at = (at + 1) & mask
+
+
 cdef void clear_slot(Keys *keys, Py_ssize_t hole) noexcept nogil:
     """Empty a slot and move those behind it back that would no longer be found."""
     cdef Py_ssize_t mask = (<Py_ssize_t> 1 << keys.bits) - 1
@@ -114,27 +152,75 @@ cdef void clear_slot(Keys *keys, Py_ssize_t hole) noexcept nogil:
     keys.used -= 1
 
 
+cdef uint64_t *take_slots(int bits) noexcept nogil:
+    """Make an empty index; NULL when there is no memory for it."""
+    cdef size_t size = <size_t> 8 << bits
+    cdef void *made
+    if bits < MAP_BITS:
+        return <uint64_t *> calloc(size, 1)
+    made = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+    return NULL if made == MAP_FAILED else <uint64_t *> made
+
+
+cdef void give_slots(uint64_t *slots, int bits) noexcept nogil:
+    if slots == NULL:
+        return
+    if bits < MAP_BITS:
+        free(slots)
+    else:
+        munmap(slots, <size_t> 8 << bits)
+
+
 cdef bint resize(Keys *keys, int bits) noexcept nogil:
-    """Rebuild the index with 2**bits slots; false when there is no memory for it, and nothing has changed."""
-    cdef uint64_t *slots = <uint64_t *> calloc(<size_t> 1 << bits, 8)
-    cdef Py_ssize_t mask = (<Py_ssize_t> 1 << bits) - 1
-    cdef Py_ssize_t old
-    cdef Py_ssize_t at
-    cdef uint64_t slot
+    """Begin a new index with 2**bits slots; false when there is no memory for it, and nothing has changed.
+
+    An earlier change of size is finished first. That happens to none that ``MOVE`` is large enough for.
+    """
+    cdef uint64_t *slots = take_slots(bits)
     if slots == NULL:
         return False
-    if keys.slots != NULL:
-        for old in range(<Py_ssize_t> 1 << keys.bits):
-            slot = keys.slots[old]
-            if slot:
-                at = <Py_ssize_t> (slot >> (64 - bits))
-                while slots[at]:
-                    at = (at + 1) & mask
-                slots[at] = slot
-        free(keys.slots)
+    if keys.old != NULL:
+        move_some(keys, <Py_ssize_t> 1 << keys.old_bits)
+    keys.old = keys.slots
+    keys.old_bits = keys.bits
+    keys.moved = keys.gap = keys.released = 0
     keys.slots = slots
     keys.bits = bits
     return True
+
+
+cdef void move_some(Keys *keys, Py_ssize_t most) noexcept nogil:
+    """Move the next slots of the old index to the new one; after the last one the old one is gone."""
+    cdef Py_ssize_t mask = (<Py_ssize_t> 1 << keys.bits) - 1
+    cdef Py_ssize_t size
+    cdef Py_ssize_t end
+    cdef Py_ssize_t old
+    cdef Py_ssize_t at
+    cdef uint64_t slot
+    if keys.old == NULL:
+        return
+    size = <Py_ssize_t> 1 << keys.old_bits
+    end = keys.moved + most if most < size - keys.moved else size
+    keys.moves += end - keys.moved
+    for old in range(keys.moved, end):
+        slot = keys.old[old]
+        if slot == 0:
+            keys.gap = old
+        elif <uint32_t> slot:
+            at = <Py_ssize_t> (slot >> (64 - keys.bits))
+            while keys.slots[at]:
+                at = (at + 1) & mask
+            keys.slots[at] = slot
+            keys.old[old] = GONE
+    keys.moved = end
+    if end == size:
+        give_slots(keys.old, keys.old_bits)
+        keys.old = NULL
+    elif keys.old_bits >= MAP_BITS and keys.gap - keys.released >= PIECE:
+        # No search for what is still to be moved passes the gap. What is given back reads as empty, which ends others.
+        end = keys.gap & ~(<Py_ssize_t> PIECE - 1)
+        madvise(keys.old + keys.released, (end - keys.released) * 8, MADV_DONTNEED)
+        keys.released = end
 
 
 cdef unsigned char *take_chunk() noexcept nogil:
@@ -175,8 +261,10 @@ cdef bint append(Keys *keys, const unsigned char *hash, uint64_t lsn, uint32_t d
     cdef unsigned char *entry
     cdef uint32_t tag
     cdef Py_ssize_t at
+    cdef Py_ssize_t old
     if not reserve(keys):
         return False
+    move_some(keys, MOVE)
     tag = tag_of(keys, hash)
     at = probe(keys, hash, tag)
     entry = entry_at(keys, keys.count)
@@ -184,7 +272,11 @@ cdef bint append(Keys *keys, const unsigned char *hash, uint64_t lsn, uint32_t d
     memcpy(entry + HASH, &lsn, 8)
     memcpy(entry + HASH + 8, &digest, 4)
     if keys.slots[at] == 0:
-        keys.used += 1
+        old = probe_old(keys, hash, tag)
+        if old < 0:
+            keys.used += 1
+        else:
+            keys.old[old] = GONE
     keys.slots[at] = slot_of(keys, tag, keys.count)
     keys.count += 1
     return True
@@ -200,8 +292,18 @@ cdef void drop_front(Keys *keys) noexcept nogil:
     while keys.slots[at] != 0:
         if keys.slots[at] == wanted:
             clear_slot(keys, at)
+            wanted = 0
             break
         at = (at + 1) & mask
+    if wanted and keys.old != NULL:
+        mask = (<Py_ssize_t> 1 << keys.old_bits) - 1
+        at = <Py_ssize_t> (tag >> (32 - keys.old_bits))
+        while keys.old[at] != 0:
+            if keys.old[at] == wanted:
+                keys.old[at] = GONE
+                keys.used -= 1
+                break
+            at = (at + 1) & mask
     keys.first_number = keys.first_number + 1 if keys.first_number + 1 < NUMBERS else 0
     keys.count -= 1
     keys.front += 1
@@ -218,10 +320,11 @@ cdef Py_ssize_t drop_through(Keys *keys, uint64_t lsn, Py_ssize_t most) noexcept
     while dropped < most and keys.count and lsn_at(keys, 0) <= lsn:
         drop_front(keys)
         dropped += 1
-    while keys.bits > LEAST_BITS + 1 and keys.used < <Py_ssize_t> 1 << (keys.bits - 3):
-        # Not to its tightest: the next key must not make it grow again.
-        if not resize(keys, keys.bits - 2):
-            break
+        move_some(keys, MOVE)
+        if keys.old == NULL and keys.bits > LEAST_BITS + 1 and keys.used < <Py_ssize_t> 1 << (keys.bits - 3):
+            # Not to its tightest: the next key must not make it grow again. Without memory it stays large.
+            resize(keys, keys.bits - 2)
+    move_some(keys, IDLE_MOVE)
     return dropped
 
 
@@ -263,7 +366,9 @@ cdef class KeyTable:
         memset(&self._keys, 0, sizeof(Keys))
         self._keys.first_number = first_number % NUMBERS
         self._keys.secret = int.from_bytes(os.urandom(8), "little") | 1
-        if not resize(&self._keys, LEAST_BITS):
+        self._keys.slots = take_slots(LEAST_BITS)
+        self._keys.bits = LEAST_BITS
+        if self._keys.slots == NULL:
             raise MemoryError("cannot allocate an index of keys")
 
     def __dealloc__(self):
@@ -271,7 +376,8 @@ cdef class KeyTable:
         for i in range(self._keys.chunk_count):
             give_chunk(self._keys.chunks[i])
         free(self._keys.chunks)
-        free(self._keys.slots)
+        give_slots(self._keys.slots, self._keys.bits)
+        give_slots(self._keys.old, self._keys.old_bits)
 
     def __len__(self):
         return self._keys.used
@@ -293,7 +399,13 @@ cdef class KeyTable:
             self._keys.chunk_count * CHUNK_ENTRIES * ENTRY
             + self._keys.chunk_capacity * sizeof(unsigned char *)
             + (<Py_ssize_t> 8 << self._keys.bits)
+            + ((<Py_ssize_t> 8 << self._keys.old_bits) - 8 * self._keys.released if self._keys.old != NULL else 0)
         )
+
+    @property
+    def moves(self):
+        """Slots of the index that were moved to another one so far: the work of its changes of size."""
+        return self._keys.moves
 
     def find(self, bytes key_hash not None):
         """Return ``(lsn, digest)`` of a hash's latest entry, or None.
@@ -306,9 +418,14 @@ cdef class KeyTable:
         cdef uint64_t slot
         cdef uint64_t lsn
         cdef uint32_t digest
-        slot = self._keys.slots[probe(&self._keys, wanted, tag_of(&self._keys, wanted))]
+        cdef uint32_t tag = tag_of(&self._keys, wanted)
+        cdef Py_ssize_t old
+        slot = self._keys.slots[probe(&self._keys, wanted, tag)]
         if slot == 0:
-            return None
+            old = probe_old(&self._keys, wanted, tag)
+            if old < 0:
+                return None
+            slot = self._keys.old[old]
         entry = entry_at(&self._keys, position_of(&self._keys, slot))
         memcpy(&lsn, entry + HASH, 8)
         memcpy(&digest, entry + HASH + 8, 4)
@@ -349,10 +466,12 @@ cdef class KeyTable:
         """Return how many entries lie in ``(after_lsn, through_lsn]``."""
         return max(first_above(&self._keys, through_lsn) - first_above(&self._keys, after_lsn), 0)
 
-    def pack(self, uint64_t after_lsn, uint64_t through_lsn):
-        """Return the entries in ``(after_lsn, through_lsn]`` joined, oldest first, 28 bytes each."""
+    def pack(self, uint64_t after_lsn, uint64_t through_lsn, Py_ssize_t most=0x7FFFFFFFFFFFFFFF):
+        """Return the entries in ``(after_lsn, through_lsn]`` joined, oldest first, 28 bytes each; at most ``most``."""
         cdef Py_ssize_t start = first_above(&self._keys, after_lsn)
         cdef Py_ssize_t end = first_above(&self._keys, through_lsn)
+        if end - start > most:
+            end = start + most
         cdef bytes packed
         if end <= start:
             return b""

@@ -24,6 +24,7 @@ from typing import Final, NamedTuple, Protocol
 from uuid import UUID
 
 import structlog
+import trio
 
 from arka._core.keys import ENTRY_BYTES, HASH_BYTES, KeyTable
 from arka.errors import AdmissionRejected
@@ -31,12 +32,19 @@ from arka.storage.ports import Buffer
 
 log = structlog.get_logger(__name__)
 
-#: Most entries of one table that one call forgets: some 10 ms of trio's thread.
-_EXPIRE_KEYS: Final = 20_000
+#: Most entries that one call forgets, and tables that it looks at: about a millisecond of trio's thread each.
+_EXPIRE_KEYS: Final = 4_000
+_EXPIRE_TABLES: Final = 500
+#: Entries packed or loaded at a time.
+_PIECE_KEYS: Final = 16_384
+#: Tables that hold few keys may use so much more than the limit while others have filled it: this part of it.
+_RESERVE_PART: Final = 8
 #: A refusal is over, for the log, at this share of the limit: at the limit itself keys come and go.
 _LOW_SHARE: Final = 0.95
 #: Retention is counted in this many steps: a table keeps at most so many times of commits, and one more.
 _RETENTION_STEPS: Final = 256
+#: Above every LSN.
+_MAX_LSN: Final = 2**63
 #: As ``arka._core.keys`` packs an entry: hash, LSN, digest.
 _ENTRY: Final = struct.Struct("<16sQI")
 
@@ -74,6 +82,8 @@ class _TableKeys:
         self.commits: deque[_Commits] = deque()
         # Entries up to here may go.
         self.expired_lsn = 0
+        # Entries up to here are a dropped table's: they count no more, and go in steps.
+        self.dropped_lsn = 0
         self._hasher = _hasher(table)
 
     def hash(self, key: bytes) -> bytes:
@@ -90,7 +100,7 @@ class KeyIndex:
 
         Args:
             retention_s: how long a key is kept after its write was committed.
-            limit: with so many keys no new one is let in (``idempotency.keys``).
+            limit: with so many keys no new one is let in (``idempotency.keys``), but for tables that hold few.
         """
         self._retention_us = int(retention_s * 1e6)
         self._limit = limit
@@ -101,6 +111,15 @@ class KeyIndex:
         self._covered_lsn = 0
         # By dropped table: checkpoints may still hold keys of it up to this LSN, which count no more.
         self._dropped: dict[UUID, int] = {}
+        # Entries of tables that were dropped whole: forgotten in steps, found by nobody.
+        self._graves: list[KeyTable] = []
+        # Tables that this round of ``expire`` has not looked at yet.
+        self._round: list[UUID] = []
+        # Tables with entries that no checkpoint covers, and about how many these are.
+        self._fresh: dict[UUID, None] = {}
+        self._fresh_count = 0
+        # The most keys of one table, since the last round of ``expire``.
+        self._largest = 0
         self._refusing = False
 
     def find(self, table: UUID, key: bytes) -> KeyedWrite | None:
@@ -109,7 +128,7 @@ class KeyIndex:
         if keys is None:
             return None
         found = keys.writes.find(keys.hash(key))
-        return KeyedWrite(*found) if found is not None else None
+        return KeyedWrite(*found) if found is not None and found[0] > keys.dropped_lsn else None
 
     def insert(self, table: UUID, key: bytes, lsn: int, digest: int) -> None:
         """Remember a key; the caller has just looked it up, in the same step.
@@ -124,6 +143,7 @@ class KeyIndex:
         before = len(keys.writes)
         keys.writes.insert(keys.hash(key), lsn, digest)
         self._count += len(keys.writes) - before
+        self._note_fresh(table, keys, 1)
 
     def load(self, table: UUID, packed: Buffer) -> None:
         """Remember entries that recovery found; what is known already is left out.
@@ -138,13 +158,48 @@ class KeyIndex:
         Raises:
             ValueError: they are no entries in LSN order.
         """
-        writes = self._keys_of(table).writes
-        before = len(writes)
-        writes.load(packed)
-        self._count += len(writes) - before
+        keys = self._keys_of(table)
+        before = len(keys.writes)
+        added = keys.writes.load(packed)
+        self._count += len(keys.writes) - before
+        self._note_fresh(table, keys, added)
+
+    async def load_steps(self, table: UUID, packed: Buffer) -> None:
+        """As ``load``, a piece at a time, with a checkpoint after each.
+
+        Raises:
+            ValueError: they are no entries in LSN order; some may have been taken.
+
+        Cancellation: some entries have been taken; the call may be repeated.
+        """
+        entries, last_lsn = memoryview(packed), 0
+        for start in range(0, len(entries), _PIECE_KEYS * ENTRY_BYTES):
+            piece = entries[start : start + _PIECE_KEYS * ENTRY_BYTES]
+            # What an earlier piece has is left out in silence otherwise.
+            if len(piece) >= ENTRY_BYTES and _ENTRY.unpack_from(piece)[1] <= last_lsn:
+                raise ValueError(f"LSNs must rise: {_ENTRY.unpack_from(piece)[1]} came after {last_lsn}")
+            self.load(table, piece)
+            last_lsn = _ENTRY.unpack_from(piece, len(piece) - ENTRY_BYTES)[1]
+            await trio.lowlevel.checkpoint()
+
+    @property
+    def full(self) -> bool:
+        """Whether as many keys are remembered as the limit says."""
+        return self._count >= self._limit
+
+    def spares(self, table: UUID) -> bool:
+        """Say whether a table may use the reserve for tables that hold few keys, now that the limit is reached.
+
+        Invariant: at most ``limit`` and an eighth of it are remembered, and a table that holds less than its share (the
+        limit divided by the tables with keys, or half of what the largest holds) is refused only when both are full.
+        """
+        keys = self._tables.get(table)
+        held = 0 if keys is None else len(keys.writes)
+        share = max(self._limit // max(len(self._tables), 1), self._largest // 2)
+        return held < share and self._count < self._limit + self._limit // _RESERVE_PART
 
     def check_room(self) -> None:
-        """Let a write with a new key in or refuse it.
+        """Let a write with a new key in or refuse it; of a table that ``spares`` does not let in anyway.
 
         Raises:
             AdmissionRejected: ``overloaded``: as many keys are remembered as may be.
@@ -163,20 +218,40 @@ class KeyIndex:
         )
 
     def uncovered(self, through_lsn: int) -> Iterator[tuple[UUID, bytes]]:
-        """Yield the entries up to ``through_lsn`` that no checkpoint covers, packed, by table."""
-        for table, keys in self._tables.items():
-            packed = keys.writes.pack(self._covered_lsn, through_lsn)
-            if packed:
+        """Yield the entries up to ``through_lsn`` that no checkpoint covers, packed, by table, in pieces in LSN order.
+
+        Between two steps of the iterator, keys may be inserted, expired and dropped.
+        """
+        for table in list(self._fresh):
+            after_lsn = self._covered_lsn
+            while (keys := self._tables.get(table)) is not None:
+                packed = keys.writes.pack(max(after_lsn, keys.dropped_lsn), through_lsn, _PIECE_KEYS)
+                if not packed:
+                    break
                 yield table, packed
+                after_lsn = _ENTRY.unpack_from(packed, len(packed) - ENTRY_BYTES)[1]
 
     def uncovered_bytes(self, through_lsn: int) -> int:
         """How many bytes ``uncovered`` would yield."""
-        counts = [keys.writes.count(self._covered_lsn, through_lsn) for keys in self._tables.values()]
-        return sum(counts) * ENTRY_BYTES
+        found = [keys for table in self._fresh if (keys := self._tables.get(table)) is not None]
+        after_lsn = self._covered_lsn
+        return sum(keys.writes.count(max(after_lsn, keys.dropped_lsn), through_lsn) for keys in found) * ENTRY_BYTES
+
+    @property
+    def fresh_bytes(self) -> int:
+        """About what ``uncovered_bytes`` of all is, without a look at each table."""
+        return min(self._fresh_count, self._count) * ENTRY_BYTES
 
     def forget_uncovered(self, through_lsn: int) -> None:
         """Note that a checkpoint covers the entries up to ``through_lsn``."""
         self._covered_lsn = max(self._covered_lsn, through_lsn)
+        # Of those above, what is counted here is exact again.
+        self._fresh = {
+            table: None
+            for table in self._fresh
+            if (keys := self._tables.get(table)) is not None and keys.writes.last_lsn > self._covered_lsn
+        }
+        self._fresh_count = self.uncovered_bytes(_MAX_LSN) // ENTRY_BYTES
 
     def first_lsn(self) -> int | None:
         """The least LSN that some key may still be answered with; None when there is no key."""
@@ -201,21 +276,38 @@ class KeyIndex:
                 commits[-1].lsn, commits[-1].at_us = lsn, max(commits[-1].at_us, now_us)
             else:
                 commits.append(_Commits(lsn, now_us, now_us))
-        self._expire(keys, now_us)
+        self._expire(keys, now_us, _EXPIRE_KEYS)
 
     def expire(self, now_us: int) -> bool:
-        """Forget some keys whose retention is over, of every table.
+        """Forget some keys whose retention is over, of some tables: those that come next in the round of all.
 
         Args:
             now_us: the log's clock.
 
         Returns:
-            Whether there may be more of them: call again.
+            Whether there may be more of them, or tables that were not looked at: call again.
         """
-        more = False
-        for keys in self._tables.values():
-            more |= self._expire(keys, now_us)
-        return more
+        if not self._round:
+            self._round, self._largest = list(self._tables), 0
+        budget = _EXPIRE_KEYS
+        for _ in range(_EXPIRE_TABLES):
+            if self._graves:
+                budget -= self._graves[-1].expire_through(_MAX_LSN, budget)
+                if self._graves[-1].first_lsn is None:
+                    self._graves.pop()
+            elif self._round:
+                table = self._round.pop()
+                keys = self._tables.get(table)
+                if keys is None:
+                    continue
+                budget -= self._expire(keys, now_us, budget)
+                self._largest = max(self._largest, len(keys.writes))
+                if budget <= 0:
+                    # There may be more of it.
+                    self._round.append(table)
+            if budget <= 0 or not (self._graves or self._round):
+                break
+        return bool(self._graves or self._round)
 
     def drop_table(self, table: UUID, through_lsn: int | None = None) -> None:
         """Forget a dropped table's keys: keys belong to the table's UUID.
@@ -228,12 +320,15 @@ class KeyIndex:
         keys = self._tables.get(table)
         if keys is None:
             return
-        before = len(keys.writes)
         through_lsn = keys.writes.last_lsn if through_lsn is None else through_lsn
-        keys.writes.expire_through(through_lsn)
-        self._count -= before - len(keys.writes)
-        if not len(keys.writes):
+        if through_lsn >= keys.writes.last_lsn:
+            self._graves.append(keys.writes)
+            self._count -= len(keys.writes)
             del self._tables[table]
+        else:
+            keys.dropped_lsn = max(keys.dropped_lsn, through_lsn)
+            keys.expired_lsn = max(keys.expired_lsn, through_lsn)
+            self._expire(keys, 0, _EXPIRE_KEYS)
         self._dropped[table] = through_lsn
 
     def dropped(self) -> list[tuple[UUID, int]]:
@@ -247,7 +342,8 @@ class KeyIndex:
     @property
     def memory_bytes(self) -> int:
         """Bytes that the entries and their index take."""
-        return sum(keys.writes.memory_bytes for keys in self._tables.values())
+        held = sum(keys.writes.memory_bytes for keys in self._tables.values())
+        return held + sum(writes.memory_bytes for writes in self._graves)
 
     def __len__(self) -> int:
         return self._count
@@ -258,13 +354,20 @@ class KeyIndex:
             keys = self._tables[table] = _TableKeys(table)
         return keys
 
-    def _expire(self, keys: _TableKeys, now_us: int) -> bool:
+    def _note_fresh(self, table: UUID, keys: _TableKeys, added: int) -> None:
+        self._fresh_count += added
+        self._fresh[table] = None
+        if len(keys.writes) > self._largest:
+            self._largest = len(keys.writes)
+
+    def _expire(self, keys: _TableKeys, now_us: int, most: int) -> int:
+        """Forget some keys of one table; returns how many."""
         while keys.commits and keys.commits[0].at_us + self._retention_us <= now_us:
-            keys.expired_lsn = keys.commits.popleft().lsn
+            keys.expired_lsn = max(keys.expired_lsn, keys.commits.popleft().lsn)
         before = len(keys.writes)
-        dropped = keys.writes.expire_through(keys.expired_lsn, _EXPIRE_KEYS)
+        dropped = keys.writes.expire_through(keys.expired_lsn, most)
         self._count -= before - len(keys.writes)
-        return dropped == _EXPIRE_KEYS
+        return dropped
 
 
 def pack_entry(table: UUID, key: bytes, lsn: int, digest: int) -> bytes:

@@ -302,7 +302,7 @@ class Pipeline:
         if known is None:
             self._check_open(table)
             if key:
-                self._check_key_room()
+                self._check_key_room(table)
         else:
             # A resend is answered whatever the gates say: refusing it would say that it is not in the table.
             self._check_known(table, known.lsn)
@@ -344,8 +344,10 @@ class Pipeline:
         if table.room.shut:
             table.room.check()
 
-    def _check_key_room(self) -> None:
-        """Let a write with a new key in where another key can be remembered."""
+    def _check_key_room(self, table: Table | None = None) -> None:
+        """Let a write with a new key in where another key can be remembered; of tables with few keys before others."""
+        if table is not None and self._keys.full and self._keys.spares(table.info.uuid):
+            return
         try:
             self._keys.check_room()
         except AdmissionRejected as error:

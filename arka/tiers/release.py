@@ -30,7 +30,7 @@ from arka._core.framing import crc32c
 from arka._core.keys import ENTRY_BYTES
 from arka.errors import DataCorruption
 from arka.options import MIB
-from arka.records import MAX_LSN, HeldObject, KnownTable, LsnRange, TableInfo, TableName
+from arka.records import HeldObject, KnownTable, LsnRange, TableInfo, TableName
 from arka.storage.ports import ObjectExists, ObjectStore, StoreUnavailable
 from arka.tiers.keys import KeyIndex
 from arka.tiers.listing import list_own
@@ -46,7 +46,7 @@ log = structlog.get_logger(__name__)
 #: How often the log is looked at, in seconds; a segment takes longer to fill.
 _POLL_S: Final = 1.0
 #: About the most bytes of keys in one checkpoint: it is held in memory when it is written and when it is read.
-_CHECKPOINT_BYTES: Final = 32 * MIB
+_CHECKPOINT_BYTES: Final = 4 * MIB
 #: In front of a checkpoint's record.
 _CRC_BYTES: Final = 4
 
@@ -206,7 +206,7 @@ class LogRelease:
     @property
     def owed_bytes(self) -> int:
         """About how many bytes the next checkpoints will take."""
-        return self._keys.uncovered_bytes(MAX_LSN)
+        return self._keys.fresh_bytes
 
     def note(self, ref: SegmentRef, last_lsn: int, size: int) -> None:
         """Note bytes of a segment that are on disk; log order."""
@@ -289,7 +289,7 @@ class LogRelease:
             return False
         through_lsn = free[-1].last_lsn
         if through_lsn > self._covered_lsn:
-            await self._write_checkpoint(through_lsn, tables())
+            await self._write_checkpoint(through_lsn, tables)
             self._covered_lsn = through_lsn
             self._keys.forget_uncovered(through_lsn)
         due = trio.current_time() + self._grace_s
@@ -298,7 +298,17 @@ class LogRelease:
             self._doomed.append((held, due))
         return True
 
-    async def _write_checkpoint(self, through_lsn: int, tables: Iterable[KnownTable]) -> None:
+    async def _pack_keys(self, through_lsn: int) -> list[tuple[bytes, bytes]]:
+        """Pack the keys that no checkpoint covers, a piece at a time: there may be millions, of thousands of tables."""
+        made = []
+        for table, packed in self._keys.uncovered(through_lsn):
+            made.append((table.bytes, packed))
+            await trio.lowlevel.checkpoint()
+        return made
+
+    async def _write_checkpoint(self, through_lsn: int, tables: Callable[[], Iterable[KnownTable]]) -> None:
+        keys = await self._pack_keys(through_lsn)
+        # All else in one step: a table that was dropped meanwhile is among ``dropped`` now, behind its keys.
         birth, quiet = self._quiet()
         elsewhere = self._elsewhere()
         lost_tables = [
@@ -314,9 +324,9 @@ class LogRelease:
             written_us=now_us(),
             clock_us=self._clock.now_us(),
             lost=[(lost.range.after, lost.range.through, lost.noted_us) for lost in self.remembered_lost()],
-            keys=[(table.bytes, packed) for table, packed in self._keys.uncovered(through_lsn)],
+            keys=keys,
             dropped=[(table.bytes, lsn) for table, lsn in self._keys.dropped()],
-            tables=[(table.info.uuid.bytes, table.info.to_bytes(), *table[1:]) for table in tables],
+            tables=[(table.info.uuid.bytes, table.info.to_bytes(), *table[1:]) for table in tables()],
             birth=birth,
             quiet=[table.bytes for table in quiet],
             lost_tables=lost_tables,
@@ -424,7 +434,7 @@ async def load_checkpoints(
         # A fenced process's clock may be ahead of its successor's: nothing may look older than it was to its writer.
         clock_us = max(clock_us, newest.clock_us)
         behind_us = clock_us - newest.clock_us
-        _take_keys(f"{store.url}/{meta.key}", newest, keys, clock_us)
+        await _take_keys(f"{store.url}/{meta.key}", newest, keys, clock_us)
         against = {
             LsnRange(after, through): frozenset(UUID(bytes=table) for table in hurt)
             for after, through, hurt in newest.lost_tables
@@ -505,12 +515,12 @@ def _held_of(record: _Checkpoint) -> Elsewhere | None:
     return {UUID(bytes=table): tuple(HeldObject(*each) for each in objects) for table, objects in record.held}
 
 
-def _take_keys(path: str, record: _Checkpoint, keys: KeyIndex, clock_us: int) -> None:
+async def _take_keys(path: str, record: _Checkpoint, keys: KeyIndex, clock_us: int) -> None:
     """Take a checkpoint's keys, and what was committed when it was written: not those of parked writes (R18, R21)."""
     for table_bytes, packed in record.keys:
         try:
             table = UUID(bytes=table_bytes)
-            keys.load(table, packed)
+            await keys.load_steps(table, packed)
         except ValueError as error:
             raise DataCorruption(path, _CRC_BYTES, "keys in LSN order", str(error)) from error
     for table_bytes, _, committed_lsn, _ in record.tables:

@@ -11,11 +11,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from arka._core.keys import ENTRY_BYTES, HASH_BYTES, KeyTable
+from arka._core.keys import ENTRY_BYTES, HASH_BYTES, MOVED_SLOTS, KeyTable
 
 #: Entries are numbered modulo this.
 NUMBERS = 2**32 - 1
 ENTRY = struct.Struct("<16sQI")
+#: Slots that a look for expired keys moves beside.
+IDLE_MOVES = 1024
 
 
 def hash_at(home: int, number: int, bits: int = 32) -> bytes:
@@ -68,7 +70,9 @@ class KeyTableMachine(RuleBasedStateMachine):
     def insert(self, hashes: list[bytes], step: int, digest: int) -> None:
         for hash_ in hashes:
             self.last_lsn += step
+            before = self.table.moves
             self.table.insert(hash_, self.last_lsn, digest)
+            assert self.table.moves - before <= MOVED_SLOTS
             self.oracle.entries.append((hash_, self.last_lsn, digest))
 
     @rule(share=st.floats(0, 1), most=st.none() | st.integers(0, 20))
@@ -77,11 +81,14 @@ class KeyTableMachine(RuleBasedStateMachine):
         first = entries[0][1] if entries else 0
         lsn = first + int((self.last_lsn - first) * share)
         count = sum(entry[1] <= lsn for entry in entries)
+        before = self.table.moves
         if most is None:
             assert self.table.expire_through(lsn) == count
         else:
             count = min(count, most)
             assert self.table.expire_through(lsn, most) == count
+        # A table at rest finishes as well.
+        assert self.table.moves - before <= count * MOVED_SLOTS + IDLE_MOVES
         del entries[:count]
 
     @rule(hashes=st.lists(HASHES, max_size=60), back=st.integers(0, 10))
@@ -133,6 +140,44 @@ def test_a_moving_window(first_number: int) -> None:
     assert found[:-window] == [None] * (len(hashes) - window)
     assert found[-window:] == [(lsn, lsn ^ 0xFFFF) for lsn in range(len(hashes) - window + 1, len(hashes) + 1)]
     assert len(table) == window
+
+
+@pytest.mark.usefixtures("plain_secret")
+@pytest.mark.parametrize("bits", [6, 10, 17, 18])
+def test_an_index_grows_and_shrinks_in_steps(bits: int) -> None:
+    """No insertion moves more than a few slots, keys are found and forgotten meanwhile, and the old index goes.
+
+    Of 17 bits on, the old index's memory goes back in pieces. Homes come in clusters of up to 40, at both ends too.
+    """
+    table, size = KeyTable(), 2**bits
+    homes = [(n // 40 * 67 % size) << (32 - bits) for n in range(size)]
+    hashes = [hash_at(home, n) for n, home in enumerate(homes)]
+    grown = size * 2 // 3 - 1
+    for lsn, hash_ in enumerate(hashes[:grown], 1):
+        table.insert(hash_, lsn, lsn & 0xFF)
+    table.expire_through(0), table.expire_through(0)
+    most, moved, lsn, oldest = 0, table.moves, grown, 1
+    # One that is there already, a new one and the oldest, while everything is on its way.
+    while table.moves < moved + size:
+        before = table.moves
+        lsn += 1
+        again = hash_at(homes[lsn % 40], lsn % 40) if lsn % 3 == 0 and lsn % 40 > oldest else hashes[lsn]
+        table.insert(again, lsn, lsn & 0xFF)
+        most = max(most, table.moves - before)
+        assert table.find(again) == (lsn, lsn & 0xFF)
+        if lsn % 5 == 0:
+            table.expire_through(oldest)
+            oldest += 1
+        probe = oldest + lsn * 7919 % (grown - oldest)
+        assert table.find(hashes[probe]) is not None
+        assert table.find(hash_at(homes[probe], probe + 2**40)) is None
+    assert 0 < most <= MOVED_SLOTS
+    while table.first_lsn is not None:
+        assert table.expire_through(lsn, 500) <= 500
+    for _ in range(size // IDLE_MOVES + 1):
+        table.expire_through(lsn)
+    assert len(table) == 0
+    assert table.memory_bytes < 64 * 1024 + 8 * 512 + 2**17
 
 
 @pytest.mark.usefixtures("plain_secret")

@@ -62,11 +62,109 @@ def test_many_keys_expire_in_pieces() -> None:
     for lsn in range(1, count + 1):
         keys.insert(table, b"%d" % lsn, lsn, 0)
     keys.note_committed(table, count, 0)
-    calls = 1
-    while keys.expire(100 * S):
+    held, more = count, True
+    while more:
+        assert held - len(keys) <= 4_000
+        held, more = len(keys), keys.expire(100 * S)
+    assert held > len(keys) == 0
+
+
+def test_a_dropped_table_goes_in_pieces_and_is_not_known_meanwhile() -> None:
+    """A drop of many keys, of all or up to an LSN, is true at once; their memory goes step by step."""
+    keys, whole, part, count = index(), uuid4(), uuid4(), 50_000
+    for lsn in range(1, count + 1):
+        keys.insert(whole, b"%d" % lsn, 2 * lsn, 0)
+        keys.insert(part, b"%d" % lsn, 2 * lsn + 1, 0)
+    keys.drop_table(whole)
+    keys.drop_table(part, count)
+    assert [keys.find(whole, b"%d" % n) for n in (1, count // 2, count)] == [None] * 3
+    assert [keys.find(part, b"%d" % n) for n in (1, count // 2 - 1)] == [None] * 2
+    assert keys.find(part, b"%d" % count) == KeyedWrite(2 * count + 1, 0)
+    assert min(lsns(keys, 2**62)) == count + 1
+    full, calls = keys.memory_bytes, 1
+    while keys.expire(0):
         calls += 1
-    assert calls == 3
+    assert calls >= 70_000 // 4_000
+    assert len(keys) == count // 2 + 1
+    assert keys.memory_bytes < full * 0.5
+
+
+def test_thousands_of_tables_are_looked_at_in_turn() -> None:
+    """One call looks at some tables; a round of calls at all of them."""
+    keys, tables = index(), [uuid4() for _ in range(1_200)]
+    for lsn, table in enumerate(tables, 1):
+        keys.insert(table, b"k", lsn, 0)
+        keys.note_committed(table, lsn, 0)
+    assert keys.expire(100 * S)
+    assert 1_200 - len(keys) == 500
+    assert keys.expire(100 * S)
+    assert not keys.expire(100 * S)
     assert len(keys) == 0
+
+
+def test_packed_keys_come_in_pieces() -> None:
+    """A checkpoint's keys are packed piece by piece, while others are inserted, expire and are dropped."""
+    keys, one, other = index(), uuid4(), uuid4()
+    for lsn in range(1, 40_001):
+        keys.insert(one, b"%d" % lsn, lsn, 0)
+    keys.insert(other, b"k", 40_001, 0)
+    pieces = keys.uncovered(50_000)
+    sizes = [len(next(pieces)[1]) // ENTRY_BYTES]
+    keys.insert(one, b"new", 60_000, 0)
+    keys.drop_table(other)
+    found = list(pieces)
+    sizes += [len(packed) // ENTRY_BYTES for _, packed in found]
+    assert sizes == [16_384, 16_384, 40_000 - 2 * 16_384]
+    assert {table for table, _ in found} == {one}
+    assert keys.fresh_bytes >= keys.uncovered_bytes(2**62)
+    keys.forget_uncovered(50_000)
+    assert keys.fresh_bytes == keys.uncovered_bytes(2**62) == ENTRY_BYTES
+
+
+async def test_pieces_that_are_out_of_order_are_refused() -> None:
+    """Loading in steps finds what loading at once finds, also where one piece ends and the next begins."""
+    table = uuid4()
+    good = [pack_entry(table, b"%d" % lsn, lsn, 0) for lsn in range(1, 20_000)]
+    keys = index()
+    await keys.load_steps(table, b"".join(good))
+    assert len(keys) == len(good)
+    keys = index()
+    with pytest.raises(ValueError, match="LSNs must rise"):
+        await keys.load_steps(table, b"".join([*good[:16_384], good[5]]))
+
+
+def test_one_table_does_not_use_up_the_keys_of_others() -> None:
+    """While one table has filled the limit, tables with few keys use a reserve; the full one does not."""
+    keys, hog, polite = index(limit=800), uuid4(), [uuid4() for _ in range(200)]
+    for lsn in range(1, 801):
+        assert not keys.full
+        keys.insert(hog, b"%d" % lsn, lsn, 0)
+    assert keys.full
+    assert not keys.spares(hog)
+    for lsn, table in enumerate(polite[:100], 801):
+        assert keys.spares(table), lsn
+        keys.insert(table, b"k", lsn, 0)
+    # An eighth of the limit and no more: memory is bounded.
+    assert len(keys) == 900
+    assert not any(keys.spares(table) for table in polite[100:])
+    # Many small ones beside it do not make a middling one look like a hog.
+    keys.note_committed(hog, 200, 0)
+    keys.expire(100 * S)
+    for lsn in range(2_000, 2_300):
+        if keys.full and not keys.spares(polite[0]):
+            break
+        keys.insert(polite[0], b"%d" % lsn, lsn, 0)
+    assert len(keys) == 900
+    assert not keys.spares(hog)
+
+
+def test_equal_tables_share_the_limit() -> None:
+    """Among tables that hold the same, none goes on at the limit; a new one does."""
+    keys, tables = index(limit=800), [uuid4() for _ in range(4)]
+    for lsn in range(1, 801):
+        keys.insert(tables[lsn % 4], b"%d" % lsn, lsn, 0)
+    assert not any(keys.spares(table) for table in tables)
+    assert keys.spares(uuid4())
 
 
 def test_frequent_commits_never_shorten_a_retention() -> None:

@@ -66,6 +66,24 @@ async def test_a_full_index_refuses_new_keys_until_old_ones_expire(autojump_cloc
         assert not append(pipeline, table, b"7").duplicate
 
 
+async def test_a_table_that_filled_the_index_does_not_stop_others(autojump_clock: MockClock) -> None:
+    """New keys of other tables are taken while one table holds all that the limit allows, and its own are refused."""
+    world = make_node()
+    async with world.run(closes=True) as pipeline:
+        hog = await create_table(pipeline)
+        other = await create_table(pipeline, TableName("default", "other"))
+        for number in range(LIMIT):
+            append(pipeline, hog, b"%d" % number)
+        # The other one first: nothing has been refused so far.
+        assert not append(pipeline, other, b"first").duplicate
+        with pytest.raises(AdmissionRejected, match=r"idempotency\.keys"):
+            append(pipeline, hog, b"new")
+        for number in range(LIMIT // 8 - 1):
+            assert not append(pipeline, other, b"%d" % number).duplicate
+        with pytest.raises(AdmissionRejected, match=r"idempotency\.keys"):
+            append(pipeline, other, b"beyond")
+
+
 async def test_released_keys_and_tables_come_back_from_checkpoints(autojump_clock: MockClock) -> None:
     """When the segments are gone, checkpoints give the keys and say which tables there are (R12, R21, R5)."""
     world = make_node()
