@@ -69,6 +69,12 @@ class LogOptions:
 
     format: str = option("console", "Lines for people, or one JSON object a line.", one_of=("console", "json"))
     level: str = option("info", "The least severe event that is logged.", one_of=("debug", "info", "warning", "error"))
+    slow_turn_s: float = option(
+        0.05,
+        "A turn of the server's loop over this is logged with what ran, at most every 10 s.",
+        at_least=0.005,
+        at_most=60,
+    )
 
 
 #: What ``limits.index_bytes`` is unless it is set.

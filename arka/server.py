@@ -57,6 +57,7 @@ from arka.tiers.epochs import Claim, skip_epochs
 from arka.tiers.pipeline import Pipeline
 from arka.tiers.space import SharedRoom
 from arka.tiers.startup import open_pipeline
+from arka.watchdog import watch_loop
 
 log = structlog.get_logger(__name__)
 
@@ -208,7 +209,6 @@ async def serve(
 
     Cancellation: as a crash at that moment: nothing acked is lost.
     """
-    data_dir = Path(await trio.Path(settings.server.data_dir).absolute())
     # Before anything can fail.
     redaction.remember(
         redaction.secrets_of(
@@ -217,6 +217,12 @@ async def serve(
             os.environ,
         )
     )
+    with watch_loop(settings.log.slow_turn_s):
+        await _serve(settings, stop, task_status)
+
+
+async def _serve(settings: Settings, stop: trio.Event, task_status: trio.TaskStatus[Address]) -> None:
+    data_dir = Path(await trio.Path(settings.server.data_dir).absolute())
     limits = _limits(settings)
     host, port, insecure = settings.server.host, settings.server.port, settings.server.insecure
     # Before anything is made on the disk.
