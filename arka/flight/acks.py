@@ -13,6 +13,7 @@ from collections import deque
 from dataclasses import dataclass
 from enum import Enum
 from itertools import takewhile
+from sys import getsizeof
 from typing import Final
 
 import pyarrow as pa
@@ -20,12 +21,15 @@ import pyarrow as pa
 from arka._core.acks import SPECIAL, encode_run
 from arka.errors import ErrorCode
 from arka.flight.messages import varint
+from arka.flight.unread import ACK_BYTES, TEXT_OVERHEAD
 from arka.records import Tier
 from arka.tiers.watermarks import Advance, now_us
 
 _TIERS: Final = tuple(Tier)
 #: Above every LSN: what has reached the memory tier.
 _ALL: Final = 2**63 - 1
+#: Places that a table of special writes may have empty before it is made again: Python's never shrink.
+_EMPTY_PLACES: Final = 4096
 #: Acked writes are dropped from the arrays in steps of this many, so that the cost of it stays small.
 _TRIM_WRITES: Final = 4096
 
@@ -62,6 +66,15 @@ class SetAside:
 
     detail: str
     duplicate: bool
+
+
+def _cost(special: Rejection | Duplicate | SetAside) -> int:
+    """What one special write takes in memory beside its ack, in bytes."""
+    return TEXT_OVERHEAD if isinstance(special, Duplicate) else TEXT_OVERHEAD + getsizeof(special.detail)
+
+
+#: One for all writes that share it.
+_DUPLICATES: Final = {None: Duplicate(), ErrorCode.KEY_REUSED: Duplicate(ErrorCode.KEY_REUSED)}
 
 
 def _field(tag: bytes, value: bytes) -> bytes:
@@ -120,6 +133,10 @@ class AckQueue:
         self._rows = array("q")
         self._requested = bytearray()
         self._special: dict[int, Rejection | Duplicate | SetAside] = {}
+        # The most entries that it has had since it was made.
+        self._special_most = 0
+        # Invariant: what _special, _preamble and _failure take in memory, in bytes.
+        self._texts_bytes = 0
         # Invariant: _cursor[t] is the first sequence whose ack for tier t is not out; never rises with t.
         self._cursor = [0, 0, 0, 0]
         # Rises that some unsent ack may still need for its timestamp, oldest first; never empty.
@@ -140,7 +157,7 @@ class AckQueue:
         self._form = form
         if form is AckForm.BATCH and not self._schema_sent:
             self._schema_sent = True
-            self._preamble.append(_message(_SCHEMA_HEADER))
+            self._promise(_message(_SCHEMA_HEADER))
 
     @property
     def writes(self) -> int:
@@ -151,6 +168,16 @@ class AckQueue:
     def unsent(self) -> int:
         """How many writes still have an ack to come or to go out."""
         return self.writes - self._first_open()
+
+    @property
+    def most_bytes(self) -> int:
+        """A bound of what is held for the client, whether it is due or not, in bytes."""
+        return ACK_BYTES * (self.writes - self._cursor[Tier.ICEBERG_COMMITTED]) + self._texts_bytes
+
+    @property
+    def unread_bytes(self) -> int:
+        """What is held because the client does not read (T26), in bytes: texts, and acks once any of them is due."""
+        return self._texts_bytes + (ACK_BYTES * self.unsent if self.due else 0)
 
     def fewer_than(self, limit: int) -> bool:
         """Whether fewer writes than this still have an ack to come or to go out."""
@@ -187,12 +214,12 @@ class AckQueue:
 
     def duplicate(self, lsn: int, rows: int, requested: Tier, code: ErrorCode | None) -> int:
         """Note a write whose key had been seen; ``lsn`` is the first write's."""
-        self._special[self.writes] = Duplicate(code)
+        self._put_special(self.writes, _DUPLICATES[code])
         return self._append(lsn, rows, requested | SPECIAL)
 
     def reject(self, code: ErrorCode, detail: str) -> int:
         """Note a write that is not in the table and never will be; returns its sequence."""
-        self._special[self.writes] = Rejection(code, detail)
+        self._put_special(self.writes, Rejection(code, detail))
         return self._append(0, 0, Tier.MEMORY | SPECIAL)
 
     def set_aside(self, lsn: int, detail: str) -> None:
@@ -205,13 +232,13 @@ class AckQueue:
         for index, known in enumerate(self._lsns):
             sequence = self._base + index
             if known == lsn and sequence >= self._cursor[Tier.ICEBERG_COMMITTED]:
-                self._special[sequence] = SetAside(detail, isinstance(self._special.get(sequence), Duplicate))
+                self._put_special(sequence, SetAside(detail, isinstance(self._special.get(sequence), Duplicate)))
                 self._requested[index] |= SPECIAL
 
     def handshake(self, marks: dict[Tier, int]) -> None:
         """Answer ``resume_after_lsn``: one ack per tier with sequence -1 (protocol 3.3)."""
         for tier, lsn in marks.items():
-            self._preamble.append(self._encode(tier, lsn, now_us(), -1, None, None, None))
+            self._promise(self._encode(tier, lsn, now_us(), -1, None, None, None))
 
     def advance(self, advance: Advance) -> None:
         """Note that a tier has risen."""
@@ -228,7 +255,9 @@ class AckQueue:
 
         Acks that are already due go out before it; writes that come later are not touched.
         """
+        self._drop_failure()
         self._failure = Rejection(code, detail)
+        self._texts_bytes += _cost(self._failure)
         self._failed_through = self.writes
 
     def take(self, budget: int) -> bytes:
@@ -243,7 +272,9 @@ class AckQueue:
         out: list[bytes] = []
         left = budget
         while self._preamble and left > 0:
-            left -= self._emit(out, self._preamble.popleft())
+            message = self._preamble.popleft()
+            self._texts_bytes -= TEXT_OVERHEAD + len(message)
+            left -= self._emit(out, message)
         for tier in _TIERS:
             if left <= 0:
                 break
@@ -356,7 +387,7 @@ class AckQueue:
         index = sequence - self._base
         lsn = self._lsns[index]
         if isinstance(special, Rejection):
-            del self._special[sequence]
+            self._drop_special(sequence)
             return self._encode(tier, lsn, now_us(), sequence, None, special.code, special.detail)
         if isinstance(special, SetAside) and tier is Tier.ICEBERG_COMMITTED:
             return self._encode(tier, lsn, now_us(), sequence, None, ErrorCode.SET_ASIDE, special.detail)
@@ -391,7 +422,7 @@ class AckQueue:
             for tier in _TIERS:
                 self._cursor[tier] = max(self._cursor[tier], sequence)
         if sequence >= self._failed_through:
-            self._failure = None
+            self._drop_failure()
 
     def _trim(self) -> None:
         """Drop writes that every tier's cursor has passed."""
@@ -399,9 +430,32 @@ class AckQueue:
         if done < _TRIM_WRITES and done < len(self._lsns):
             return
         for sequence in list(takewhile(lambda s: s < self._base + done, self._special)):
-            del self._special[sequence]
+            self._drop_special(sequence)
+        if self._special_most > len(self._special) + _EMPTY_PLACES:
+            self._special = dict(self._special)
+            self._special_most = len(self._special)
         del self._lsns[:done], self._rows[:done], self._requested[:done]
         self._base += done
+
+    def _promise(self, message: bytes) -> None:
+        """Let a message go out before all acks."""
+        self._preamble.append(message)
+        self._texts_bytes += TEXT_OVERHEAD + len(message)
+
+    def _put_special(self, sequence: int, special: Rejection | Duplicate | SetAside) -> None:
+        if sequence in self._special:
+            self._drop_special(sequence)
+        self._special[sequence] = special
+        self._special_most = max(self._special_most, len(self._special))
+        self._texts_bytes += _cost(special)
+
+    def _drop_special(self, sequence: int) -> None:
+        self._texts_bytes -= _cost(self._special.pop(sequence))
+
+    def _drop_failure(self) -> None:
+        if self._failure is not None:
+            self._texts_bytes -= _cost(self._failure)
+            self._failure = None
 
     def _emit(self, out: list[bytes], data: bytes) -> int:
         if data:

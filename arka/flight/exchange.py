@@ -21,6 +21,7 @@ from arka.flight.acks import AckForm, AckQueue
 from arka.flight.decode import THREAD_SCHEMA_BYTES, BatchDecoder, DecodedBatch, read_schema
 from arka.flight.ordering import StreamOrder
 from arka.flight.refusals import check_not_sql
+from arka.flight.unread import STEP_BYTES, Unread, UnreadShare
 from arka.options import Limits
 from arka.records import Operation, TableName, TableType, Tier, WriteRequest, parse_write_request
 from arka.storage.threads import Job
@@ -49,6 +50,18 @@ class _Released:
 
 
 _RELEASED: Final = _Released()
+
+
+class Releasable(Protocol):
+    """What is held until it is released."""
+
+    def release(self) -> None:
+        """Give it back."""
+        ...
+
+
+#: Charges so many bytes that are kept while the stream lasts, and what they are.
+Keeper = Callable[[int, str], Releasable]
 
 
 class Outbound(Protocol):
@@ -85,9 +98,31 @@ class Exchange:
         form: AckForm,
         follow: Callable[[Room], None] | None = None,
         peer: str = "",
+        unread: Unread | None = None,
+        keep: Keeper | None = None,
+        hold: Callable[[Callable[[Exception], None] | None], None] | None = None,
     ) -> None:
+        """Begin without a table.
+
+        Args:
+            pipeline: where tables are and writes go.
+            limits: what the stream may use.
+            outbound: told that acks may be due.
+            find: finds a table.
+            form: how acks travel unless the client says otherwise.
+            follow: told whose room holds the stream back.
+            peer: whose turn it is among the threads (T23).
+            unread: counts what the client has not read (T26).
+            keep: charges what is kept while the stream lasts (T26).
+            hold: told that the client does not read, with what ends the stream for it; and with None that it does.
+        """
+        self._unread = unread or Unread(UnreadShare(limits.unread_bytes), None)
+        self._keep = keep
+        self._hold = hold
+        # The schema and dictionaries, and why the stream ended while its client did not read.
+        self._kept: Releasable | None = None
+        self._ended: Exception | None = None
         self._pipeline = pipeline
-        # Whose turn it is among the threads (T23).
         self._peer = peer
         self._limits = limits
         self._find = find
@@ -129,6 +164,8 @@ class Exchange:
         self._told = False
         out = self.acks.take(budget)
         self._taken += len(out)
+        if self._unread.charged:
+            self._unread.charge(self.acks.unread_bytes)
         if out or self.acks.settled or self.acks.requested_only:
             # Of writes that wait for a later tier nothing is told, and they count as read.
             self._moved.set()
@@ -155,32 +192,77 @@ class Exchange:
 
         Cancellation: nothing changes.
         """
-        limit = self._limits.unread_acks
         timeout_s = self._limits.unread_acks_timeout_s
         deadline: float | None = None
         taken = self._taken
-        while not self.acks.fewer_than(limit):
-            self._moved = trio.Event()
-            # Only a client that does not read is timed; one that waits for a slow tier is merely held back.
-            if not self.acks.due or self._taken != taken:
-                deadline, taken = None, self._taken
-            if not self.acks.due:
-                await self._moved.wait()
-                continue
-            if deadline is None:
-                deadline = trio.current_time() + timeout_s
-            with trio.move_on_at(deadline) as scope:
-                await self._moved.wait()
-            if scope.cancelled_caught:
-                raise ArkaError(
-                    f"{self.acks.unsent} writes have unread acks and none was read for {timeout_s:g} s: "
-                    "read acks while writing",
-                    code=ErrorCode.TOO_LARGE,
-                )
+        held = False
+        try:
+            while self._is_behind():
+                self._moved = trio.Event()
+                # Only a client that does not read is timed; one that waits for a slow tier is merely held back.
+                if not self.acks.due or self._taken != taken:
+                    deadline, taken = None, self._taken
+                if not self.acks.due:
+                    await self._moved.wait()
+                    continue
+                if deadline is None:
+                    deadline = trio.current_time() + timeout_s
+                if not held and self._hold is not None:
+                    held = True
+                    self._hold(self._end)
+                with trio.move_on_at(deadline) as scope:
+                    await self._moved.wait()
+                if self._ended is not None:
+                    raise self._ended
+                if scope.cancelled_caught:
+                    raise ArkaError(
+                        f"{self.acks.unsent} writes have unread acks, {self._unread.charged} bytes of acks and errors "
+                        f"are unread, and none was read for {timeout_s:g} s: read acks while writing",
+                        code=ErrorCode.TOO_LARGE,
+                    )
+        finally:
+            if held and self._hold is not None:
+                self._hold(None)
+
+    def _is_behind(self) -> bool:
+        """Whether the client has too many unread acks to send more; brings their charge up to date now and then."""
+        acks, unread = self.acks, self._unread
+        most = acks.most_bytes
+        if most <= unread.checked and acks.fewer_than(self._limits.unread_acks):
+            return False
+        unread.charge(acks.unread_bytes)
+        if not acks.fewer_than(self._limits.unread_acks) or (acks.due and unread.too_many):
+            unread.checked = 0
+            return True
+        unread.checked = most + STEP_BYTES
+        return False
+
+    def _end(self, error: Exception) -> None:
+        """End the stream, whose client does not read."""
+        self._ended = error
+        self._moved.set()
+
+    def _keep_schema(self) -> None:
+        """Charge the schema and the dictionaries that the stream has now.
+
+        Raises:
+            AdmissionRejected: the ledger has no room to keep them.
+        """
+        if self._keep is None:
+            return
+        held = len(self._schema_header or b"") + (0 if self._decoder is None else self._decoder.dictionary_bytes)
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            kept.release()
+        if held:
+            self._kept = self._keep(held, "a schema and its dictionaries")
 
     def close(self) -> None:
         """Stop listening to the tiers. To be called once, however the stream ends."""
         self._stop_attending()
+        self._unread.close()
+        if self._kept is not None:
+            self._kept.release()
         self._pipeline.unlisten_failure(self._on_failure)
         if self._table is not None:
             self._table.unlisten_end(self._on_end)
@@ -216,8 +298,10 @@ class Exchange:
                     await self._take_defaults(message.app_metadata)
             elif kind == ipc.SCHEMA:
                 await self._take_schema(message)
+                self._keep_schema()
             elif kind == ipc.DICTIONARY_BATCH:
                 await self._take_dictionary(message)
+                self._keep_schema()
             else:
                 raise InvalidRequest(
                     f"IPC message of type {kind} in a write stream: expected schema, dictionary or batch"
@@ -478,7 +562,7 @@ class Exchange:
         decoder, header = self._decoder, message.header
         if decoder is None or not header or not self.acks.writes or self._schema_metadata is not None:
             return False
-        if not self.acks.fewer_than(self._limits.unread_acks) or _resumes(message.app_metadata):
+        if self._is_behind() or _resumes(message.app_metadata):
             return False
         try:
             if ipc.message_type(header) != ipc.RECORD_BATCH:

@@ -219,6 +219,8 @@ class StreamIntake:
         # Who may have a message at once, and whether the RPC waits for one.
         self._taker: Taker | None = None
         self._receiving = False
+        # Ends the RPC while it does not take what it has because its client does not read.
+        self._end_unread: Callable[[Exception], None] | None = None
         self._progress = 0
         self._progress_at = 0.0
         self._taken = 0
@@ -268,6 +270,16 @@ class StreamIntake:
         if before is not None:
             before.unlisten(self._on_room)
             self._on_room()
+
+    def keep(self, amount: int, what: str) -> Charge:
+        """Charge the stream's account with bytes that are kept; see ``Ledger.keep``."""
+        return self._ledger.keep(amount, self.account, what)
+
+    def hold(self, end: Callable[[Exception], None] | None) -> None:
+        """Say that the RPC takes nothing since its client does not read, and what ends it; None: it does again."""
+        self._end_unread = end
+        if end is not None:
+            self._watch_pace()
 
     # -- the reader's side ------------------------------------------------------------------------
 
@@ -360,6 +372,8 @@ class StreamIntake:
         if self._error is None:
             self._error = error
         self._drop_partial()
+        if self._end_unread is not None:
+            self._end_unread(error)
         self._wakeup.set()
 
     def withhold(self) -> None:
@@ -379,6 +393,11 @@ class StreamIntake:
     def is_granted(self) -> bool:
         """Whether a message is in progress whose bytes are charged, or that was granted while it waits for others."""
         return self._current is not None or (self._open is not None and self._open.granted)
+
+    @property
+    def holds_grant(self) -> bool:
+        """Whether its client holds memory: a granted message in progress, or any that is not taken for its sake."""
+        return self.is_granted or (self._end_unread is not None and bool(self._inbox))
 
     @property
     def progress_bytes(self) -> int:

@@ -24,6 +24,8 @@ from arka.errors import ArkaError, InvalidRequest, quote
 from arka.flight.flow import StreamIntake, Taker
 from arka.flight.outbound import Outbox, StreamOutput
 from arka.flight.status import OK, RpcError, RpcStatus, Status, status_of
+from arka.tiers.accounts import Account
+from arka.tiers.admission import Charge
 from arka.tiers.room import Room
 
 log = structlog.get_logger(__name__)
@@ -106,6 +108,27 @@ class Call:
         """Give the client's stream no window while ``room`` holds back."""
         self._intake.follow(room)
 
+    @property
+    def account(self) -> Account | None:
+        """Who is charged for the RPC; None where nobody is."""
+        return self._intake.account
+
+    def keep(self, amount: int, what: str) -> Charge:
+        """Charge bytes that are kept for as long as the RPC wants (T26); the caller releases the charge.
+
+        Raises:
+            AdmissionRejected: the ledger has no room for them.
+        """
+        return self._intake.keep(amount, what)
+
+    def hold(self, end: Callable[[Exception], None] | None) -> None:
+        """Say that the client does not read what it has to before it is read from; None: it does again.
+
+        Args:
+            end: ends the RPC, if what it holds meanwhile is needed by others (T25).
+        """
+        self._intake.hold(end)
+
     async def send(self, *parts: bytes | memoryview) -> None:
         """Send one message, made of ``parts``; waits while the stream's send buffer is full.
 
@@ -128,7 +151,7 @@ class Call:
 
         Cancellation: the bytes were not sent.
         """
-        await self._output.put(len(part), part)
+        await self._output.put(len(part), part, charged=False)
 
     def discard_unsent(self) -> None:
         """Drop what waits to be sent, for an RPC that is about to end with an error: its client does not read."""

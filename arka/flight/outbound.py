@@ -22,6 +22,8 @@ from arka.flight.frames import FrameType, frame_header
 
 #: Bytes of messages that wait for the peer's window, above which ``send`` waits.
 SEND_BUFFER_BYTES: Final = 256 * 1024
+#: Bytes of one message from which on they are charged to the client (T26).
+_CHARGED_BYTES: Final = 4096
 #: Most DATA bytes of one stream before it is the next one's turn.
 _TURN_BYTES: Final = 128 * 1024
 
@@ -34,6 +36,14 @@ class Outbox(Protocol):
 
     def take(self, budget: int) -> bytes:
         """Give whole gRPC-framed messages, about ``budget`` bytes, at least one if any; b"" for nothing now."""
+        ...
+
+
+class Releasable(Protocol):
+    """What is held until it is released."""
+
+    def release(self) -> None:
+        """Give it back."""
         ...
 
 
@@ -58,13 +68,23 @@ class StreamOutput:
         last_progress: trio time of the last byte that the windows let through, or of the RPC's end.
     """
 
-    def __init__(self, stream_id: int, on_ready: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        stream_id: int,
+        on_ready: Callable[[], None],
+        keep: Callable[[int, str], Releasable] | None = None,
+    ) -> None:
         """Start with nothing to send.
 
         Args:
             stream_id: the stream.
             on_ready: called when there may be something to send.
+            keep: charges bytes of answers until they are sent; raises AdmissionRejected.
         """
+        self._keep = keep
+        # Charges, each with the count of bytes sent after which it is released; and that count.
+        self._charges: deque[tuple[int, Releasable]] = deque()
+        self._sent = 0
         self.stream_id = stream_id
         self.last_progress = 0.0
         self._on_ready = on_ready
@@ -92,20 +112,34 @@ class StreamOutput:
         if not self._closed:
             self._on_ready()
 
-    async def put(self, size: int, *parts: bytes | memoryview) -> None:
+    async def put(self, size: int, *parts: bytes | memoryview, charged: bool = True) -> None:
         """Queue the parts of one message.
+
+        Args:
+            size: bytes of all parts.
+            parts: what to send.
+            charged: charge large ones to the client; answers of DoGet have a buffer of their own (T27).
 
         Raises:
             trio.ClosedResourceError: the stream is over, and the caller not cancelled for it.
+            AdmissionRejected: the ledger has no room for what has to be kept until it is sent.
 
         Cancellation: nothing was queued.
         """
-        while self._buffered >= SEND_BUFFER_BYTES and not self._closed:
-            await self._room.park()
-        if self._closed:
-            await self._refuse()
+        charge = self._keep(size, "an answer") if charged and size >= _CHARGED_BYTES and self._keep else None
+        try:
+            while self._buffered >= SEND_BUFFER_BYTES and not self._closed:
+                await self._room.park()
+            if self._closed:
+                await self._refuse()
+        except BaseException:
+            if charge is not None:
+                charge.release()
+            raise
         self._parts.extend(parts)
         self._buffered += size
+        if charge is not None:
+            self._charges.append((self._sent + self._buffered, charge))
         self._on_ready()
 
     def put_nowait(self, part: bytes) -> None:
@@ -151,23 +185,20 @@ class StreamOutput:
 
     def give_up(self, trailers: list[tuple[bytes, bytes]], now: float) -> None:
         """End the stream now, without what could not be sent; an error that waits to be told stays the end."""
-        self._parts.clear()
-        self._buffered = 0
+        self._drop_parts()
         self._outbox = None
         waiting = self._trailers
         self.finish(waiting if waiting and (b"grpc-status", b"0") not in waiting else trailers, now)
 
     def discard(self) -> None:
         """Drop what is queued, be it in the middle of a message: an error is about to end the stream."""
-        self._parts.clear()
-        self._buffered = 0
+        self._drop_parts()
         self._room.unpark_all()
 
     def close(self) -> None:
         """Forget everything: the stream is over. Whoever waits to send is told."""
         self._closed = True
-        self._parts.clear()
-        self._buffered = 0
+        self._drop_parts()
         self._outbox = None
         self._trailers = None
         self._room.unpark_all()
@@ -210,6 +241,12 @@ class StreamOutput:
         self._trailers = None
         return Turn.DONE
 
+    def _drop_parts(self) -> None:
+        self._parts.clear()
+        self._buffered = 0
+        while self._charges:
+            self._charges.popleft()[1].release()
+
     def _refill(self, budget: int) -> bool:
         """Take from the outbox; returns whether there was anything."""
         data = b"" if self._outbox is None else self._outbox.take(budget)
@@ -236,6 +273,9 @@ class StreamOutput:
                 buffer[0] = view[left:]
                 left = 0
         self._buffered -= size
+        self._sent += size
+        while self._charges and self._charges[0][0] <= self._sent:
+            self._charges.popleft()[1].release()
         if self._buffered < SEND_BUFFER_BYTES:
             self._room.unpark_all()
 

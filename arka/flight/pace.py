@@ -4,7 +4,8 @@ Owns: how fast each stream with a granted message in progress sends, and the end
 wait. Does not own grants (``arka.flight.flow``), the ledger, nor when to look: each connection that waits does that.
 
 A stream is judged by the bytes of ten seconds in which it was seen with a granted message in progress each time, the
-same message or others. So a client gains nothing by ending one slow message and beginning another.
+same message or others. So a client gains nothing by ending one slow message and beginning another. A client that does
+not read its acks, so that its messages are not taken, holds memory as well.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class Paced(Protocol):
     paced: bool
 
     @property
-    def is_granted(self) -> bool:
-        """Whether a granted message is in progress."""
+    def holds_grant(self) -> bool:
+        """Whether a granted message is in progress, or is not taken because the client does not read its acks."""
         ...
 
     @property
@@ -115,7 +116,7 @@ class Pace:
 
     def _stays(self, sample: _Sample, now: float) -> bool:
         stream = sample.stream
-        if not stream.is_granted:
+        if not stream.holds_grant:
             return False
         progress = stream.progress_bytes
         if now - sample.seen_at > _PAUSE_S:

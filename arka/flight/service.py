@@ -24,6 +24,7 @@ from arka.flight.grpc import Call, Route
 from arka.flight.publicschema import public_schema
 from arka.flight.refusals import check_not_sql, unknown_action
 from arka.flight.schemas import describe_partition, describe_schema, parse_create_table
+from arka.flight.unread import Unread, UnreadShare
 from arka.lineage import CommitMark
 from arka.options import Limits
 from arka.records import TableName, Tier
@@ -95,6 +96,7 @@ class FlightService:
         self._pipeline = pipeline
         self._limits = limits
         self._answer_buffers = AnswerBuffers(limits.read_buffer_bytes, limits.reads)
+        self._unread = UnreadShare(limits.unread_bytes)
         self._draining = False
         self._drain_reason = "The server is draining: reconnect to the same node and resume"
         self._drain_deadline = 0.0
@@ -156,6 +158,9 @@ class FlightService:
             form=form,
             follow=call.follow,
             peer=_address_of(call.peer),
+            unread=Unread(self._unread, call.account),
+            keep=call.keep,
+            hold=call.hold,
         )
         call.attach_outbox(exchange)
         try:

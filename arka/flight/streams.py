@@ -34,7 +34,7 @@ from arka.flight.status import RpcStatus, Status, status_of
 from arka.flight.turns import TurnQueue
 from arka.options import Limits
 from arka.tiers.accounts import Account
-from arka.tiers.admission import Ledger
+from arka.tiers.admission import Charge, Ledger
 
 log = structlog.get_logger(__name__)
 
@@ -47,6 +47,8 @@ _WRITE_BYTES: Final = 512 * 1024
 _RESETS_REMEMBERED: Final = 1024
 #: Largest content-length that is told from a larger one.
 _CONTENT_BYTES: Final = 2**62
+#: Bytes of an RPC's custom metadata from which on they are charged (T26).
+_METADATA_BYTES: Final = 1024
 #: Seconds to wait for the rest of a request that is not gRPC.
 _FOREIGN_S: Final = 10.0
 #: Requests that are not gRPC and get a body, at a time on one connection; others get their status at once.
@@ -100,7 +102,7 @@ class Stream:
         peer_ended: the peer has half-closed it.
     """
 
-    __slots__ = ("adopt", "id", "intake", "method", "output", "peer_ended", "scope")
+    __slots__ = ("adopt", "id", "intake", "kept", "method", "output", "peer_ended", "scope")
 
     def __init__(self, stream_id: int, method: str, intake: StreamIntake, output: StreamOutput) -> None:
         self.id = stream_id
@@ -111,6 +113,8 @@ class Stream:
         self.adopt: Callable[[bytes], None] | None = None
         self.scope = trio.CancelScope()
         self.peer_ended = False
+        # The charge of its metadata, until its RPC ends.
+        self.kept: Charge | None = None
 
 
 class Streams:
@@ -216,20 +220,17 @@ class Streams:
         assembler = MessageAssembler(
             route is not None and route.flight_data, shared.message_limit, self._limits.batch_bytes
         )
-        stream = Stream(
-            stream_id,
-            request.shown_path,
-            StreamIntake(
-                assembler,
-                shared.ledger,
-                shared.read_ahead,
-                lambda urgent: self._owe(stream, urgent),
-                account=shared.ledger.open_stream(self._account),
-                pace=shared.pace,
-                on_wait=self._start_looking,
-            ),
-            StreamOutput(stream_id, lambda: self._make_ready(stream)),
+        intake = StreamIntake(
+            assembler,
+            shared.ledger,
+            shared.read_ahead,
+            lambda urgent: self._owe(stream, urgent),
+            account=shared.ledger.open_stream(self._account),
+            pace=shared.pace,
+            on_wait=self._start_looking,
         )
+        output = StreamOutput(stream_id, lambda: self._make_ready(stream), intake.keep)
+        stream = Stream(stream_id, request.shown_path, intake, output)
         if route is not None and stream.intake.refusal is not None:
             raise stream.intake.refusal
         assembler.owner = stream
@@ -256,7 +257,17 @@ class Streams:
         if request.timeout is not None:
             deadline = trio.current_time() + parse_timeout(request.timeout)
         metadata = parse_metadata(request.fields)
-        stream = self._make(stream_id, request, route)
+        held = sum(len(name) + len(value) for name, value in metadata.items())
+        kept = None
+        if held > _METADATA_BYTES:
+            kept = self._shared.ledger.keep(held, self._shared.ledger.open_stream(self._account), "metadata")
+        try:
+            stream = self._make(stream_id, request, route)
+        except AdmissionRejected:
+            if kept is not None:
+                kept.release()
+            raise
+        stream.kept = kept
         call = Call(stream.method, metadata, self._peer, deadline, stream.intake, stream.output, request.user_agent)
         if self.draining and route.flight_data:
             stream.intake.withhold()
@@ -275,6 +286,8 @@ class Streams:
         finally:
             self._shared.streams -= 1
             stream.intake.abandon()
+            if stream.kept is not None:
+                stream.kept.release()
 
     def _refuse(self, stream_id: int, ended: bool, status: RpcStatus) -> None:
         """Answer an RPC that does not run, with trailers alone (T10): nothing is kept of it."""

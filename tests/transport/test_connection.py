@@ -599,6 +599,34 @@ class TestInboundFlow:
             await s.peer.settle()
             assert len(writes.messages) == 4
 
+    async def test_answers_and_metadata_are_kept_at_a_charge(self):
+        """T26: answers that are not read and metadata of open RPCs are charged; without room an RPC is refused."""
+
+        async def answer(call: Call) -> None:
+            await call.send(bytes(199_995))
+            await wait_for_ever(call)
+
+        limits = Limits(memory_bytes=16 * MIB)
+        routes = {"/answer": Route(answer), "/x": Route(wait_for_ever)}
+        async with served(routes, limits=limits, ledger=Ledger.of(limits), client_settings={4: 0}) as s:
+            extra = tuple((f"key-{i}", "v" * 1_000) for i in range(10))
+            await s.peer.send(s.peer.request(1, "/x", extra=extra))
+            await s.peer.settle()
+            metadata = s.ledger.statistics().kept_bytes
+            assert metadata >= 10_000
+            fit = (2 * MIB * 3 // 4 - metadata) // 200_000
+            for i in range(1, fit + 2):
+                await s.peer.send(s.peer.request(2 * i + 1, "/answer"))
+            await s.peer.settle()
+            assert s.ledger.statistics().kept_bytes == metadata + fit * 200_000
+            # Trailers need no window.
+            response = await s.peer.response(2 * fit + 3)
+            assert response.status == Status.UNAVAILABLE
+            assert response.message.startswith("[overloaded] No room to keep 200000 bytes of an answer")
+            await s.peer.send(rst_stream(1), window_update(0, 1 << 20), window_update(3, 1 << 20), rst_stream(5))
+            await s.peer.settle()
+            assert s.ledger.statistics().kept_bytes == (fit - 2) * 200_000
+
     async def test_streams_beyond_the_windows_part_are_refused(self):
         """T26: initial windows have a part of the ledger, one peer a part of that; beyond it streams are refused."""
         limits = Limits(memory_bytes=16 * MIB)
