@@ -317,7 +317,8 @@ class Connection:
             else:
                 self._connection_widened = True
         elif isinstance(event, h2.events.RequestReceived):
-            self._turn.spend_headers(sum(len(name) + len(value) for name, value in event.headers))
+            decoded = sum(len(name) + len(value) for name, value in event.headers)
+            self._turn.spend_headers(decoded, len(event.headers))
             self._streams.begin(event, nursery)
         elif isinstance(event, h2.events.StreamEnded):
             self._streams.end_by_peer(event.stream_id)

@@ -27,6 +27,10 @@ from arka.flight import frames
 
 #: MAX_HEADER_LIST_SIZE, bytes (T9).
 HEADER_LIST_BYTES: Final = 64 * 1024
+#: Fields of one header block: each costs some us, and may be one byte on the wire. gRPC clients send a dozen.
+BLOCK_FIELDS: Final = 512
+#: Changes of the table's size in one block: the smallest size and the last one (RFC 7541, section 4.2).
+_BLOCK_SIZES: Final = 2
 #: Streams that ended and are remembered with how; frames on older ones break the protocol.
 _CLOSED_STREAMS: Final = 1024
 #: Settings in one frame; RFC 9113 knows six, extensions a few more.
@@ -91,6 +95,38 @@ def _string(value: bytes) -> bytes:
     return bytes(out) + value
 
 
+class BoundedDecoder(hpack.Decoder):
+    """Decodes request fields, of which a block has few."""
+
+    def decode(self, data: bytes, raw: bool = False) -> Iterable[hpack.HeaderTuple]:
+        """Decode one block.
+
+        Raises:
+            HPACKDecodingError: it is malformed, or changes the table's size more than twice.
+            OversizedHeaderListError: it has more than ``BLOCK_FIELDS`` fields, or more bytes of them than announced.
+        """
+        if _leading_sizes(data) > _BLOCK_SIZES:
+            raise hpack.HPACKDecodingError(f"more than {_BLOCK_SIZES} changes of the table's size in a header block")
+        fields = list(super().decode(data, raw))
+        if len(fields) > BLOCK_FIELDS:
+            raise hpack.OversizedHeaderListError(f"a header block of {len(fields)} fields, at most {BLOCK_FIELDS}")
+        return fields
+
+
+def _leading_sizes(block: bytes) -> int:
+    """Count the changes of the table's size that begin a block, up to one more than are legal."""
+    at = found = 0
+    while found <= _BLOCK_SIZES and at < len(block) and block[at] & 0xE0 == 0x20:
+        found += 1
+        # An integer with a prefix of five bits (RFC 7541, section 5.1).
+        more = block[at] & 0x1F == 0x1F
+        at += 1
+        while more and at < len(block):
+            more = block[at] & 0x80 != 0
+            at += 1
+    return found
+
+
 class BoundedH2(h2.connection.H2Connection):
     """h2's server side of a connection, in which the cost of a frame does not depend on how many came before it."""
 
@@ -124,6 +160,7 @@ def make_h2() -> BoundedH2:
     )
     connection = BoundedH2(config)
     connection.encoder = StatelessEncoder()
+    connection.decoder = BoundedDecoder(HEADER_LIST_BYTES)
     # h2 answers one stream too many with a fatal error; the limits that hold are ours (T10).
     connection.local_settings = h2.settings.Settings(
         client=False,
@@ -137,4 +174,12 @@ def make_h2() -> BoundedH2:
     return connection
 
 
-__all__ = ["HEADER_LIST_BYTES", "SETTINGS_VALUES", "BoundedH2", "StatelessEncoder", "make_h2"]
+__all__ = [
+    "BLOCK_FIELDS",
+    "HEADER_LIST_BYTES",
+    "SETTINGS_VALUES",
+    "BoundedDecoder",
+    "BoundedH2",
+    "StatelessEncoder",
+    "make_h2",
+]

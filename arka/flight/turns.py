@@ -176,10 +176,10 @@ class ReaderTurn:
         """Count a message of ``length`` wire bytes beside the cost of its event."""
         self.left -= min(length >> _MESSAGE_SHIFT, _MESSAGE_MOST)
 
-    def spend_headers(self, decoded_bytes: int) -> None:
-        """Count a header block by what it decodes to, in bytes."""
+    def spend_headers(self, decoded_bytes: int, fields: int) -> None:
+        """Count a header block by what it decodes to: bytes, and fields, each of which costs a unit."""
         self.headers += 1
-        self.left -= HEADERS_UNITS + decoded_bytes // HEADER_BYTES_PER_UNIT
+        self.left -= HEADERS_UNITS + fields + decoded_bytes // HEADER_BYTES_PER_UNIT
 
     def spend(self, units: int) -> None:
         """Count anything else."""

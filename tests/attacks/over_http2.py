@@ -91,7 +91,7 @@ def hpack_evictions(attacker: Attacker) -> None:
     on = attacker.wire()
     for _ in attacker.rounds():
         parts = []
-        for _ in range(200):
+        for _ in range(20):
             stream_id = on.new_stream()
             extra = tuple((f"x-{stream_id}-{n}", "v" * 20) for n in range(60))
             parts.append(on.headers(stream_id, "ListActions", end=True, extra=extra))
