@@ -73,12 +73,13 @@ class Rule(NamedTuple):
     expected: str
 
 
+# With ASCII beside IGNORECASE: a long s is an s to the latter alone, and no other reader of the value takes it for one.
 _COUNT: Final = Rule(re.compile(r"[1-9][0-9]{0,17}\Z"), "a whole number from 1")
 _COUNT_OR_NONE: Final = Rule(re.compile(r"(?:0|[1-9][0-9]{0,8})\Z"), "a whole number from 0")
-_FLAG: Final = Rule(re.compile(r"(?:true|false)\Z", re.IGNORECASE), "true or false")
+_FLAG: Final = Rule(re.compile(r"(?:true|false)\Z", re.IGNORECASE | re.ASCII), "true or false")
 _SHARE: Final = Rule(re.compile(r"0?\.[0-9]{0,15}[1-9]\Z"), "a number between 0 and 1, such as 0.01")
 _METRICS_MODE: Final = Rule(
-    re.compile(r"(?:none|counts|full|truncate\([1-9][0-9]{0,8}\))\Z", re.IGNORECASE),
+    re.compile(r"(?:none|counts|full|truncate\([1-9][0-9]{0,8}\))\Z", re.IGNORECASE | re.ASCII),
     "none, counts, truncate(N) or full",
 )
 #: A property that nobody writes may hold any text.
@@ -97,7 +98,7 @@ _EXACT: Final[dict[str, Rule]] = {
     "comment": _TEXT,
     "write.target-file-size-bytes": _COUNT,
     "write.parquet.compression-codec": Rule(
-        re.compile(r"(?:zstd|gzip|snappy|lz4|brotli|uncompressed)\Z", re.IGNORECASE),
+        re.compile(r"(?:zstd|gzip|snappy|lz4|brotli|uncompressed)\Z", re.IGNORECASE | re.ASCII),
         "zstd, gzip, snappy, lz4, brotli or uncompressed",
     ),
     "write.parquet.compression-level": Rule(re.compile(r"(?:[1-9]|1[0-9]|2[0-2])\Z"), "a whole number from 1 to 22"),
@@ -107,7 +108,7 @@ _EXACT: Final[dict[str, Rule]] = {
     "write.parquet.row-group-check-max-record-count": _COUNT,
     "write.parquet.page-size-bytes": _COUNT,
     "write.parquet.page-row-limit": _COUNT,
-    "write.parquet.page-version": Rule(re.compile(r"v[12]\Z", re.IGNORECASE), "v1 or v2"),
+    "write.parquet.page-version": Rule(re.compile(r"v[12]\Z", re.IGNORECASE | re.ASCII), "v1 or v2"),
     "write.parquet.dict-size-bytes": _COUNT,
     "write.parquet.bloom-filter-max-bytes": _COUNT,
     "write.metadata.metrics.default": _METRICS_MODE,

@@ -6,12 +6,16 @@ Owns: the refusals. Does not own which properties there are and what their value
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Final
 
 from arka.errors import InvalidRequest, quote
 from arka.tableproperties import ALLOWED, MAX_BYTES, rule_of
 
+#: Characters that a name, and a value, must not have: controls, and halves of surrogate pairs.
+_UNUSUAL_NAME: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_UNUSUAL_VALUE: Final = re.compile(r"[\x00\ud800-\udfff]")
 _CODEC: Final = "write.parquet.compression-codec"
 _LEVEL: Final = "write.parquet.compression-level"
 #: The highest level of each codec that takes fewer than zstd, the default.
@@ -30,6 +34,14 @@ def check_properties(properties: Mapping[str, str]) -> dict[str, str]:
     Raises:
         InvalidRequest: naming the property, what was found and what is expected.
     """
+    for key, value in properties.items():
+        # Catalogs keep properties in databases and in JSON that others parse; not all of them hold these.
+        if (found := _UNUSUAL_NAME.search(key)) is not None:
+            raise InvalidRequest(
+                f"properties: the name {key!r} has the character {found[0]!r}, which is not legal there"
+            )
+        if (found := _UNUSUAL_VALUE.search(value)) is not None:
+            raise InvalidRequest(f"properties: {key!r} has the character {found[0]!r} in its value, which is not legal")
     size = sum(len(key.encode()) + len(value.encode()) for key, value in properties.items())
     if size > MAX_BYTES:
         raise InvalidRequest(f"properties: {size} bytes in all, at most {MAX_BYTES} are legal")

@@ -45,7 +45,7 @@ _PAGE_ROWS_RANGE: Final = range(128, 2**24 + 1)
 _DICTIONARY_RANGE: Final = range(1_024, 2**26 + 1)
 
 _NUMBER: Final = re.compile(r"[0-9]{1,18}\Z")
-_METRICS: Final = re.compile(r"\s*(?:none|counts|full|truncate\([1-9][0-9]{0,8}\))\s*\Z", re.IGNORECASE)
+_METRICS: Final = re.compile(r"\s*(?:none|counts|full|truncate\([1-9][0-9]{0,8}\))\s*\Z", re.IGNORECASE | re.ASCII)
 _METRICS_PREFIX: Final = f"{TableProperties.METRICS_MODE_COLUMN_CONF_PREFIX}."
 
 

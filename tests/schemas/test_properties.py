@@ -34,6 +34,34 @@ def test_a_listed_property_passes(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        # U+017F is an s, and U+212A a k, to a comparison that ignores the case of every script.
+        ("write.metadata.metrics.default", "count\u017f"),
+        ("write.metadata.metrics.column.a", "count\u017f"),
+        ("write.parquet.compression-codec", "\u017fnappy"),
+        ("commit.manifest-merge.enabled", "fal\u017fe"),
+        ("write.parquet.stats-enabled.column.a", "fal\u017fe"),
+        ("write.target-file-size-bytes", "\uff11"),
+        ("write.target-file-size-bytes", "1\n"),
+        ("write.target-file-size-bytes", "\u0661"),
+        ("user.a", "half \ud800"),
+        ("user.a", "nul \0"),
+        ("user.a\0b", "x"),
+        ("user.a\nb", "x"),
+        ("user.\ud800", "x"),
+        ("comment", "\udfff"),
+    ],
+)
+def test_look_alikes_and_unusual_characters_are_refused(name: str, value: str) -> None:
+    """What another reader takes for something else, or cannot hold, is refused before the table exists (R17)."""
+    with pytest.raises(InvalidRequest, match="properties") as caught:
+        check_properties({name: value})
+    assert repr(name) in caught.value.detail
+    caught.value.detail.encode()
+
+
+@pytest.mark.parametrize(
     "name",
     [
         "s3.endpoint",
