@@ -39,6 +39,7 @@ cdef class MessageAssembler:
     cdef int64_t body_start
     cdef int64_t body_length
     cdef int64_t parsed
+    cdef int fields
     # What was gathered of a message that has not come whole.
     cdef unsigned char *gathered
     cdef int64_t gathered_capacity
@@ -52,6 +53,7 @@ cdef class MessageAssembler:
     cdef int _parse(self, const unsigned char *data, int64_t have) except -1
     cdef int _open_body(self) except -1
     cdef int _malformed(self, str what) except -1
+    cdef int _refuse_field(self, uint64_t number, uint64_t size) except -1
     cdef int _fail(self, object error) except -1
     cdef int _copy_body(self, const unsigned char *data) except -1
     cdef object _finish(self)

@@ -125,6 +125,10 @@ cdef enum:
     BLOCK_LIMIT = 65536
     #: First capacity for the fields ahead of a body, bytes: a batch of some ten columns.
     GATHER_FIRST = 1024
+    # Of a FlightData message: longest descriptor and app_metadata, longest data header, and most fields (T24).
+    TEXT_MOST = 65536
+    HEADER_MOST = 16777216
+    FIELDS_MOST = 10000
     #: Rest of a body, bytes, above which it is received in place: below, the copy costs less than the slicing.
     DIRECT_MIN = 8192
     #: Room left in the receive buffer behind a body that is received in place, bytes: what is taken of the
@@ -412,6 +416,7 @@ cdef class MessageAssembler:
             )
         self.position = 0
         self.parsed = 0
+        self.fields = 0
         self.filled = 0
         self.message_bytes = self.need + PREFIX_SIZE
         self.state = S_BEGIN
@@ -496,6 +501,10 @@ cdef class MessageAssembler:
             start = at
             if value > <uint64_t> (self.need - start):
                 return self._malformed(f"length of field {number}")
+            if kind == 2 and number <= 3 and value > <uint64_t> (HEADER_MOST if number == 2 else TEXT_MOST):
+                return self._refuse_field(number, value)
+            if self.fields == FIELDS_MOST:
+                return self._malformed(f"number of fields: more than {FIELDS_MOST}")
             if kind == 2 and number == 1000:
                 self.body_start = start
                 self.body_length = <int64_t> value
@@ -512,6 +521,7 @@ cdef class MessageAssembler:
                 else:
                     self._app_metadata = field
             self.parsed = start + <int64_t> value
+            self.fields += 1
         if self.parsed == self.need:
             return P_DONE
         return self._malformed("end: the last field is cut off") if have == self.need else P_MORE
@@ -532,6 +542,12 @@ cdef class MessageAssembler:
         if self.body_length:
             memcpy(self.frame.data + self.frame.body_offset, data + self.body_start, self.body_length)
         return 0
+
+    cdef int _refuse_field(self, uint64_t number, uint64_t size) except -1:
+        what = {1: "a descriptor", 2: "a data header", 3: "app_metadata"}[number]
+        most = HEADER_MOST if number == 2 else TEXT_MOST
+        self._fail(Refusal("too_large", f"{what} of {size} bytes is over the limit of {most}"))
+        return P_MALFORMED
 
     cdef int _malformed(self, str what) except -1:
         self._fail(Refusal("malformed", f"malformed FlightData: illegal {what}"))

@@ -15,6 +15,7 @@ from zoneinfo import available_timezones
 
 import pyarrow as pa
 
+from arka.errors import cut, quote
 from arka.flight.datatypes import type_name
 from arka.flight.layout import is_list_like
 
@@ -61,7 +62,7 @@ def canonical_type(type_: pa.DataType) -> pa.DataType:
         return type_ if type_ == pa.uuid() else canonical_type(type_.storage_type)
     if types.is_dictionary(type_):
         if types.is_nested(type_.value_type) or types.is_dictionary(type_.value_type):
-            raise UnsupportedType(f"{type_name(type_)}: a dictionary of nested values; send the values plain")
+            raise UnsupportedType(f"{cut(type_name(type_))}: a dictionary of nested values; send the values plain")
         return canonical_type(type_.value_type)
     if types.is_decimal(type_):
         return _canonical_decimal(type_)
@@ -73,14 +74,14 @@ def canonical_type(type_: pa.DataType) -> pa.DataType:
         return canonical_type(type_.value_type)
     if is_list_like(type_):
         if types.is_fixed_size_list(type_) and type_.list_size < 1:
-            raise UnsupportedType(f"{type_name(type_)}: the size must be at least 1")
+            raise UnsupportedType(f"{cut(type_name(type_))}: the size must be at least 1")
         return pa.list_(_canonical_child(type_.value_field, "element"))
     if types.is_struct(type_):
         return _canonical_struct(type_)
     if types.is_map(type_):
         key = _canonical_child(type_.key_field, "key").with_nullable(False)
         return pa.map_(key, _canonical_child(type_.item_field, "value"))
-    raise UnsupportedType(f"{type_name(type_)} has no place in an Iceberg table; {_advice(type_)}")
+    raise UnsupportedType(f"{cut(type_name(type_))} has no place in an Iceberg table; {_advice(type_)}")
 
 
 def _canonical_scalar(type_: pa.DataType) -> pa.DataType | None:
@@ -117,8 +118,9 @@ def _check_zone(type_: pa.DataType) -> None:
     known = int(offset[1]) < 24 and int(offset[2]) < 60 if offset else type_.tz in _zones()
     if not known:
         raise UnsupportedType(
-            f"{type_name(type_)}: unknown time zone {type_.tz[:80]!r}: expected UTC, an offset such as +05:30, or a "
-            "name of the IANA time zone database such as Europe/Paris; a table holds and returns timestamp[us, tz=UTC]"
+            f"{cut(type_name(type_))}: unknown time zone {quote(type_.tz)}: expected UTC, an offset such as +05:30, "
+            "or a name of the IANA time zone database such as Europe/Paris; a table holds and returns "
+            "timestamp[us, tz=UTC]"
         )
 
 
@@ -182,7 +184,7 @@ def _canonical_struct(type_: pa.DataType) -> pa.DataType:
     for child in type_:
         check_field_name(child.name)
         if child.name.lower() in names:
-            raise UnsupportedType(f"{type_name(type_)}: two fields are named {child.name!r}, case aside")
+            raise UnsupportedType(f"{cut(type_name(type_))}: two fields are named {child.name!r}, case aside")
         names.add(child.name.lower())
     return pa.struct([_canonical_child(child, child.name) for child in type_])
 
@@ -202,7 +204,7 @@ def check_field_name(name: str) -> None:
     if len(name) > MAX_NAME:
         raise UnsupportedType(f"the name {name[:40]!r}... has {len(name)} characters, at most {MAX_NAME} are legal")
     if not name.isprintable():
-        raise UnsupportedType(f"the name {name!r} has characters that cannot be printed")
+        raise UnsupportedType(f"the name {quote(name)} has characters that cannot be printed")
 
 
 def _advice(type_: pa.DataType) -> str:

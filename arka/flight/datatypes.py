@@ -17,7 +17,8 @@ A type is a string, or arrow-rs's JSON object of one key::
     named   = field-name ":" type ["not null"]
     field-name = characters other than <>,:()[]" or a JSON string
 
-Names of types are read in any case.
+Names of types are read in any case. Reading takes linear time, and what it makes is counted on the way (T24): texts,
+arguments, levels and fields are bounded before they are read.
 """
 
 from __future__ import annotations
@@ -29,10 +30,19 @@ from typing import Any, Final
 
 import pyarrow as pa
 
+from arka.errors import cut, listed, quote
 from arka.flight.sqlwords import sql_hint
+
+#: Most arguments of a word of JSON.
+_MOST_ARGUMENTS: Final = 8
 
 #: Deepest nesting of a type: far above what tables have, far below Python's recursion limit.
 MAX_DEPTH: Final = 32
+#: Most fields of a table, nested ones included: each costs some 20 us of each commit's statistics.
+MAX_FIELDS: Final = 10_000
+#: Longest text of a type, in characters, and of the arguments of one word in it.
+MAX_TEXT: Final = 1024 * 1024
+MAX_ARGUMENTS: Final = 256
 
 _SIMPLE: Final[dict[str, pa.DataType]] = {
     "null": pa.null(),
@@ -107,8 +117,9 @@ _LISTS: Final[dict[str, Callable[[pa.Field], pa.DataType]]] = {
     "large_list_view": pa.large_list_view,
     "largelistview": pa.large_list_view,
 }
+_SPACE: Final = re.compile(r"\s*")
 _WORD: Final = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*)")
-_BARE_NAME: Final = re.compile(r'\s*([^<>,:()\[\]"]+?)\s*:')
+_BARE_NAME: Final = re.compile(r'([^<>,:()\[\]"]+):')
 _QUOTED_NAME: Final = re.compile(r'\s*("(?:[^"\\]|\\.)*")\s*:')
 _CHILD_NAME: Final = re.compile(r"\s*\('([^']*)'\)")
 _NOT_NULL: Final = re.compile(r"\s*not\s+null\b", re.IGNORECASE)
@@ -125,11 +136,30 @@ class TypeSpelling(ValueError):
     """What stands there is not a type; the message says what was found and expected."""
 
 
-def parse_type(value: object) -> pa.DataType:
+class FieldCount:
+    """How many fields a schema may still have, nested ones included; counted while it is parsed."""
+
+    def __init__(self, most: int = MAX_FIELDS) -> None:
+        self._most = most
+        self._left = most
+
+    def add(self) -> None:
+        """Count one more field.
+
+        Raises:
+            TypeSpelling: it is one too many.
+        """
+        self._left -= 1
+        if self._left < 0:
+            raise TypeSpelling(f"more than {self._most} fields, nested ones included")
+
+
+def parse_type(value: object, count: FieldCount | None = None) -> pa.DataType:
     """Read a type in any of the spellings.
 
     Args:
         value: a string, or arrow-rs's JSON as decoded: ``{"Timestamp": ["Microsecond", null]}``.
+        count: of the schema that it belongs to; the fields below the type are added to it.
 
     Returns:
         The Arrow type as spelled, whether or not a table can have it.
@@ -137,15 +167,15 @@ def parse_type(value: object) -> pa.DataType:
     Raises:
         TypeSpelling: naming what was found and what is expected.
     """
-    return _parse_value(value, 0)
+    return _parse_value(value, 0, FieldCount() if count is None else count)
 
 
-def _parse_value(value: object, depth: int) -> pa.DataType:
+def _parse_value(value: object, depth: int, count: FieldCount) -> pa.DataType:
     if depth > MAX_DEPTH:
         raise TypeSpelling(f"types nest deeper than {MAX_DEPTH} levels")
     if isinstance(value, str):
         try:
-            return _Text(value).whole(depth)
+            return _Text(value, count).whole(depth)
         except TypeSpelling as error:
             hint = sql_hint(value)
             if hint is None:
@@ -153,11 +183,8 @@ def _parse_value(value: object, depth: int) -> pa.DataType:
             raise TypeSpelling(f"{error}; {hint}") from error
     if isinstance(value, Mapping) and len(value) == 1:
         name, argument = next(iter(value.items()))
-        return _parse_object(str(name), argument, depth)
-    raise TypeSpelling(
-        f"found {json.dumps(value, default=str)[:80]}, expected a type name or an object of one key; "
-        f"such as {_EXAMPLES}"
-    )
+        return _parse_object(str(name), argument, depth, count)
+    raise TypeSpelling(f"found {quote(value)}, expected a type name or an object of one key; such as {_EXAMPLES}")
 
 
 def _build(make: Callable[..., pa.DataType], *args: object) -> pa.DataType:
@@ -165,7 +192,7 @@ def _build(make: Callable[..., pa.DataType], *args: object) -> pa.DataType:
     try:
         return make(*args)
     except (ValueError, TypeError, OverflowError, NotImplementedError) as error:
-        raise TypeSpelling(str(error)) from error
+        raise TypeSpelling(cut(str(error))) from error
 
 
 def _whole_number(word: object, what: str) -> int:
@@ -173,7 +200,7 @@ def _whole_number(word: object, what: str) -> int:
         return word
     if isinstance(word, str) and re.fullmatch(r"[+-]?[0-9]{1,18}", word):
         return int(word)
-    raise TypeSpelling(f"{what} must be a whole number, found {word!r}")
+    raise TypeSpelling(f"{what} must be a whole number, found {quote(word)}")
 
 
 def _with_arguments(name: str, words: list[str]) -> pa.DataType:
@@ -181,7 +208,7 @@ def _with_arguments(name: str, words: list[str]) -> pa.DataType:
     if name in _DECIMALS:
         factory, most = _DECIMALS[name]
         if len(words) not in (1, 2):
-            raise TypeSpelling(f"{name} takes (precision, scale), found ({', '.join(words)})")
+            raise TypeSpelling(f"{name} takes (precision, scale), found ({listed(words)})")
         precision = _whole_number(words[0], f"{name}'s precision")
         scale = _whole_number(words[1], f"{name}'s scale") if len(words) == 2 else 0
         if not 1 <= precision <= most:
@@ -191,7 +218,7 @@ def _with_arguments(name: str, words: list[str]) -> pa.DataType:
         return _build(factory, precision, scale)
     if name in ("fixed_size_binary", "fixedsizebinary", "binary"):
         if len(words) != 1:
-            raise TypeSpelling(f"{name} takes [width], found [{', '.join(words)}]")
+            raise TypeSpelling(f"{name} takes [width], found [{listed(words)}]")
         width = _whole_number(words[0], f"{name}'s width")
         if not 0 <= width < 2**31:
             raise TypeSpelling(f"{name}'s width is out of range: {width}")
@@ -201,22 +228,22 @@ def _with_arguments(name: str, words: list[str]) -> pa.DataType:
     if name == "interval":
         if len(words) == 1 and words[0].lower() == "monthdaynano":
             return pa.month_day_nano_interval()
-        found = f" ({', '.join(words)})" if words else ""
+        found = f" ({listed(words)})" if words else ""
         raise TypeSpelling(
             f"interval{found} has no type in an Iceberg table; use int64 with microseconds, or utf8; types are spelled "
             f"as in {_EXAMPLES}"
         )
-    raise TypeSpelling(f"{name!r} takes no arguments; expected a type such as {_EXAMPLES}")
+    raise TypeSpelling(f"{quote(name)} takes no arguments; expected a type such as {_EXAMPLES}")
 
 
 def _temporal(name: str, words: list[str]) -> pa.DataType:
     unit = _UNITS.get(words[0].lower()) if words else None
     if unit is None:
-        raise TypeSpelling(f"{name} takes a unit of s, ms, us or ns, found {', '.join(words) or 'nothing'}")
+        raise TypeSpelling(f"{name} takes a unit of s, ms, us or ns, found {listed(words) or 'nothing'}")
     if name == "timestamp":
         zone = words[1] if len(words) == 2 else None
         if len(words) > 2 or unit == "day":
-            raise TypeSpelling(f"timestamp takes [unit] or [unit, tz=zone], found [{', '.join(words)}]")
+            raise TypeSpelling(f"timestamp takes [unit] or [unit, tz=zone], found [{listed(words)}]")
         if zone is not None:
             zone = zone.removeprefix("tz=").strip()
             some = re.fullmatch(r'Some\("?([^"]*)"?\)', zone, re.IGNORECASE)
@@ -225,10 +252,10 @@ def _temporal(name: str, words: list[str]) -> pa.DataType:
                 zone = None
         return _build(pa.timestamp, unit, zone)
     if len(words) != 1:
-        raise TypeSpelling(f"{name} takes one unit, found {', '.join(words)}")
+        raise TypeSpelling(f"{name} takes one unit, found {listed(words)}")
     legal = {"date32": ("day",), "date64": ("ms",), "time32": ("s", "ms"), "time64": ("us", "ns")}
     if unit not in legal.get(name, ("s", "ms", "us", "ns")):
-        raise TypeSpelling(f"{name} takes {' or '.join(legal.get(name, ()))}, found {words[0]}")
+        raise TypeSpelling(f"{name} takes {' or '.join(legal.get(name, ()))}, found {quote(words[0])}")
     if name in ("date32", "date64"):
         return _SIMPLE[name]
     return _build({"time32": pa.time32, "time64": pa.time64, "duration": pa.duration}[name], unit)
@@ -237,44 +264,47 @@ def _temporal(name: str, words: list[str]) -> pa.DataType:
 # -- arrow-rs's serde objects ---------------------------------------------------------------------
 
 
-def _parse_object(name: str, argument: object, depth: int) -> pa.DataType:
-    key = name.lower().replace("_", "")
+def _parse_object(name: str, argument: object, depth: int, count: FieldCount) -> pa.DataType:
+    key = cut(name).lower().replace("_", "")
     many = argument if isinstance(argument, list) else [argument]
     if key in ("list", "largelist", "listview", "largelistview"):
-        return _build(_LISTS[key], _parse_field(argument, depth))
+        return _build(_LISTS[key], _parse_field(argument, depth, count))
     if key == "fixedsizelist" and len(many) == 2:
-        return _build(pa.list_, _parse_field(many[0], depth), _whole_number(many[1], f"{name}'s size"))
+        return _build(pa.list_, _parse_field(many[0], depth, count), _whole_number(many[1], f"{name}'s size"))
     if key == "struct" and isinstance(argument, list):
-        return _build(pa.struct, [_parse_field(item, depth) for item in argument])
+        return _build(pa.struct, [_parse_field(item, depth, count) for item in argument])
     if key == "map" and argument:
-        entries = _parse_field(many[0], depth).type
+        entries = _parse_field(many[0], depth, count).type
         if not pa.types.is_struct(entries) or entries.num_fields != 2:
-            raise TypeSpelling(f"Map takes a struct of key and value, found {entries}")
+            raise TypeSpelling(f"Map takes a struct of key and value, found {cut(str(entries))}")
         return _build(pa.map_, entries.field(0).with_nullable(False), entries.field(1))
     if key == "dictionary" and len(many) == 2:
-        indices, values = (_parse_value(item, depth + 1) for item in many)
+        indices, values = (_parse_value(item, depth + 1, count) for item in many)
         return _build(pa.dictionary, indices, values)
-    scalars = all(item is None or isinstance(item, (str, int)) for item in many)
+    scalars = len(many) <= _MOST_ARGUMENTS and all(
+        item is None or isinstance(item, int) or (isinstance(item, str) and len(item) <= MAX_ARGUMENTS) for item in many
+    )
     if argument is not None and scalars:
         return _with_arguments(key, ["none" if item is None else str(item) for item in many])
-    raise TypeSpelling(f"found {json.dumps({name: argument}, default=str)[:80]}; expected a type such as {_EXAMPLES}")
+    raise TypeSpelling(f"found {quote({cut(name): argument})}; expected a type such as {_EXAMPLES}")
 
 
-def _parse_field(value: object, depth: int) -> pa.Field:
+def _parse_field(value: object, depth: int, count: FieldCount) -> pa.Field:
     """Read arrow-rs's Field: an object with name, data_type and nullable."""
+    count.add()
     if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
-        raise TypeSpelling(f"found {json.dumps(value, default=str)[:80]}, expected a field with name and data_type")
+        raise TypeSpelling(f"found {quote(value)}, expected a field with name and data_type")
     spelled: Any = value.get("data_type", value.get("type"))
-    kept = {key for key in value.get("metadata") or {} if key != "PARQUET:field_id"}
+    kept = [key for key in value.get("metadata") or () if key != "PARQUET:field_id"]
     if kept:
         raise TypeSpelling(
-            f"field {value['name']!r}: metadata {', '.join(sorted(map(repr, kept)))[:80]}: nested fields keep none; "
+            f"field {quote(value['name'])}: metadata {listed(map(quote, kept))}: nested fields keep none; "
             "put a text under 'doc' of the column"
         )
     nullable = value.get("nullable", True)
     if not isinstance(nullable, bool):
-        raise TypeSpelling(f"field {value['name']!r}: nullable must be true or false, found {nullable!r}")
-    return pa.field(value["name"], _parse_value(spelled, depth + 1), nullable=nullable)
+        raise TypeSpelling(f"field {quote(value['name'])}: nullable must be true or false, found {quote(nullable)}")
+    return pa.field(value["name"], _parse_value(spelled, depth + 1, count), nullable=nullable)
 
 
 # -- text -----------------------------------------------------------------------------------------
@@ -283,31 +313,42 @@ def _parse_field(value: object, depth: int) -> pa.Field:
 class _Text:
     """A recursive-descent reader of one spelled type."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, count: FieldCount) -> None:
+        if len(text) > MAX_TEXT:
+            raise TypeSpelling(f"a type of {len(text)} characters, at most {MAX_TEXT} are legal")
         self._text = text
+        self._count = count
         self._at = 0
+        self._skip_space()
 
     def whole(self, depth: int) -> pa.DataType:
         type_ = self._type(depth)
-        if self._text[self._at :].strip():
+        if self._at < len(self._text):
             raise self._error("the end")
         return type_
 
+    def _skip_space(self) -> None:
+        """Go on to the next character that is no space: each space is passed once."""
+        space = _SPACE.match(self._text, self._at)
+        assert space is not None
+        self._at = space.end()
+
     def _error(self, expected: str) -> TypeSpelling:
-        rest = self._text[self._at :].strip()[:40] or "the end"
+        rest = self._text[self._at : self._at + 40] or "the end"
         return TypeSpelling(f"cannot read {self._text[:120]!r}: expected {expected}, found {rest!r}")
 
     def _match(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
         found = pattern.match(self._text, self._at)
         if found:
             self._at = found.end()
+            self._skip_space()
         return found
 
     def _take(self, mark: str) -> bool:
-        rest = len(self._text) - len(self._text[self._at :].lstrip())
-        if not self._text.startswith(mark, rest):
+        if not self._text.startswith(mark, self._at):
             return False
-        self._at = rest + len(mark)
+        self._at += len(mark)
+        self._skip_space()
         return True
 
     def _need(self, mark: str) -> None:
@@ -322,13 +363,15 @@ class _Text:
             if not self._take(opening):
                 continue
             depth, end = 1, self._at
-            while end < len(self._text) and depth:
+            most = min(len(self._text), end + MAX_ARGUMENTS)
+            while end < most and depth:
                 depth += {opening: 1, closing: -1}.get(self._text[end], 0)
                 end += 1
             if depth:
                 raise self._error(repr(closing))
             inside = self._text[self._at : end - 1]
             self._at = end
+            self._skip_space()
             return [word.strip().strip("\"'") for word in inside.split(",")]
         return None
 
@@ -374,11 +417,14 @@ class _Text:
         if name == "dictionary":
             return self._dictionary(depth)
         if name == "extension":
-            word = self._text[self._at :].partition(">")[0].strip()
-            self._at += len(self._text[self._at :].partition(">")[0])
+            end = self._text.find(">", self._at, self._at + MAX_ARGUMENTS)
+            if end < 0:
+                raise self._error("'>'")
+            word = self._text[self._at : end].strip()
+            self._at = end
             self._need(">")
             if word.lower() not in _EXTENSIONS:
-                raise TypeSpelling(f"unknown extension type {word!r}: spell its storage type instead")
+                raise TypeSpelling(f"unknown extension type {quote(word)}: spell its storage type instead")
             return _EXTENSIONS[word.lower()]()
         raise self._error(f"a nested type such as list<int64>, not {name!r}")
 
@@ -412,6 +458,7 @@ class _Text:
         return self._rest_of_field(self._field_name() or default_name, depth)
 
     def _rest_of_field(self, name: str, depth: int) -> pa.Field:
+        self._count.add()
         type_ = self._type(depth + 1)
         child_name = self._match(_CHILD_NAME)
         nullable = self._match(_NOT_NULL) is None
@@ -423,9 +470,15 @@ class _Text:
             try:
                 return str(json.loads(quoted.group(1)))
             except ValueError:
-                raise TypeSpelling(f"cannot read the field name {quoted.group(1)}") from None
-        bare = self._match(_BARE_NAME)
-        return bare.group(1) if bare else None
+                raise TypeSpelling(f"cannot read the field name {cut(quoted.group(1))}") from None
+        # A name is what stands before a colon: one look ahead, however many spaces there are in it.
+        bare = _BARE_NAME.match(self._text, self._at)
+        name = bare.group(1).strip() if bare else ""
+        if bare is None or not name:
+            return None
+        self._at = bare.end()
+        self._skip_space()
+        return name
 
 
 # -- back to text ---------------------------------------------------------------------------------
@@ -478,4 +531,4 @@ def _spell_name(name: str) -> str:
     return name if _PLAIN_NAME.match(name) else json.dumps(name, ensure_ascii=False)
 
 
-__all__ = ["MAX_DEPTH", "TypeSpelling", "parse_type", "type_name"]
+__all__ = ["MAX_DEPTH", "MAX_FIELDS", "FieldCount", "TypeSpelling", "parse_type", "type_name"]

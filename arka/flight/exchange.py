@@ -21,6 +21,7 @@ from arka.flight.acks import AckForm, AckQueue
 from arka.flight.decode import THREAD_SCHEMA_BYTES, BatchDecoder, DecodedBatch, read_schema
 from arka.flight.ordering import StreamOrder
 from arka.flight.refusals import check_not_sql
+from arka.flight.requests import name_of, read_descriptor
 from arka.flight.unread import STEP_BYTES, Unread, UnreadShare
 from arka.options import Limits
 from arka.records import Operation, TableName, TableType, Tier, WriteRequest, parse_write_request
@@ -313,9 +314,9 @@ class Exchange:
                 message.charge.release()
 
     async def _take_descriptor(self, data: bytes) -> None:
-        descriptor = messages.parse("FlightDescriptor", data)
+        descriptor = read_descriptor(data)
         if descriptor.type == messages.DESCRIPTOR_PATH or descriptor.path:
-            name = TableName.from_parts(list(descriptor.path))
+            name = name_of(descriptor)
             if not self._named_by_request:
                 await self._bind(name)
         elif descriptor.type == messages.DESCRIPTOR_CMD and descriptor.cmd:

@@ -43,6 +43,10 @@ _TIMEOUT: Final = re.compile(rb"(\d{1,8})([HMSmun])\Z")
 _SECONDS_PER_UNIT: Final = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 
 
+#: Largest request that is not FlightData, in bytes (T24).
+UNARY_BYTES: Final = 1024 * 1024
+
+
 class Call:
     """One RPC, as its handler sees it.
 
@@ -186,6 +190,7 @@ class Route:
     Attributes:
         handler: runs once for each RPC.
         flight_data: the client's messages are FlightData.
+        request_bytes: largest request message, refused at its prefix (T24); FlightData has limits of its own.
         adopt: called with a request that was complete when its stream ended, and that no handler had taken (R41); must
             not raise or wait. None where such a request means nothing.
     """
@@ -193,6 +198,7 @@ class Route:
     handler: Handler
     flight_data: bool = False
     adopt: Callable[[bytes], None] | None = None
+    request_bytes: int = UNARY_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,6 +347,10 @@ def _shown(name: bytes) -> str:
     return repr(name[:_SHOWN_BYTES].decode("ascii", "backslashreplace"))
 
 
+#: Largest request of the health service: the name of a service.
+_HEALTH_BYTES: Final = 4096
+
+
 class Health:
     """The service ``grpc.health.v1.Health``: what is served, for load balancers."""
 
@@ -365,8 +375,8 @@ class Health:
     def routes(self) -> dict[str, Route]:
         """The service's methods."""
         return {
-            "/grpc.health.v1.Health/Check": Route(self._check),
-            "/grpc.health.v1.Health/Watch": Route(self._watch),
+            "/grpc.health.v1.Health/Check": Route(self._check, request_bytes=_HEALTH_BYTES),
+            "/grpc.health.v1.Health/Watch": Route(self._watch, request_bytes=_HEALTH_BYTES),
         }
 
     async def _check(self, call: Call) -> None:

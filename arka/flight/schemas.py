@@ -8,7 +8,7 @@ makes of the definition.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Final
 
 import msgspec
@@ -16,9 +16,9 @@ import pyarrow as pa
 
 from arka._core.rowkeys import is_key_type
 from arka._core.transforms import parse_transform
-from arka.errors import InvalidRequest
+from arka.errors import ErrorCode, InvalidRequest, cut, listed, quote
 from arka.flight.canonical import UnsupportedType, check_field_name, declared_type
-from arka.flight.datatypes import TypeSpelling, parse_type, type_name
+from arka.flight.datatypes import MAX_FIELDS, FieldCount, TypeSpelling, parse_type, type_name
 from arka.flight.properties import check_properties
 from arka.records import (
     FIELD_ID_KEY,
@@ -30,10 +30,16 @@ from arka.records import (
 )
 from arka.tableproperties import KEYED_ONLY
 
-#: Most fields of a table, nested ones included: each costs some 20 us of each commit's statistics.
-MAX_FIELDS: Final = 10_000
 #: Most bytes of a CreateTable request.
 MAX_BODY_BYTES: Final = 16 * 1024 * 1024
+#: Most commas, braces and brackets of one, those in texts included: each may stand for a value that takes 64 bytes and
+#: more once it is decoded. A field of arrow-rs's spelling has eight.
+MAX_MARKS: Final = 250_000
+#: Most fields of a partition spec.
+MAX_PARTITION_FIELDS: Final = 1_000
+#: Longest full name of a nested field, and longest transform, in characters.
+_MAX_PATH: Final = 4096
+_MAX_TRANSFORM: Final = 256
 #: Iceberg numbers partition fields from here.
 _FIRST_PARTITION_ID: Final = 1000
 _MAX_ID: Final = 2**31 - 1
@@ -104,18 +110,26 @@ def parse_create_table(body: bytes) -> TableDefinition:
         InvalidRequest: naming the field, what was found and what is expected.
     """
     if len(body) > MAX_BODY_BYTES:
-        raise InvalidRequest(f"CreateTable: a body of {len(body)} bytes, at most {MAX_BODY_BYTES} are legal")
+        raise InvalidRequest(
+            f"CreateTable: a body of {len(body)} bytes, at most {MAX_BODY_BYTES} are legal", code=ErrorCode.TOO_LARGE
+        )
+    marks = sum(map(body.count, (b",", b"{", b"[")))
+    if marks > MAX_MARKS:
+        raise InvalidRequest(
+            f"CreateTable: the body has {marks} commas, braces and brackets, at most {MAX_MARKS} are legal",
+            code=ErrorCode.TOO_LARGE,
+        )
     try:
         request = msgspec.json.decode(body, type=_CreateTable)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidRequest(f"Malformed CreateTable request: {error}") from error
+        raise InvalidRequest(f"Malformed CreateTable request: {cut(str(error))}") from error
     name = TableName.parse(request.name)
     table_type = _parse_table_type(request.table_type)
     schema = _parse_schema(request.schema_json)
     keys = _parse_keys(request.primary_key, table_type, schema)
-    for key in keys:
-        index = schema.get_field_index(key)
-        schema = schema.set(index, schema.field(index).with_nullable(False))
+    if keys:
+        required = set(keys)
+        schema = pa.schema([field.with_nullable(False) if field.name in required else field for field in schema])
     properties = check_properties(request.properties or {})
     if table_type is not TableType.PRIMARY_KEY:
         for word in sorted(KEYED_ONLY & properties.keys()):
@@ -133,9 +147,9 @@ def parse_create_table(body: bytes) -> TableDefinition:
 def _parse_table_type(word: str | None) -> TableType:
     if word is None:
         return TableType.APPEND_ONLY
-    found = _TABLE_TYPES.get(word.replace("_", "").lower())
+    found = _TABLE_TYPES.get(cut(word).replace("_", "").lower())
     if found is None:
-        raise InvalidRequest(f"table_type is {word!r}, expected append_only or primary_key")
+        raise InvalidRequest(f"table_type is {quote(word)}, expected append_only or primary_key")
     return found
 
 
@@ -148,7 +162,8 @@ def _parse_schema(value: str | dict[str, Any]) -> pa.Schema:
         raise InvalidRequest("schema_json: 'fields' is empty, expected at least one column")
     if parsed.metadata:
         raise InvalidRequest("schema_json: metadata of the schema is not kept; put it into the table's properties")
-    fields = [_parse_field(position, item) for position, item in enumerate(parsed.fields)]
+    count = FieldCount()
+    fields = [_parse_field(position, item, count) for position, item in enumerate(parsed.fields)]
     names: dict[str, str] = {}
     for field in fields:
         key = field.name.lower()
@@ -162,14 +177,18 @@ def _parse_schema(value: str | dict[str, Any]) -> pa.Schema:
     return schema
 
 
-def _parse_field(position: int, item: _Field) -> pa.Field:
-    where = f"schema_json: column {item.name!r}" if item.name else f"schema_json: fields[{position}]"
+def _parse_field(position: int, item: _Field, count: FieldCount) -> pa.Field:
+    where = f"schema_json: column {quote(item.name)}" if item.name else f"schema_json: fields[{position}]"
     spelled = item.type if item.type is not None else item.data_type
+    try:
+        count.add()
+    except TypeSpelling as error:
+        raise InvalidRequest(f"schema_json: {error}") from error
     try:
         check_field_name(item.name)
         if spelled is None:
             raise InvalidRequest(f"{where} has no type: expected 'type' or 'data_type'")
-        type_ = declared_type(parse_type(spelled))
+        type_ = declared_type(parse_type(spelled, count))
     except (TypeSpelling, UnsupportedType) as error:
         raise InvalidRequest(f"{where}: {error}") from error
     # Field ids are the catalog's to give (R24); a schema that was read from a Parquet file has some.
@@ -177,7 +196,7 @@ def _parse_field(position: int, item: _Field) -> pa.Field:
     others = sorted(metadata.keys() - {_DOC})
     if others:
         raise InvalidRequest(
-            f"{where}: metadata {', '.join(map(repr, others))[:200]} is not kept: an Iceberg column has one text, "
+            f"{where}: metadata {listed(map(quote, others))} is not kept: an Iceberg column has one text, "
             f"under {_DOC!r}; leave the others out, or put them into the table's properties"
         )
     return pa.field(item.name, type_, nullable=item.nullable is not False, metadata=metadata or None)
@@ -192,8 +211,12 @@ def _check_paths(schema: pa.Schema) -> None:
     waiting: list[tuple[str, pa.Field]] = [(field.name, field) for field in schema]
     while waiting:
         path, field = waiting.pop()
+        if len(path) > _MAX_PATH:
+            raise InvalidRequest(
+                f"schema_json: a field's full name has more than {_MAX_PATH} characters: {quote(path)}"
+            )
         if path.lower() in seen:
-            raise InvalidRequest(f"schema_json: two fields have the full name {path!r}; rename one of them")
+            raise InvalidRequest(f"schema_json: two fields have the full name {quote(path)}; rename one of them")
         seen.add(path.lower())
         if len(seen) > MAX_FIELDS:
             raise InvalidRequest(f"schema_json: more than {MAX_FIELDS} fields, nested ones included")
@@ -211,21 +234,24 @@ def _parse_keys(value: str | list[str] | None, table_type: TableType, schema: pa
     if table_type is TableType.APPEND_ONLY:
         if keys:
             raise InvalidRequest(
-                f"primary_key is {', '.join(keys)!r} but table_type is append_only: "
+                f"primary_key is {listed(map(quote, keys))} but table_type is append_only: "
                 "set table_type to primary_key or leave the key out"
             )
         return ()
     if not keys:
         raise InvalidRequest("primary_key is missing: a primary_key table needs at least one key column")
-    for position, key in enumerate(keys):
-        if key not in schema.names:
-            raise InvalidRequest(f"primary_key: no column {key!r}, expected one of {', '.join(schema.names)}")
-        if key in keys[:position]:
+    types = {field.name: field.type for field in schema}
+    seen: set[str] = set()
+    for key in keys:
+        type_ = types.get(key)
+        if type_ is None:
+            raise InvalidRequest(f"primary_key: no column {quote(key)}, expected one of {listed(types)}")
+        if key in seen:
             raise InvalidRequest(f"primary_key: column {key!r} appears twice")
-        type_ = schema.field(key).type
+        seen.add(key)
         if not is_key_type(type_):
             raise InvalidRequest(
-                f"primary_key: column {key!r} is {type_name(type_)}, which cannot be a key; "
+                f"primary_key: column {key!r} is {cut(type_name(type_))}, which cannot be a key; "
                 "expected an integer, decimal, string, binary, boolean, date or time column"
             )
     return tuple(keys)
@@ -238,16 +264,16 @@ def _parse_partition(value: str | dict[str, Any] | None, schema: pa.Schema) -> t
     if value is None or value == "":
         return ()
     parsed: _PartitionSpec = _decode_part("partition_spec", value, _PartitionSpec)
-    made: list[PartitionRequest] = []
+    if len(parsed.fields) > MAX_PARTITION_FIELDS:
+        raise InvalidRequest(f"partition_spec: {len(parsed.fields)} fields, at most {MAX_PARTITION_FIELDS} are legal")
+    made = _Partitions(schema)
     for position, item in enumerate(parsed.fields):
-        request = _parse_partition_field(position, item, schema)
-        _check_against(request, made, schema)
-        made.append(request)
-    return tuple(made)
+        made.add(_parse_partition_field(position, item, schema))
+    return tuple(made.fields)
 
 
 def _parse_partition_field(position: int, item: _PartitionField, schema: pa.Schema) -> PartitionRequest:
-    where = f"partition_spec: field {item.name!r}" if item.name else f"partition_spec: fields[{position}]"
+    where = f"partition_spec: field {quote(item.name)}" if item.name else f"partition_spec: fields[{position}]"
     if not 0 <= item.source_id < len(schema):
         raise InvalidRequest(
             f"{where}: source_id is {item.source_id}, expected a column's index from 0 to {len(schema) - 1}"
@@ -257,7 +283,9 @@ def _parse_partition_field(position: int, item: _PartitionField, schema: pa.Sche
         transform = _spell_transform(item.transform)
         parse_transform(transform).check_source(source.type)
     except ValueError as error:
-        raise InvalidRequest(f"{where} on column {source.name!r} ({type_name(source.type)}): {error}") from error
+        raise InvalidRequest(
+            f"{where} on column {source.name!r} ({cut(type_name(source.type))}): {cut(str(error))}"
+        ) from error
     if item.field_id is not None and not _FIRST_PARTITION_ID <= item.field_id <= _MAX_ID:
         raise InvalidRequest(
             f"{where}: field_id is {item.field_id}, expected a number from {_FIRST_PARTITION_ID} or none"
@@ -270,24 +298,44 @@ def _parse_partition_field(position: int, item: _PartitionField, schema: pa.Sche
     return PartitionRequest(item.source_id, item.field_id, name, transform)
 
 
-def _check_against(request: PartitionRequest, made: Sequence[PartitionRequest], schema: pa.Schema) -> None:
-    for other in made:
-        if other.name.lower() == request.name.lower():
+class _Partitions:
+    """The fields of a partition spec; each is held against those before it by its name, id and meaning."""
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self.fields: list[PartitionRequest] = []
+        self._schema = schema
+        self._columns = {column.name.lower(): index for index, column in enumerate(schema)}
+        self._names: set[str] = set()
+        self._ids: set[int] = set()
+        self._meanings: dict[tuple[int, str], str] = {}
+
+    def add(self, request: PartitionRequest) -> None:
+        """Add a field.
+
+        Raises:
+            InvalidRequest: it cannot stand beside one before it, or beside a column.
+        """
+        folded, meaning = request.name.lower(), (request.source_index, request.transform)
+        if folded in self._names:
             raise InvalidRequest(f"partition_spec: two fields are named {request.name!r}; rename one of them")
-        if other.field_id is not None and other.field_id == request.field_id:
+        if request.field_id in self._ids:
             raise InvalidRequest(f"partition_spec: two fields have field_id {request.field_id}")
-        if (other.source_index, other.transform) == (request.source_index, request.transform):
+        if meaning in self._meanings:
             raise InvalidRequest(
-                f"partition_spec: fields {other.name!r} and {request.name!r} are the same: "
-                f"{request.transform} of column {schema.field(request.source_index).name!r}"
+                f"partition_spec: fields {self._meanings[meaning]!r} and {request.name!r} are the same: "
+                f"{request.transform} of column {self._schema.field(request.source_index).name!r}"
             )
-    for index, column in enumerate(schema):
-        own = request.transform == "identity" and index == request.source_index
-        if column.name.lower() == request.name.lower() and not own:
+        column = self._columns.get(folded)
+        if column is not None and not (request.transform == "identity" and column == request.source_index):
             raise InvalidRequest(
                 f"partition_spec: field {request.name!r} has the name of a column; only identity of that "
                 f"column may; choose another, such as {request.name + '_part'!r}"
             )
+        self._names.add(folded)
+        if request.field_id is not None:
+            self._ids.add(request.field_id)
+        self._meanings[meaning] = request.name
+        self.fields.append(request)
 
 
 def _spell_transform(value: str | Mapping[str, Any]) -> str:
@@ -298,6 +346,8 @@ def _spell_transform(value: str | Mapping[str, Any]) -> str:
     """
     size: object = None
     if isinstance(value, str):
+        if len(value) > _MAX_TRANSFORM:
+            raise ValueError(f"unknown transform {quote(value)}, expected one of {_TRANSFORM_WORDS}")
         sized = _SIZED.match(value)
         word = sized.group(1) if sized else value.strip()
         if sized:
@@ -305,17 +355,17 @@ def _spell_transform(value: str | Mapping[str, Any]) -> str:
             size = int(digits) if re.fullmatch(r"[0-9]{1,10}", digits) else digits
     else:
         if len(value) != 1:
-            raise ValueError(f"transform is {dict(value)!r}, expected one of {_TRANSFORM_WORDS}")
+            raise ValueError(f"transform is {quote(dict(value))}, expected one of {_TRANSFORM_WORDS}")
         word, size = next(iter(value.items()))
-    word = word.lower()
+    word = cut(word).lower()
     if word in _PLAIN_TRANSFORMS:
         if size is not None:
-            raise ValueError(f"transform {word} takes no number, found {size!r}")
+            raise ValueError(f"transform {word} takes no number, found {quote(size)}")
         return word
     if word not in _SIZED_TRANSFORMS:
-        raise ValueError(f"unknown transform {value!r}, expected one of {_TRANSFORM_WORDS}")
+        raise ValueError(f"unknown transform {quote(value)}, expected one of {_TRANSFORM_WORDS}")
     if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= _MAX_ID:
-        raise ValueError(f"transform {word} takes a whole number from 1 to {_MAX_ID}, found {size!r}")
+        raise ValueError(f"transform {word} takes a whole number from 1 to {_MAX_ID}, found {quote(size)}")
     return f"{word}[{size}]"
 
 
@@ -334,7 +384,7 @@ def _decode_part(name: str, value: str | dict[str, Any], kind: Any) -> Any:
             return msgspec.json.decode(value, type=kind)
         return msgspec.convert(value, type=kind)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        raise InvalidRequest(f"Malformed {name}: {error}") from error
+        raise InvalidRequest(f"Malformed {name}: {cut(str(error))}") from error
 
 
 # -- and back -------------------------------------------------------------------------------------

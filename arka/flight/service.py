@@ -9,9 +9,11 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any, Final
 
 import msgspec
+import pyarrow as pa
 import structlog
 import trio
 
@@ -20,14 +22,24 @@ from arka.flight import messages
 from arka.flight.acks import AckForm, chokes_on_metadata
 from arka.flight.answers import AnswerBuffers, BufferedAnswer, check_rate, deliver
 from arka.flight.exchange import Exchange
-from arka.flight.grpc import Call, Route
-from arka.flight.publicschema import public_schema
+from arka.flight.grpc import UNARY_BYTES, Call, Route
+from arka.flight.publicschema import COLUMN_WORK, PublicSchemas, public_schema
 from arka.flight.refusals import check_not_sql, unknown_action
-from arka.flight.schemas import describe_partition, describe_schema, parse_create_table
+from arka.flight.requests import (
+    ACTION_BYTES,
+    THREAD_BYTES,
+    Action,
+    Requests,
+    name_of,
+    read_action,
+    read_descriptor,
+)
+from arka.flight.schemas import describe_partition, describe_schema
 from arka.flight.unread import Unread, UnreadShare
 from arka.lineage import CommitMark
 from arka.options import Limits
 from arka.records import TableName, Tier
+from arka.storage.threads import run_compute
 from arka.tiers.ddl import load_table
 from arka.tiers.effects import Effects
 from arka.tiers.pipeline import Pipeline
@@ -36,8 +48,8 @@ from arka.tiers.table import SCHEMA_IDS, Table
 
 log = structlog.get_logger(__name__)
 
-#: Longest action body in bytes: a CreateTable of a few thousand columns fits.
-_MAX_TICKET_BYTES: Final = 1 << 20
+#: What a table's name costs in a list, in bytes of data.
+_NAME_WORK: Final = 512
 
 _ACTIONS: Final = {
     "CreateTable": "Create a table. Body: name, schema_json, table_type, primary_key, partition_spec, properties.",
@@ -97,6 +109,8 @@ class FlightService:
         self._limits = limits
         self._answer_buffers = AnswerBuffers(limits.read_buffer_bytes, limits.reads)
         self._unread = UnreadShare(limits.unread_bytes)
+        self._requests = Requests()
+        self._schemas = PublicSchemas()
         self._draining = False
         self._drain_reason = "The server is draining: reconnect to the same node and resume"
         self._drain_deadline = 0.0
@@ -133,7 +147,12 @@ class FlightService:
         }
         adopt = {"DoAction": self._adopt_action}
         return {
-            messages.SERVICE + name: Route(handler, flight_data=flight_data, adopt=adopt.get(name))
+            messages.SERVICE + name: Route(
+                handler,
+                flight_data=flight_data,
+                adopt=adopt.get(name),
+                request_bytes=ACTION_BYTES if name == "DoAction" else UNARY_BYTES,
+            )
             for name, (handler, flight_data) in handlers.items()
         }
 
@@ -154,10 +173,10 @@ class FlightService:
             self._pipeline,
             self._limits,
             call,
-            find=self._find,
+            find=partial(self._find, peer=call.peer_host),
             form=form,
             follow=call.follow,
-            peer=_address_of(call.peer),
+            peer=call.peer_host,
             unread=Unread(self._unread, call.account),
             keep=call.keep,
             hold=call.hold,
@@ -197,8 +216,9 @@ class FlightService:
 
     async def do_get(self, call: Call) -> None:
         """Send a table's rows as record batches: its Iceberg snapshot, and what was accepted since."""
-        ticket = _parse_ticket(bytes(messages.parse("Ticket", await _request(call)).ticket))
-        table = await self._find(TableName.parse(ticket.table_name), max_age_s=0)
+        peer = call.peer_host
+        ticket = await self._requests.read(peer, await _request(call), _parse_ticket)
+        table = await self._find(TableName.parse(ticket.table_name), max_age_s=0, peer=peer)
         if ticket.limit is not None and ticket.limit < 0:
             raise InvalidRequest(f"limit must not be negative: {ticket.limit}")
         columns = None if ticket.columns is None else tuple(ticket.columns)
@@ -232,21 +252,19 @@ class FlightService:
 
     async def get_schema(self, call: Call) -> None:
         """Send a table's schema as an encapsulated IPC message."""
-        table = await self._named_table(await _request(call))
-        await call.send(
-            messages.build("SchemaResult", schema=public_schema(table.info.schema).serialize().to_pybytes())
-        )
+        table, _ = await self._named_table(call)
+        schema = await self._schemas.message(table.info, call.peer_host)
+        await call.send(messages.build("SchemaResult", schema=schema))
 
     async def get_flight_info(self, call: Call) -> None:
         """Send where a table is read from: one endpoint, this server."""
-        data = await _request(call)
-        table = await self._named_table(data)
-        info = _flight_info(table, messages.parse("FlightDescriptor", data))
-        await call.send(info.SerializeToString())
+        table, descriptor = await self._named_table(call)
+        schema = await self._schemas.message(table.info, call.peer_host)
+        await call.send(_flight_info(table, descriptor, schema).SerializeToString())
 
     async def poll_flight_info(self, call: Call) -> None:
         """Refuse: there are no queries that take long to plan."""
-        await self._named_table(await _request(call))
+        await self._named_table(call)
         raise ArkaError(
             "PollFlightInfo: nothing here takes long to plan; use GetFlightInfo, or DoGet at once",
             code=ErrorCode.UNIMPLEMENTED,
@@ -254,31 +272,36 @@ class FlightService:
 
     async def list_flights(self, call: Call) -> None:
         """Send the FlightInfo of each table; criteria, if any, are a prefix of its full name."""
+        peer = call.peer_host
         prefix = bytes(messages.parse("Criteria", await _request(call)).expression).decode("utf-8", "replace")
         await self._pipeline.tables.refresh_list()
         for table in self._pipeline.tables.listed():
             if str(table.info.name).startswith(prefix):
                 path = [table.info.name.namespace, table.info.name.name]
                 descriptor = messages.make("FlightDescriptor", type=messages.DESCRIPTOR_PATH, path=path)
-                await call.send(_flight_info(table, descriptor).SerializeToString())
+                schema = await self._schemas.message(table.info, peer)
+                await call.send(_flight_info(table, descriptor, schema).SerializeToString())
+                # A schema that is kept, and room to send it, make none of this wait.
+                await trio.lowlevel.checkpoint()
 
-    async def _named_table(self, data: bytes) -> Table:
-        descriptor = messages.parse("FlightDescriptor", data)
+    async def _named_table(self, call: Call) -> tuple[Table, Any]:
+        """Find the table that a request's descriptor names; returns the descriptor too."""
+        descriptor = read_descriptor(await _request(call))
         check_not_sql(bytes(descriptor.cmd))
-        if not descriptor.path:
-            raise InvalidRequest("The descriptor must be a path that names a table")
         # As new as what DoGet will read: one answer everywhere (R27).
-        return await self._find(TableName.from_parts(list(descriptor.path)), max_age_s=0)
+        return await self._find(name_of(descriptor), max_age_s=0, peer=call.peer_host), descriptor
 
-    async def _find(self, name: TableName, *, max_age_s: float | None = None) -> Table:
+    async def _find(self, name: TableName, *, max_age_s: float | None = None, peer: str = "") -> Table:
         """Find a table, behind the actions on it that were asked for earlier: their client need not wait for them.
 
         Args:
             name: the table's.
             max_age_s: see ``Tables.find_fresh``.
+            peer: the client's address; its earlier requests are read first.
         """
         # Such an action may have come in the same bytes: its task has its turn first.
         await trio.lowlevel.checkpoint()
+        await self._requests.wait_for(peer)
         await self._effects.wait_for(str(name))
         return await self._pipeline.tables.find_fresh(name, max_age_s=max_age_s)
 
@@ -299,44 +322,45 @@ class FlightService:
 
     async def do_action(self, call: Call) -> None:
         """Run one action; body and result are JSON."""
-        action = messages.parse("Action", await _request(call))
-        body = bytes(action.body)
-        if (effect := self._effect_of(action.type, body)) is not None:
+        peer = call.peer_host
+        action = await self._requests.read(peer, await _request(call), read_action)
+        if (effect := self._effect_of(action)) is not None:
             result = await self._effects.do(action.type, *effect)
             await call.send(messages.build("Result", body=json.dumps(result).encode()))
             return
+        body = action.body
         match action.type:
             case "ListTables":
                 with trio.move_on_after(_LIST_PATIENCE_S):
                     await trio.lowlevel.checkpoint()
                     await self._effects.wait_idle()
                 await self._pipeline.tables.refresh_list()
-                result = [str(table.info.name) for table in self._pipeline.tables.listed()]
+                names = [table.info.name for table in self._pipeline.tables.listed()]
+                answer = await run_compute(_spell_names, names, peer=peer, size=len(names) * _NAME_WORK)
             case "DescribeTable":
-                result = await self._describe_table(body)
+                answer = await self._describe_table(body, peer)
             case "Flush":
-                result = await self._flush(body)
+                answer = json.dumps(await self._flush(body, peer)).encode()
             case unknown:
                 raise unknown_action(unknown, _ACTIONS)
-        await call.send(messages.build("Result", body=json.dumps(result).encode()))
+        await call.send(messages.build("Result", body=answer))
 
-    def _effect_of(self, action: str, body: bytes) -> tuple[str, Callable[[], Awaitable[Any]]] | None:
+    def _effect_of(self, action: Action) -> tuple[str, Callable[[], Awaitable[Any]]] | None:
         """What an action is to change, with the name of what it is about; None for one that changes nothing.
 
         Raises:
             ArkaError: the body is malformed.
         """
         tables = self._pipeline.tables
-        if action == "CreateTable":
-            definition = parse_create_table(body)
+        if (definition := action.definition) is not None:
 
             async def create() -> Any:
                 table, created = await tables.create(definition)
                 return {"name": str(table.info.name), "table_uuid": str(table.info.uuid), "created": created}
 
             return str(definition.name), create
-        if action == "DropTable":
-            request = _parse_body(body)
+        if action.type == "DropTable":
+            request = _parse_body(action.body)
             name = TableName.parse(request.name)
 
             async def drop() -> Any:
@@ -347,18 +371,27 @@ class FlightService:
 
     def _adopt_action(self, request: bytes) -> None:
         """Carry out an action whose client left as soon as its request was complete (R41)."""
+        if len(request) > THREAD_BYTES:
+            self._effects.adopt("DoAction", "", partial(self._adopt_large, request))
+            return
         try:
-            action = messages.parse("Action", request)
-            effect = self._effect_of(action.type, bytes(action.body))
+            action = read_action(request)
+            effect = self._effect_of(action)
         except ArkaError as error:
             log.info("action.malformed", reason=error.detail)
             return
         if effect is not None:
             self._effects.adopt(action.type, *effect)
 
-    async def _describe_table(self, body: bytes) -> Any:
+    async def _adopt_large(self, request: bytes) -> None:
+        """Carry out what is too large to be read on trio's thread."""
+        effect = self._effect_of(await run_compute(read_action, request, size=len(request) * 16))
+        if effect is not None:
+            await effect[1]()
+
+    async def _describe_table(self, body: bytes, peer: str) -> bytes:
         asked = _parse_body(body)
-        table = await self._find(TableName.parse(asked.name), max_age_s=0)
+        table = await self._find(TableName.parse(asked.name), max_age_s=0, peer=peer)
         info = table.info
         marks = self._pipeline.table_marks(table)
         logs: dict[str, Any] = {}
@@ -366,16 +399,14 @@ class FlightService:
             found = await load_table(self._pipeline.tables.catalog, info.name)
             committed = () if found is None or found.info.uuid != info.uuid else found.marks
             logs = {"logs": {str(mark.log_uuid): _describe_mark(mark) for mark in committed}}
-        if asked.field_ids:
-            # For `arka wal salvage --resubmit`: an Arrow schema as an IPC message, with Iceberg's field ids (R24).
-            logs["field_ids"] = base64.b64encode(info.schema.serialize()).decode()
-        return {
+        answer = {
             **logs,
             "name": str(info.name),
             "table_uuid": str(info.uuid),
             "table_type": info.table_type.value,
             "primary_key": list(info.key_columns),
-            "schema": describe_schema(public_schema(table.info.schema)),
+            # Spelled in a thread.
+            "schema": None,
             "schema_id": info.schema_id % SCHEMA_IDS,
             "partition_spec": describe_partition(info),
             "location": info.location,
@@ -399,18 +430,15 @@ class FlightService:
             else str(table.committed.latest.snapshot_id),
             "survives": self._pipeline.survival,
         }
+        work = len(info.schema) * COLUMN_WORK
+        return await run_compute(_spell_table, answer, info.schema, asked.field_ids, peer=peer, size=work)
 
-    async def _flush(self, body: bytes) -> Any:
+    async def _flush(self, body: bytes, peer: str) -> Any:
         request = _parse_body(body)
         tier = Tier.parse(request.durability)
-        table = await self._find(TableName.parse(request.name), max_age_s=0)
+        table = await self._find(TableName.parse(request.name), max_age_s=0, peer=peer)
         lsn = await self._pipeline.flush(table, tier)
         return {"name": str(table.info.name), "durability": tier.word, "lsn": lsn}
-
-
-def _address_of(peer: str) -> str:
-    """A peer's address without its port: what is shared out is shared out among addresses."""
-    return peer.rpartition(":")[0] or peer
 
 
 async def _request(call: Call) -> bytes:
@@ -429,11 +457,10 @@ def _parse_body(body: bytes) -> _NameBody:
         raise InvalidRequest(f"Malformed action body: {cut(str(error))}; expected JSON with 'name'") from error
 
 
-def _parse_ticket(data: bytes) -> _Ticket:
-    """Read a ticket: JSON or a bare table name."""
+def _parse_ticket(message: bytes) -> _Ticket:
+    """Read a Ticket message: JSON or a bare table name; may be called in any thread."""
+    data = bytes(messages.parse("Ticket", message).ticket)
     check_not_sql(data)
-    if len(data) > _MAX_TICKET_BYTES:
-        raise InvalidRequest(f"The ticket has {len(data)} bytes, the limit is {_MAX_TICKET_BYTES}")
     if data.lstrip()[:1] == b"{":
         try:
             return msgspec.json.decode(data, type=_Ticket)
@@ -445,11 +472,24 @@ def _parse_ticket(data: bytes) -> _Ticket:
         raise InvalidRequest(f"The ticket is neither JSON nor a table name: {error}") from error
 
 
-def _flight_info(table: Table, descriptor: Any) -> Any:
+def _spell_names(names: list[TableName]) -> bytes:
+    return json.dumps([str(name) for name in names]).encode()
+
+
+def _spell_table(answer: dict[str, Any], schema: pa.Schema, field_ids: bool) -> bytes:
+    """Spell DescribeTable's answer; called in a thread."""
+    if field_ids:
+        # For `arka wal salvage --resubmit`: an Arrow schema as an IPC message, with Iceberg's field ids (R24).
+        answer = {"field_ids": base64.b64encode(schema.serialize()).decode(), **answer}
+    answer["schema"] = describe_schema(public_schema(schema))
+    return json.dumps(answer).encode()
+
+
+def _flight_info(table: Table, descriptor: Any, schema: bytes) -> Any:
     ticket = messages.make("Ticket", ticket=str(table.info.name).encode())
     return messages.make(
         "FlightInfo",
-        schema=public_schema(table.info.schema).serialize().to_pybytes(),
+        schema=schema,
         flight_descriptor=descriptor,
         endpoint=[messages.make("FlightEndpoint", ticket=ticket)],
         total_records=-1,

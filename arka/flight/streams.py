@@ -217,9 +217,11 @@ class Streams:
             AdmissionRejected: the ledger has no window for one that is to run.
         """
         shared = self._shared
-        assembler = MessageAssembler(
-            route is not None and route.flight_data, shared.message_limit, self._limits.batch_bytes
-        )
+        flight_data = route is not None and route.flight_data
+        most = shared.message_limit
+        if route is not None and not flight_data:
+            most = min(most, route.request_bytes)
+        assembler = MessageAssembler(flight_data, most, self._limits.batch_bytes)
         intake = StreamIntake(
             assembler,
             shared.ledger,

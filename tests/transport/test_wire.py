@@ -235,6 +235,23 @@ class TestPrefix:
         prefix_only = assemble(grpc_message(bytes(size))[:5], flight=False, message_limit=100)
         assert prefix_only == ([] if kind == "message" else [("refused", "too_large")])
 
+    @pytest.mark.parametrize(("name", "most"), [("descriptor", 65_536), ("app_metadata", 65_536), ("header", 2**24)])
+    def test_fields_of_flight_data_have_limits(self, name, most):
+        """T24: a descriptor, metadata or header over its limit is refused when its length has come, not when it has."""
+        for size, expected in ((most, []), (most + 1, [("refused", "too_large")])):
+            payload = grpc_message(flight_data(**{name: bytes(size)}))
+            assert assemble(payload[:20], message_limit=2**26) == expected
+        if most < 2**20:
+            (event,) = assemble(grpc_message(flight_data(**{name: bytes(most)})))
+            assert event[0] == "message"
+
+    @pytest.mark.parametrize("field", [b"\x1a\x00", b"\x0a\x00", b"\x20\x01", b"\xc2\x3e\x00", b"\x7a\x01x"])
+    def test_number_of_fields_has_a_limit(self, field):
+        """T24: unknown fields are skipped and known ones may repeat, 10,000 in all."""
+        for count, kind in ((9_999, "message"), (10_001, "refused"), (100_000, "refused")):
+            events = assemble(grpc_message(field * count + flight_data(header=b"h")), message_limit=2**26)
+            assert [event[0] for event in events] == [kind]
+
     def test_event_when_the_window_does_not_cover_it(self):
         """T4: a prefix is an event exactly if the window is short of the message, or bytes are reserved ahead."""
         for window, ahead, expected in [(95, 0, []), (94, 0, [1]), (95, 1, [1])]:
