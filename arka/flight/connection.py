@@ -40,6 +40,7 @@ from arka.flight.h2state import make_h2 as _make_h2
 from arka.flight.outbound import Parts
 from arka.flight.streams import ADVERTISED_STREAMS, Shared, Streams
 from arka.flight.turns import (
+    BLOCK_BYTES_PER_UNIT,
     COSTS,
     FRAME_BYTES_PER_UNIT,
     RESET_UNITS,
@@ -270,7 +271,8 @@ class Connection:
         """Act on a frame other than DATA, most of them by way of h2."""
         splitter = self._splitter
         kind, flags, stream_id = splitter.frame_type, splitter.flags, splitter.stream_id
-        self._turn.spend(splitter.length // FRAME_BYTES_PER_UNIT)
+        in_block = kind in (FrameType.HEADERS, FrameType.CONTINUATION)
+        self._turn.spend(splitter.length // (BLOCK_BYTES_PER_UNIT if in_block else FRAME_BYTES_PER_UNIT))
         if not self._settings_seen:
             if kind != FrameType.SETTINGS or flags & frames.ACK:
                 raise WireError(ErrorCodes.PROTOCOL_ERROR, _NOT_SETTINGS)

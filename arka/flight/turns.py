@@ -27,6 +27,8 @@ TURN_UNITS: Final = 512
 FRAME_UNITS: Final = 6
 #: Each this many bytes of such a frame cost a unit more.
 FRAME_BYTES_PER_UNIT: Final = 256
+#: Each this many bytes of a header block cost a unit more: Huffman codes are read bit by bit.
+BLOCK_BYTES_PER_UNIT: Final = 12
 #: HEADERS that begin a stream: their block, h2's stream, a task and its first step.
 HEADERS_UNITS: Final = 58
 #: Each this many decoded bytes of header fields cost a unit more.
@@ -198,6 +200,7 @@ class ReaderTurn:
 
 
 __all__ = [
+    "BLOCK_BYTES_PER_UNIT",
     "COSTS",
     "FRAME_BYTES_PER_UNIT",
     "FRAME_UNITS",

@@ -269,7 +269,8 @@ class Wire:
                 del buffer[:at]
                 if answers:
                     self.send(bytes(answers))
-        except OSError:
+        except (OSError, ValueError):
+            # Closed meanwhile, also between a look and a wait: then there is no descriptor any more.
             pass
         finally:
             with self._changed:

@@ -63,3 +63,14 @@ async def test_fields_count_in_a_turn():
         with trio.fail_after(120):
             await s.peer.settle()
         assert s.factory.turns.most_headers <= 1 + turns.TURN_UNITS // BLOCK_FIELDS
+
+
+async def test_huffman_codes_count_in_a_turn():
+    """Text in Huffman codes is read bit by bit: a block of much of it uses up a turn of its own."""
+    async with served() as s:
+        encoder = hpack.Encoder()
+        blocks = [encoder.encode([*FIELDS, (f"x-{number}", "v" * 15_000)]) for number in range(20)]
+        await s.peer.send(b"".join(request(2 * number + 1, block) for number, block in enumerate(blocks)))
+        with trio.fail_after(120):
+            await s.peer.settle()
+        assert s.factory.turns.most_headers == 1
