@@ -22,7 +22,20 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 DEBUG = os.environ.get("ARKA_DEBUG") == "1"
-MODULES = ("acks", "buffers", "framing", "ipc", "keys", "logthread", "lsn", "rowkeys", "runs", "transforms", "wire")
+MODULES = (
+    "acks",
+    "buffers",
+    "framing",
+    "hpack",
+    "ipc",
+    "keys",
+    "logthread",
+    "lsn",
+    "rowkeys",
+    "runs",
+    "transforms",
+    "wire",
+)
 chosen = os.environ.get("ARKA_EXT")
 modules = tuple(chosen.split(",")) if chosen else MODULES
 

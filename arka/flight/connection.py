@@ -319,8 +319,7 @@ class Connection:
             else:
                 self._connection_widened = True
         elif isinstance(event, h2.events.RequestReceived):
-            decoded = sum(len(name) + len(value) for name, value in event.headers)
-            self._turn.spend_headers(decoded, len(event.headers))
+            self._turn.spend_headers(self._h2.decoder.decoded_bytes, len(event.headers))
             self._streams.begin(event, nursery)
         elif isinstance(event, h2.events.StreamEnded):
             self._streams.end_by_peer(event.stream_id)
