@@ -8,7 +8,6 @@ A copy is a segment with one table's frames: its header is the segment's, so fra
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ import pyarrow as pa
 
 from arka._core.framing import FrameError, crc_seed, verify_frame
 from arka.errors import DataCorruption
+from arka.privacy import private_opener
 from arka.storage.ports import SegmentSlice, TableFrames
 from arka.wal.segment import HEADER_BYTES, SegmentHeader, corruption
 
@@ -71,8 +71,7 @@ def _copy(piece: SegmentSlice, log_uuid: UUID, path: str, check_wanted: Callable
     seed = crc_seed(log_uuid, piece.epoch, piece.segment)
     places = bytearray()
     at = HEADER_BYTES
-    with open(path, "wb") as copy:
-        os.chmod(path, 0o600)
+    with open(path, "wb", opener=private_opener) as copy:
         copy.write(mapped[:HEADER_BYTES])
         for start, end, offsets in _runs(piece, mapped, seed):
             for offset in offsets:

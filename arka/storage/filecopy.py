@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from arka.privacy import make_folders, private_opener
+from arka.privacy import make_file, make_folders, private_opener
 
 _COPY_BYTES: Final = 16 * 1024 * 1024
 #: Of a file system that keeps time stamps less exactly than in nanoseconds, none is less exact than this.
@@ -33,7 +33,7 @@ class FileCopies:
 
     def __init__(self, folder: Path) -> None:
         probe = folder / ".probe"
-        probe.touch()
+        make_file(probe)
         os.utime(probe, ns=(_PROBE_NS, _PROBE_NS))
         self._slack_ns = 0 if probe.stat().st_mtime_ns == _PROBE_NS else _COARSE_NS
         probe.unlink()

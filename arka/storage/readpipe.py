@@ -18,6 +18,7 @@ from uuid import uuid4
 import trio
 
 from arka.iceberg.outlet import PIPE_NAME, RECORD
+from arka.privacy import FILE_MODE, make_folders
 from arka.storage.ports import Answer, CatalogUnavailable
 
 #: The folder of reads in the data directory; it may be a mount of its own.
@@ -156,9 +157,9 @@ async def open_read_pipe(directory: Path) -> AsyncIterator[ReadPipe]:
 
 
 def _make(folder: Path) -> tuple[int, int]:
-    folder.mkdir(mode=0o700, parents=True)
+    make_folders(folder)
     path = folder / PIPE_NAME
-    os.mkfifo(path, 0o600)
+    os.mkfifo(path, FILE_MODE)
     reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         writer = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -181,7 +182,7 @@ def prepare_read_folders(directory: Path) -> None:
     Raises:
         OSError: the disk failed.
     """
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_folders(directory)
     for left in directory.iterdir():
         if left.is_dir() and not left.is_symlink():
             shutil.rmtree(left, ignore_errors=True)

@@ -92,3 +92,37 @@ def test_package_has_no_attic():
     """A function lives with its caller or under a noun, not in a drawer."""
     drawers = {"utils", "util", "helpers", "common", "misc"}
     assert not drawers & {Path(module).stem for module in MODULES}
+
+
+#: Modules that fill a file which ``privacy.make_file`` has made in the line before, or which is not theirs to make.
+_FILLS = {"storage/datadir.py", "wal/salvage.py", "iceberg/worker.py"}
+
+
+def open_makings(module: str) -> Iterator[str]:
+    """Yield each call by which a module would make a file or folder with the modes of the process's umask."""
+    for node in ast.walk(parse(module)):
+        if not isinstance(node, ast.Call):
+            continue
+        text = ast.unparse(node)
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else ast.unparse(node.func)
+        writes = any(
+            isinstance(value, ast.Constant) and isinstance(value.value, str) and value.value in _WRITING_MODES
+            for value in (*node.args, *(keyword.value for keyword in node.keywords))
+        )
+        if (
+            (name == "open" and writes and "private_opener" not in text)
+            or (name == "open" and "O_CREAT" in text and "FILE_MODE" not in text)
+            or name in ("mkdir", "makedirs", "mkstemp", "mkdtemp", "copyfile", "copytree")
+            or (name == "mkfifo" and "FILE_MODE" not in text)
+            or (name in ("write_text", "write_bytes", "touch") and module not in _FILLS)
+        ):
+            yield f"{module}:{node.lineno}: {text[:80]}"
+
+
+_WRITING_MODES = {"w", "wb", "x", "xb", "a", "ab", "w+", "wb+", "w+b", "x+b", "r+b"}
+
+
+def test_files_are_made_private():
+    """What is made is private by the call that makes it, and not by a umask that an embedding program may choose."""
+    modules = [module for module in MODULES if not module.startswith("testing/") and module != "privacy.py"]
+    assert [found for module in modules for found in open_makings(module)] == []
