@@ -11,6 +11,7 @@ stands in the log is one uncompressed RecordBatch in the table's schema.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Final, NoReturn, Protocol
 
@@ -200,6 +201,26 @@ class BatchDecoder:
         self._plan = plan
         self._bound = bind_fields(list(stream), list(self._table.schema))
         self._may_upsert = plan.upserts is not None
+        self._prepare()
+
+    @property
+    def wide(self) -> bool:
+        """Whether what looks at each field of the stream belongs into a thread."""
+        return self._header is not None and len(self._header) > THREAD_SCHEMA_BYTES
+
+    @property
+    def fields(self) -> int:
+        """How many nodes the stream's batches have; 0 before its schema."""
+        return 0 if self._wire_layout is None else self._wire_layout.plan.node_count
+
+    def _prepare(self) -> None:
+        """Plan the operations of a wide stream while a thread looks at its fields anyway."""
+        if not self.wide:
+            return
+        for operation in Operation:
+            # What the stream does not fit is said when a batch asks for it.
+            with suppress(InvalidRequest):
+                self._target(operation)
 
     def rebind(self, table: TableInfo, operation: Operation) -> None:
         """Decode from now on for the table as others have changed it (R27).
@@ -232,6 +253,7 @@ class BatchDecoder:
             self._plan = plan
         self._table, self._targets = table, {}
         self._taken = self._refused = None
+        self._prepare()
 
     def check_operation(self, operation: Operation) -> None:
         """Check that the stream's columns suffice for an operation.

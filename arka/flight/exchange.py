@@ -8,6 +8,7 @@ transport pulls them through ``take``).
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Final, Protocol, TypeVar
 
@@ -41,6 +42,8 @@ _FORMS: Final = {"metadata": AckForm.METADATA, "batch": AckForm.BATCH}
 
 #: What a byte of a schema costs, in bytes of data: a field of some 50 bytes takes 60 us.
 _SCHEMA_WORK: Final = 256
+#: About what a field takes of a schema message, in bytes.
+_FIELD_BYTES: Final = 50
 
 
 class _Released:
@@ -540,6 +543,8 @@ class Exchange:
             NoRoom: nothing was done; it may be tried again.
             ArkaError: why it is refused.
         """
+        if decoder.wide and decoder.table is not self._bound_table().info:
+            await self._rebind_wide(decoder, message, number)
         options = self._check_write(decoder, message, number)
         work = decoder.thread_work(message, options.operation)
         if work:
@@ -567,6 +572,8 @@ class Exchange:
             return False
         try:
             if ipc.message_type(header) != ipc.RECORD_BATCH:
+                return False
+            if decoder.table is not self._bound_table().info and decoder.wide:
                 return False
             options = self._check_write(decoder, message, self._key_next)
             if decoder.needs_thread(message, options.operation):
@@ -613,6 +620,14 @@ class Exchange:
                 return False
             raise
         return True
+
+    async def _rebind_wide(self, decoder: BatchDecoder, message: FlightMessage, number: int) -> None:
+        """Bind a stream of many fields in a thread; a refusal is kept for ``_rebind``, which knows resent writes."""
+        assert message.header is not None
+        operation = self._write_options(message.app_metadata, number).operation
+        work = decoder.fields * _SCHEMA_WORK * _FIELD_BYTES
+        with suppress(InvalidRequest):
+            await self._in_thread(message, work, decoder.rebind, self._bound_table().info, operation)
 
     def _check_write(self, decoder: BatchDecoder, message: FlightMessage, number: int) -> _WriteOptions:
         """Check what can be said of a write before its batch is read; returns what holds for it."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import pyarrow as pa
 import pytest
 
 from arka.errors import DETAIL_CHARACTERS, ErrorCode, InvalidRequest
+from arka.flight import decode
 from arka.flight.decode import THREAD_SCHEMA_BYTES, BatchDecoder
 from arka.options import Limits
 from arka.records import Operation
@@ -83,3 +85,22 @@ def test_a_batch_of_many_columns_is_decoded_in_a_thread(cast: bool) -> None:
         decoder.set_schema(stream[0].header)
         assert decoder.needs_thread(stream[1], Operation.UPSERT) is threaded
         assert decoder.decode(stream[1]).rows == 1
+
+
+def test_a_wide_streams_operations_are_planned_with_its_schema(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that reads the schema plans each operation, as does one that binds the stream to a changed table."""
+    table = make_table(columns(500), key_columns=["c0"])
+    decoder = BatchDecoder(table, Limits())
+    header = write_stream(columns(500), [])[0].header
+    decoder.set_schema(header)
+    assert decoder.wide
+
+    def plan(*_arguments: object, **_options: object) -> object:
+        raise AssertionError("an operation was planned when it was asked for")
+
+    for bind in (lambda: None, lambda: decoder.rebind(replace(table, schema_id=table.schema_id + 1), Operation.UPSERT)):
+        bind()
+        with monkeypatch.context() as patched:
+            patched.setattr(decode, "plan_layout", plan)
+            for operation in Operation:
+                decoder.check_operation(operation)
