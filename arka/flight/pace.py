@@ -75,6 +75,8 @@ class Pace:
         self._next_at = -1e9
         # How many streams the look that is under way has still to come to.
         self._left = 0
+        # How many streams that look has ended.
+        self._ended = 0
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -111,6 +113,10 @@ class Pace:
             else:
                 stream.paced = False
             self._left -= 1
+        if self._ended and not self._left:
+            # One line, however many there are.
+            log.info("streams.too_slow", streams=self._ended, least_bytes_per_s=self._least)
+            self._ended = 0
         self._next_at = now + (_SOON_S if self._left else LOOK_S)
         return self._next_at
 
@@ -129,7 +135,7 @@ class Pace:
         sample.since, sample.bytes = now, progress
         if came >= self._least * took_s or not self._ledger.others_wait(stream.account):
             return True
-        log.info("stream.too_slow", bytes=came, seconds=round(took_s, 1))
+        self._ended += 1
         stream.fail(
             AdmissionRejected(
                 f"{came} bytes of a message came in {took_s:.0f} s while others waited for memory, expected are "

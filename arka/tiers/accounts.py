@@ -30,7 +30,11 @@ class Waiting(Protocol):
     """A request in a stream's queue."""
 
     amount: int
-    withdrawn: bool
+
+    @property
+    def withdrawn(self) -> bool:
+        """Whether it no longer waits; its queue may still have it."""
+        ...
 
 
 class Account:
@@ -171,9 +175,8 @@ class Turns:
         self._leave(stream, request.amount if served else 0, served=served)
         return request
 
-    def withdraw(self, stream: Account, request: Waiting) -> None:
-        """Forget a request that waits, wherever it stands."""
-        request.withdrawn = True
+    def withdraw(self, stream: Account) -> None:
+        """Count a request that waited as withdrawn, wherever it stands."""
         self._leave(stream, 0, served=False)
 
     def charge(self, stream: Account, amount: int) -> None:

@@ -46,6 +46,9 @@ class Kind(Enum):
     KEPT = "kept"
 
 
+_MESSAGE: Final = Kind.MESSAGE
+
+
 @dataclass(frozen=True, slots=True)
 class LedgerStatistics:
     """A ledger at one moment, in bytes, with the number of waiting requests; ``charged_bytes`` sums up all kinds."""
@@ -68,7 +71,7 @@ class Charge:
     Whoever holds it calls ``release`` exactly once when the bytes are gone; a second call does nothing.
     """
 
-    __slots__ = ("_ledger", "_on_grant", "account", "amount", "granted", "kind", "withdrawn")
+    __slots__ = ("_ledger", "_on_grant", "account", "amount", "granted", "kind")
 
     def __init__(
         self, ledger: Ledger, account: Account, amount: int, on_grant: Callable[[], object] | None, kind: Kind
@@ -79,8 +82,11 @@ class Charge:
         self.amount = amount
         self.kind = kind
         self.granted = False
-        # Whether it was released while it waited: its stream's queue forgets it later.
-        self.withdrawn = False
+
+    @property
+    def withdrawn(self) -> bool:
+        """Whether it was released while it waited: its stream's queue forgets it later."""
+        return self._ledger is None
 
     def release(self) -> None:
         """Give the bytes back; withdraws the request if it still waits."""
@@ -219,7 +225,7 @@ class Ledger:
 
     def try_request(self, amount: int, account: Account | None = None) -> Charge | None:
         """Ask for the bytes of a message now or not at all; never overtakes a waiter."""
-        charge = Charge(self, account or self._anonymous, amount, None, Kind.MESSAGE)
+        charge = Charge(self, account or self._anonymous, amount, None, _MESSAGE)
         return charge if self._grant_now(charge) else None
 
     def try_ahead(self, amount: int, account: Account | None = None) -> Charge | None:
@@ -300,9 +306,17 @@ class Ledger:
     def _grant_now(self, charge: Charge) -> bool:
         """Grant a request that need not wait; returns whether it did."""
         account = charge.account
+        # Every message comes by here: the levels are written out, and no call is made for one that need not wait.
         if not self._root.waiting and (self._messages == 0 or self._fits(charge.amount)):
-            self._turns.charge(account, charge.amount)
-            self._messages += charge.amount
+            amount = charge.amount
+            self._messages += amount
+            account.charged += amount
+            connection = account.parent
+            connection.charged += amount  # type: ignore[union-attr]
+            connection.parent.charged += amount  # type: ignore[union-attr]
+            if charge._on_grant is None:
+                charge.granted = True
+                return True
         elif not (account.waiting or account.small or self._offered) and self._fits_small(charge):
             self._grant_small(charge)
         else:
@@ -337,10 +351,22 @@ class Ledger:
         account, amount = charge.account, charge.amount
         if not charge.granted:
             self._waiting_bytes -= amount
-            self._turns.withdraw(account, charge)
+            self._turns.withdraw(account)
             self._offer(account)
-        elif charge.kind is Kind.MESSAGE:
-            self._messages = self._less(self._messages, amount)
+        elif charge.kind is _MESSAGE:
+            if self._messages < amount:
+                raise InternalError(f"the ledger released {amount - self._messages} bytes more than were charged")
+            self._messages -= amount
+            if not self._root.waiting:
+                # As in `_grant_now`: nobody is beyond its share while nobody waits.
+                account.charged -= amount
+                connection = account.parent
+                connection.charged -= amount  # type: ignore[union-attr]
+                peer = connection.parent  # type: ignore[union-attr]
+                peer.charged -= amount  # type: ignore[union-attr]
+                if not peer.members:  # type: ignore[union-attr]
+                    self._forget(peer)  # type: ignore[arg-type]
+                return
             self._turns.discharge(account, amount)
         elif charge.kind is Kind.SMALL:
             self._small = self._less(self._small, amount)
