@@ -173,7 +173,11 @@ def _row_bytes(array: pa.Array) -> pa.Array:
         offsets = pa.Array.from_buffers(
             pa.int64() if wide else pa.int32(), rows + 1 if rows else 0, [None, array.buffers()[1]], 0, array.offset
         )
-        sizes = pc.add(_offset_ranges(offsets.cast(pa.int64()))[1], 8)
+        lengths = _offset_ranges(offsets.cast(pa.int64()))[1]
+        if array.null_count:
+            # What stands in a null's place is no value, however long it is.
+            lengths = pc.if_else(array.is_valid(), lengths, 0)
+        sizes = pc.add(lengths, 8)
     else:
         width = 0 if types.is_null(kind) or types.is_union(kind) else max(1, int(kind.bit_width) // 8)
         sizes = _repeat(width, rows)

@@ -313,8 +313,8 @@ def other_frames(attacker: Attacker) -> None:
     mix = frame(PRIORITY, 0, 1, struct.pack(">IB", 3, 1)) + goaway(0) + frame(0xBE, 0, 0, b"x" * 20)
     for _ in attacker.rounds():
         on = attacker.wire()
-        for _ in attacker.rounds(10):
-            if not on.send(mix * 500) or on.closed:
+        for _ in attacker.rounds(27):
+            if not on.send(mix * 100) or on.closed:
                 break
         attacker.outcomes["connection closed" if on.closed else "connection stays"] += 1
         on.close()

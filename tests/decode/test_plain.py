@@ -246,3 +246,15 @@ def test_dictionary_values_may_be_views(compression: str | None, feed: Feed) -> 
     batch = pa.record_batch([pa.DictionaryArray.from_arrays(pa.array([0]), many)], names=["c"])
     with pytest.raises(InvalidRequest, match=r"limits\.dictionary_bytes"):
         feed(BatchDecoder(table, Limits()), write_stream(batch.schema, [batch], compression=compression))
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.binary(), pa.large_string()])
+def test_bytes_in_a_nulls_place_are_not_counted(kind: pa.DataType, feed: Feed) -> None:
+    """A run of nulls means nothing, however many bytes stand below it (T23)."""
+    words = pa.array(["word", "x" * 3_000], kind)
+    validity = pa.py_buffer(b"\x01")
+    values = pa.Array.from_buffers(kind, 2, [validity, *words.buffers()[1:]], 1)
+    sent = pa.record_batch([runs([300, 1_000], values)], names=["c"])
+    table = make_table(pa.schema([("c", canonical_type(kind))]))
+    (decoded,) = feed(BatchDecoder(table, Limits(batch_bytes=64 * 1024)), write_stream(sent.schema, [sent]))
+    assert decoded.batch.column(0).to_pylist() == [*sent.column(0).values.slice(0, 1).to_pylist() * 300, *[None] * 700]
