@@ -157,6 +157,9 @@ class Limits:
     reads_waiting: int = option(
         256, "DoGets that wait for their turn or for an LSN; one client address has half of them at most.", at_least=1
     )
+    flushes: int = option(
+        256, "Flush calls that wait at a time; one client address has half of them at most.", at_least=1
+    )
     read_buffer_bytes: int = option(
         16 * MIB, "Bytes of all answers of DoGet together that wait in memory for their clients.", at_least=MIB
     )

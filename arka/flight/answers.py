@@ -71,12 +71,15 @@ class BufferedAnswer:
 
     Attributes:
         reading: whether a reader still puts into it.
+        too_slow: whether it ends since its client is too slow: what waits to be sent is not to be waited for.
         sent_bytes: what its client's window has let through to the send buffer.
     """
 
-    def __init__(self, buffers: AnswerBuffers) -> None:
+    def __init__(self, buffers: AnswerBuffers, peer: str = "") -> None:
         self.reading = True
         self.sent_bytes = 0
+        self.too_slow = False
+        self._peer = peer
         self._buffers = buffers
         self._parts: deque[bytes] = deque()
         self._own = self._common = 0
@@ -100,7 +103,7 @@ class BufferedAnswer:
         """See ``ports.Answer.begin``."""
         if self._first:
             self._first = False
-            header = await run_compute(_public_header, header)
+            header = await run_compute(_public_header, header, peer=self._peer, size=len(header))
         head = messages.flight_data_head(header, body_bytes)
         await self.add(message_prefix(len(head) + body_bytes) + head)
 
@@ -202,7 +205,7 @@ async def deliver(call: Call, answer: BufferedAnswer, stall_s: float) -> None:
         with trio.move_on_after(stall_s) as stall:
             await call.send_bytes(part)
         if stall.cancelled_caught:
-            call.discard_unsent()
+            answer.too_slow = True
             raise ArkaError(
                 f"Nothing of the answer was read in {stall_s:g} s (limits.message_stall_s): read again, and faster",
                 code=ErrorCode.OVERLOADED,
@@ -210,11 +213,10 @@ async def deliver(call: Call, answer: BufferedAnswer, stall_s: float) -> None:
         answer.sent_bytes += len(part)
 
 
-async def check_rate(call: Call, answer: BufferedAnswer, least: int, contended: Callable[[], bool]) -> None:
+async def check_rate(answer: BufferedAnswer, least: int, contended: Callable[[], bool]) -> None:
     """End an answer whose client is too slow while others wait; returns once nobody can wait for it (T25).
 
     Args:
-        call: the client's.
         answer: what is sent.
         least: bytes a second, averaged over ``RATE_S`` (``limits.min_bytes_per_s``).
         contended: whether others wait for what this answer holds.
@@ -231,7 +233,7 @@ async def check_rate(call: Call, answer: BufferedAnswer, least: int, contended: 
         sent.append(answer.sent_bytes)
         took = sent[-1] - sent[0]
         if len(sent) > RATE_S and took < least * RATE_S and contended():
-            call.discard_unsent()
+            answer.too_slow = True
             raise ArkaError(
                 f"Other reads wait, and {took} bytes of this answer were read in {RATE_S} s; the least is {least} a "
                 "second (limits.min_bytes_per_s): read again, and faster",

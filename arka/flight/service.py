@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -17,7 +17,7 @@ import pyarrow as pa
 import structlog
 import trio
 
-from arka.errors import ArkaError, ErrorCode, InvalidRequest, Unavailable, cut, quote
+from arka.errors import ArkaError, ErrorCode, InvalidRequest, Unavailable, cut, listed, quote
 from arka.flight import messages
 from arka.flight.acks import AckForm, chokes_on_metadata
 from arka.flight.answers import AnswerBuffers, BufferedAnswer, check_rate, deliver
@@ -65,6 +65,10 @@ _LIST_PATIENCE_S: Final = 2.0
 
 #: The words of a ticket's ``compression``, and what Arrow calls them.
 _COMPRESSIONS: Final = {"none": None, "lz4": "lz4", "zstd": "zstd"}
+
+#: So many more columns, and characters of their names, than its table has now may a ticket name: a past schema's.
+_MORE_COLUMNS: Final = 1000
+_MORE_CHARACTERS: Final = 64 * 1024
 
 #: More than any table has.
 _MOST_ROWS: Final = 2**62
@@ -222,6 +226,7 @@ class FlightService:
         if ticket.limit is not None and ticket.limit < 0:
             raise InvalidRequest(f"limit must not be negative: {ticket.limit}")
         columns = None if ticket.columns is None else tuple(ticket.columns)
+        _check_held(table, columns or ())
         limit = None if ticket.limit is None else min(ticket.limit, _MOST_ROWS)
         compression = cut(ticket.compression).lower()
         if compression not in _COMPRESSIONS:
@@ -229,26 +234,29 @@ class FlightService:
                 f"Unknown compression {quote(ticket.compression)}: expected {', '.join(_COMPRESSIONS)}"
             )
         request = ReadRequest(columns, limit, ticket.at_lsn, ticket.wait_for_lsn, _COMPRESSIONS[compression])
-        answer = BufferedAnswer(self._answer_buffers)
+        answer = BufferedAnswer(self._answer_buffers, peer)
         turns = self._pipeline.read_turns
 
         def contended() -> bool:
-            return (answer.reading and turns.contended) or self._answer_buffers.waiting > 0
+            return (answer.reading and turns.is_contended(peer)) or self._answer_buffers.waiting > 0
 
         async def read() -> None:
             try:
-                await read_table(self._pipeline, table, request, answer, peer=call.peer_host)
+                await read_table(self._pipeline, table, request, answer, peer=peer)
             except ArkaError as error:
                 answer.fail(error)
 
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(read)
-                nursery.start_soon(check_rate, call, answer, self._limits.min_bytes_per_s, contended)
+                nursery.start_soon(check_rate, answer, self._limits.min_bytes_per_s, contended)
                 await deliver(call, answer, self._limits.message_stall_s)
                 nursery.cancel_scope.cancel()
         finally:
             answer.close()
+            if answer.too_slow:
+                # Not earlier: the task that sends would go on with what it has, and fill the buffer again.
+                call.discard_unsent()
 
     async def get_schema(self, call: Call) -> None:
         """Send a table's schema as an encapsulated IPC message."""
@@ -340,7 +348,8 @@ class FlightService:
             case "DescribeTable":
                 answer = await self._describe_table(body, peer)
             case "Flush":
-                answer = json.dumps(await self._flush(body, peer)).encode()
+                with self._pipeline.flushes.admit(peer):
+                    answer = json.dumps(await self._flush(body, peer)).encode()
             case unknown:
                 raise unknown_action(unknown, _ACTIONS)
         await call.send(messages.build("Result", body=answer))
@@ -485,7 +494,24 @@ def _spell_table(answer: dict[str, Any], schema: pa.Schema, field_ids: bool) -> 
     return json.dumps(answer).encode()
 
 
-def _flight_info(table: Table, descriptor: Any, schema: bytes) -> Any:
+def _check_held(table: Table, columns: Sequence[str]) -> None:
+    """Check that a read may hold its list of columns while it waits (T27); which there are is looked at later.
+
+    Raises:
+        InvalidRequest: no schema that the table has had is likely to have so many, or such long ones.
+    """
+    names = table.info.schema.names
+    if len(columns) > 2 * len(names) + _MORE_COLUMNS:
+        raise InvalidRequest(f"The ticket names {len(columns)} columns, {table.info.name} has {len(names)}")
+    size = sum(map(len, columns))
+    if size > 2 * sum(map(len, names)) + _MORE_CHARACTERS:
+        raise InvalidRequest(
+            f"The ticket's columns have {size} characters, which is more than {table.info.name} can have: found "
+            f"{listed(map(quote, columns))}"
+        )
+
+
+def _flight_info(table: Table, descriptor: Any) -> Any:
     ticket = messages.make("Ticket", ticket=str(table.info.name).encode())
     return messages.make(
         "FlightInfo",

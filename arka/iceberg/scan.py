@@ -6,38 +6,31 @@ their copies (``tailcopy``) nor the pipe (``outlet``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pyiceberg.exceptions import NoSuchNamespaceError, NoSuchTableError
-from pyiceberg.expressions import AlwaysTrue
-from pyiceberg.io.pyarrow import ArrowScan
-from pyiceberg.manifest import FileFormat
 from pyiceberg.schema import Schema
-from pyiceberg.table import FileScanTask, Table
+from pyiceberg.table import Table
 from pyiceberg.table.metadata import TableMetadata
 from pyiceberg.table.snapshots import Snapshot
-from pyiceberg.transforms import IdentityTransform
 
-from arka.errors import ArkaError, ErrorCode, InternalError, InvalidRequest, listed, quote
-from arka.iceberg.align import align_batch
+from arka.errors import ArkaError, ErrorCode, InvalidRequest, listed, quote
 from arka.iceberg.catalogs import catalog
 from arka.iceberg.config import CatalogConfig
 from arka.iceberg.control import key_columns
-from arka.iceberg.deletes import live_rows
 from arka.iceberg.marks import mark_in, marks_of
 from arka.iceberg.outlet import PIPE_NAME, Outlet
 from arka.iceberg.pieces import pieces
-from arka.iceberg.schema import UnsupportedType, arrow_schema, field_id
+from arka.iceberg.schema import UnsupportedType, arrow_schema
+from arka.iceberg.snapshotrows import live_batches, rows_for
 from arka.iceberg.tail import open_tail
 from arka.iceberg.tailcopy import copied
-from arka.records import FIELD_ID_KEY, TableName
+from arka.records import TableName
 from arka.storage.ports import CatalogConflict, CommitMark, ReadJob, SchemaMisfit, TableMissing
 from arka.tableproperties import SUMMARY_LAST_LSN, SUMMARY_LOG, committed_lsn_property
 
@@ -111,8 +104,9 @@ def _scan(config: CatalogConfig, job: ReadJob, outlet: Outlet) -> int:
     names = set(schema.names)
     wide = pa.schema([*schema, *(whole.field(name) for name in tail.needs if name not in names)])
     rows = 0
-    found = (tail.hide(batch) for batch in _batches(table, base, wide, tail.batch_rows, outlet))
-    for batch in chain(found, tail.rows()):
+    batch_rows = rows_for(job.limit, tail.batch_rows)
+    live = live_batches(table, base.snapshot_id, base.schema, wide, batch_rows, outlet.check_wanted)
+    for batch in chain(map(tail.hide, live), tail.rows()):
         outlet.check_wanted()
         # Views of the log and of the snapshot's files alike: the metadata is this answer's.
         chosen = pa.RecordBatch.from_arrays([batch.column(name) for name in schema.names], schema=stream_schema)
@@ -192,56 +186,6 @@ def _schema_at(metadata: TableMetadata, snapshot: Snapshot | None) -> Schema:
         if written is not None:
             return written
     return metadata.schema()
-
-
-def _batches(table: Table, base: _Base, schema: pa.Schema, batch_rows: int, outlet: Outlet) -> Iterator[pa.RecordBatch]:
-    """Yield the live rows of a snapshot."""
-    if base.snapshot_id is None:
-        return
-    wanted = {field_id(field) for field in schema}
-    identities = {
-        field.source_id
-        for spec in table.specs().values()
-        for field in spec.fields
-        if isinstance(field.transform, IdentityTransform)
-    }
-    for task in table.scan(snapshot_id=base.snapshot_id).plan_files():
-        outlet.check_wanted()
-        with table.io.new_input(task.file.file_path).open() as source:
-            file = pq.ParquetFile(source)
-            ids = {int((f.metadata or {}).get(FIELD_ID_KEY, -1)): f.name for f in file.schema_arrow}
-            missing = wanted - ids.keys()
-            if -1 in ids or missing & identities:
-                # Files that were added as they are, by others: names instead of ids, or columns that
-                # exist only as partition values.
-                yield from _batches_by_name(table, task, base.schema.select(*schema.names), schema)
-                continue
-            dead = _deleted_rows(table, task)
-            names = [ids[number] for number in wanted if number in ids]
-            first = 0
-            for batch in file.iter_batches(batch_rows, columns=names or [file.schema_arrow.names[0]]):
-                live = batch if dead is None else batch.filter(live_rows(first, batch.num_rows, dead))
-                first += batch.num_rows
-                yield align_batch(live, schema, strict=False)
-
-
-def _batches_by_name(table: Table, task: FileScanTask, wanted: Schema, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """Let pyiceberg read a file; it turns null lists of structs into empty ones."""
-    reader = ArrowScan(table.metadata, table.io, wanted, AlwaysTrue())
-    for batch in reader.to_record_batches([task]):
-        yield batch.select(schema.names).cast(schema)
-
-
-def _deleted_rows(table: Table, task: FileScanTask) -> pa.Array | None:
-    """Return the positions in a file that position deletes name, None if there are none."""
-    found = []
-    for delete in task.delete_files:
-        if delete.file_format != FileFormat.PARQUET:
-            raise InternalError(f"{delete.file_path}: {delete.file_format} delete files are not supported")
-        with table.io.new_input(delete.file_path).open() as source:
-            rows = pq.read_table(source, columns=["file_path", "pos"])
-        found.append(rows.filter(pc.field("file_path") == task.file.file_path).column("pos").combine_chunks())
-    return pa.concat_arrays([positions.cast(pa.int64()) for positions in found]) if found else None
 
 
 def check_columns(name: TableName, schema: pa.Schema, columns: Sequence[str] | None) -> pa.Schema:

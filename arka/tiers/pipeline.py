@@ -24,6 +24,7 @@ from arka.errors import AdmissionRejected, ArkaError, Closed, ErrorCode, Fenced,
 from arka.options import Settings
 from arka.records import LsnRange, Operation, Tier
 from arka.tiers.activity import TableActivity
+from arka.tiers.crowd import Crowd
 from arka.tiers.disk import DiskTier
 from arka.tiers.keys import KeyIndex
 from arka.tiers.memory import Appended, MemoryTier, Releasable
@@ -125,6 +126,8 @@ class Pipeline:
         self.read_pin_s = settings.limits.read_pin_s
         #: How long a read may wait for an LSN.
         self.read_wait_s = settings.limits.read_wait_s
+        #: Who waits for a Flush.
+        self.flushes = Crowd(settings.limits.flushes, "Flush calls", "limits.flushes")
         #: Which reads run (T27).
         self.read_turns = ReadTurns(settings.limits.reads, settings.limits.reads_waiting)
         #: Room for what they copy of the log.

@@ -105,7 +105,7 @@ async def read_table(
 
     Cancellation: the worker ends; what was sent stays sent.
     """
-    with pipeline.read_turns.admit(peer) as place:
+    with pipeline.read_turns.pending.admit(peer) as place:
         through_lsn = await _wait_readable(pipeline, table, request)
         async with AsyncExitStack() as held:
             with trio.CancelScope() as until:
@@ -113,9 +113,9 @@ async def read_table(
                     # Its frames lie in the object store, which may be slow: nobody waits for that but such reads.
                     until.deadline = trio.current_time() + pipeline.read_pin_s
                     tail = await _cut(pipeline, table, through_lsn, held)
-                    async with place.turn():
+                    async with pipeline.read_turns.turn(peer, place):
                         return await _scan(pipeline, table, request, tail, _Pinned(answer, held, until), answer)
-                async with place.turn():
+                async with pipeline.read_turns.turn(peer, place):
                     until.deadline = trio.current_time() + pipeline.read_pin_s
                     tail = await _cut(pipeline, table, through_lsn, held)
                     return await _scan(pipeline, table, request, tail, _Pinned(answer, held, until), answer)

@@ -1,7 +1,7 @@
 """Whose turn it is to read: few reads run at a time, and peers take turns (T27).
 
-Owns: how many reads run, how many wait, and in which order they get their turn. Does not own what a read does
-(``arka.tiers.reads``) nor how fast its client must be (``arka.flight.answers``).
+Owns: how many reads run, and in which order they get their turn. Does not own how many wait (``arka.tiers.crowd``),
+what a read does (``arka.tiers.reads``) nor how fast its client must be (``arka.flight.answers``).
 
 A read that waits holds a place in a queue and nothing else: no frames of the log, no disk, no buffer, no process.
 """
@@ -9,16 +9,13 @@ A read that waits holds a place in a queue and nothing else: no frames of the lo
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
-from typing import Final
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import trio
 
-from arka.errors import AdmissionRejected, Unavailable
-
-#: The part of all waiting reads that one peer may have.
-_PEER_PART: Final = 2
+from arka.errors import Unavailable
+from arka.tiers.crowd import Crowd, Place
 
 
 class _Waiting:
@@ -48,18 +45,16 @@ class ReadTurns:
 
         Args:
             most: reads that run at a time (``limits.reads``).
-            most_waiting: reads that wait, of all peers together; a peer that has none waiting may always have one.
+            most_waiting: see ``Crowd``.
         """
         self._most = most
         self._most_of_peer = max(1, most - 1)
-        self._most_waiting = most_waiting
-        self._most_waiting_of_peer = max(1, most_waiting // _PEER_PART)
         self._running: Counter[str] = Counter()
-        # Reads that were asked for and have no turn yet, those that wait for an LSN among them.
-        self._pending: Counter[str] = Counter()
         # Invariant: no queue is empty. The peer that had a turn last comes last.
         self._queues: OrderedDict[str, deque[_Waiting]] = OrderedDict()
         self._closed = ""
+        #: Reads that were asked for and have no turn yet, those that wait for an LSN among them.
+        self.pending = Crowd(most_waiting, "reads", "limits.reads_waiting")
         #: How many reads hold a turn and wait for what another one holds.
         self.starved = 0
 
@@ -68,15 +63,11 @@ class ReadTurns:
         """How many reads run."""
         return self._running.total()
 
-    @property
-    def pending(self) -> int:
-        """How many reads were asked for and have no turn yet."""
-        return self._pending.total()
-
-    @property
-    def contended(self) -> bool:
-        """Whether a read waits for what one that runs holds."""
-        return bool(self._queues) or self.starved > 0
+    def is_contended(self, peer: str) -> bool:
+        """Whether a read waits that could run if one of this peer's ended."""
+        return self.starved > 0 or any(
+            waiting == peer or self._running[waiting] < self._most_of_peer for waiting in self._queues
+        )
 
     def close(self, reason: str) -> None:
         """Give no turn any more, since the server drains; those that wait for one end."""
@@ -86,35 +77,27 @@ class ReadTurns:
                 waiting.told.set()
         self._queues.clear()
 
-    @contextmanager
-    def admit(self, peer: str) -> Iterator[Place]:
-        """Let a read wait, until it has its turn or the block ends.
+    @asynccontextmanager
+    async def turn(self, peer: str, place: Place) -> AsyncIterator[None]:
+        """Wait for a turn and have it for the block.
 
         Args:
-            peer: whose it is.
+            peer: whose read it is.
+            place: the read's among those that wait; it is left.
 
         Raises:
-            AdmissionRejected: ``overloaded``: the peer, or all together, have too many waiting.
-        """
-        mine, all_of_them = self._pending[peer], self._pending.total()
-        if mine >= self._most_waiting_of_peer:
-            raise AdmissionRejected(
-                f"{mine} reads of this client's address wait already, allowed are {self._most_waiting_of_peer} "
-                "(half of limits.reads_waiting): retry later"
-            )
-        if mine and all_of_them >= self._most_waiting:
-            raise AdmissionRejected(
-                f"{all_of_them} reads wait already, allowed are {self._most_waiting} (limits.reads_waiting): "
-                "retry later"
-            )
-        place = Place(self, peer)
-        self._count(self._pending, peer, 1)
-        try:
-            yield place
-        finally:
-            place.leave()
+            Unavailable: the server drains.
 
-    async def take(self, peer: str) -> None:
+        Cancellation: the turn is given back.
+        """
+        await self._take(peer)
+        try:
+            place.leave()
+            yield
+        finally:
+            self._give_back(peer)
+
+    async def _take(self, peer: str) -> None:
         """Wait for a turn. Cancellation: there is none.
 
         Raises:
@@ -133,14 +116,14 @@ class ReadTurns:
             except trio.Cancelled:
                 if waiting.has_turn:
                     # Given in the same turn of the loop, to a task that was already cancelled.
-                    self.give_back(peer)
+                    self._give_back(peer)
                 else:
                     self._unqueue(peer, waiting)
                 raise
         if not waiting.has_turn:
             raise Unavailable(self._closed)
 
-    def give_back(self, peer: str) -> None:
+    def _give_back(self, peer: str) -> None:
         """End a turn: others that wait get theirs."""
         self._count(self._running, peer, -1)
         if peer in self._queues:
@@ -155,10 +138,6 @@ class ReadTurns:
             self._count(self._running, next_peer, 1)
             waiting.has_turn = True
             waiting.told.set()
-
-    def forget_pending(self, peer: str) -> None:
-        """Count a read that has its turn, or gave up, no longer among those that wait."""
-        self._count(self._pending, peer, -1)
 
     def _may_run(self, peer: str) -> bool:
         return self._running.total() < self._most and self._running[peer] < self._most_of_peer
@@ -184,35 +163,4 @@ class ReadTurns:
             del counts[peer]
 
 
-class Place:
-    """One read's place among those that wait."""
-
-    def __init__(self, turns: ReadTurns, peer: str) -> None:
-        self._turns = turns
-        self._peer = peer
-        self._pending = True
-
-    def leave(self) -> None:
-        """Wait no longer; nothing happens at the second call."""
-        if self._pending:
-            self._pending = False
-            self._turns.forget_pending(self._peer)
-
-    @asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
-        """Wait for the turn and have it for the block.
-
-        Raises:
-            Unavailable: the server drains.
-
-        Cancellation: the turn is given back.
-        """
-        await self._turns.take(self._peer)
-        try:
-            self.leave()
-            yield
-        finally:
-            self._turns.give_back(self._peer)
-
-
-__all__ = ["Place", "ReadTurns"]
+__all__ = ["ReadTurns"]

@@ -21,7 +21,6 @@ class _Client:
 
     def __init__(self, bytes_per_s: float = float("inf")) -> None:
         self.received: list[bytes] = []
-        self.discarded = False
         self._bytes_per_s = bytes_per_s
 
     async def send_bytes(self, part: bytes) -> None:
@@ -29,9 +28,6 @@ class _Client:
             await trio.sleep_forever()
         await trio.sleep(len(part) / self._bytes_per_s)
         self.received.append(part)
-
-    def discard_unsent(self) -> None:
-        self.discarded = True
 
 
 async def _fill(answer: BufferedAnswer, parts: int) -> None:
@@ -135,7 +131,7 @@ async def test_a_client_that_stops_reading(autojump_clock: MockClock) -> None:
         with pytest.raises(ArkaError, match="message_stall_s") as caught:
             await deliver(client, answer, 60)  # type: ignore[arg-type]
         assert caught.value.code is ErrorCode.OVERLOADED
-        assert client.discarded
+        assert answer.too_slow
         assert trio.current_time() == pytest.approx(60, abs=1)
 
 
@@ -150,7 +146,7 @@ async def test_a_slow_client_ends_where_others_wait(
 
     async def check() -> None:
         try:
-            await check_rate(client, answer, 100, lambda: contended)  # type: ignore[arg-type]
+            await check_rate(answer, 100, lambda: contended)  # type: ignore[arg-type]
         except ArkaError as error:
             ended.append(error)
 
@@ -160,7 +156,7 @@ async def test_a_slow_client_ends_where_others_wait(
         if slow and contended:
             assert [error.code for error in ended] == [ErrorCode.OVERLOADED]
             assert "min_bytes_per_s" in ended[0].detail
-            assert client.discarded
+            assert answer.too_slow
             assert RATE_S <= trio.current_time() <= RATE_S + 2
         else:
             # All of it went out.
@@ -180,6 +176,6 @@ async def test_a_slow_reader_is_not_its_clients_fault(autojump_clock: MockClock)
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(find_slowly)
-        nursery.start_soon(check_rate, client, answer, 100, lambda: True)
+        nursery.start_soon(check_rate, answer, 100, lambda: True)
         await deliver(client, answer, 60)  # type: ignore[arg-type]
     assert len(client.received) == 30

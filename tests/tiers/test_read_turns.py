@@ -33,8 +33,8 @@ class _Reads:
         await wait_all_tasks_blocked()
 
     async def _run(self, name: str) -> None:
-        with self.scopes[name], self.turns.admit(name[0]) as place:
-            async with place.turn():
+        with self.scopes[name], self.turns.pending.admit(name[0]) as place:
+            async with self.turns.turn(name[0], place):
                 self.began.append(name)
                 await self.ends[name].wait()
 
@@ -52,14 +52,13 @@ async def test_peers_take_turns() -> None:
         await reads.start("b1")
         await reads.start("c0")
         assert reads.began == ["a0", "b0"]
-        assert turns.contended
+        assert turns.is_contended("a")
         for name in ("a0", "c0", "a1", "b0", "b1"):
             await reads.end(name)
         # The one with fewest running first, among equals the one whose last read ended longest ago.
         assert reads.began == ["a0", "b0", "c0", "a1", "a2", "b1"]
         nursery.cancel_scope.cancel()
-    assert (turns.running, turns.pending, turns.contended) == (0, 0, False)
-    assert not turns._queues
+    assert (turns.running, turns.pending.total, turns._queues) == (0, 0, {})
 
 
 async def test_one_turn_is_enough() -> None:
@@ -85,11 +84,11 @@ async def test_a_read_that_gives_up_leaves_its_place() -> None:
         reads.ends["a0"].set()
         reads.scopes["a3"].cancel()
         await wait_all_tasks_blocked()
-        assert (turns.running, turns.pending, turns.contended) == (1, 0, False)
+        assert (turns.running, turns.pending.total, turns._queues) == (1, 0, {})
         await reads.start("a5")
         assert reads.began[-1] == "a5"
         nursery.cancel_scope.cancel()
-    assert (turns.running, turns.pending) == (0, 0)
+    assert (turns.running, turns.pending.total) == (0, 0)
 
 
 async def test_queues_are_bounded() -> None:
@@ -100,14 +99,14 @@ async def test_queues_are_bounded() -> None:
         for name in ("x0", "a0", "a1", "b0", "b1"):
             await reads.start(name)
         for peer, why in (("a", "2 reads of this client's address"), ("b", "2 reads of this client's address")):
-            with pytest.raises(AdmissionRejected, match=why), turns.admit(peer):
+            with pytest.raises(AdmissionRejected, match=why), turns.pending.admit(peer):
                 pass
         await reads.start("c0")
-        with pytest.raises(AdmissionRejected, match="5 reads wait already, allowed are 4"), turns.admit("c"):
+        with pytest.raises(AdmissionRejected, match="5 reads wait already, allowed are 4"), turns.pending.admit("c"):
             pass
-        assert turns.pending == 5
+        assert turns.pending.total == 5
         nursery.cancel_scope.cancel()
-    assert (turns.running, turns.pending) == (0, 0)
+    assert (turns.running, turns.pending.total) == (0, 0)
 
 
 async def test_a_drain_ends_what_waits() -> None:
@@ -117,8 +116,8 @@ async def test_a_drain_ends_what_waits() -> None:
 
     async def read(name: str) -> None:
         try:
-            with turns.admit("a") as place:
-                async with place.turn():
+            with turns.pending.admit("a") as place:
+                async with turns.turn("a", place):
                     await trio.sleep_forever()
         except Unavailable as error:
             refused.append(f"{name}: {error.detail}")
@@ -132,7 +131,7 @@ async def test_a_drain_ends_what_waits() -> None:
         await read("late")
         await wait_all_tasks_blocked()
         assert sorted(refused) == ["late: draining", "waits: draining"]
-        assert (turns.running, turns.pending) == (1, 0)
+        assert (turns.running, turns.pending.total) == (1, 0)
         nursery.cancel_scope.cancel()
     assert turns.running == 0
 
@@ -163,9 +162,9 @@ async def test_copies_share_a_limit(autojump_clock: MockClock) -> None:
         nursery.start_soon(copy)
         nursery.start_soon(copy)
         await wait_all_tasks_blocked()
-        assert (len(had), turns.starved, turns.contended, room.used_bytes) == (1, 2, True, 600)
+        assert (len(had), turns.starved, turns.is_contended("z"), room.used_bytes) == (1, 2, True, 600)
     assert [round(at - had[0]) for at in had] == [0, 10, 20]
-    assert (turns.starved, turns.contended, room.used_bytes) == (0, False, 0)
+    assert (turns.starved, turns.is_contended("z"), room.used_bytes) == (0, False, 0)
 
 
 async def test_a_copy_does_not_take_room_that_writes_need() -> None:

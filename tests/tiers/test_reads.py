@@ -26,7 +26,7 @@ async def ids(pipeline: Pipeline, table: Table, **request: int) -> list[int]:
     count = await read_table(pipeline, table, ReadRequest(("id",), **request), answer)  # type: ignore[arg-type]
     found = [row["id"] for row in answer.rows()]
     assert len(found) == count
-    assert (pipeline.read_turns.running, pipeline.read_turns.pending, pipeline.tail_room.used_bytes) == (0, 0, 0)
+    assert (pipeline.read_turns.running, pipeline.read_turns.pending.total, pipeline.tail_room.used_bytes) == (0, 0, 0)
     assert not pipeline.tables._pinned
     return found
 
