@@ -102,6 +102,11 @@ class StreamOutput:
         """Whether the RPC has ended and its trailers are still to be sent."""
         return self._trailers is not None
 
+    @property
+    def needs_window(self) -> bool:
+        """Whether what it has to say, trailers apart, may lack window."""
+        return self._buffered > 0 or self._outbox is not None
+
     def attach(self, outbox: Outbox) -> None:
         """Ask ``outbox`` whenever the buffer is empty and the windows are open."""
         self._outbox = outbox

@@ -511,7 +511,7 @@ def _check_held(table: Table, columns: Sequence[str]) -> None:
         )
 
 
-def _flight_info(table: Table, descriptor: Any) -> Any:
+def _flight_info(table: Table, descriptor: Any, schema: bytes) -> Any:
     ticket = messages.make("Ticket", ticket=str(table.info.name).encode())
     return messages.make(
         "FlightInfo",

@@ -574,6 +574,9 @@ class Streams:
             self._resets_forgotten = max(self._resets_forgotten, self._resets.popitem(last=False)[0])
 
     def _make_ready(self, stream: Stream) -> None:
+        if not stream.output.needs_window:
+            # What it lacked window for was discarded: its trailers need none.
+            self._blocked.pop(stream.id, None)
         if stream.id not in self._blocked:
             self._ready.setdefault(stream.id, stream)
             self._wake()
