@@ -85,6 +85,8 @@ def test_one_hog_and_a_hundred_polite_streams(level: str, hog_bytes: int) -> Non
     even = (hog.admitted + sum(sender.admitted for sender in polite)) / 101
     assert min(sender.admitted for sender in polite) >= even / 2
     assert jain([sender.admitted for sender in polite]) >= 0.95
+    # Turns go by bytes: large messages win nothing.
+    assert hog.admitted <= 1.1 * max(sender.admitted for sender in polite) + 2 * hog_bytes
 
 
 def test_a_peer_gains_nothing_by_more_streams() -> None:
