@@ -68,7 +68,7 @@ test: lint ## everything that CI runs: all checks of `make lint`, then pytest
 	if [ -n "$(PYTEST_STATUS)" ]; then echo $$status > "$(PYTEST_STATUS)"; else exit $$status; fi
 
 .PHONY: test-long
-test-long: $(VENV)/.installed-test ## what takes minutes for each test: engines that are broken on purpose, longer kills
+test-long: $(VENV)/.installed-test ## what takes minutes for each test: engines that are broken on purpose, longer kills, all attacks
 	$(PYTHON) -m pytest -m "long" -n 2 --dist worksteal $(PYTEST_ARGS)
 
 # Tracing doubles the time of a run, so it is none of CI's.

@@ -15,7 +15,7 @@ from tests.attacks.attacker import FAMILIES, load
 from tests.attacks.harness import run_attacks
 from tests.attacks.verdicts import timeless
 
-pytestmark = [pytest.mark.process, pytest.mark.slow]
+pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.long]
 
 ATTACKS = load()
 #: What runs when the server gets SIGTERM: what holds threads, windows, or answers.
