@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from typing import Final, NamedTuple
 from uuid import UUID
 
+from arka.errors import quote
+
 #: Whether a table is append_only or primary_key; set by the server.
 TABLE_TYPE: Final = "arka.table-type"
 #: The columns of a primary key, a JSON list; set by the server.
@@ -163,9 +165,9 @@ def problem_of(properties: Mapping[str, str], *, keyed: bool) -> str | None:
         if value is None:
             continue
         if not keyed:
-            return f"property {name!r} is for primary_key tables only"
+            return f"property {quote(name)} is for primary_key tables only"
         if not rule.pattern.match(value):
-            return f"property {name!r} is {value!r}, expected {rule.expected}"
+            return f"property {quote(name)} is {quote(value)}, expected {rule.expected}"
     return None
 
 

@@ -126,6 +126,8 @@ class AckQueue:
         self.coalesce = False
         #: Of each write, tell the tier that it asked for alone.
         self.requested_only = False
+        #: The highest LSN among the writes so far: a tier that has come there has nothing more to tell.
+        self.highest_lsn = 0
         # Invariant: _lsns[i] belongs to sequence _base + i; 0 marks a rejection. A tier has the bit SPECIAL where the
         # sequence is, or was, in _special.
         self._base = 0
@@ -286,6 +288,8 @@ class AckQueue:
 
     def _append(self, lsn: int, rows: int, requested: int) -> int:
         sequence = self.writes
+        if lsn > self.highest_lsn:
+            self.highest_lsn = lsn
         self._lsns.append(lsn)
         self._rows.append(rows)
         self._requested.append(requested)

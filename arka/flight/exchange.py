@@ -705,7 +705,7 @@ class Exchange:
         return operation
 
     def _attend(self) -> None:
-        """Listen to the tiers while writes wait for them: an idle stream must not cost each commit anything."""
+        """Listen to the tiers while writes wait for them: of thousands of streams, a group commit tells those alone."""
         if self._attending:
             return
         self._attending = True
@@ -723,6 +723,10 @@ class Exchange:
 
     def _on_advance(self, advance: Advance) -> None:
         self.acks.advance(advance)
+        if advance.lsn >= self.acks.highest_lsn:
+            # Nothing waits for this tier until the next write.
+            self._attending = False
+            self._pipeline.marks_of(self._bound_table())[advance.tier - Tier.DISK].unlisten(self._on_advance)
         if self.acks.unsent:
             self._moved.set()
             self._tell()

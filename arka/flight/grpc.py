@@ -24,6 +24,7 @@ from arka.errors import ArkaError, InvalidRequest, quote
 from arka.flight.flow import StreamIntake, Taker
 from arka.flight.outbound import Outbox, StreamOutput
 from arka.flight.status import OK, RpcError, RpcStatus, Status, status_of
+from arka.flight.turns import TurnQueue
 from arka.tiers.accounts import Account
 from arka.tiers.admission import Charge
 from arka.tiers.room import Room
@@ -71,8 +72,10 @@ class Call:
         intake: StreamIntake,
         output: StreamOutput,
         user_agent: str = "",
+        turns: TurnQueue | None = None,
     ) -> None:
         self.user_agent = user_agent
+        self._turns = TurnQueue() if turns is None else turns
         self.method = method
         self.metadata = metadata
         self.peer = peer
@@ -98,6 +101,16 @@ class Call:
         Cancellation: no message is lost.
         """
         return await self._intake.receive()
+
+    async def next_turn(self) -> None:
+        """Let others run, in the middle of a long answer (T22).
+
+        In each pass of the event loop one such RPC goes on, and addresses take turns: a thousand RPCs of one client
+        delay another client as much as one does.
+
+        Cancellation: the turn goes to the next.
+        """
+        await self._turns.wait(self.peer_host)
 
     def set_taker(self, taker: Taker) -> None:
         """Let ``taker`` have messages as they come, without a task switch, while ``receive`` waits.

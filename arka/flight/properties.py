@@ -38,10 +38,12 @@ def check_properties(properties: Mapping[str, str]) -> dict[str, str]:
         # Catalogs keep properties in databases and in JSON that others parse; not all of them hold these.
         if (found := _UNUSUAL_NAME.search(key)) is not None:
             raise InvalidRequest(
-                f"properties: the name {key!r} has the character {found[0]!r}, which is not legal there"
+                f"properties: the name {quote(key)} has the character {found[0]!r}, which is not legal there"
             )
         if (found := _UNUSUAL_VALUE.search(value)) is not None:
-            raise InvalidRequest(f"properties: {key!r} has the character {found[0]!r} in its value, which is not legal")
+            raise InvalidRequest(
+                f"properties: {quote(key)} has the character {found[0]!r} in its value, which is not legal"
+            )
     size = sum(len(key.encode()) + len(value.encode()) for key, value in properties.items())
     if size > MAX_BYTES:
         raise InvalidRequest(f"properties: {size} bytes in all, at most {MAX_BYTES} are legal")

@@ -283,6 +283,8 @@ class FlightService:
         peer = call.peer_host
         prefix = bytes(messages.parse("Criteria", await _request(call)).expression).decode("utf-8", "replace")
         await self._pipeline.tables.refresh_list()
+        # All that waited for the list go on at once.
+        await call.next_turn()
         for table in self._pipeline.tables.listed():
             if str(table.info.name).startswith(prefix):
                 path = [table.info.name.namespace, table.info.name.name]
@@ -290,7 +292,7 @@ class FlightService:
                 schema = await self._schemas.message(table.info, peer)
                 await call.send(_flight_info(table, descriptor, schema).SerializeToString())
                 # A schema that is kept, and room to send it, make none of this wait.
-                await trio.lowlevel.checkpoint()
+                await call.next_turn()
 
     async def _named_table(self, call: Call) -> tuple[Table, Any]:
         """Find the table that a request's descriptor names; returns the descriptor too."""
@@ -343,6 +345,7 @@ class FlightService:
                     await trio.lowlevel.checkpoint()
                     await self._effects.wait_idle()
                 await self._pipeline.tables.refresh_list()
+                await call.next_turn()
                 names = [table.info.name for table in self._pipeline.tables.listed()]
                 answer = await run_compute(_spell_names, names, peer=peer, size=len(names) * _NAME_WORK)
             case "DescribeTable":

@@ -75,6 +75,7 @@ class Shared:
         streams: RPCs that are running.
         round: on while many streams are told of one thing.
         turns: whose turn it is, among connections that used up theirs.
+        call_turns: the same among RPCs with long answers.
         connections: those that are open, and who gets a place.
         lines: log lines that clients cause.
     """
@@ -90,6 +91,7 @@ class Shared:
         self.streams = 0
         self.round = Round()
         self.turns = TurnQueue()
+        self.call_turns = TurnQueue()
         self.connections = OpenConnections(limits.connections, limits.peer_share)
         self.lines = Lines()
 
@@ -270,7 +272,16 @@ class Streams:
                 kept.release()
             raise
         stream.kept = kept
-        call = Call(stream.method, metadata, self._peer, deadline, stream.intake, stream.output, request.user_agent)
+        call = Call(
+            stream.method,
+            metadata,
+            self._peer,
+            deadline,
+            stream.intake,
+            stream.output,
+            request.user_agent,
+            self._shared.call_turns,
+        )
         if self.draining and route.flight_data:
             stream.intake.withhold()
         self._h2.send_headers(stream.id, _RESPONSE_FIELDS)

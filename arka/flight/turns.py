@@ -85,9 +85,9 @@ class TurnCounts:
 
 
 class TurnQueue:
-    """Readers whose turn is used up: one of them goes on in each pass of the event loop.
+    """Readers whose turn is used up, or RPCs within a long answer: one goes on in each pass of the event loop.
 
-    Addresses come one after the other, the connections of an address too. Used from trio's thread only.
+    Addresses come one after the other, those of an address too. Used from trio's thread only.
     """
 
     def __init__(self) -> None:

@@ -391,7 +391,7 @@ def test_large_do_get(client: flight.FlightClient, table: str) -> None:
         (b"{}", ["table_name"]),
         (b"\xff\xfe", ["ticket"]),
         (b"", ["name"]),
-        (b'{"table_name": "TABLE", "columns": ["n", "m", "o"]}', ["m, o"]),
+        (b'{"table_name": "TABLE", "columns": ["n", "m", "o"]}', ["'m', 'o'"]),
         (b'{"table_name": "TABLE", "limit": -1}', ["limit"]),
         (b'{"table_name": "\xff"}', ["ticket"]),
         (b'{"table_name": "TABLE", "limit": "x"}', ["limit"]),

@@ -163,6 +163,39 @@ class TestBursts:
         # Two slices may meet in one pass of the counter's.
         assert max(ends.values()) <= 2 * turns.STREAMS_PER_SLICE
 
+    async def test_long_answers_go_on_one_in_a_pass(self):
+        """Of hundreds of RPCs in the middle of a long answer, one goes on in each pass of the event loop."""
+        passes, waiting, woken = 0, 0, trio.Event()
+        steps: Counter[int] = Counter()
+
+        async def answer(call: Call) -> None:
+            nonlocal waiting
+            waiting += 1
+            # All of them go on at once, as those that wait for one list of tables do.
+            await woken.wait()
+            for _ in range(5):
+                await call.next_turn()
+                steps[passes] += 1
+
+        async def count() -> None:
+            nonlocal passes
+            while True:
+                passes += 1
+                await trio.lowlevel.checkpoint()
+
+        async with served({ECHO: Route(answer)}) as s, trio.open_nursery() as nursery:
+            await s.peer.send(b"".join(s.peer.request(2 * k + 1) for k in range(200)))
+            await settled(s.peer)
+            assert waiting == 200
+            nursery.start_soon(count)
+            woken.set()
+            with trio.fail_after(60):
+                while steps.total() < 1_000:
+                    await trio.lowlevel.checkpoint()
+            nursery.cancel_scope.cancel()
+        # Two passes of the loop may meet in one of the counter's.
+        assert max(steps.values()) <= 2
+
 
 class TestRates:
     """Over longer times."""
