@@ -15,12 +15,12 @@ from trio.testing import MockClock
 
 from arka._core.wire import FlightMessage
 from arka.errors import ArkaError, ErrorCode, Unavailable
-from arka.flight import exchange as exchange_module
 from arka.flight.acks import AckForm
 from arka.flight.exchange import Exchange
 from arka.options import Limits
 from arka.records import FIELD_ID_KEY, AckMessage, TableDefinition, TableName, TableType, Tier
 from arka.storage.ports import CatalogTable, CommitJob, CommitResult
+from arka.storage.threads import Job
 from arka.testing.simcatalog import SimCatalog
 from arka.testing.simnode import NAME, SimNode, create_table, with_options, write
 from arka.testing.simwriters import flight_messages, frame_buffer, parse_acks
@@ -333,8 +333,9 @@ async def test_a_batch_that_is_decoded_in_a_thread_meanwhile(
     node = SimNode(with_options(wal__segment_bytes=32 << 20))
     decodes = 0
 
-    async def compute(function: Any, *args: object) -> Any:
+    async def compute(_: Job, function: Any, *args: object, abandon: bool = False) -> Any:
         nonlocal decodes
+        assert abandon
         decodes += 1
         made = function(*args)
         if decodes == 1:
@@ -344,7 +345,7 @@ async def test_a_batch_that_is_decoded_in_a_thread_meanwhile(
 
     async with node.run() as pipeline:
         await make(pipeline)
-        monkeypatch.setattr(exchange_module, "run_compute", compute)
+        monkeypatch.setattr(Job, "run", compute)
         async with stream(pipeline, PEOPLE) as old:
             await old.write((1, "F" * (2 << 20), "L"))
             assert [ack.error for ack in await old.settle()] == [None]
