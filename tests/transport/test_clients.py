@@ -80,7 +80,7 @@ def batch_of(rows: int) -> pa.RecordBatch:
 class TestGrpcio:
     """grpc's C core, by way of its Python binding."""
 
-    ROUTES: ClassVar = {"/t.T/Echo": Route(echo), **Health(["t.T"]).routes()}
+    ROUTES: ClassVar = {"/t.T/Echo": Route(echo, request_bytes=8 * MIB), **Health(["t.T"]).routes()}
 
     async def test_unary_and_streaming(self):
         """Calls of all four kinds work, with messages from nothing to 5 MB both ways."""
