@@ -104,7 +104,8 @@ def test_table_dropped_by_others(components: Components, make_server: Callable[.
     backend = components.backend("s3-postgres")
     gone, other = (f"{backend.namespace}.{name}" for name in ("gone", "other"))
     fields = [("n", "int64!"), ("pad", "binary")]
-    server = make_server(backend, **SMALL_SEGMENTS).start()
+    # The stream must not look at the catalog before its writes are accepted.
+    server = make_server(backend, iceberg__adopt_s=3600, **SMALL_SEGMENTS).start()
     with connect(server.location) as client:
         for table in (gone, other):
             create(client, table, fields)
