@@ -305,6 +305,7 @@ def test_catches_a_part_taken_for_the_whole_cut(monkeypatch: pytest.MonkeyPatch)
     assert catch()
 
 
+@pytest.mark.long
 def test_catches_set_aside_for_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that sets a write aside because the catalog or the disk failed is caught (R32)."""
 
