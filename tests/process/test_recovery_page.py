@@ -113,7 +113,7 @@ def rows(server: ServerProcess, name: str) -> list[int]:
 
 def wait_for(condition: Callable[[], object], what: str) -> None:
     """Wait until something is so; the timeout only ends what hangs."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.1)
