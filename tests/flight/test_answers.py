@@ -169,6 +169,8 @@ async def test_a_slow_reader_is_not_its_clients_fault(autojump_clock: MockClock)
     answer, client = BufferedAnswer(AnswerBuffers(800, 4)), _Client()
 
     async def find_slowly() -> None:
+        # Between two looks at the rate: at one, a part would be found that its client had no time to take.
+        await trio.sleep(0.5)
         for _ in range(30):
             await trio.sleep(1)
             await answer.add(PART)
