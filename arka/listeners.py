@@ -3,7 +3,8 @@
 Owns: what a host's name means, which addresses may be listened on, the listeners. Does not own what they accept.
 
 Until there are TLS and tokens, whoever connects may read, write and drop everything. An address that other machines
-reach therefore takes ``server.insecure``. The name is resolved once, and what was checked is what is listened on.
+reach therefore takes ``server.insecure``. The name is resolved again for the listeners: what that check passed is what
+is listened on.
 """
 
 from __future__ import annotations

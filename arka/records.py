@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 from uuid import UUID
 
 import msgspec
@@ -25,6 +25,14 @@ MAX_LSN: Final = 2**53 - 1
 FIELD_ID_KEY: Final = b"PARQUET:field_id"
 
 DEFAULT_NAMESPACE: Final = "default"
+
+
+class Releasable(Protocol):
+    """What is held until it is released, such as a charge of the ledger."""
+
+    def release(self) -> None:
+        """Give it back."""
+        ...
 
 
 class Tier(IntEnum):
@@ -410,6 +418,7 @@ __all__ = [
     "Operation",
     "PartitionField",
     "PartitionRequest",
+    "Releasable",
     "TableDefinition",
     "TableInfo",
     "TableName",

@@ -25,7 +25,7 @@ from arka.flight.refusals import check_not_sql
 from arka.flight.requests import name_of, read_descriptor
 from arka.flight.unread import STEP_BYTES, Unread, UnreadShare
 from arka.options import Limits
-from arka.records import Operation, TableName, TableType, Tier, WriteRequest, parse_write_request
+from arka.records import Operation, Releasable, TableName, TableType, Tier, WriteRequest, parse_write_request
 from arka.storage.threads import Job
 from arka.tiers.pipeline import Pipeline
 from arka.tiers.room import NoRoom, Room
@@ -54,14 +54,6 @@ class _Released:
 
 
 _RELEASED: Final = _Released()
-
-
-class Releasable(Protocol):
-    """What is held until it is released."""
-
-    def release(self) -> None:
-        """Give it back."""
-        ...
 
 
 #: Charges so many bytes that are kept while the stream lasts, and what they are.
@@ -500,9 +492,8 @@ class Exchange:
     def _require_decoder(self) -> BatchDecoder:
         if self._schema_header is None:
             raise InvalidRequest("A batch or dictionary came before the schema")
-        table = self._bound_table()
-        if self._decoder is None:
-            self._decoder = BatchDecoder(table.info, self._limits)
+        self._bound_table()
+        assert self._decoder is not None, "whoever needs the decoder checks the schema first"
         self._decoder.set_schema(self._schema_header)
         return self._decoder
 

@@ -20,6 +20,10 @@ class Rate(NamedTuple):
     burst: int
     per_s: float
 
+    def tokens(self, left: float, passed_s: float) -> float:
+        """What a bucket holds that had ``left`` tokens ``passed_s`` seconds ago."""
+        return min(self.burst, left + passed_s * self.per_s)
+
 
 class Flood(Enum):
     """What is counted."""
@@ -70,8 +74,7 @@ class FloodGuard:
     def allow(self, kind: Flood, now: float) -> bool:
         """Count one; returns whether it was still within its rate."""
         tokens, since = self._tokens[kind]
-        burst, per_s = self._rates[kind]
-        tokens = min(burst, tokens + (now - since) * per_s) - 1
+        tokens = self._rates[kind].tokens(tokens, now - since) - 1
         if tokens < 0:
             return False
         self._tokens[kind] = (tokens, now)
@@ -80,14 +83,13 @@ class FloodGuard:
     def take(self, kind: Flood, now: float) -> None:
         """Count one of a kind that is slowed down and never refused; ``pause`` says by how much."""
         tokens, since = self._tokens[kind]
-        burst, per_s = self._rates[kind]
-        self._tokens[kind] = (min(burst, tokens + (now - since) * per_s) - 1, now)
+        self._tokens[kind] = (self._rates[kind].tokens(tokens, now - since) - 1, now)
 
     def pause(self, kind: Flood, now: float) -> float:
         """Return the seconds to wait until ``kind`` is within its rate; 0 when it is."""
         tokens, since = self._tokens[kind]
-        per_s = self._rates[kind].per_s
-        return max(0.0, -(tokens + (now - since) * per_s) / per_s)
+        rate = self._rates[kind]
+        return max(0.0, -rate.tokens(tokens, now - since) / rate.per_s)
 
 
 def _at_least(rate: Rate, burst: int) -> Rate:

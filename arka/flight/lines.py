@@ -27,9 +27,8 @@ class Lines:
 
     def write(self, write: Callable[..., Any], event: str, now: float, **facts: object) -> None:
         """Write a line by ``write(event, **facts)``, or count it as left out; the next one says how many were."""
-        burst, per_s = self._rate
-        tokens, since, left_out = self._state.get(event, (float(burst), now, 0))
-        tokens = min(burst, tokens + (now - since) * per_s)
+        tokens, since, left_out = self._state.get(event, (float(self._rate.burst), now, 0))
+        tokens = self._rate.tokens(tokens, now - since)
         if tokens < 1:
             self._state[event] = (tokens, now, left_out + 1)
             return

@@ -19,6 +19,7 @@ import h2.connection
 import trio
 
 from arka.flight.frames import FrameType, frame_header
+from arka.records import Releasable
 
 #: Bytes of messages that wait for the peer's window, above which ``send`` waits.
 SEND_BUFFER_BYTES: Final = 256 * 1024
@@ -36,14 +37,6 @@ class Outbox(Protocol):
 
     def take(self, budget: int) -> bytes:
         """Give whole gRPC-framed messages, about ``budget`` bytes, at least one if any; b"" for nothing now."""
-        ...
-
-
-class Releasable(Protocol):
-    """What is held until it is released."""
-
-    def release(self) -> None:
-        """Give it back."""
         ...
 
 

@@ -13,13 +13,13 @@ hundred.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
 from dataclasses import dataclass
 from typing import Final
 
 import trio
 
 from arka._core import wire
+from arka.roundrobin import RoundRobin
 
 #: What fits in one turn, in units: 2.5 ms or so.
 TURN_UNITS: Final = 512
@@ -92,13 +92,12 @@ class TurnQueue:
 
     def __init__(self) -> None:
         self.counts = TurnCounts()
-        # Invariant: an address is in here if and only if one of its readers waits.
-        self._waiting: OrderedDict[str, deque[trio.lowlevel.Task]] = OrderedDict()
+        self._waiting: RoundRobin[trio.lowlevel.Task] = RoundRobin()
         # Whether a reader is on its way through this pass; it calls the next one.
         self._taken = False
 
     def __len__(self) -> int:
-        return sum(map(len, self._waiting.values()))
+        return len(self._waiting)
 
     async def wait(self, address: str) -> None:
         """Let others run; returns when it is the turn of a reader of ``address``.
@@ -121,13 +120,10 @@ class TurnQueue:
 
     async def _queue(self, address: str) -> None:
         task = trio.lowlevel.current_task()
-        queue = self._waiting.setdefault(address, deque())
-        queue.append(task)
+        self._waiting.add(address, task)
 
         def abort(_: object) -> trio.lowlevel.Abort:
-            queue.remove(task)
-            if not queue and self._waiting.get(address) is queue:
-                del self._waiting[address]
+            self._waiting.remove(address, task)
             return trio.lowlevel.Abort.SUCCEEDED
 
         await trio.lowlevel.wait_task_rescheduled(abort)
@@ -141,13 +137,8 @@ class TurnQueue:
         if not self._waiting:
             self._taken = False
             return
-        if address in self._waiting:
-            self._waiting.move_to_end(address)
-        following, queue = self._waiting.popitem(last=False)
-        task = queue.popleft()
-        if queue:
-            self._waiting[following] = queue
-        trio.lowlevel.reschedule(task)
+        self._waiting.put_last(address)
+        trio.lowlevel.reschedule(self._waiting.take())
 
 
 class ReaderTurn:

@@ -11,11 +11,13 @@ take turns too. Small jobs have a thread that no large one can take.
 from __future__ import annotations
 
 import os
-from collections import OrderedDict, deque
 from collections.abc import Callable
-from typing import Final, Protocol, TypeVar
+from typing import Final, TypeVar
 
 import trio
+
+from arka.records import Releasable
+from arka.roundrobin import RoundRobin
 
 T = TypeVar("T")
 
@@ -24,41 +26,6 @@ SMALL_BYTES: Final = 1024 * 1024
 
 #: The peer of the server's own jobs.
 SERVER: Final = ""
-
-
-class Releasable(Protocol):
-    """Something that is held until it is released."""
-
-    def release(self) -> None:
-        """Give it back."""
-        ...
-
-
-class _Turns:
-    """Jobs that wait, by peer; the peers are served in turn."""
-
-    def __init__(self) -> None:
-        self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()
-
-    def __bool__(self) -> bool:
-        return bool(self._waiting)
-
-    def add(self, job: Job) -> None:
-        self._waiting.setdefault(job.peer, deque()).append(job)
-
-    def remove(self, job: Job) -> None:
-        queue = self._waiting[job.peer]
-        queue.remove(job)
-        if not queue:
-            del self._waiting[job.peer]
-
-    def take(self) -> Job:
-        """Take the next job of the peer whose turn it is; that peer is the last from then on."""
-        peer, queue = self._waiting.popitem(last=False)
-        job = queue.popleft()
-        if queue:
-            self._waiting[peer] = queue
-        return job
 
 
 class Lanes:
@@ -77,8 +44,8 @@ class Lanes:
         """
         self.free = threads
         self.free_small = 1
-        self._large = _Turns()
-        self._small = _Turns()
+        self._large: RoundRobin[Job] = RoundRobin()
+        self._small: RoundRobin[Job] = RoundRobin()
 
     async def enter(self, job: Job) -> None:
         """Wait for the job's turn. Cancellation: the job leaves the queue."""
@@ -86,7 +53,7 @@ class Lanes:
         if self._admit(job):
             return
         queue = self._small if job.small else self._large
-        queue.add(job)
+        queue.add(job.peer, job)
         try:
             await job.turn.wait()
         except trio.Cancelled:
@@ -94,7 +61,7 @@ class Lanes:
                 # Its turn came after its cancellation and before this: the thread is the next job's.
                 self.leave(job)
             else:
-                queue.remove(job)
+                queue.remove(job.peer, job)
             raise
 
     def _admit(self, job: Job) -> bool:
@@ -115,7 +82,7 @@ class Lanes:
         else:
             self._pass_on(self._large if self._large else self._small, reserved=False)
 
-    def _pass_on(self, queue: _Turns, *, reserved: bool) -> None:
+    def _pass_on(self, queue: RoundRobin[Job], *, reserved: bool) -> None:
         if queue:
             heir = queue.take()
             heir.reserved = reserved

@@ -9,24 +9,15 @@ the message before it invited it).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import trio
 
 from arka._core.buffers import FrameBuffer
 from arka._core.framing import KIND_BATCH, Frame
 from arka._core.lsn import LsnAllocator
-from arka.records import Operation, TableInfo
+from arka.records import Operation, Releasable, TableInfo
 from arka.tiers.keys import KeyIndex
 from arka.tiers.watermarks import now_us
-
-
-class Releasable(Protocol):
-    """What is given back when a frame's heap bytes are gone: a ledger's charge."""
-
-    def release(self) -> None:
-        """Give it back."""
-        ...
 
 
 @dataclass(slots=True)
@@ -204,4 +195,4 @@ class MemoryTier:
             self._hurry.set()
 
 
-__all__ = ["Appended", "Group", "MemoryTier", "Releasable"]
+__all__ = ["Appended", "Group", "MemoryTier"]

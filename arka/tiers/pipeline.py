@@ -22,12 +22,12 @@ from arka._core.buffers import FrameBuffer
 from arka._core.framing import KIND_BATCH, crc32c, run_end
 from arka.errors import AdmissionRejected, ArkaError, Closed, ErrorCode, Fenced, OutcomeUnknown, Unavailable
 from arka.options import Settings
-from arka.records import LsnRange, Operation, Tier
+from arka.records import LsnRange, Operation, Releasable, Tier
 from arka.tiers.activity import TableActivity
 from arka.tiers.crowd import Crowd
 from arka.tiers.disk import DiskTier
 from arka.tiers.keys import KeyIndex
-from arka.tiers.memory import Appended, MemoryTier, Releasable
+from arka.tiers.memory import Appended, MemoryTier
 from arka.tiers.objects import ObjectTier
 from arka.tiers.readturns import ReadTurns
 from arka.tiers.release import LogRelease

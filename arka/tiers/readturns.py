@@ -8,13 +8,14 @@ A read that waits holds a place in a queue and nothing else: no frames of the lo
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, deque
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import trio
 
 from arka.errors import Unavailable
+from arka.roundrobin import RoundRobin
 from arka.tiers.crowd import Crowd, Place
 
 
@@ -50,8 +51,7 @@ class ReadTurns:
         self._most = most
         self._most_of_peer = max(1, most - 1)
         self._running: Counter[str] = Counter()
-        # Invariant: no queue is empty. The peer that had a turn last comes last.
-        self._queues: OrderedDict[str, deque[_Waiting]] = OrderedDict()
+        self._waiting: RoundRobin[_Waiting] = RoundRobin()
         self._closed = ""
         #: Reads that were asked for and have no turn yet, those that wait for an LSN among them.
         self.pending = Crowd(most_waiting, "reads", "limits.reads_waiting")
@@ -66,16 +66,14 @@ class ReadTurns:
     def is_contended(self, peer: str) -> bool:
         """Whether a read waits that could run if one of this peer's ended."""
         return self.starved > 0 or any(
-            waiting == peer or self._running[waiting] < self._most_of_peer for waiting in self._queues
+            waiting == peer or self._running[waiting] < self._most_of_peer for waiting in self._waiting.peers
         )
 
     def close(self, reason: str) -> None:
         """Give no turn any more, since the server drains; those that wait for one end."""
         self._closed = reason
-        for queue in self._queues.values():
-            for waiting in queue:
-                waiting.told.set()
-        self._queues.clear()
+        for waiting in self._waiting.take_all():
+            waiting.told.set()
 
     @asynccontextmanager
     async def turn(self, peer: str, place: Place) -> AsyncIterator[None]:
@@ -104,21 +102,21 @@ class ReadTurns:
             Unavailable: the server drains.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
-        if not self._closed and not self._queues.get(peer) and self._may_run(peer):
+        if not self._closed and peer not in self._waiting and self._may_run(peer):
             self._count(self._running, peer, 1)
             await trio.lowlevel.cancel_shielded_checkpoint()
             return
         waiting = _Waiting()
         if not self._closed:
-            self._queues.setdefault(peer, deque()).append(waiting)
+            self._waiting.add(peer, waiting)
             try:
                 await waiting.told.wait()
             except trio.Cancelled:
                 if waiting.has_turn:
                     # Given in the same turn of the loop, to a task that was already cancelled.
                     self._give_back(peer)
-                else:
-                    self._unqueue(peer, waiting)
+                elif not self._closed:
+                    self._waiting.remove(peer, waiting)
                 raise
         if not waiting.has_turn:
             raise Unavailable(self._closed)
@@ -126,15 +124,9 @@ class ReadTurns:
     def _give_back(self, peer: str) -> None:
         """End a turn: others that wait get theirs."""
         self._count(self._running, peer, -1)
-        if peer in self._queues:
-            self._queues.move_to_end(peer)
+        self._waiting.put_last(peer)
         while not self._closed and (next_peer := self._next_peer()) is not None:
-            queue = self._queues[next_peer]
-            waiting = queue.popleft()
-            if queue:
-                self._queues.move_to_end(next_peer)
-            else:
-                del self._queues[next_peer]
+            waiting = self._waiting.take(next_peer)
             self._count(self._running, next_peer, 1)
             waiting.has_turn = True
             waiting.told.set()
@@ -144,15 +136,8 @@ class ReadTurns:
 
     def _next_peer(self) -> str | None:
         """The peer with the fewest running reads; among equals, the one that has waited longest for a turn."""
-        allowed = [peer for peer in self._queues if self._may_run(peer)]
+        allowed = [peer for peer in self._waiting.peers if self._may_run(peer)]
         return min(allowed, key=lambda peer: self._running[peer], default=None)
-
-    def _unqueue(self, peer: str, waiting: _Waiting) -> None:
-        queue = self._queues.get(peer)
-        if queue is not None and waiting in queue:
-            queue.remove(waiting)
-            if not queue:
-                del self._queues[peer]
 
     @staticmethod
     def _count(counts: Counter[str], peer: str, change: int) -> None:

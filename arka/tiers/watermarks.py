@@ -122,10 +122,6 @@ class Watermark:
         """Stop calling ``listener``."""
         self._listeners.pop(listener, None)
 
-    def has_listener(self, listener: Listener) -> bool:
-        """Whether ``listener`` is called at each rise."""
-        return listener in self._listeners
-
     async def wait_reached(self, lsn: int) -> None:
         """Wait until the mark is at ``lsn`` or above. Cancellation: nothing changes."""
         while self._latest.lsn < lsn:

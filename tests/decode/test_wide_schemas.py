@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 
 import pyarrow as pa
@@ -15,28 +13,11 @@ from arka.flight.decode import THREAD_SCHEMA_BYTES, BatchDecoder
 from arka.options import Limits
 from arka.records import Operation
 from arka.testing.ipcstreams import make_table, write_stream
+from tests.linecount import lines_run
 
 
 def columns(count: int, prefix: str = "c", type_: pa.DataType | None = None) -> pa.Schema:
     return pa.schema([(f"{prefix}{number}", type_ or pa.int64()) for number in range(count)])
-
-
-def lines_run(function: Callable[[], object]) -> int:
-    """Count the lines of Python that a call runs."""
-    count = 0
-
-    def trace(_frame: object, event: str, _argument: object) -> object:
-        nonlocal count
-        count += event == "line"
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        function()
-    finally:
-        sys.settrace(before)
-    return count
 
 
 @pytest.mark.parametrize(

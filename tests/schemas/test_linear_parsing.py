@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,28 +12,10 @@ from arka.errors import DETAIL_CHARACTERS, ErrorCode, InvalidRequest
 from arka.flight import schemas
 from arka.flight.datatypes import MAX_FIELDS, FieldCount, TypeSpelling, parse_type
 from arka.flight.schemas import MAX_MARKS, MAX_PARTITION_FIELDS, parse_create_table
+from tests.linecount import lines_run
 
 COLUMNS = [{"name": "a", "type": "int64"}]
-
-
-def lines_run(function: Callable[[], object]) -> int:
-    """Count the lines of Python that a call runs, whatever it raises."""
-    count = 0
-
-    def trace(_frame: object, event: str, _argument: object) -> object:
-        nonlocal count
-        count += event == "line"
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        function()
-    except (InvalidRequest, TypeSpelling):
-        pass
-    finally:
-        sys.settrace(before)
-    return count
+REFUSALS = (InvalidRequest, TypeSpelling)
 
 
 def create(fields: list[Any] | None = None, **more: Any) -> Callable[[], object]:
@@ -76,7 +57,7 @@ REQUESTS: dict[str, Callable[[int], Callable[[], object]]] = {
 @pytest.mark.parametrize("what", REQUESTS)
 def test_four_times_as_much_is_four_times_the_work(what: str) -> None:
     """Each way to make a request long costs what its length says."""
-    small, large = (lines_run(REQUESTS[what](count)) for count in (200, 800))
+    small, large = (lines_run(REQUESTS[what](count), *REFUSALS) for count in (200, 800))
     assert large < 6 * small + 1000, f"{small} lines, then {large}"
 
 
@@ -104,7 +85,7 @@ def test_four_times_as_much_is_four_times_the_work(what: str) -> None:
 )
 def test_long_texts_are_refused_in_bounded_steps(text: str) -> None:
     """What is quadratic does not come to its end here; the error holds a beginning of the text."""
-    lines = lines_run(lambda: parse_type(text))
+    lines = lines_run(lambda: parse_type(text), *REFUSALS)
     assert lines < 100 * MAX_FIELDS
     with pytest.raises(TypeSpelling) as caught:
         parse_type(text)
@@ -115,7 +96,7 @@ def test_fields_are_counted_over_all_columns() -> None:
     """1,000 columns of 100 fields stop at the first field too many."""
     wide = "struct<" + ",".join(f"a{j}:int8" for j in range(100)) + ">"
     request = create([{"name": f"c{i}", "type": wide} for i in range(1000)])
-    assert lines_run(request) < 200 * MAX_FIELDS
+    assert lines_run(request, *REFUSALS) < 200 * MAX_FIELDS
     with pytest.raises(InvalidRequest, match=f"more than {MAX_FIELDS} fields, nested ones included"):
         request()
     with pytest.raises(InvalidRequest, match=f"more than {MAX_FIELDS} fields"):

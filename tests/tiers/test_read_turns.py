@@ -58,7 +58,7 @@ async def test_peers_take_turns() -> None:
         # The one with fewest running first, among equals the one whose last read ended longest ago.
         assert reads.began == ["a0", "b0", "c0", "a1", "a2", "b1"]
         nursery.cancel_scope.cancel()
-    assert (turns.running, turns.pending.total, turns._queues) == (0, 0, {})
+    assert (turns.running, turns.pending.total, list(turns._waiting.peers)) == (0, 0, [])
 
 
 async def test_one_turn_is_enough() -> None:
@@ -84,7 +84,7 @@ async def test_a_read_that_gives_up_leaves_its_place() -> None:
         reads.ends["a0"].set()
         reads.scopes["a3"].cancel()
         await wait_all_tasks_blocked()
-        assert (turns.running, turns.pending.total, turns._queues) == (1, 0, {})
+        assert (turns.running, turns.pending.total, list(turns._waiting.peers)) == (1, 0, [])
         await reads.start("a5")
         assert reads.began[-1] == "a5"
         nursery.cancel_scope.cancel()
