@@ -26,6 +26,7 @@ from arka.records import Tier
 from arka.tiers.watermarks import Advance, now_us
 
 _TIERS: Final = tuple(Tier)
+_LAST: Final = Tier.ICEBERG_COMMITTED
 #: Above every LSN: what has reached the memory tier.
 _ALL: Final = 2**63 - 1
 #: Places that a table of special writes may have empty before it is made again: Python's never shrink.
@@ -180,6 +181,11 @@ class AckQueue:
     def unread_bytes(self) -> int:
         """What is held because the client does not read (T26), in bytes: texts, and acks once any of them is due."""
         return self._texts_bytes + (ACK_BYTES * self.unsent if self.due else 0)
+
+    def within(self, held: int, limit: int) -> bool:
+        """Whether ``most_bytes`` is at most ``held`` and ``fewer_than(limit)`` holds; asked before each message."""
+        left = self.writes - self._cursor[_LAST]
+        return ACK_BYTES * left + self._texts_bytes <= held and (left < limit or self.unsent < limit)
 
     def fewer_than(self, limit: int) -> bool:
         """Whether fewer writes than this still have an ack to come or to go out."""

@@ -43,6 +43,7 @@ from arka.flight.turns import (
     BLOCK_BYTES_PER_UNIT,
     COSTS,
     FRAME_BYTES_PER_UNIT,
+    MESSAGE_BYTES_PER_UNIT,
     RESET_UNITS,
     SETTINGS_UNITS,
     STREAMS_PER_LOOK,
@@ -211,10 +212,16 @@ class Connection:
             self._in_turn = False
 
     async def _next_turn(self) -> None:
-        """Let others run in the middle of what was received, and what it has caused so far be written (T22)."""
+        """Let others run in the middle of what was received (T22).
+
+        What it has caused so far is written now if this takes longer than a pass of the loop, else at the end.
+        """
+        pause_s = self._floods.pause(Flood.REQUESTS, self._now)
+        if not pause_s and self._turn.is_next:
+            await self._turn.wait_next()
+            return
         self._end_turn(expects_more=True)
         self._in_turn = False
-        pause_s = self._floods.pause(Flood.REQUESTS, self._now)
         if pause_s:
             await trio.sleep(pause_s)
         await self._turn.wait_next()
@@ -225,8 +232,10 @@ class Connection:
         """Act on one event of the splitter's; the frequent ones first."""
         splitter = self._splitter
         if event == wire.MESSAGE:
-            splitter.assembler.owner.intake.complete(splitter.message, splitter.length)
-            self._turn.spend_message(splitter.length)
+            length = splitter.length
+            splitter.assembler.owner.intake.complete(splitter.message, length)
+            if length >= MESSAGE_BYTES_PER_UNIT:
+                self._turn.spend_message(length)
         elif event == wire.PREFIX:
             splitter.assembler.owner.intake.begin(splitter.length, splitter.assembler.shortfall)
         elif event == wire.WINDOW:

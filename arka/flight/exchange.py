@@ -223,9 +223,9 @@ class Exchange:
     def _is_behind(self) -> bool:
         """Whether the client has too many unread acks to send more; brings their charge up to date now and then."""
         acks, unread = self.acks, self._unread
-        most = acks.most_bytes
-        if most <= unread.checked and acks.fewer_than(self._limits.unread_acks):
+        if acks.within(unread.checked, self._limits.unread_acks):
             return False
+        most = acks.most_bytes
         unread.charge(acks.unread_bytes)
         if not acks.fewer_than(self._limits.unread_acks) or (acks.due and unread.too_many):
             unread.checked = 0

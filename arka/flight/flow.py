@@ -37,7 +37,8 @@ _MESSAGE_OVERHEAD: Final = 512
 _PREFIX_BYTES: Final = 5
 #: Messages from this size on are worth a reservation ahead, bytes: smaller ones flow within the initial window.
 _AHEAD_LEAST: Final = INITIAL_WINDOW // 4
-#: Window of a granted message that is told ahead of receipt, in bytes (T25).
+#: Window of a granted message that is told ahead of receipt, in bytes (T25). A stream that has sent larger messages is
+#: told as much as one of those while no other waits: on one core, 1 MiB is too little to keep its client at work.
 STEP_BYTES: Final = 1024 * 1024
 #: Most bytes reserved ahead for one stream: more hides no round trip, and window once given cannot be taken back.
 _AHEAD_MOST: Final = 8 * 1024 * 1024
@@ -316,6 +317,7 @@ class StreamIntake:
             # The initial window stood in for it.
             promised, self._promised, self.assembler.low = self._promised, 0, 0
             self._credit(promised)
+            self._reserve_ahead(total, 0)
         entry, self._open = self._open, None
         if entry is not None:
             entry.message = message
@@ -354,11 +356,17 @@ class StreamIntake:
         Args:
             frame_left: bytes of a frame in progress that have not come, and that the window has no more.
         """
-        amount = min(self._promised, STEP_BYTES - self.assembler.window - frame_left)
+        most = STEP_BYTES
+        if self._recent > most and not self._ledger.others_wait(self.account):
+            most = min(self._recent, _AHEAD_MOST)
+        amount = min(self._promised, most - self.assembler.window - frame_left)
         if amount > 0:
             self._promised -= amount
             self._pay(amount, urgent=True)
-        self.assembler.low = STEP_BYTES // 2 if self._promised and not self.ended else 0
+            charge = self._current if self._open is None else self._open.charge
+            if not self._promised and charge is not None:
+                self._reserve_ahead(charge.amount, 0)
+        self.assembler.low = most // 2 if self._promised and not self.ended else 0
 
     def end(self) -> None:
         """Note that the peer has ended its side."""
@@ -471,8 +479,6 @@ class StreamIntake:
             self._watch_pace()
             self._promised += total - granted_ahead
             self.step(unreceived - self.assembler.window)
-            if not self._promised:
-                self._reserve_ahead(total, total)
             return
         self._open = entry = _Entry(self, total, total - granted_ahead, granted_ahead)
         self._wait(entry)

@@ -42,11 +42,13 @@ STREAMS_PER_UNIT: Final = 16
 STREAMS_PER_SLICE: Final = 16
 STREAMS_PER_LOOK: Final = 256
 
-#: A message costs this, and one unit more for each 512 bytes; no more than the second number whatever its size. Its
-#: bytes are received in place, and what walks them is bounded elsewhere (T16, T23).
+#: Each this many bytes of a message cost a unit more.
+MESSAGE_BYTES_PER_UNIT: Final = 512
+
+#: A message costs this beside its bytes, and its bytes no more than the second number. They are received in place, and
+#: what walks them is bounded elsewhere (T16, T23).
 _MESSAGE_UNITS: Final = 8
-_MESSAGE_SHIFT: Final = 9
-_MESSAGE_MOST: Final = 120
+_MESSAGE_MOST: Final = 32
 
 _COST_OF_EVENT: Final = {
     wire.CONTROL: FRAME_UNITS,
@@ -98,6 +100,11 @@ class TurnQueue:
 
     def __len__(self) -> int:
         return len(self._waiting)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody waits, and no reader is on its way through this pass."""
+        return not self._taken
 
     async def wait(self, address: str) -> None:
         """Let others run; returns when it is the turn of a reader of ``address``.
@@ -165,9 +172,14 @@ class ReaderTurn:
         self.events = 0
         self.headers = 0
 
+    @property
+    def is_next(self) -> bool:
+        """Whether another turn would begin in the next pass of the loop, since no other reader wants one."""
+        return self._queue.idle
+
     def spend_message(self, length: int) -> None:
         """Count a message of ``length`` wire bytes beside the cost of its event."""
-        self.left -= min(length >> _MESSAGE_SHIFT, _MESSAGE_MOST)
+        self.left -= min(length // MESSAGE_BYTES_PER_UNIT, _MESSAGE_MOST)
 
     def spend_headers(self, decoded_bytes: int, fields: int) -> None:
         """Count a header block by what it decodes to: bytes, and fields, each of which costs a unit."""
@@ -196,6 +208,7 @@ __all__ = [
     "FRAME_BYTES_PER_UNIT",
     "FRAME_UNITS",
     "HEADERS_UNITS",
+    "MESSAGE_BYTES_PER_UNIT",
     "RESET_UNITS",
     "SETTINGS_UNITS",
     "STREAMS_PER_LOOK",

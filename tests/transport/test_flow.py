@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from arka._core import wire
 from arka._core.wire import INITIAL_WINDOW, FlightMessage, MessageAssembler, Splitter
 from arka.errors import InvalidRequest, Unavailable
-from arka.flight.flow import ReadAhead, StreamIntake, Wakeup
+from arka.flight.flow import STEP_BYTES, ReadAhead, StreamIntake, Wakeup
 from arka.flight.grpc import Route
 from arka.options import MIB, Limits
 from arka.tiers.admission import Charge, Ledger
@@ -239,6 +239,32 @@ def intake(ledger: Ledger | None = None) -> tuple[StreamIntake, MessageAssembler
     return StreamIntake(assembler, ledger, ReadAhead(ledger), told.append), assembler, told
 
 
+def large_intake(ledger: Ledger) -> tuple[StreamIntake, MessageAssembler, list[bool]]:
+    assembler = MessageAssembler(True, 64 * MIB, 64 * MIB)
+    told: list[bool] = []
+    stream = ledger.open_stream(ledger.open_connection("peer"))
+    return StreamIntake(assembler, ledger, ReadAhead(ledger), told.append, account=stream), assembler, told
+
+
+def send_large(made: StreamIntake, assembler: MessageAssembler, size: int) -> int:
+    """Send a message as its window comes; returns in how many pieces that was told while it came."""
+    made.take_increment()
+    made.begin(size, size - assembler.window)
+    left, told = size, 0
+    while True:
+        told += made.take_increment() > 0
+        sent = min(left, assembler.window)
+        assembler.window -= sent
+        left -= sent
+        if not left:
+            break
+        assert sent, "no window, and a message to send"
+        made.step(0)
+    made.complete(FlightMessage(), size)
+    take_now(made).charge.release()
+    return told
+
+
 class TestReceive:
     """What an RPC sees."""
 
@@ -427,6 +453,30 @@ class TestReadAhead:
         assert ahead == sorted(ahead, reverse=True)
         assert ahead[-1] >= 400_000
         assert sum(ahead) <= 128 * MIB
+
+    def test_large_messages_have_window_ahead(self):
+        """After the first large message, whose window comes in steps, the next ones have theirs before they begin."""
+        ledger = Ledger(1024 * MIB)
+        made, assembler, _ = large_intake(ledger)
+        assert send_large(made, assembler, 3 * MIB) == 3
+        for _ in range(5):
+            assert send_large(made, assembler, 3 * MIB) <= 1
+
+    def test_steps_while_others_wait(self):
+        """While another stream waits, a granted message has no more than a step of window ahead of what came (T25)."""
+        ledger = Ledger(64 * MIB)
+        made, assembler, _ = large_intake(ledger)
+        send_large(made, assembler, 12 * MIB)
+        send_large(made, assembler, 12 * MIB)
+        ledger.try_request(12 * MIB)
+        made.begin(12 * MIB, 12 * MIB - assembler.window)
+        assert assembler.window > STEP_BYTES
+        other, _, _ = large_intake(ledger)
+        other.begin(60 * MIB, 60 * MIB)
+        assert ledger.statistics().waiting == 1
+        assembler.window = 0
+        made.step(0)
+        assert assembler.window == STEP_BYTES
 
     def test_reservation_is_given_up_before_waiting(self):
         """R22: a stream that has to wait for a message holds nothing but its initial window meanwhile."""
