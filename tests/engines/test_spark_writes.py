@@ -72,7 +72,13 @@ class _Writer:
         tier = "iceberg_committed" if number % 8 == 0 else "disk"
         stream = Stream(client, self._table, SCHEMA, requested_durability=tier, **more)
         stream.write(pa.record_batch([pa.array(ids, pa.int64()), words, pa.array(parts, pa.int32())], schema=SCHEMA))
-        assert not [ack for ack in stream.finish() if ack["error"] is not None]
+        errors = [ack["error"] for ack in stream.finish() if ack["error"] is not None]
+        if errors and self._keyed and not deletes:
+            # Spark has added a column: an upsert replaces the whole row, so one without it is refused.
+            assert all("the table has the property 'arka.partial'" in error for error in errors), errors
+            self.stop.set()
+            return
+        assert not errors
         for i, word, part in zip(ids, words, parts, strict=True):
             if deletes:
                 self.rows.pop(i, None)
