@@ -11,18 +11,9 @@ Source: CVE-2023-44487 (resets received), CVE-2025-8671 (resets caused), CVE-201
 from __future__ import annotations
 
 from enum import Enum
-from typing import Final, NamedTuple
+from typing import Final
 
-
-class Rate(NamedTuple):
-    """A token bucket: how many at once, and how many each second after that."""
-
-    burst: int
-    per_s: float
-
-    def tokens(self, left: float, passed_s: float) -> float:
-        """What a bucket holds that had ``left`` tokens ``passed_s`` seconds ago."""
-        return min(self.burst, left + passed_s * self.per_s)
+from arka.rates import Rate
 
 
 class Flood(Enum):
@@ -97,4 +88,4 @@ def _at_least(rate: Rate, burst: int) -> Rate:
     return Rate(max(rate.burst, burst), rate.per_s)
 
 
-__all__ = ["RATES", "Flood", "FloodGuard", "Rate"]
+__all__ = ["RATES", "Flood", "FloodGuard"]

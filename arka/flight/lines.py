@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
-from arka.flight.floods import Rate
+from arka.rates import Rate
 
 #: Lines of each event: enough to see every connection of a usual day.
 LINES: Final = Rate(100, 5.0)

@@ -20,7 +20,7 @@ RESERVED = {
     "pyarrow.flight": ("client/",),
     "grpc": (),
     "asyncio": (),
-    "threading": ("storage/", "iceberg/", "testing/proxy.py", "watchdog.py"),
+    "threading": ("storage/", "iceberg/", "testing/proxy.py", "watchdog.py", "logs.py"),
     "trio.to_thread": ("storage/", "wal/writer.py"),
     "trio.from_thread": ("storage/", "wal/writer.py"),
     "trio_parallel": ("storage/",),

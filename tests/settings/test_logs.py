@@ -9,8 +9,9 @@ import logging
 import pytest
 import structlog
 
-from arka.logs import configure_logging
+from arka.logs import EVENT_RATE, EventLimit, configure_logging
 from arka.options import LogOptions
+from arka.rates import Rate
 
 
 @pytest.fixture
@@ -84,3 +85,36 @@ def test_console_has_no_colour_codes_off_a_terminal(configured):
     stream = configured()
     structlog.get_logger().error("wal.poisoned")
     assert "\x1b" not in stream.getvalue()
+
+
+def test_an_event_that_comes_too_often_is_left_out(configured):
+    """However often a client causes an event or a library complains, a bounded number of lines is written (T22)."""
+    stream = configured(format="json")
+    library = logging.getLogger("some.library")
+    for number in range(2 * EVENT_RATE.burst):
+        structlog.get_logger().info("action.malformed", number=number)
+        library.warning("complaint %d", number)
+    structlog.get_logger().info("server.ready")
+    events = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert len([event for event in events if event["event"] == "action.malformed"]) < 1.5 * EVENT_RATE.burst
+    assert len([event for event in events if event.get("logger") == "some.library"]) < 1.5 * EVENT_RATE.burst
+    assert events[-1]["event"] == "server.ready"
+
+
+def test_how_many_lines_were_left_out_is_said():
+    """The next line of the event that is written says it; other events do not."""
+    now = [0.0]
+    limit = EventLimit(Rate(2, 1.0), lambda: now[0])
+    for _ in range(2):
+        assert limit(None, "info", {"event": "a.b"}) == {"event": "a.b"}
+    for _ in range(3):
+        with pytest.raises(structlog.DropEvent):
+            limit(None, "info", {"event": "a.b"})
+    assert limit(None, "info", {"event": "c.d"}) == {"event": "c.d"}
+    now[0] = 1.0
+    assert limit(None, "info", {"event": "a.b"}) == {"event": "a.b", "left_out": 3}
+    record = logging.LogRecord("a.b", logging.WARNING, "", 0, "text %d", (1,), None)
+    assert not limit.filter(record)
+    now[0] = 2.0
+    assert limit.filter(record)
+    assert record.getMessage() == "text 1 (lines left out: 1)"
