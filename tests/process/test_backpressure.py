@@ -66,7 +66,9 @@ class Sender:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("keyed", [False, True], ids=["append-only", "primary-key"])
+@pytest.mark.parametrize(
+    "keyed", [pytest.param(False, marks=pytest.mark.long), True], ids=["append-only", "primary-key"]
+)
 def test_a_small_log_slows_writers_down(make_server: Callable[..., ServerProcess], keyed: bool) -> None:
     """Streams of several times ``limits.disk_bytes``: nothing is refused, and all is in order."""
     server = make_server(

@@ -113,6 +113,7 @@ def test_backup_under_load(make_server: Callable[..., ServerProcess], tmp_path: 
         shutil.rmtree(server.data)
 
 
+@pytest.mark.long
 def test_backup_of_a_stopped_server_elsewhere(make_server: Callable[..., ServerProcess], tmp_path: Path) -> None:
     """Started in its own place, a copy refuses and names the way; adopted it holds every row, and new ones."""
     server = make_server(iceberg__commit_interval_s=0.05).start()

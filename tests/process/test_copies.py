@@ -165,6 +165,7 @@ def test_copy_of_hard_links(make: Make, tmp_path: Path) -> None:
     server.stop()
 
 
+@pytest.mark.long
 def test_embedded_copy_of_hard_links(make_server: Make, tmp_path: Path) -> None:
     """So are two that hold their warehouse."""
     server = make_server()

@@ -110,9 +110,9 @@ def _acked(writer: KeyedWriter) -> set[int]:
 @pytest.mark.parametrize(
     "fault",
     [
-        "logstate.slot_written=eio@1",
+        _long("logstate.slot_written=eio@1"),
         _long("logstate.slot_written=eio@3"),
-        "whole.synced=eio@1",
+        _long("whole.synced=eio@1"),
         "recovery.copy_written=enospc",
     ],
 )

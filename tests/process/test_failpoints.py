@@ -157,7 +157,8 @@ STOP = (
     ("stop.marked", 1),
     ("stop.sealed", 1),
 )
-PARTS = 6
+PARTS = 9
+FIRST_PARTS = 3
 #: Tails that a recovery's failpoint may need: one that the kill has caught sealed or empty asks less of recovery.
 TAILS = 8
 #: How long a tail is written, in seconds.
@@ -342,10 +343,11 @@ def tear(data: Path) -> bool:
     return True
 
 
-def test_killed_in_its_first_start(make_server: Callable[..., ServerProcess]) -> None:
+@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.long) for part in range(1, FIRST_PARTS))])
+def test_killed_in_its_first_start(make_server: Callable[..., ServerProcess], part: int) -> None:
     """A first start killed at any of its steps leaves what the next start goes on from."""
     lives = Lives(make_server(**SETTINGS))
-    for name, number in FIRST_START:
+    for name, number in FIRST_START[part::FIRST_PARTS]:
         lives.live(name, number)
     lives.live("wal.group_synced", 15)
     assert lives.finish() > 0

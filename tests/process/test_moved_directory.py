@@ -89,6 +89,7 @@ def test_copy(make_server: Callable[..., ServerProcess], tmp_path: Path) -> None
         assert sorted(lake.column(copy.data, table, "n")) == [0, 1, 2, 10]
 
 
+@pytest.mark.long
 def test_copy_from_before_there_were_markers(make_server: Callable[..., ServerProcess], tmp_path: Path) -> None:
     """A copy without a marker is known by where its catalog's pointers lead."""
     server = make_server().start()
@@ -101,6 +102,7 @@ def test_copy_from_before_there_were_markers(make_server: Callable[..., ServerPr
     assert _digests(server.data) == before
 
 
+@pytest.mark.long
 def test_copy_with_a_catalog_of_its_own_beside_a_shared_warehouse(
     make_server: Callable[..., ServerProcess], tmp_path: Path
 ) -> None:

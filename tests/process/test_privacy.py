@@ -62,7 +62,7 @@ def _use(server: ServerProcess) -> None:
         assert client.do_get(ticket).read_all().num_rows == 4
 
 
-@pytest.mark.parametrize("umask", [0o000, 0o777])
+@pytest.mark.parametrize("umask", [0o000, pytest.param(0o777, marks=pytest.mark.long)])
 def test_all_that_a_server_makes_is_private(make_server: Callable[..., ServerProcess], tmp_path: Path, umask: int):
     """Files are 0600 and folders 0700: of a server that runs or was killed, in a backup and in what is salvaged."""
     server = make_server(wal__segment_bytes="1MiB", wal__release_grace_s=0, iceberg__commit_interval_s=0.1)

@@ -240,6 +240,7 @@ def test_object_store(make_server: Callable[..., ServerProcess], keyed: bool) ->
     server.stop()
 
 
+@pytest.mark.long
 def test_object_store_and_a_primary_key_table(make_server: Callable[..., ServerProcess]) -> None:
     """A store that is gone: the new log becomes the table's owner as the refusal says, and each row is there once."""
     server = lose_the_store(make_server, {"p": range(4, 9)}, keyed=True)
@@ -267,6 +268,7 @@ def test_object_store_and_a_primary_key_table(make_server: Callable[..., ServerP
     server.stop()
 
 
+@pytest.mark.long
 def test_new_object_store(make_server: Callable[..., ServerProcess]) -> None:
     """A store that is gone while the disk has all that is needed: both kinds of tables go on, each row once."""
     server = lose_the_store(make_server, dict.fromkeys(TABLES, range(5, 9)))

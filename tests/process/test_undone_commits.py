@@ -59,7 +59,11 @@ ACTS: dict[str, tuple[Callable[[Table], object], bool]] = {
 }
 
 
-@pytest.mark.parametrize(("kind", "stops"), [("a", False), ("p", True)], ids=["append-only-kill", "primary-key-stop"])
+@pytest.mark.parametrize(
+    ("kind", "stops"),
+    [("a", False), pytest.param("p", True, marks=pytest.mark.long)],
+    ids=["append-only-kill", "primary-key-stop"],
+)
 def test_commits_that_others_undo(make_server: Make, kind: str, stops: bool) -> None:
     """Rows that were acknowledged are committed once, whatever others do before the next start; others go on."""
     server = make_server(iceberg__commit_interval_s=0.05).start()

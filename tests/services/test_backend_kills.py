@@ -25,7 +25,7 @@ JOIN_TIMEOUT_S = 90.0
 
 @pytest.mark.parametrize(
     "backend",
-    ["local-sqlite", "s3-rest", *(pytest.param(name, marks=pytest.mark.long) for name in ("s3-sqlite", "s3-postgres"))],
+    ["s3-rest", *(pytest.param(name, marks=pytest.mark.long) for name in ("local-sqlite", "s3-sqlite", "s3-postgres"))],
     indirect=True,
 )
 def test_kills_and_resends_are_exact(backend: Backend, make_server: Callable[..., ServerProcess]) -> None:

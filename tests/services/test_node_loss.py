@@ -100,7 +100,7 @@ def test_disk_lost(backend: Backend, make_server: Callable[..., ServerProcess]) 
     assert lake.numbers_in(backend, table) == list(range(40))
 
 
-@pytest.mark.parametrize("name", ["local-sqlite", "s3-rest"])
+@pytest.mark.parametrize("name", [pytest.param("local-sqlite", marks=pytest.mark.long), "s3-rest"])
 def test_disk_lost_under_load(components: Components, make_server: Callable[..., ServerProcess], name: str) -> None:
     """Clients that resume from what the handshake vouches for lose nothing, double nothing, and see no LSN twice."""
     backend = components.backend(name)

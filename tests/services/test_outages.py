@@ -194,7 +194,9 @@ def postgres_away(components: Components) -> Iterator[tuple[Backend, Callable[[]
     yield backend, database.stop, come_back
 
 
-@pytest.mark.parametrize("site", [postgres_away, rest_away], ids=["postgres-stopped", "rest-refuses"])
+@pytest.mark.parametrize(
+    "site", [pytest.param(postgres_away, marks=pytest.mark.long), rest_away], ids=["postgres-stopped", "rest-refuses"]
+)
 def test_restart_while_the_catalog_is_away(
     own_components: Components, make_server: Callable[..., ServerProcess], site: Any
 ) -> None:

@@ -32,7 +32,11 @@ DEADLINE_S = 15
 
 @pytest.mark.parametrize(
     ("kind", "harm", "at_start"),
-    [("local-sqlite", "garbage", True), ("s3-postgres", "removed", False), ("s3-postgres", "garbage", False)],
+    [
+        ("local-sqlite", "garbage", True),
+        pytest.param("s3-postgres", "removed", False, marks=pytest.mark.long),
+        ("s3-postgres", "garbage", False),
+    ],
 )
 def test_one_broken_table_delays_no_other(
     components: Components, make_server: Callable[..., ServerProcess], kind: str, harm: str, at_start: bool
@@ -147,7 +151,7 @@ def test_table_dropped_by_others(components: Components, make_server: Callable[.
     assert lake.numbers_in(backend, other) == list(range(5))
 
 
-@pytest.mark.parametrize("kind", ["s3-rest", "s3-postgres"])
+@pytest.mark.parametrize("kind", ["s3-rest", pytest.param("s3-postgres", marks=pytest.mark.long)])
 def test_table_renamed_by_others_while_it_is_dropped(
     components: Components, make_server: Callable[..., ServerProcess], kind: str
 ) -> None:
