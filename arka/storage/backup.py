@@ -238,17 +238,27 @@ def _check_embedded(data_dir: Path, disk: Disk) -> None:
         joined = json.loads((data_dir / JOINED_FILE).read_bytes())
     if not isinstance(joined, dict):
         joined = {}
-    elsewhere = []
-    if not (data_dir / "catalog.db").is_file() or joined.get("catalog", config.catalog_digest) != config.catalog_digest:
-        elsewhere.append("the catalog")
-    if not (data_dir / "warehouse").is_dir() or joined.get("url", config.warehouse) != config.warehouse:
-        elsewhere.append("the warehouse")
-    if not any((data_dir / "objects").glob(f"*/epoch/{state.epoch:010d}")):
-        elsewhere.append("the object store")
-    if elsewhere:
+    elsewhere: list[str] = []
+    missing: list[str] = []
+    catalog, warehouse = joined.get("catalog", config.catalog_digest), joined.get("url", config.warehouse)
+    for name, there, known in (
+        ("the catalog", (data_dir / "catalog.db").is_file(), catalog == config.catalog_digest),
+        ("the warehouse", (data_dir / "warehouse").is_dir(), warehouse == config.warehouse),
+        ("the object store", any((data_dir / "objects").glob(f"*/epoch/{state.epoch:010d}")), True),
+    ):
+        if there and known:
+            continue
+        # A server that joined no warehouse was stopped within its first start.
+        (missing if known and not joined else elsewhere).append(name)
+    if missing and not elsewhere:
         raise ConfigurationError(
-            f"{' and '.join(elsewhere)} of {data_dir} lie elsewhere: a backup is of a data directory that holds all "
-            "three. With a store outside, an empty data directory brings back what was acknowledged object_storage"
+            f"{' and '.join(missing)} of {data_dir} {'is' if len(missing) == 1 else 'are'} not there: its server was "
+            "stopped before it had made them, or they lie elsewhere. Start it, wait until it is ready, and try again"
+        )
+    if elsewhere or missing:
+        raise ConfigurationError(
+            f"{' and '.join(elsewhere + missing)} of {data_dir} lie elsewhere: a backup is of a data directory that "
+            "holds all three. With a store outside, an empty data directory brings back what was acknowledged object_storage"
         )
 
 

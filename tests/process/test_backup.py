@@ -240,7 +240,16 @@ def test_what_cannot_be_backed_up(make_server: Callable[..., ServerProcess], tmp
     assert "there is no log in it" in refusal(tmp_path / "empty", tmp_path / "copy")
     server = make_server("--warehouse", f"file://{tmp_path}/wh", data="apart").start()
     server.stop()
-    assert "the warehouse of" in refusal(server.data, tmp_path / "copy")
+    assert "lie elsewhere: a backup is of" in (said := refusal(server.data, tmp_path / "copy"))
+    assert said.count("the warehouse of") == 1
+    young = make_server(data="young").start()
+    young.stop()
+    for name in ("warehouse.json", "warehouse", "catalog.db"):
+        part = young.data / name
+        shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+    said = refusal(young.data, tmp_path / "copy")
+    assert "the catalog and the warehouse of" in said
+    assert "stopped before it had made them" in said
     server = make_server().start()
     with connect(server.location) as client:
         # Until a table needs it, the warehouse may not have been made.
