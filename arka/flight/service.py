@@ -72,6 +72,8 @@ _MORE_CHARACTERS: Final = 64 * 1024
 
 #: More than any table has.
 _MOST_ROWS: Final = 2**62
+#: Messages of a write stream that one step of its RPC takes, beside those that are taken at once.
+_MESSAGES_PER_STEP: Final = 8
 
 
 class _NameBody(msgspec.Struct, frozen=True):
@@ -204,6 +206,7 @@ class FlightService:
                 return False
             self._readers[reading] = None
             call.set_taker(exchange.handle_at_once)
+            handled = 0
             try:
                 while True:
                     await exchange.wait_readable()
@@ -212,6 +215,10 @@ class FlightService:
                         return True
                     assert not isinstance(message, bytes)
                     await exchange.handle(message)
+                    handled += 1
+                    if handled % _MESSAGES_PER_STEP == 0:
+                        # The inbox may hold dozens, and what is not taken at once costs up to a millisecond (T22).
+                        await trio.lowlevel.checkpoint()
             finally:
                 del self._readers[reading]
         return False

@@ -17,6 +17,7 @@ from typing import Final
 import trio
 
 from arka.errors import Unavailable
+from arka.slices import slices_of
 from arka.tiers.memory import MemoryTier
 from arka.tiers.table import Table, TableState
 from arka.tiers.watermarks import Watermark
@@ -90,16 +91,23 @@ class TableActivity:
         """Record tables that have become quiet, until cancelled. Cancellation: they stay as they were."""
         while not self._closed:
             await trio.sleep(_LOOK_S)
-            now = trio.current_time()
-            quiet = [table for table in self._tables() if self._is_quiet(table, now)]
-            if quiet and not self._closed:
-                try:
-                    self._record(quiet, quiet=True)
-                except Unavailable:
-                    # No LSN can be given now (R31): they become quiet later.
-                    continue
-                for table in quiet:
-                    table.quiet = True
+            for tables in slices_of(self._tables()):
+                self._look(tables)
+                await trio.lowlevel.checkpoint()
+
+    def _look(self, tables: Sequence[Table]) -> None:
+        """Record which of some tables have become quiet, by one record; a look and its record lie in one step."""
+        now = trio.current_time()
+        quiet = [table for table in tables if self._is_quiet(table, now)]
+        if not quiet or self._closed:
+            return
+        try:
+            self._record(quiet, quiet=True)
+        except Unavailable:
+            # No LSN can be given now (R31): they become quiet later.
+            return
+        for table in quiet:
+            table.quiet = True
 
     def _is_quiet(self, table: Table, now: float) -> bool:
         if table.quiet or table.streams or table.state is TableState.DROPPED:

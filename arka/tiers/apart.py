@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from heapq import nlargest
 from typing import Final
 from uuid import UUID
 
@@ -21,6 +22,7 @@ import trio
 
 from arka.errors import AdmissionRejected
 from arka.records import HeldObject
+from arka.slices import slices_of
 from arka.tiers.backlog import Backlog
 from arka.tiers.parking import Parking
 from arka.tiers.table import Table, TableState
@@ -231,32 +233,44 @@ class Apart:
         """
         while True:
             await trio.sleep(_POLL_S)
-            self.look(tables())
+            await self.look(tables())
 
-    def look(self, tables: list[Table]) -> None:
-        """Decide which of the tables are to be set apart."""
+    async def look(self, tables: list[Table]) -> None:
+        """Decide which of the tables are to be set apart, in slices: there may be thousands (T22)."""
         now = trio.current_time()
         self._several = len(tables) > 1
-        for table in tables:
-            state = self._state(table)
-            if table.committed.lsn > state.committed_lsn:
-                state.committed_lsn, state.committed_at = table.committed.lsn, now
-            self.judge_room(table)
-        for table in tables:
-            first = table.backlog.first_lsn
-            if first is None or first > self._objects.lsn:
-                continue
-            others = [other for other in tables if other is not table and self._commits(other, now)]
-            if not others:
-                # Whatever holds this one up may hold all of them up.
-                continue
-            newest = max(self._needs(other) for other in others)
-            held = self._log_bytes(first) - (self._log_bytes(newest) if newest > first else self._log_bytes(first))
-            if max(table.backlog.frame_bytes, held) > self._share_bytes:
+        # Of the tables that commit, the two that need the least of the log: each table is compared with another one.
+        ahead: list[tuple[int, Table]] = []
+        for some in slices_of(tables):
+            for table in some:
+                if table.state is not TableState.ACTIVE:
+                    # Dropped meanwhile: nothing is kept of it.
+                    continue
                 state = self._state(table)
-                state.wanted = True
-                if state.commits is not None:
-                    state.commits.cancel()
+                if table.committed.lsn > state.committed_lsn:
+                    state.committed_lsn, state.committed_at = table.committed.lsn, now
+                self.judge_room(table)
+                if self._commits(table, now):
+                    ahead = nlargest(2, [*ahead, (self._needs(table), table)], key=lambda each: each[0])
+            await trio.lowlevel.checkpoint()
+        for some in slices_of(tables):
+            for table in some:
+                newest = next((lsn for lsn, other in ahead if other is not table), None)
+                # Where no other one commits, whatever holds this one up may hold all of them up.
+                if newest is not None and table.state is TableState.ACTIVE and self._lags(table, newest):
+                    state = self._state(table)
+                    state.wanted = True
+                    if state.commits is not None:
+                        state.commits.cancel()
+            await trio.lowlevel.checkpoint()
+
+    def _lags(self, table: Table, newest: int) -> bool:
+        """Whether a table holds more of the log than its share, beside one that needs it from ``newest`` on."""
+        first = table.backlog.first_lsn
+        if first is None or first > self._objects.lsn:
+            return False
+        held = self._log_bytes(first) - self._log_bytes(newest) if newest > first else 0
+        return max(table.backlog.frame_bytes, held) > self._share_bytes
 
     def _commits(self, table: Table, now: float) -> bool:
         return now - self._state(table).committed_at <= _COMMITS_S

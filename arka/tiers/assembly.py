@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Final
 from uuid import UUID
 
+import trio
+
 from arka._core.framing import KIND_LOST
 from arka._core.lsn import LsnAllocator
 from arka.options import MIB, Settings
@@ -275,7 +277,7 @@ async def assemble(
         backup_runs=world.backup_runs,
     )
     tables.carried = None if found.checkpoints.held is None else carried
-    _hand_over(found, tables, objects, release)
+    await _give_found(found, tables, objects, release)
     parts = Parts(memory, writer, found.state, objects, uplink, tables, marks, keys, space, release)
     unused = LsnRange(recovered.last_lsn, max(recovered.last_lsn, found.first_lsn - 1))
     pipeline = Pipeline(log_uuid, parts, settings, survival=world.survival, unused=unused)
@@ -286,8 +288,8 @@ async def assemble(
     return OpenLog(pipeline, reservation, log_uuid, epoch, recovered.last_lsn, found.first_lsn)
 
 
-def _hand_over(found: Found, tables: Tables, objects: ObjectTier, release: LogRelease) -> None:
-    """Give each component what recovery found for it."""
+async def _give_found(found: Found, tables: Tables, objects: ObjectTier, release: LogRelease) -> None:
+    """Give each component what recovery found for it, in slices: there may be millions of frames and keys (T22)."""
     replay, keys = found.replay, found.keys
     for uuid, lsn in replay.dropped.items():
         keys.drop_table(uuid, lsn)
@@ -300,11 +302,13 @@ def _hand_over(found: Found, tables: Tables, objects: ObjectTier, release: LogRe
     for uuid, frames in replay.tables.items():
         table = tables.get(uuid)
         if table is not None:
-            frames.hand_over(table, keys)
+            await frames.give(table, keys)
+            await trio.lowlevel.checkpoint()
     for segment in found.recovered.segments:
         release.note(segment.ref, segment.last_lsn, segment.end_bytes)
         for appended in segment.ranges:
             objects.submit_recovered(appended)
+        await trio.lowlevel.checkpoint()
 
 
 def _recorded(known: KnownTable, found: Found) -> KnownTable:

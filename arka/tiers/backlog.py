@@ -39,11 +39,25 @@ class Cut:
     frame_bytes: int
 
 
+@dataclass(slots=True)
+class BacklogTotal:
+    """What several backlogs hold together, kept by them: thousands are not added up each time somebody asks.
+
+    Attributes:
+        frame_bytes: the sum of theirs.
+    """
+
+    frame_bytes: int = 0
+
+
 class Backlog:
     """The uncommitted frames of one table. Used from trio's thread only."""
 
     def __init__(self) -> None:
         self._chunks: deque[_Chunk] = deque()
+        # Invariant: the sum over the chunks, and a part of the total.
+        self._frame_bytes = 0
+        self._total = BacklogTotal()
         # Invariant: LSNs in the backlog rise strictly and all lie above the table's committed LSN.
         self._last_lsn = 0
 
@@ -68,7 +82,17 @@ class Backlog:
     @property
     def frame_bytes(self) -> int:
         """Bytes of all uncommitted frames."""
-        return sum(chunk.ends[-1] for chunk in self._chunks)
+        return self._frame_bytes
+
+    def count_in(self, total: BacklogTotal | None) -> None:
+        """Count what is here now and later in ``total``, and no longer where it counted before; None: nowhere."""
+        self._total.frame_bytes -= self._frame_bytes
+        self._total = BacklogTotal() if total is None else total
+        self._total.frame_bytes += self._frame_bytes
+
+    def _count(self, frame_bytes: int) -> None:
+        self._frame_bytes += frame_bytes
+        self._total.frame_bytes += frame_bytes
 
     def add(self, path: str, segment: int, epoch: int, lsn: int, offset: int, frame_bytes: int) -> None:
         """Note one frame at ``offset`` of a segment; LSN order."""
@@ -79,6 +103,7 @@ class Backlog:
         chunk.lsns.append(lsn)
         chunk.offsets.append(offset)
         chunk.ends.append((chunk.ends[-1] if chunk.ends else 0) + frame_bytes)
+        self._count(frame_bytes)
 
     def add_frames(self, path: str, segment: int, epoch: int, frames: list[Frame], start: int, end: int) -> None:
         """Note ``frames[start:end]``, which are in a segment; LSN order, at least one."""
@@ -86,10 +111,12 @@ class Backlog:
             raise InternalError(f"frame {frames[start].lsn} came to the backlog after {self._last_lsn}")
         self._last_lsn = frames[end - 1].lsn
         chunk = self._chunk(path, segment, epoch)
-        lsns, offsets, ends = places(frames, start, end, chunk.ends[-1] if chunk.ends else 0)
+        before = chunk.ends[-1] if chunk.ends else 0
+        lsns, offsets, ends = places(frames, start, end, before)
         chunk.lsns.frombytes(lsns)
         chunk.offsets.frombytes(offsets)
         chunk.ends.frombytes(ends)
+        self._count(chunk.ends[-1] - before)
 
     def _chunk(self, path: str, segment: int, epoch: int) -> _Chunk:
         """Return the chunk of a segment, which is the last one there is or a new one."""
@@ -108,7 +135,9 @@ class Backlog:
             raise InternalError(f"frames up to LSN {earlier._last_lsn} were to go before LSN {first}")
         self._last_lsn = max(self._last_lsn, earlier._last_lsn)
         self._chunks.extendleft(reversed(earlier._chunks))
+        self._count(earlier._frame_bytes)
         earlier._chunks.clear()
+        earlier._count(-earlier._frame_bytes)
 
     def cut(self, through_lsn: int, limit_bytes: int = 2**62, most_frames: int | None = None) -> Cut | None:
         """Choose the frames of the next commit, or of a read, oldest first.
@@ -144,7 +173,7 @@ class Backlog:
     def discard_through(self, lsn: int) -> None:
         """Forget the frames up to ``lsn``: the table holds them."""
         while self._chunks and self._chunks[0].lsns[-1] <= lsn:
-            self._chunks.popleft()
+            self._count(-self._chunks.popleft().ends[-1])
         if self._chunks:
             chunk = self._chunks[0]
             count = bisect_right(chunk.lsns, lsn)
@@ -152,6 +181,7 @@ class Backlog:
                 del chunk.lsns[:count], chunk.offsets[:count]
                 base = chunk.ends[count - 1]
                 chunk.ends = array("Q", (end - base for end in chunk.ends[count:]))
+                self._count(-base)
 
 
-__all__ = ["Backlog", "Cut"]
+__all__ = ["Backlog", "BacklogTotal", "Cut"]

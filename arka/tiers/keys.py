@@ -28,6 +28,7 @@ import trio
 
 from arka._core.keys import ENTRY_BYTES, HASH_BYTES, KeyTable
 from arka.errors import AdmissionRejected
+from arka.slices import slices_of
 from arka.storage.ports import Buffer
 
 log = structlog.get_logger(__name__)
@@ -220,43 +221,74 @@ class KeyIndex:
     def uncovered(self, through_lsn: int) -> Iterator[tuple[UUID, bytes]]:
         """Yield the entries up to ``through_lsn`` that no checkpoint covers, packed, by table, in pieces in LSN order.
 
-        Between two steps of the iterator, keys may be inserted, expired and dropped.
+        Between two steps of the iterator, keys may be inserted, expired and dropped. The last piece of a table is
+        empty, so that no step looks at more than one.
         """
         for table in list(self._fresh):
             after_lsn = self._covered_lsn
+            packed = b""
             while (keys := self._tables.get(table)) is not None:
                 packed = keys.writes.pack(max(after_lsn, keys.dropped_lsn), through_lsn, _PIECE_KEYS)
+                yield table, packed
                 if not packed:
                     break
-                yield table, packed
                 after_lsn = _ENTRY.unpack_from(packed, len(packed) - ENTRY_BYTES)[1]
 
-    def uncovered_bytes(self, through_lsn: int) -> int:
-        """How many bytes ``uncovered`` would yield."""
-        found = [keys for table in self._fresh if (keys := self._tables.get(table)) is not None]
-        after_lsn = self._covered_lsn
-        return sum(keys.writes.count(max(after_lsn, keys.dropped_lsn), through_lsn) for keys in found) * ENTRY_BYTES
+    async def uncovered_bytes(self, through_lsn: int, enough: int = -1) -> int:
+        """How many bytes ``uncovered`` would yield, looked at in slices.
+
+        Args:
+            through_lsn: below every LSN that is still to be inserted, so that what is counted can only become less.
+            enough: if there are surely no more, no table is looked at, and the answer may be too high; bytes.
+        """
+        if self.fresh_bytes <= enough:
+            return self.fresh_bytes
+        counted = 0
+        for tables in slices_of(self._fresh):
+            counted += sum(self._count_uncovered(table, through_lsn) for table in tables)
+            await trio.lowlevel.checkpoint()
+        return counted * ENTRY_BYTES
+
+    def _count_uncovered(self, table: UUID, through_lsn: int) -> int:
+        """How many entries of a table no checkpoint covers."""
+        keys = self._tables.get(table)
+        return 0 if keys is None else keys.writes.count(max(self._covered_lsn, keys.dropped_lsn), through_lsn)
 
     @property
     def fresh_bytes(self) -> int:
         """About what ``uncovered_bytes`` of all is, without a look at each table."""
         return min(self._fresh_count, self._count) * ENTRY_BYTES
 
-    def forget_uncovered(self, through_lsn: int) -> None:
-        """Note that a checkpoint covers the entries up to ``through_lsn``."""
-        self._covered_lsn = max(self._covered_lsn, through_lsn)
-        # Of those above, what is counted here is exact again.
-        self._fresh = {
-            table: None
-            for table in self._fresh
-            if (keys := self._tables.get(table)) is not None and keys.writes.last_lsn > self._covered_lsn
-        }
-        self._fresh_count = self.uncovered_bytes(_MAX_LSN) // ENTRY_BYTES
+    async def forget_uncovered(self, through_lsn: int) -> None:
+        """Note that a checkpoint covers the entries up to ``through_lsn``; tables are looked at in slices.
 
-    def first_lsn(self) -> int | None:
-        """The least LSN that some key may still be answered with; None when there is no key."""
-        held = [keys.writes.first_lsn for keys in self._tables.values()]
-        return min((lsn for lsn in held if lsn is not None), default=None)
+        Cancellation: it is noted; ``fresh_bytes`` may stay higher than it is.
+        """
+        self._covered_lsn = max(self._covered_lsn, through_lsn)
+        before, counted = self._fresh_count, 0
+        for tables in slices_of(self._fresh):
+            for table in tables:
+                keys = self._tables.get(table)
+                if keys is None or keys.writes.last_lsn <= self._covered_lsn:
+                    # A key that comes later puts it there again.
+                    self._fresh.pop(table, None)
+                else:
+                    counted += self._count_uncovered(table, _MAX_LSN)
+            await trio.lowlevel.checkpoint()
+        # Exact again but for what came meanwhile, some of which counts twice: never too few.
+        self._fresh_count += counted - before
+
+    async def first_lsn(self) -> int | None:
+        """The least LSN that some key may still be answered with; None when there is no key.
+
+        The tables are looked at in slices. A key that comes meanwhile may be missed: its LSN is above all before it.
+        """
+        least: list[int] = []
+        for tables in slices_of(self._tables.values()):
+            found = [lsn for keys in tables if (lsn := keys.writes.first_lsn) is not None]
+            least += [min(found)] if found else []
+            await trio.lowlevel.checkpoint()
+        return min(least, default=None)
 
     def note_committed(self, table: UUID, lsn: int, now_us: int) -> None:
         """Start the retention of the keys up to ``lsn`` and forget some whose retention is over.

@@ -23,6 +23,7 @@ from arka._core.framing import KIND_BATCH, crc32c, run_end
 from arka.errors import AdmissionRejected, ArkaError, Closed, ErrorCode, Fenced, OutcomeUnknown, Unavailable
 from arka.options import Settings
 from arka.records import LsnRange, Operation, Releasable, Tier
+from arka.slices import slices_of
 from arka.tiers.activity import TableActivity
 from arka.tiers.crowd import Crowd
 from arka.tiers.disk import DiskTier
@@ -368,7 +369,7 @@ class Pipeline:
                 with suppress(AdmissionRejected):
                     self._check_key_room()
                 self._key_room.tick()
-            if self._space.log_full and self._release.last_holds_all(self.needed_from()):
+            if self._space.log_full and self._release.last_holds_all(await self.needed_from()):
                 # Only a segment that is followed by another one may go.
                 self._writer.roll()
                 with suppress(Unavailable):
@@ -405,11 +406,12 @@ class Pipeline:
         for table in touched:
             table.wake()
 
-    def needed_from(self) -> int:
+    async def needed_from(self) -> int:
         """The least LSN that some tier below the disk still needs; what lies below may be let go of (R12)."""
+        # The mark comes first: what reaches the disk while the tables are looked at lies above it.
         uploaded_lsn = self._marks.objects.lsn
         above = uploaded_lsn + 1
-        needed = self.tables.needed_from(uploaded_lsn)
+        needed = await self.tables.needed_from(uploaded_lsn)
         return above if needed is None else min(above, needed)
 
     def unwritten_bytes(self) -> int:
@@ -429,7 +431,7 @@ class Pipeline:
         if shared.store:
             owed += queued + self._objects.unstored_bytes + self._release.owed_bytes
         if shared.warehouse:
-            owed += queued + sum(table.backlog.frame_bytes for table in self.tables.all())
+            owed += queued + self.tables.waiting.frame_bytes
         return owed
 
     def copy_room(self) -> int:
@@ -458,10 +460,9 @@ class Pipeline:
         waits = self._objects.unstored_bytes > 0 or found.uploading > 0
         return State(reached, max(self._marks.disk.lsn, reached + 1) if waits else reached)
 
-    def _watched_tables(self) -> Iterator[Watched]:
-        for table in self.tables.all():
-            if table.state is TableState.ACTIVE:
-                yield self._watched(table)
+    def _watched_tables(self) -> Iterator[list[Watched]]:
+        for tables in slices_of(self.tables.all()):
+            yield [self._watched(table) for table in tables if table.state is TableState.ACTIVE]
 
     def _watched(self, table: Table) -> Watched:
         if table.watched is None:

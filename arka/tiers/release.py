@@ -15,6 +15,7 @@ MessagePack record behind its CRC-32C.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,6 +50,9 @@ _POLL_S: Final = 1.0
 _CHECKPOINT_BYTES: Final = 4 * MIB
 #: In front of a checkpoint's record.
 _CRC_BYTES: Final = 4
+#: Fields of schemas that one step spells, and what a table costs beside its own: about a millisecond.
+_STEP_FIELDS: Final = 1_000
+_TABLE_FIELDS: Final = 20
 
 
 #: By table, the objects outside of the log that hold frames of it.
@@ -132,11 +136,12 @@ class LoadedCheckpoints:
 
 @dataclass(slots=True)
 class _HeldSegment:
-    """A segment that is on disk: its last LSN so far and its size so far."""
+    """A segment that is on disk: its last LSN so far, its size so far, and the bytes of the log before it."""
 
     ref: SegmentRef
     last_lsn: int
     size: int
+    begin: int
 
 
 class LogRelease:
@@ -197,6 +202,8 @@ class LogRelease:
         self._grace_s = grace_s
         # Oldest first; the last one may be active.
         self._held: deque[_HeldSegment] = deque()
+        # Bytes of all segments that were ever noted.
+        self._noted_bytes = 0
         # Segments whose checkpoint is durable, with the time from which on they may go.
         self._doomed: deque[tuple[_HeldSegment, float]] = deque()
         # The segments up to here are gone; the objects too when the second one is as high.
@@ -215,11 +222,13 @@ class LogRelease:
             held.last_lsn = last_lsn
             held.size += size
         else:
-            self._held.append(_HeldSegment(ref, last_lsn, size))
+            self._held.append(_HeldSegment(ref, last_lsn, size, self._noted_bytes))
+        self._noted_bytes += size
 
     def held_bytes(self, lsn: int) -> int:
         """Bytes of the segments that hold frames from ``lsn`` on."""
-        return sum(held.size for held in self._held if held.last_lsn >= lsn)
+        at = bisect_left(self._held, lsn, key=lambda held: held.last_lsn)
+        return self._noted_bytes - self._held[at].begin if at < len(self._held) else 0
 
     def last_holds_all(self, needed: int) -> bool:
         """Whether nothing of the log is needed any more, and the one segment that is left may still be active.
@@ -237,7 +246,7 @@ class LogRelease:
 
     async def run(
         self,
-        needed_from: Callable[[], int],
+        needed_from: Callable[[], Awaitable[int]],
         tables: Callable[[], Iterable[KnownTable]],
         quiet: Callable[[], tuple[int, Iterable[UUID]]] = lambda: (0, ()),
         elsewhere: Callable[[], Elsewhere | None] = lambda: None,
@@ -270,7 +279,7 @@ class LogRelease:
             if self._backup_runs():
                 continue
             try:
-                while await self._checkpoint(needed_from(), tables):
+                while await self._checkpoint(await needed_from(), tables):
                     pass
                 await self._delete()
             except StoreUnavailable as error:
@@ -282,7 +291,7 @@ class LogRelease:
         # The last one is active or may still become so: it stays.
         while len(self._held) > len(free) + 1 and self._held[len(free)].last_lsn < needed:
             held = self._held[len(free)]
-            if free and self._keys.uncovered_bytes(held.last_lsn) > _CHECKPOINT_BYTES:
+            if free and await self._keys.uncovered_bytes(held.last_lsn, _CHECKPOINT_BYTES) > _CHECKPOINT_BYTES:
                 break
             free.append(held)
         if not free:
@@ -291,7 +300,7 @@ class LogRelease:
         if through_lsn > self._covered_lsn:
             await self._write_checkpoint(through_lsn, tables)
             self._covered_lsn = through_lsn
-            self._keys.forget_uncovered(through_lsn)
+            await self._keys.forget_uncovered(through_lsn)
         due = trio.current_time() + self._grace_s
         for held in free:
             self._held.popleft()
@@ -302,7 +311,8 @@ class LogRelease:
         """Pack the keys that no checkpoint covers, a piece at a time: there may be millions, of thousands of tables."""
         made = []
         for table, packed in self._keys.uncovered(through_lsn):
-            made.append((table.bytes, packed))
+            if packed:
+                made.append((table.bytes, packed))
             await trio.lowlevel.checkpoint()
         return made
 
@@ -326,7 +336,7 @@ class LogRelease:
             lost=[(lost.range.after, lost.range.through, lost.noted_us) for lost in self.remembered_lost()],
             keys=keys,
             dropped=[(table.bytes, lsn) for table, lsn in self._keys.dropped()],
-            tables=[(table.info.uuid.bytes, table.info.to_bytes(), *table[1:]) for table in tables()],
+            tables=[],
             birth=birth,
             quiet=[table.bytes for table in quiet],
             lost_tables=lost_tables,
@@ -334,6 +344,15 @@ class LogRelease:
             held=None if elsewhere is None else [(table.bytes, list(objects)) for table, objects in elsewhere.items()],
             asides=[(table.bytes, sorted(lsns)) for table, lsns in self._asides().items()],
         )
+        known = list(tables())
+        fields = 0
+        for table in known:
+            # What they are was taken above; to spell a schema takes far longer.
+            record.tables.append((table.info.uuid.bytes, table.info.to_bytes(), *table[1:]))
+            fields += len(table.info.schema) + _TABLE_FIELDS
+            if fields >= _STEP_FIELDS:
+                fields = 0
+                await trio.lowlevel.checkpoint()
         body = msgspec.msgpack.encode(record)
         key = f"{self._node_id}/checkpoint/{self._epoch():010d}/{through_lsn:016d}"
         await failpoints.reach("release.begin")
@@ -386,7 +405,7 @@ class LogRelease:
         dead = [meta.key for meta, following in zip(metas, firsts[1:], strict=False) if following <= through_lsn + 1]
         # The newest one stays: it says how far the log was let go of.
         checkpoints = (await list_own(self._store, self._node_id, "checkpoint/"))[:-1]
-        first_key_lsn = self._keys.first_lsn()
+        first_key_lsn = await self._keys.first_lsn()
         expired_lsn = 0
         for meta in checkpoints:
             last_lsn = covered_lsn(meta.key)
@@ -447,7 +466,7 @@ async def load_checkpoints(
         through_lsn = max(through_lsn, newest.through_lsn)
     if newest is None:
         return LoadedCheckpoints((), (), 0, 0)
-    keys.forget_uncovered(through_lsn)
+    await keys.forget_uncovered(through_lsn)
     for table, lsn in newest.dropped:
         keys.drop_table(UUID(bytes=table), lsn)
     remembered = (item for item in lost if item.noted_us >= clock_us - int(retention_s * 1e6))

@@ -14,6 +14,7 @@ from typing import Final
 from uuid import UUID
 
 import structlog
+import trio
 
 from arka._core.framing import KIND_BATCH, KIND_CREATE, KIND_DROP, KIND_LOST, KIND_TABLE, crc32c
 from arka.errors import DataCorruption
@@ -30,6 +31,8 @@ log = structlog.get_logger(__name__)
 
 #: How often a long recovery says how far it is, in seconds.
 _PROGRESS_S: Final = 1.0
+#: What one step gives to a table, four numbers for each frame: about a millisecond.
+_STEP_PLACES: Final = 4 * 1_000
 
 
 @dataclass(slots=True)
@@ -84,8 +87,11 @@ class TableFrames:
             digest = crc32c(frame.payload_view())
             self._keys += pack_entry(UUID(bytes=header.table_uuid), frame.key, header.lsn, digest)
 
-    def hand_over(self, table: Table, keys: KeyIndex) -> None:
-        """Give the table its frames and schemas, and the index its keys; nothing is left here."""
+    async def give(self, table: Table, keys: KeyIndex) -> None:
+        """Give the table its frames and schemas, and the index its keys, in slices; nothing is left here.
+
+        Cancellation: some was given; the start is over.
+        """
         for schema_id, info in self.infos.items():
             try:
                 table.learn_schema(schema_id, info.schema)
@@ -98,11 +104,13 @@ class TableFrames:
             if lsn > committed:
                 path, number, epoch = self._paths[index]
                 table.note_recovered(path, number, epoch, lsn, offset, frame_bytes)
+            if at % _STEP_PLACES == 0:
+                await trio.lowlevel.checkpoint()
         table.last_lsn = max(table.last_lsn, self.last_lsn)
         if self._bindings:
             table.recall(self._bindings)
         if self._keys:
-            keys.load(table.info.uuid, self._keys)
+            await keys.load_steps(table.info.uuid, self._keys)
         self._places, self._keys = array("Q"), bytearray()
 
 

@@ -26,6 +26,7 @@ from arka import failpoints
 from arka.errors import ArkaError, DataCorruption, ErrorCode, Fenced, Unavailable
 from arka.lineage import Lineage, other_copy_detail
 from arka.records import HeldObject, KnownTable, TableDefinition, TableInfo, TableName, owner_property
+from arka.slices import slices_of
 from arka.storage.ports import (
     Catalog,
     CatalogListing,
@@ -39,6 +40,7 @@ from arka.storage.ports import (
 from arka.tiers import ddl
 from arka.tiers.adoption import Adoption
 from arka.tiers.apart import Apart
+from arka.tiers.backlog import BacklogTotal
 from arka.tiers.committer import TableCommitter
 from arka.tiers.creates import OpenCreates, PendingCreate
 from arka.tiers.held import first_damage, stop_damaged
@@ -171,6 +173,8 @@ class Tables:
         #: Whether catalog and warehouse are the ones that this log was joined to (R28, R33).
         self.watch = WarehouseWatch(warehouse, catalog, self._known)
         self._by_uuid: dict[UUID, Table] = {}
+        #: Frame bytes of all tables' backlogs.
+        self.waiting = BacklogTotal()
         self._by_name: dict[TableName, Table] = {}
         # Creates whose outcome is not in the log: those of an earlier process are finished here (R41).
         self._creates = OpenCreates(memory)
@@ -225,19 +229,26 @@ class Tables:
         """The LSNs that are set aside, by table (R32)."""
         return {table.info.uuid: list(table.asides) for table in self.all() if table.asides}
 
-    def needed_from(self, uploaded_lsn: int) -> int | None:
+    async def needed_from(self, uploaded_lsn: int) -> int | None:
         """The least LSN whose frame some table or some drop or some read still needs from the log; None for none.
+
+        The tables are looked at in slices, and what they need only rises meanwhile: frames that come lie above
+        ``uploaded_lsn``, as does the record of a drop. What a read pins was in its table's backlog before, so the pins
+        are looked at last.
 
         Args:
             uploaded_lsn: the object store has the log up to here.
         """
+        needed: list[int] = []
+        for tables in slices_of(self._by_uuid.values()):
+            # Also those of a table that is to be dropped: until the catalog has done it, a crash may undo that.
+            found = [lsn for table in tables for lsn in (table.backlog.first_lsn, table.drop_lsn) if lsn is not None]
+            needed += [min(found)] if found else []
+            await trio.lowlevel.checkpoint()
         # A drop that the store does not have is undone by the loss of this disk: its table's frames must be there then.
-        needed = [drop.lsn if drop.lsn <= uploaded_lsn else 0 for drop in self._pending_drops.values()]
+        needed += [drop.lsn if drop.lsn <= uploaded_lsn else 0 for drop in self._pending_drops.values()]
         needed += self._pinned
         needed += self._creates.lsns
-        for table in self._by_uuid.values():
-            # Also those of a table that is to be dropped: until the catalog has done it, a crash may undo that.
-            needed += [lsn for lsn in (table.backlog.first_lsn, table.drop_lsn) if lsn is not None]
         return min(needed, default=None)
 
     @contextmanager
@@ -541,6 +552,7 @@ class Tables:
 
     def _add(self, table: Table) -> None:
         self._by_uuid[table.info.uuid] = table
+        table.backlog.count_in(self.waiting)
         table.asides.update(self.asides.get(table.info.uuid, {}))
         table.room.put_below(self._room)
         self.note_committed(table)
@@ -953,6 +965,7 @@ class Tables:
             if self._by_name.get(info.name) is table:
                 del self._by_name[info.name]
             self._by_uuid.pop(info.uuid, None)
+            table.backlog.count_in(None)
             self._marks.forget(info.uuid)
             self._keys.drop_table(info.uuid)
         done.set(None)

@@ -144,12 +144,12 @@ class Watched:
 class Watch:
     """Everything that is watched."""
 
-    def __init__(self, tiers: Iterable[Watched], tables: Callable[[], Iterable[Watched]]) -> None:
+    def __init__(self, tiers: Iterable[Watched], tables: Callable[[], Iterable[Iterable[Watched]]]) -> None:
         """Join what is watched.
 
         Args:
             tiers: the tiers that all tables share, uppermost first.
-            tables: returns what the tables there are now are watched by.
+            tables: returns what the tables there are now are watched by, in slices: others run after each (T22).
         """
         self._tiers = tuple(tiers)
         self._tables = tables
@@ -161,8 +161,12 @@ class Watch:
     async def run(self) -> None:
         """Look again and again, until cancelled."""
         while True:
-            for watched in (*self._tiers, *self._tables()):
+            for watched in self._tiers:
                 watched.look()
+            for tables in self._tables():
+                for watched in tables:
+                    watched.look()
+                await trio.lowlevel.checkpoint()
             await trio.sleep(_POLL_S)
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -81,6 +82,39 @@ async def test_worker_outlives_the_thread_that_could_have_started_it(
         await trio.to_thread.run_sync(bool)
         await trio.sleep(0.5)
         assert await pool.run(os.getpid) == first != os.getpid()
+
+
+#: The threads in which a ``Traced`` was packed and unpacked in this process.
+PACKED: list[int] = []
+UNPACKED: list[int] = []
+
+
+class Traced:
+    """As large as a wide schema, and tells where that work is done."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        PACKED.append(threading.get_ident())
+        return _unpack_traced, (bytes(100_000),)
+
+
+def _unpack_traced(_: bytes) -> Traced:
+    UNPACKED.append(threading.get_ident())
+    return Traced()
+
+
+def give_back(thing: Traced) -> Traced:
+    """A job."""
+    return thing
+
+
+async def test_jobs_are_packed_and_unpacked_in_threads(tmp_path: Path) -> None:
+    """T22: a schema of thousands of columns, or a list of tables, takes no time of trio's thread on its way."""
+    PACKED.clear()
+    UNPACKED.clear()
+    async with _pool(tmp_path) as pool:
+        assert isinstance(await pool.run(give_back, Traced()), Traced)
+    assert len(PACKED) == len(UNPACKED) == 1
+    assert threading.get_ident() not in {*PACKED, *UNPACKED}
 
 
 async def test_missed_deadline_kills_the_worker(tmp_path: Path) -> None:

@@ -186,7 +186,7 @@ async def test_intents_hold_the_log(autojump_clock: MockClock) -> None:
     node = SimNode()
     async with node.run() as pipeline, trio.open_nursery() as nursery:
         await hold_create(nursery, pipeline, PLAIN)
-        assert pipeline.tables.needed_from(10**9) == pipeline.memory.last_lsn
+        assert await pipeline.tables.needed_from(10**9) == pipeline.memory.last_lsn
         nursery.cancel_scope.cancel()
 
 

@@ -92,8 +92,11 @@ class Bench:
         if self.fenced is not None:
             raise self.fenced
 
+    async def needed_from(self) -> int:
+        return self.needed
+
     async def run(self) -> None:
-        await self.release.run(lambda: self.needed, lambda: self.tables)
+        await self.release.run(self.needed_from, lambda: self.tables)
 
     async def run_for(self, seconds: float) -> None:
         with trio.move_on_after(seconds):
