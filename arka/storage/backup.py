@@ -258,7 +258,8 @@ def _check_embedded(data_dir: Path, disk: Disk) -> None:
     if elsewhere or missing:
         raise ConfigurationError(
             f"{' and '.join(elsewhere + missing)} of {data_dir} lie elsewhere: a backup is of a data directory that "
-            "holds all three. With a store outside, an empty data directory brings back what was acknowledged object_storage"
+            "holds all three. With a store outside, an empty data directory brings back what was acknowledged "
+            "object_storage"
         )
 
 
