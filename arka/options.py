@@ -175,7 +175,12 @@ class Limits:
         30.0, "Longest time that a DoGet waits for the LSN that its wait_for_lsn names.", at_least=0.1
     )
     streams: int = option(10_000, "Open RPCs of all connections together.", at_least=1)
-    streams_per_connection: int = option(1_000, "Open RPCs of one connection.", at_least=1)
+    streams_per_connection: int = option(
+        1_000,
+        "Open RPCs of one connection. A SETTINGS frame may change the window of each, in one step.",
+        at_least=1,
+        at_most=4_096,
+    )
     connections: int = option(
         10_000,
         "Open connections: without a limit clients could take every descriptor. Above it idle ones end for others.",

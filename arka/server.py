@@ -105,7 +105,7 @@ class Server:
             service: its write streams are told of the drain.
             health: told whether the server serves.
             connections: serves one accepted stream.
-            listeners: open sockets; closed by this server.
+            listeners: open sockets; closed where the drain begins, and by whoever opened them in any other case.
             drain_s: longest time from the stop to the end of ``run``.
         """
         self._pipeline = opened.pipeline
@@ -167,7 +167,8 @@ class Server:
                 for listener in self._listeners:
                     loops.start_soon(accept_connections, listener, self._connections.serve, connections)
         for listener in self._listeners:
-            await listener.aclose()
+            # Not aclose, which would leave the others open where this task is cancelled.
+            listener.socket.close()
 
     async def _drain(self, accepting: trio.CancelScope, connections: trio.CancelScope) -> None:
         """Stop intake, finish what is accepted as far as the time allows, end the connections."""
@@ -248,7 +249,7 @@ async def _serve(settings: Settings, stop: trio.Event, task_status: trio.TaskSta
         warn_of_modes(_places(settings, config, data_dir), group)
         await settle_restored(data_dir, PosixDisk(), data_dir / WAL_FOLDER, skip)
         listeners = await open_listeners(host, port, insecure=insecure)
-        async with _engine(settings, data_dir) as opened:
+        async with _closing(listeners), _engine(settings, data_dir) as opened:
             ledger = Ledger.of(limits)
             set_kept_bytes(settings.limits.memory_bytes // _KEPT_PART)
             prepare_read_folders(data_dir / READ_FOLDER)
@@ -268,6 +269,16 @@ async def _serve(settings: Settings, stop: trio.Event, task_status: trio.TaskSta
 
                 await server.run(stop, prepare=prepare, started=started)
     log.info("server.stopped")
+
+
+@asynccontextmanager
+async def _closing(listeners: list[trio.SocketListener]) -> AsyncIterator[None]:
+    """Close listeners at the end of the block, also where the start fails or the server is cancelled."""
+    try:
+        yield
+    finally:
+        for listener in listeners:
+            listener.socket.close()
 
 
 def _places(settings: Settings, config: CatalogConfig, data_dir: Path) -> Places:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import fields
 
 import h2.connection
 import hpack
@@ -402,6 +403,34 @@ class TestSettings:
             await settled(s.peer)
             await s.peer.send(settings({100 + k: 1 for k in range(SETTINGS_VALUES + 1)}))
             assert (await s.peer.wait_closed())[0] == ENHANCE_YOUR_CALM
+
+    async def test_each_open_stream_is_walked_and_no_other(self, monkeypatch):
+        """A new INITIAL_WINDOW_SIZE changes the open streams alone, as many as are charged for."""
+        walked = Counter()
+        enlarge = h2.connection.guard_increment_window
+
+        def count(*arguments):
+            walked["streams"] += 1
+            return enlarge(*arguments)
+
+        async def swallow(call: Call) -> None:
+            while await call.receive() is not None:
+                pass
+
+        limits = Limits(memory_bytes=64 * MIB, streams_per_connection=50)
+        async with served({ECHO: Route(swallow)}, limits=limits) as s:
+            await s.peer.send(b"".join(s.peer.request(2 * k + 1) for k in range(200)))
+            await s.peer.send(b"".join(s.peer.request(2 * k + 1, "/x", end=True) for k in range(200, 300)))
+            await settled(s.peer)
+            monkeypatch.setattr(h2.connection, "guard_increment_window", count)
+            await s.peer.send(settings({S_INITIAL_WINDOW_SIZE: 70_000}))
+            await settled(s.peer)
+        assert walked["streams"] == 50
+
+    def test_a_walk_over_all_streams_fits_a_turn(self):
+        """However many RPCs a connection may have by its limit, one SETTINGS frame costs less than a turn."""
+        [most] = [f.metadata["at_most"] for f in fields(Limits) if f.name == "streams_per_connection"]
+        assert turns.SETTINGS_UNITS + turns.FRAME_UNITS + most // turns.STREAMS_PER_UNIT <= turns.TURN_UNITS
 
     async def test_large_header_table(self):
         """A peer that allows us a header table of 4 GiB does not make us keep one."""
