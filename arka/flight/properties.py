@@ -22,6 +22,16 @@ _LEVEL: Final = "write.parquet.compression-level"
 _HIGHEST_LEVEL: Final = {"gzip": 9, "brotli": 11}
 
 
+def check_text(text: str, where: str, what: str) -> None:
+    """Check a text that is kept with a table and that nobody parses.
+
+    Raises:
+        InvalidRequest: a character that not all catalogs can hold.
+    """
+    if (found := _UNUSUAL_VALUE.search(text)) is not None:
+        raise InvalidRequest(f"{where} has the character {found[0]!r} in {what}, which is not legal")
+
+
 def check_properties(properties: Mapping[str, str]) -> dict[str, str]:
     """Check the properties of a CreateTable request (R30).
 
@@ -40,10 +50,7 @@ def check_properties(properties: Mapping[str, str]) -> dict[str, str]:
             raise InvalidRequest(
                 f"properties: the name {quote(key)} has the character {found[0]!r}, which is not legal there"
             )
-        if (found := _UNUSUAL_VALUE.search(value)) is not None:
-            raise InvalidRequest(
-                f"properties: {quote(key)} has the character {found[0]!r} in its value, which is not legal"
-            )
+        check_text(value, f"properties: {quote(key)}", "its value")
     size = sum(len(key.encode()) + len(value.encode()) for key, value in properties.items())
     if size > MAX_BYTES:
         raise InvalidRequest(f"properties: {size} bytes in all, at most {MAX_BYTES} are legal")
@@ -64,4 +71,4 @@ def check_properties(properties: Mapping[str, str]) -> dict[str, str]:
     return dict(properties)
 
 
-__all__ = ["check_properties"]
+__all__ = ["check_properties", "check_text"]

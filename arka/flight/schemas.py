@@ -19,7 +19,7 @@ from arka._core.transforms import parse_transform
 from arka.errors import ErrorCode, InvalidRequest, cut, listed, quote
 from arka.flight.canonical import UnsupportedType, check_field_name, declared_type
 from arka.flight.datatypes import MAX_FIELDS, FieldCount, TypeSpelling, parse_type, type_name
-from arka.flight.properties import check_properties
+from arka.flight.properties import check_properties, check_text
 from arka.records import (
     FIELD_ID_KEY,
     PartitionRequest,
@@ -199,6 +199,7 @@ def _parse_field(position: int, item: _Field, count: FieldCount) -> pa.Field:
             f"{where}: metadata {listed(map(quote, others))} is not kept: an Iceberg column has one text, "
             f"under {_DOC!r}; leave the others out, or put them into the table's properties"
         )
+    check_text(metadata.get(_DOC, ""), where, f"its {_DOC!r}")
     return pa.field(item.name, type_, nullable=item.nullable is not False, metadata=metadata or None)
 
 

@@ -166,6 +166,7 @@ def test_a_nanosecond_key_is_refused() -> None:
             {"type": {"List": {"name": "item", "data_type": "Int64", "metadata": {"doc": "ms"}}}},
             "field 'item': metadata 'doc': nested fields keep none",
         ),
+        ({"metadata": {"doc": "a\x00b"}}, "column 'a' has the character '\\x00' in its 'doc'"),
     ],
 )
 def test_metadata_that_would_be_lost_is_refused(field: dict[str, Any], message: str) -> None:
