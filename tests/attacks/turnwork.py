@@ -1,9 +1,10 @@
 """A whole server in this process, whose event loop counts the work of each step that a task takes.
 
 Between two points at which others may run, a task of trio's thread takes one step. Counted are the calls that it makes
-(of Python and of C functions), the bytes that it receives, and the rows that it decodes itself instead of in a thread.
-Beside these stand the counts of the readers' own budget (``arka.flight.turns``). None of it depends on how fast the
-machine is; how long the longest step took is kept beside, for people.
+(of Python and of C functions), the bytes that it receives and sends, and what it reads itself instead of in a thread:
+rows, bytes of JSON, fields of schemas. A C function counts as one call, however much it reads. Beside these stand the
+counts of the readers' own budget (``arka.flight.turns``). None of it depends on how fast the machine is; how long the
+longest step took is kept beside, for people.
 
 Owns: counting. Does not own what is sent (the ``over_*`` modules) nor the bounds (``test_turn_work``).
 """
@@ -13,14 +14,18 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from inspect import iscoroutinefunction
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import msgspec
 import trio
 
+from arka.flight import decode, exchange
 from arka.flight.channels import SocketChannel
 from arka.flight.decode import BatchDecoder
 from arka.flight.http2 import ConnectionFactory
@@ -39,21 +44,36 @@ class StepWork:
     Attributes:
         calls: function calls.
         received_bytes: bytes taken from sockets.
+        sent_bytes: bytes written to sockets.
         rows: rows decoded on trio's thread.
+        json_bytes: bytes of JSON parsed there.
+        fields: columns of schemas read there.
+        messages: FlightData messages that a stream's RPC takes.
         events: events of one reader's turn.
         headers: header blocks of one reader's turn.
         units: units of one reader's turn.
-        seconds: wall time, for people only.
+        steps: how many steps there were, for people only.
+        seconds: wall time of the longest, for people only.
+        by: the task with the most calls.
     """
 
     calls: int = 0
     received_bytes: int = 0
+    sent_bytes: int = 0
     rows: int = 0
+    json_bytes: int = 0
+    fields: int = 0
+    messages: int = 0
     events: int = 0
     headers: int = 0
     units: int = 0
+    steps: int = 0
     seconds: float = 0.0
     by: str = ""
+
+
+#: What a counter counts itself, in each step.
+_COUNTED = ("calls", "received_bytes", "sent_bytes", "rows", "json_bytes", "fields", "messages")
 
 
 class StepCounter(trio.abc.Instrument):
@@ -62,7 +82,8 @@ class StepCounter(trio.abc.Instrument):
     def __init__(self) -> None:
         self.most = StepWork()
         self.factories: list[ConnectionFactory] = []
-        self.calls = self.received_bytes = self.rows = 0
+        self.calls = 0
+        self.now = dict.fromkeys(_COUNTED, 0)
         self.thread: int | None = None
         self._began = 0.0
 
@@ -82,17 +103,26 @@ class StepCounter(trio.abc.Instrument):
     def before_task_step(self, task: trio.lowlevel.Task) -> None:
         """A step begins."""
         del task
-        self.calls = self.received_bytes = self.rows = 0
+        self.now = dict.fromkeys(_COUNTED, 0)
+        self.calls = 0
         self._began = time.perf_counter()
 
     def after_task_step(self, task: trio.lowlevel.Task) -> None:
         """A step has ended."""
         most = self.most
+        self.now["calls"] = self.calls
         if self.calls > most.calls:
-            most.calls, most.by = self.calls, task.name
-        most.received_bytes = max(most.received_bytes, self.received_bytes)
-        most.rows = max(most.rows, self.rows)
+            most.by = task.name
+        for name, count in self.now.items():
+            if count > getattr(most, name):
+                setattr(most, name, count)
+        most.steps += 1
         most.seconds = max(most.seconds, time.perf_counter() - self._began)
+
+    def add(self, name: str, count: int) -> None:
+        """Count something that this thread does; what others do is not the loop's."""
+        if threading.get_ident() == self.thread:
+            self.now[name] += count
 
     def settle(self) -> bool:
         """Wait until no connection is open any more; returns whether that came."""
@@ -117,33 +147,79 @@ class StepCounter(trio.abc.Instrument):
 
 @contextmanager
 def _watched(counter: StepCounter) -> Iterator[None]:
-    """Tell a counter of connections, received bytes and decoded rows."""
-    made, receive, decode = ConnectionFactory.__init__, SocketChannel.receive, BatchDecoder.decode
+    """Tell a counter of connections, and of what is received, sent and read."""
+    patches = ExitStack()
 
-    def make(self: ConnectionFactory, *arguments: Any, **options: Any) -> None:
-        made(self, *arguments, **options)
+    def wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+        """Put ``wrapper`` in front of a function; it gets that as its first argument."""
+        inner = getattr(owner, name)
+        patches.enter_context(mock.patch.object(owner, name, wraps_with(inner, wrapper)))
+
+    def make(inner: Callable[..., None], self: ConnectionFactory, *arguments: Any, **options: Any) -> None:
+        inner(self, *arguments, **options)
         counter.factories.append(self)
 
-    async def count_bytes(self: SocketChannel, splitter: Any) -> int:
-        size = await receive(self, splitter)
-        counter.received_bytes += size
+    async def count_received(inner: Callable[..., Any], *arguments: Any) -> int:
+        size: int = await inner(*arguments)
+        counter.add("received_bytes", size)
         return size
 
-    def count_rows(self: BatchDecoder, *arguments: Any, **options: Any) -> Any:
-        decoded = decode(self, *arguments, **options)
-        if threading.get_ident() == counter.thread:
-            counter.rows += decoded.rows
+    def count_sent(inner: Callable[..., Any], self: SocketChannel, left: list[bytes | memoryview]) -> None:
+        before = sum(map(len, left))
+        inner(self, left)
+        counter.add("sent_bytes", before - sum(map(len, left)))
+
+    def count_sent_now(inner: Callable[..., Any], self: SocketChannel, parts: Any) -> Any:
+        rest = inner(self, parts)
+        counter.add("sent_bytes", sum(map(len, parts)) - sum(map(len, rest)))
+        return rest
+
+    def count_rows(inner: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        decoded = inner(*arguments, **options)
+        counter.add("rows", decoded.rows)
         return decoded
 
-    ConnectionFactory.__init__ = make  # type: ignore[method-assign]
-    SocketChannel.receive = count_bytes  # type: ignore[method-assign]
-    BatchDecoder.decode = count_rows  # type: ignore[method-assign]
-    try:
+    def count_json(inner: Callable[..., Any], data: Any, *arguments: Any, **options: Any) -> Any:
+        counter.add("json_bytes", len(data))
+        return inner(data, *arguments, **options)
+
+    def count_fields(inner: Callable[..., Any], header: bytes) -> Any:
+        found = inner(header)
+        counter.add("fields", len(found[0]))
+        return found
+
+    async def count_message(inner: Callable[..., Any], *arguments: Any) -> Any:
+        counter.add("messages", 1)
+        return await inner(*arguments)
+
+    with patches:
+        wrap(ConnectionFactory, "__init__", make)
+        wrap(SocketChannel, "receive", count_received)
+        wrap(SocketChannel, "receive_into", count_received)
+        wrap(SocketChannel, "send_now", count_sent_now)
+        wrap(SocketChannel, "_send_some", count_sent)
+        wrap(BatchDecoder, "decode", count_rows)
+        wrap(msgspec.json, "decode", count_json)
+        wrap(exchange, "parse_write_request", count_json)
+        wrap(exchange, "read_schema", count_fields)
+        wrap(decode, "read_schema", count_fields)
+        wrap(exchange.Exchange, "handle", count_message)
         yield
-    finally:
-        ConnectionFactory.__init__ = made  # type: ignore[method-assign]
-        SocketChannel.receive = receive  # type: ignore[method-assign]
-        BatchDecoder.decode = decode  # type: ignore[method-assign]
+
+
+def wraps_with(inner: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[..., Any]:
+    """A function, also a method, that calls ``wrapper`` with ``inner`` before its own arguments."""
+    if iscoroutinefunction(inner):
+
+        async def run_async(*arguments: Any, **options: Any) -> Any:
+            return await wrapper(inner, *arguments, **options)
+
+        return run_async
+
+    def run(*arguments: Any, **options: Any) -> Any:
+        return wrapper(inner, *arguments, **options)
+
+    return run
 
 
 @contextmanager
