@@ -42,6 +42,8 @@ log = structlog.get_logger(__name__)
 ADVERTISED_STREAMS: Final = 4
 #: Streams that get a turn in one write to the socket, and bytes after which none does any more.
 _TURNS_PER_WRITE: Final = 64
+#: The end of a stream counts as so many turns more: trailers go through h2, and what is kept of the stream is forgotten.
+_END_TURNS: Final = 3
 _WRITE_BYTES: Final = 512 * 1024
 #: Streams reset by us that are remembered: their DATA is on its way and no error.
 _RESETS_REMEMBERED: Final = 1024
@@ -467,7 +469,9 @@ class Streams:
         """
         now = trio.current_time()
         budget, counted = _WRITE_BYTES, len(parts)
-        for _ in range(_TURNS_PER_WRITE):
+        turns = _TURNS_PER_WRITE
+        while turns > 0:
+            turns -= 1
             budget -= sum(map(len, parts[counted:]))
             counted = len(parts)
             if not self._ready or budget <= 0:
@@ -488,6 +492,7 @@ class Streams:
                 self._blocked[stream_id] = stream
             elif turn is Turn.DONE:
                 self._close(stream)
+                turns -= _END_TURNS
 
     @property
     def has_output(self) -> bool:
