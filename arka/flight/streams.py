@@ -42,7 +42,7 @@ log = structlog.get_logger(__name__)
 ADVERTISED_STREAMS: Final = 4
 #: Streams that get a turn in one write to the socket, and bytes after which none does any more.
 _TURNS_PER_WRITE: Final = 64
-#: The end of a stream counts as so many turns more: trailers go through h2, and what is kept of the stream is forgotten.
+#: The end of a stream counts as so many turns more: its trailers go through h2, and it is forgotten in five places.
 _END_TURNS: Final = 3
 _WRITE_BYTES: Final = 512 * 1024
 #: Streams reset by us that are remembered: their DATA is on its way and no error.
