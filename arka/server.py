@@ -320,10 +320,12 @@ def _limits(settings: Settings) -> Limits:
             "server.message_bytes_clamped",
             message_bytes=most,
             asked=settings.limits.message_bytes,
-            hint="limits.message_bytes may be half of limits.memory_bytes at most",
+            hint="limits.message_bytes may be half of limits.memory_bytes at most, and limits.batch_bytes no more",
         )
     message_bytes = min(settings.limits.message_bytes, most)
-    return replace(settings.limits, connections=found.connections, message_bytes=message_bytes)
+    # What a batch decodes to is bounded by `batch_bytes`, however few bytes it came in: it has to fit as well (T23).
+    batch_bytes = min(settings.limits.batch_bytes, message_bytes)
+    return replace(settings.limits, connections=found.connections, message_bytes=message_bytes, batch_bytes=batch_bytes)
 
 
 @asynccontextmanager
