@@ -11,7 +11,7 @@ from arka.server import _limits
 
 
 @pytest.mark.parametrize("memory_mib", [64, 100, 256, 1024, 4096])
-def test_messages_and_batches_fit_the_memory(memory_mib: int) -> None:
+async def test_messages_and_batches_fit_the_memory(memory_mib: int) -> None:
     """T23, T25: a message is at most half of the memory, and a batch, also decoded, at most a message."""
     settings = Settings()
     found = _limits(replace(settings, limits=replace(settings.limits, memory_bytes=memory_mib * MIB)))
