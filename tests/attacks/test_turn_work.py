@@ -26,7 +26,7 @@ SECONDS = 0.3
 LONGEST_S = 3.0
 LEAST_BYTES = 100_000
 #: Families whose inputs are counted.
-COUNTED = ("http2", "grpc", "flight", "json", "actions")
+COUNTED = ("http2", "grpc", "flight", "json")
 #: How many attacks share a server.
 TOGETHER = 7
 #: The most that one step may do. A million calls take some 100 ms, so that these take 3 ms; the most come from a header
