@@ -1,8 +1,12 @@
-"""What every test gets: a quiet Hypothesis that never fails for slowness, and no settings from outside."""
+"""What every test gets: a quiet Hypothesis that never fails for slowness, no settings from outside, its own logging."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+
 import pytest
+import structlog
 from hypothesis import HealthCheck, settings
 
 from arka.settings import SETTINGS
@@ -17,3 +21,17 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hide the developer's own settings from the code under test and from its subprocesses."""
     for setting in SETTINGS.values():
         monkeypatch.delenv(setting.variable, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _logging_put_back() -> Iterator[None]:
+    """Undo what a test does to the process's logging: the next one in this process reads its own lines."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    kept = structlog.get_config() if structlog.is_configured() else None
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    structlog.reset_defaults()
+    if kept is not None:
+        structlog.configure(**kept)

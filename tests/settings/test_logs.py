@@ -16,19 +16,14 @@ from arka.rates import Rate
 
 @pytest.fixture
 def configured():
-    """Give a function that configures logging to a buffer; put everything back afterwards."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+    """Give a function that configures logging to a buffer."""
 
     def configure(**options) -> io.StringIO:
         stream = io.StringIO()
         configure_logging(LogOptions(**options), stream)
         return stream
 
-    yield configure
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    structlog.reset_defaults()
+    return configure
 
 
 def test_json_is_one_object_a_line(configured):
