@@ -7,7 +7,7 @@ which a promise can break: an ack, a commit, a start, the end.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Protocol
 from uuid import UUID
@@ -426,7 +426,13 @@ class Promises:
         self.committed[table] = Counter(numbers)
         self._commit_order[table] = dict.fromkeys(numbers)
 
-    def take_read(self, node: Node, table: UUID, through_lsn: int, keys: list[tuple[int, int]]) -> None:
+    def refused(self) -> set[int]:
+        """The writes that their clients know to be refused, by number: no read that begins now may find one."""
+        return {write.number for write in self.writes.values() if write.refused}
+
+    def take_read(
+        self, node: Node, table: UUID, through_lsn: int, keys: list[tuple[int, int]], refused: Collection[int]
+    ) -> None:
         """Check what a read found (R25).
 
         Args:
@@ -434,6 +440,7 @@ class Promises:
             table: what was read.
             through_lsn: the last LSN that its table's writes had been given when the read began.
             keys: each row's ``id`` and ``part``.
+            refused: the writes that were refused when the read began; a write may be set aside while it goes on.
         """
         self._trace.note(f"read: {node.name} {table} through {through_lsn}: {len(keys)} rows")
         found = Counter(number for number, _ in keys)
@@ -446,7 +453,7 @@ class Promises:
                 self.fail(f"a read of table {table} found rows of write {number}, which is not its own")
             elif rows > write.rows or (rows < write.rows and not any((number, n) in doomed for n in range(write.rows))):
                 self.fail(f"a read of table {table} found {rows} of {write.rows} rows of write {number}")
-            elif write.refused:
+            elif number in refused:
                 self.fail(f"a read of table {table} found write {number}, which was refused")
         told = {n: lsn for n, lsn in self._told.get(node.name, {}).items() if lsn <= through_lsn}
         for number, lsn in told.items():

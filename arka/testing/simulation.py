@@ -430,14 +430,14 @@ class _Life:
                     raise
 
     async def _read(self, table: Table) -> None:
-        through_lsn = table.last_lsn
+        through_lsn, refused = table.last_lsn, self.world.promises.refused()
         answer = CollectedAnswer()
         await read_table(self.pipeline, table, ReadRequest(("id", "part")), answer)
         await self.process.gate()
         if table.state is TableState.ACTIVE and not self.superseded:
             self.world.trace.counts["reads"] += 1
             keys = [(row["id"], row["part"]) for row in answer.rows()]
-            self.world.promises.take_read(self, table.info.uuid, through_lsn, keys)
+            self.world.promises.take_read(self, table.info.uuid, through_lsn, keys, refused)
 
     # -- faults -----------------------------------------------------------------------------------
 

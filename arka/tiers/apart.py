@@ -152,10 +152,15 @@ class Apart:
             async with self._behind.copied(table) as behind:
                 yield behind
 
+    def take_over(self, table: Table) -> bool:
+        """Forget what the log still has of what is set apart; see ``Parking.take_over``."""
+        return self._behind.take_over(table)
+
     def take_up(self, table: Table) -> None:
-        """Let a table's commits begin with what is set apart of it; its log may hold some of that too."""
+        """Let a table's commits begin with what is set apart of it, before what its backlog has."""
+        if not self.take_over(table):
+            return
         through_lsn = self.through_lsn(table)
-        table.backlog.discard_through(through_lsn)
         table.last_lsn = max(table.last_lsn, through_lsn)
         table.behind_lsn = through_lsn
         self.judge_room(table)

@@ -358,11 +358,35 @@ class Parking:
                 await self._bring(partial(self._write_back, table, number, found, earlier))
         if earlier:
             log.info("table.brought_back", table=str(table.info.name), frame_bytes=earlier.frame_bytes)
-        # A crash in the midst of parking leaves frames in both places.
-        table.backlog.discard_through(parked.last_lsn)
+        if not self.take_over(table):
+            return 0
         table.last_lsn = max(table.last_lsn, parked.last_lsn)
         table.backlog.put_before(earlier)
         return parked.last_lsn
+
+    def take_over(self, table: Table) -> bool:
+        """Forget what the log still has of the frames that are here: a crash while they are moved leaves both.
+
+        Frames are moved in LSN order, and deleted in that order once they are committed. So what the log has below the
+        first one that is here was committed, or its object is gone. Such a table is stopped: it stands below what it
+        had (R20).
+
+        Returns:
+            Whether the table may go on.
+        """
+        parked = self._parked.get(table.info.uuid)
+        if parked is None or not parked.objects:
+            return True
+        first_lsn, waiting_lsn = min(each.first_lsn for each in parked.objects), table.backlog.first_lsn
+        if waiting_lsn is not None and waiting_lsn < first_lsn:
+            table.stop(
+                f"Table {table.info.name} stands at LSN {table.committed.lsn}, but LSN {waiting_lsn} was committed: "
+                f"its writes were moved to {self._store.url}/{self._node_id}/{self._folder}, where the first one is "
+                f"{first_lsn} now. Nothing is replayed (R20); drop it, or move it back and restart"
+            )
+            return False
+        table.backlog.discard_through(parked.last_lsn)
+        return True
 
     async def forget(self, uuid: UUID) -> None:
         """Delete what is parked for a table that was dropped, or that holds it. Outages are waited for."""

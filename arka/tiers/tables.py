@@ -685,6 +685,8 @@ class Tables:
             return
         self.apart.check(table)
         self._parking.check(table)
+        if not self.apart.take_over(table):
+            return
         parked_lsn = await self._parking.bring_back(table)
         if parked_lsn and self._nursery is not None:
             self._nursery.start_soon(self._forget_parked, table, parked_lsn)

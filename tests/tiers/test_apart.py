@@ -109,6 +109,65 @@ async def test_a_table_that_cannot_be_read_at_the_start(autojump_clock: MockCloc
 
 
 @pytest.mark.parametrize("loses_disk", [False, True], ids=["restart", "node loss"])
+@pytest.mark.parametrize("keyed", [False, True], ids=["append-only", "primary-key"])
+async def test_a_table_that_others_set_back_while_it_is_set_apart(
+    keyed: bool, loses_disk: bool, autojump_clock: MockClock
+) -> None:
+    """What was committed and deleted since stands in the log alone: it is not taken for what the store still has."""
+    node = SimNode(SETTINGS)
+    async with node.run() as pipeline:
+        slow, _ = await set_apart(node, pipeline, keyed=keyed)
+        before, there = node.weather.back_up(), node.keys_of("behind")
+        node.catalog.unreadable.discard(SLOW)
+        with trio.fail_after(600):
+            while node.keys_of("behind") == there:
+                await trio.sleep(0.001)
+        node.catalog.unreadable.add(SLOW)
+        assert node.keys_of("behind")
+    node.catalog.unreadable.discard(SLOW)
+    after = node.weather.back_up()
+    assert after[slow.info.uuid] != before[slow.info.uuid]
+    node.weather.restore(before)
+    if loses_disk:
+        node.lose_disk()
+    for _ in range(2):
+        async with node.run() as pipeline:
+            slow = await pipeline.tables.find(SLOW)
+            with trio.fail_after(600):
+                while slow.state is not TableState.STOPPED:
+                    await trio.sleep(0.5)
+            assert "stands at LSN 0" in slow.ending_detail
+            await trio.sleep(30)
+            assert node.ids(SLOW) == []
+    node.weather.restore(after)
+    async with node.run() as pipeline:
+        slow = await pipeline.tables.find(SLOW)
+        await pipeline.flush(slow, Tier.ICEBERG_COMMITTED)
+        assert node.ids(SLOW) == list(range(85))
+
+
+async def test_an_object_that_goes_while_the_log_still_has_its_frames(autojump_clock: MockClock) -> None:
+    """The next start does not take them for what the store has; it stops the table, and goes on once it is back."""
+    node = SimNode(SETTINGS)
+    async with node.run() as pipeline:
+        await set_apart(node, pipeline)
+    (key, *others) = node.keys_of("behind")
+    assert others
+    kept = node.store.objects.pop(key)
+    node.catalog.unreadable.discard(SLOW)
+    async with node.run() as pipeline:
+        slow = await pipeline.tables.find(SLOW)
+        await trio.sleep(30)
+        assert slow.state is TableState.STOPPED
+        assert node.ids(SLOW) == []
+    node.store.objects[key] = kept
+    async with node.run() as pipeline:
+        slow = await pipeline.tables.find(SLOW)
+        await pipeline.flush(slow, Tier.ICEBERG_COMMITTED)
+        assert node.ids(SLOW) == list(range(85))
+
+
+@pytest.mark.parametrize("loses_disk", [False, True], ids=["restart", "node loss"])
 async def test_the_next_life_finds_what_is_set_apart(loses_disk: bool, autojump_clock: MockClock) -> None:
     """The log has let go of it; it is committed before what was accepted since, once."""
     node = SimNode(SETTINGS)
