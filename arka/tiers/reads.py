@@ -12,7 +12,7 @@ from typing import Final, Protocol
 
 import trio
 
-from arka.errors import ArkaError, ErrorCode, Unavailable
+from arka.errors import ArkaError, DataCorruption, ErrorCode, Unavailable
 from arka.records import MAX_LSN
 from arka.storage.ports import Answer, CatalogUnavailable, ReadJob, TableFrames, TableMissing
 from arka.tiers.backlog import Backlog, Cut
@@ -147,14 +147,19 @@ async def _cut(pipeline: Pipeline, table: Table, through_lsn: int, held: AsyncEx
     """Find the frames of a read, and keep them in the log until ``held`` is closed.
 
     Raises:
-        ArkaError: ``too_large``.
+        ArkaError: ``too_large``; ``table_not_found``: it was dropped meanwhile.
         AdmissionRejected: the disk has no room.
+        DataCorruption: something that holds frames of it is damaged or gone.
     """
     committed_lsn = table.committed.lsn
     behind_bytes = pipeline.tables.apart.behind_bytes(table)
     pipeline.tail_room.check(str(table.info.name), behind_bytes, committed_lsn)
     held.enter_context(pipeline.tail_room.beside(behind_bytes))
-    behind = await held.enter_async_context(pipeline.tables.apart.copied(table, pipeline.copy_room))
+    try:
+        behind = await held.enter_async_context(pipeline.tables.apart.copied(table, pipeline.copy_room))
+    except DataCorruption:
+        _check_not_dropped(table)
+        raise
     # No wait between looking and pinning: what the table still needs is in the log now.
     tail = _frames_of(pipeline, table, through_lsn, behind)
     held.enter_context(pipeline.tables.pin(table))

@@ -10,7 +10,7 @@ import trio
 from structlog.testing import capture_logs
 from trio.testing import MockClock
 
-from arka.errors import AdmissionRejected
+from arka.errors import AdmissionRejected, ArkaError, ErrorCode
 from arka.options import KIB
 from arka.records import TableName, Tier
 from arka.testing.answers import CollectedAnswer
@@ -296,3 +296,31 @@ async def test_a_log_that_lets_go_too_early_is_caught(
     with capture_logs() as logs, pytest.raises(ExceptionGroup):
         await test_the_next_life_finds_what_is_set_apart(False, autojump_clock)
     assert [entry for entry in logs if entry["event"] == "table.stopped" and "found no object" in entry["reason"]]
+
+
+async def test_a_read_of_what_is_dropped_meanwhile(autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its objects go with the table: the reader hears of the drop, not of damage."""
+    node = SimNode(SETTINGS)
+    async with node.run() as pipeline:
+        slow, _ = await set_apart(node, pipeline)
+        node.catalog.unreadable.discard(SLOW)
+        await pipeline.tables._tenders[slow.info.uuid].end()
+        reading, dropped, get = trio.Event(), trio.Event(), node.store.get
+
+        async def get_late(key: str) -> bytes:
+            reading.set()
+            await dropped.wait()
+            return await get(key)
+
+        async def read() -> None:
+            with pytest.raises(ArkaError, match="dropped while it was read") as caught:
+                await read_table(pipeline, slow, ReadRequest(("id",)), CollectedAnswer())
+            assert caught.value.code is ErrorCode.TABLE_NOT_FOUND
+
+        monkeypatch.setattr(node.store, "get", get_late)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read)
+            await reading.wait()
+            await pipeline.tables.drop(SLOW, purge=False)
+            await wait_until(lambda: not node.keys_of("behind"))
+            dropped.set()
