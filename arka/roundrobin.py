@@ -50,6 +50,10 @@ class RoundRobin(Generic[T]):
         if not queue:
             del self._queues[peer]
 
+    def first(self, peer: str) -> T:
+        """The first of a peer that waits; it stays."""
+        return self._queues[peer][0]
+
     def take(self, peer: str | None = None) -> T:
         """Take the first of a peer, which is the last of the peers from then on.
 

@@ -51,6 +51,7 @@ from arka.storage.threads import most_threads
 from arka.storage.warehouse import MarkedWarehouse, local_root
 from arka.tiers.admission import Ledger
 from arka.tiers.assembly import WAL_FOLDER, OpenLog, Surroundings
+from arka.tiers.decoderoom import DecodeRoom
 from arka.tiers.demo import demo_definitions
 from arka.tiers.effects import Effects
 from arka.tiers.epochs import Claim, skip_epochs
@@ -250,11 +251,12 @@ async def _serve(settings: Settings, stop: trio.Event, task_status: trio.TaskSta
         await settle_restored(data_dir, PosixDisk(), data_dir / WAL_FOLDER, skip)
         listeners = await open_listeners(host, port, insecure=insecure)
         async with _closing(listeners), _engine(settings, data_dir) as opened:
-            ledger = Ledger.of(limits)
+            decode_room = DecodeRoom(limits.memory_bytes)
+            ledger = Ledger.of(limits, decode_room.limit_bytes)
             set_kept_bytes(settings.limits.memory_bytes // _KEPT_PART)
             prepare_read_folders(data_dir / READ_FOLDER)
             effects = Effects(settings.limits.actions)
-            service = FlightService(opened.pipeline, effects, limits)
+            service = FlightService(opened.pipeline, effects, limits, decode_room)
             health = Health([f"{messages.PACKAGE}.FlightService"])
             connections = ConnectionFactory({**service.routes(), **health.routes()}, ledger, limits)
             server = Server(opened, effects, service, health, connections, listeners, drain_s=settings.server.drain_s)

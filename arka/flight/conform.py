@@ -46,6 +46,7 @@ class Conformance:
         *,
         limit_bytes: int = 2**62,
         dictionaries: Dictionaries | None = None,
+        values_bytes: int | None = None,
     ) -> pa.RecordBatch:
         """Convert one batch.
 
@@ -54,11 +55,13 @@ class Conformance:
                 Arrow's sense, and what it refers to is counted (``plain``). Buffers are shared where nothing changes.
             limit_bytes: most bytes that the result may have.
             dictionaries: by slot, the values of dictionary-encoded columns of which only indices are here.
+            values_bytes: most bytes of a dictionary's values; see ``Converter``.
 
         Raises:
             InvalidRequest: ``invalid_batch``, naming the column whose values do not fit.
+            OverLimit: the same, where the result would have more than ``limit_bytes``.
         """
-        converter = Converter(limit_bytes, dictionaries) if dictionaries else Converter(limit_bytes)
+        converter = Converter(limit_bytes, dictionaries, values_bytes) if dictionaries else Converter(limit_bytes)
         columns = []
         for position, (index, step) in enumerate(self.columns):
             field = self.schema.field(position)

@@ -123,6 +123,16 @@ def invalid_batch(path: str, problem: str) -> InvalidRequest:
     return InvalidRequest(f"Invalid batch: column {quote(path)}: {cut(problem)}", code=ErrorCode.INVALID_BATCH)
 
 
+class OverLimit(InvalidRequest):
+    """A batch that decodes to more bytes than it may; told before they are made."""
+
+
+def over_limit(path: str, limit_bytes: int, more: str = "") -> OverLimit:
+    """Make the error of a batch that grows over a limit with column ``path``; ``more`` says how bytes are counted."""
+    problem = f"the batch decodes to more than {limit_bytes} bytes (limits.batch_bytes){more}; send smaller batches"
+    return OverLimit(invalid_batch(path, problem).detail, code=ErrorCode.INVALID_BATCH)
+
+
 def _no_dictionaries(_slot: int) -> None:
     return None
 
@@ -133,10 +143,15 @@ class Converter:
     Args:
         limit_bytes: most bytes of all results together.
         dictionaries: for arrays of indices; arrays that carry their dictionary need none.
+        values_bytes: most bytes of a dictionary's values, which are converted once for many batches; ``limit_bytes`` if
+            None.
     """
 
-    def __init__(self, limit_bytes: int, dictionaries: Dictionaries = _no_dictionaries) -> None:
+    def __init__(
+        self, limit_bytes: int, dictionaries: Dictionaries = _no_dictionaries, values_bytes: int | None = None
+    ) -> None:
         self._limit = limit_bytes
+        self._values_limit = limit_bytes if values_bytes is None else values_bytes
         self._left = limit_bytes
         self._dictionaries = dictionaries
         # The offsets of the lists around what is being converted, outermost first: they lead back to the row.
@@ -168,10 +183,7 @@ class Converter:
             self._too_large(step)
 
     def _too_large(self, step: Step) -> NoReturn:
-        raise invalid_batch(
-            step.path,
-            f"the batch decodes to more than {self._limit} bytes (limits.batch_bytes); send smaller batches",
-        )
+        raise over_limit(step.path, self._limit)
 
     def _convert(self, array: pa.Array, step: Step) -> pa.Array:
         if isinstance(array, pa.ExtensionArray) and step.how is not How.KEEP:
@@ -273,8 +285,9 @@ class Converter:
         if held is None:
             raise invalid_batch(step.path, "its dictionary has not been sent")
         try:
-            # The values' own conversion has the limit to itself: it is done once for many batches.
-            values, longest = held.as_type(step.target, step.path, partial(Converter(self._limit)._cast, step=step))
+            # The values' own conversion has a limit to itself: it is done once for many batches.
+            cast = partial(Converter(self._values_limit)._cast, step=step)
+            values, longest = held.as_type(step.target, step.path, cast)
         except InvalidRequest:
             if not held.fixed_width:
                 raise
@@ -398,8 +411,10 @@ __all__ = [
     "Dictionaries",
     "DictionaryValues",
     "How",
+    "OverLimit",
     "Step",
     "invalid_batch",
     "map_as_list",
+    "over_limit",
     "without_nulls",
 ]

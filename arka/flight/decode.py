@@ -21,7 +21,7 @@ from arka._core import ipc
 from arka._core.buffers import FRAME_HEADER_BYTES, FrameBuffer
 from arka.errors import ErrorCode, InternalError, InvalidRequest, cut
 from arka.flight.conform import Conformance, StreamPlan, plan_conformance
-from arka.flight.convert import invalid_batch
+from arka.flight.convert import OverLimit, invalid_batch, over_limit
 from arka.flight.dictionaries import REFUSALS, StreamDictionaries
 from arka.flight.layout import Layout, describe_finding, plan_layout, wire_schema
 from arka.flight.partitions import COUNT_ROWS, PartitionLimit
@@ -44,10 +44,20 @@ _COMPARED: Final = 16
 #: Bytes of a schema message above which reading it and holding it against the table belongs into a thread: a field has
 #: some 50 bytes and costs 60 us.
 THREAD_SCHEMA_BYTES: Final = 4096
+#: What a small batch may decode to: room for it is found at once or not at all.
+SMALL_ROOM_BYTES: Final = THREAD_REWRITE_BYTES
+#: How often the rows of a batch are in memory while it is written again: as they were, and as they become.
+_COPIES: Final = 2
+#: The same for what is made to count the bytes that rows name (``plain.referred_bytes``).
+_COUNTING_COPIES: Final = 4
 #: Longest header of a batch that is remembered, to be recognised: a batch of some hundred columns has so much.
 _REMEMBERED_BYTES: Final = 64 * 1024
 #: Longest schema message: one of 10,000 columns has about 2 MiB.
 MAX_SCHEMA_BYTES: Final = 16 * 1024 * 1024
+
+
+class NeedsRoom(Exception):
+    """A batch decodes to more bytes than it was given room for, and may have more."""
 
 
 class IpcMessage(Protocol):
@@ -346,19 +356,67 @@ class BatchDecoder:
         """Tell whether decoding this batch belongs into a thread; see ``thread_work``."""
         return self.thread_work(message, operation) > 0
 
-    def decode(self, message: IpcMessage, operation: Operation = Operation.UPSERT) -> DecodedBatch:
+    def room(self, message: IpcMessage, operation: Operation = Operation.UPSERT) -> int:
+        """Tell how many bytes a batch should be given for what it decodes to.
+
+        Args:
+            message: a RecordBatch; one that is malformed needs none.
+            operation: what is done with its rows, checked.
+
+        Returns:
+            Bytes; 0 if its frame is taken as it is. Dictionaries may make more of it: see ``NeedsRoom``.
+        """
+        frame = message.buffer
+        if frame is None or message.header is None:
+            return 0
+        target = self._target(operation)
+        try:
+            layout = self._layout(message.header)
+            if target.conformance.identical and layout.codec == ipc.CODEC_NONE:
+                return 0
+            size = layout.uncompressed_bytes(frame)
+        except ValueError:
+            return 0
+        return min(max(2 * size, SMALL_ROOM_BYTES), self._limits.batch_bytes)
+
+    def taken_bytes(self, message: IpcMessage, room_bytes: int, operation: Operation = Operation.UPSERT) -> int:
+        """Tell how many bytes decoding a batch takes at most, while it goes on.
+
+        Args:
+            message: a RecordBatch.
+            room_bytes: what it may decode to.
+            operation: what is done with its rows, checked.
+        """
+        # The rows as they were read or converted, and the frame that they are written to.
+        size = _COPIES * room_bytes
+        if not self._target(operation).rewrites_rows or message.header is None or message.buffer is None:
+            return size
+        try:
+            layout = self._layout(message.header)
+            uncompressed = layout.uncompressed_bytes(message.buffer)
+        except ValueError:
+            return size
+        # What rows name is counted in integers of 8 bytes.
+        longest = max((length for length, _ in layout.nodes), default=0)
+        return size + _COUNTING_COPIES * (uncompressed + 8 * min(longest, self._limits.batch_rows))
+
+    def decode(
+        self, message: IpcMessage, operation: Operation = Operation.UPSERT, room_bytes: int | None = None
+    ) -> DecodedBatch:
         """Decode, check and, where need be, rewrite one batch.
 
         Args:
             message: a RecordBatch. On the fast path its frame becomes the result's and must not be written
                 to any more.
             operation: what is done with its rows: of a delete, the key's columns alone are looked at and kept.
+            room_bytes: most bytes that it may decode to for now; ``limits.batch_bytes`` if None.
 
         Returns:
             The batch and its frame. Nothing in its values can be refused later (see ``storable``).
 
         Raises:
             InvalidRequest: ``invalid_batch``, naming the column; or see ``check_operation``.
+            NeedsRoom: it decodes to more than ``room_bytes``; nothing was made.
         """
         target = self._target(operation)
         header, frame = message.header, message.buffer
@@ -391,7 +449,7 @@ class BatchDecoder:
         if as_stored and self._accept(target, layout, frame):
             decoded = DecodedBatch(frame, layout.rows, target.columns is None, target.conformance.schema)
         else:
-            decoded = self._rewrite(target, layout, frame)
+            decoded = self._rewrite_within(target, layout, frame, room_bytes)
         if target.partitions is not None and target.partitions.concerns(layout.rows):
             target.partitions.check(decoded.batch)
         return decoded
@@ -434,9 +492,24 @@ class BatchDecoder:
             )
         raise invalid_batch(layout.paths[finding[1]], describe_finding(finding))
 
-    def _rewrite(self, target: _Target, layout: ipc.BatchLayout, frame: FrameBuffer) -> DecodedBatch:
-        """Decode a batch as the stream has it and write it again as the log has it."""
-        limit = self._limits.batch_bytes
+    def _rewrite_within(
+        self, target: _Target, layout: ipc.BatchLayout, frame: FrameBuffer, room_bytes: int | None
+    ) -> DecodedBatch:
+        most = self._limits.batch_bytes
+        limit = most if room_bytes is None else min(room_bytes, most)
+        try:
+            return self._rewrite(target, layout, frame, limit)
+        except OverLimit:
+            if limit < most:
+                raise NeedsRoom from None
+            raise
+
+    def _rewrite(self, target: _Target, layout: ipc.BatchLayout, frame: FrameBuffer, limit: int) -> DecodedBatch:
+        """Decode a batch as the stream has it and write it again as the log has it.
+
+        Raises:
+            OverLimit: it would have more than ``limit`` bytes.
+        """
         finding = layout.check(target.wire_layout.plan, frame, self._longest())
         if finding is not None:
             self._refuse(finding, target.wire_layout)
@@ -445,15 +518,22 @@ class BatchDecoder:
         except ValueError as error:
             raise InvalidRequest(f"Invalid batch: {cut(str(error))}", code=ErrorCode.INVALID_BATCH) from error
         if size > limit:
-            raise InvalidRequest(
+            raise OverLimit(
                 f"Invalid batch: it decompresses to {size} bytes, the limit is {limit} (limits.batch_bytes); "
                 "send smaller batches",
                 code=ErrorCode.INVALID_BATCH,
             )
-        batch = _read(frame, target.wire, self._limits if target.rewrites_rows else None)
+        most_rows = self._limits.batch_rows
+        batch = _read(frame, target.wire, (limit, most_rows) if target.rewrites_rows else None)
         dictionaries = self._dictionaries.values if self._dictionaries is not None else None
-        made = target.conformance.apply(batch, limit_bytes=limit, dictionaries=dictionaries)
-        rewritten = write_frame(made)
+        made = [
+            target.conformance.apply(
+                batch, limit_bytes=limit, dictionaries=dictionaries, values_bytes=self._limits.batch_bytes
+            )
+        ]
+        # Each is let go of before the next is made: see `taken_bytes`.
+        del batch
+        rewritten = write_frame(made.pop())
         if not self._accept(target, ipc.BatchLayout(rewritten.header), rewritten.frame):
             raise InternalError("A rewritten batch still has nulls in a required field")
         return DecodedBatch(rewritten.frame, layout.rows, False, target.conformance.schema)
@@ -499,23 +579,24 @@ def _is_plain(type_: pa.DataType) -> bool:
     )
 
 
-def _read(frame: FrameBuffer, schema: pa.Schema, limits: Limits | None = None) -> pa.RecordBatch:
+def _read(frame: FrameBuffer, schema: pa.Schema, most: tuple[int, int] | None = None) -> pa.RecordBatch:
     """Read a frame's message without a copy, and validate it.
 
     Args:
         frame: of a RecordBatch.
         schema: as it is on the wire.
-        limits: what its rows may refer to, where that may be more than the message holds.
+        most: bytes and rows that its rows may refer to, where that may be more than the message holds.
 
     Raises:
         InvalidRequest: ``invalid_batch``, naming the column.
+        OverLimit: the same, where its rows refer to more bytes.
     """
     try:
         batch = pa.ipc.read_record_batch(_ipc_message(frame), schema)
     except REFUSALS as error:
         raise InvalidRequest(f"Invalid batch: {cut(str(error))}", code=ErrorCode.INVALID_BATCH) from error
-    if limits is not None:
-        _check_referred(batch, limits)
+    if most is not None:
+        _check_referred(batch, *most)
     try:
         batch.validate(full=True)
     except REFUSALS as error:
@@ -528,22 +609,18 @@ def _read(frame: FrameBuffer, schema: pa.Schema, limits: Limits | None = None) -
     return batch
 
 
-def _check_referred(batch: pa.RecordBatch, limits: Limits) -> None:
+def _check_referred(batch: pa.RecordBatch, limit_bytes: int, most_rows: int) -> None:
     """Check what rows refer to in all, before Arrow validates it value by value (T23)."""
-    left = limits.batch_bytes
+    left = limit_bytes
     for field, column in zip(batch.schema, batch.columns, strict=True):
         try:
             # Lengths of buffers alone: constant time for each array.
             column.validate()
-            left -= referred_bytes(column, limits.batch_rows)
+            left -= referred_bytes(column, most_rows)
         except REFUSALS as error:
             raise invalid_batch(field.name, str(error)) from error
         if left < 0:
-            raise invalid_batch(
-                field.name,
-                f"the batch decodes to more than {limits.batch_bytes} bytes (limits.batch_bytes), where a value counts "
-                "as often as rows name it; send smaller batches",
-            )
+            raise over_limit(field.name, limit_bytes, ", where a value counts as often as rows name it")
 
 
 @dataclass(frozen=True, slots=True)
@@ -557,6 +634,7 @@ class WrittenFrame:
 def write_frame(batch: pa.RecordBatch) -> WrittenFrame:
     """Write a batch into a new frame: one uncompressed RecordBatch message."""
     message = pa.ipc.read_message(batch.serialize())
+    del batch
     header = message.metadata.to_pybytes()
     body = memoryview(message.body).cast("B") if message.body is not None else memoryview(b"")
     frame = FrameBuffer(header, len(body))
@@ -564,4 +642,13 @@ def write_frame(batch: pa.RecordBatch) -> WrittenFrame:
     return WrittenFrame(header, frame)
 
 
-__all__ = ["BatchDecoder", "DecodedBatch", "IpcMessage", "WrittenFrame", "read_schema", "write_frame"]
+__all__ = [
+    "SMALL_ROOM_BYTES",
+    "BatchDecoder",
+    "DecodedBatch",
+    "IpcMessage",
+    "NeedsRoom",
+    "WrittenFrame",
+    "read_schema",
+    "write_frame",
+]

@@ -19,7 +19,14 @@ from arka._core.wire import FlightMessage
 from arka.errors import ArkaError, ErrorCode, InvalidRequest, Unavailable, cut, quote
 from arka.flight import messages
 from arka.flight.acks import AckForm, AckQueue
-from arka.flight.decode import THREAD_SCHEMA_BYTES, BatchDecoder, DecodedBatch, read_schema
+from arka.flight.decode import (
+    SMALL_ROOM_BYTES,
+    THREAD_SCHEMA_BYTES,
+    BatchDecoder,
+    DecodedBatch,
+    NeedsRoom,
+    read_schema,
+)
 from arka.flight.ordering import StreamOrder
 from arka.flight.refusals import check_not_sql
 from arka.flight.requests import name_of, read_descriptor
@@ -27,6 +34,7 @@ from arka.flight.unread import STEP_BYTES, Unread, UnreadShare
 from arka.options import Limits
 from arka.records import Operation, Releasable, TableName, TableType, Tier, WriteRequest, parse_write_request
 from arka.storage.threads import Job
+from arka.tiers.decoderoom import DecodeRoom, Held
 from arka.tiers.pipeline import Pipeline
 from arka.tiers.room import NoRoom, Room
 from arka.tiers.table import Ending, Table
@@ -54,6 +62,21 @@ class _Released:
 
 
 _RELEASED: Final = _Released()
+
+
+class _Paid:
+    """A message's charge, and the room for what it decodes to: released together."""
+
+    __slots__ = ("held", "wire")
+
+    def __init__(self, wire: Releasable, held: Held) -> None:
+        self.wire = wire
+        self.held = held
+
+    def release(self) -> None:
+        """Release both."""
+        self.wire.release()
+        self.held.release()
 
 
 #: Charges so many bytes that are kept while the stream lasts, and what they are.
@@ -97,6 +120,7 @@ class Exchange:
         unread: Unread | None = None,
         keep: Keeper | None = None,
         hold: Callable[[Callable[[Exception], None] | None], None] | None = None,
+        room: DecodeRoom | None = None,
     ) -> None:
         """Begin without a table.
 
@@ -111,7 +135,11 @@ class Exchange:
             unread: counts what the client has not read (T26).
             keep: charges what is kept while the stream lasts (T26).
             hold: told that the client does not read, with what ends the stream for it; and with None that it does.
+            room: for what batches decode to; one of the stream's own if None.
         """
+        self._decode_room = room or DecodeRoom(limits.memory_bytes)
+        # The most that a batch of the stream has decoded to.
+        self._decoded_bytes = 0
         self._unread = unread or Unread(UnreadShare(limits.unread_bytes), None)
         self._keep = keep
         self._hold = hold
@@ -358,10 +386,13 @@ class Exchange:
             await self._check_schema()
         decoder = self._require_decoder()
         work = decoder.dictionary_work(message)
-        if work:
-            await self._in_thread(message, work, decoder.add_dictionary, message)
-        else:
+        if not work:
             decoder.add_dictionary(message)
+            return
+        # As it came and as it is held; what stays is charged by `_keep_schema`.
+        size = 2 * min(work, self._limits.dictionary_bytes)
+        message.charge = _Paid(message.charge, await self._decode_room.take(self._peer, size))
+        await self._in_thread(message, work, decoder.add_dictionary, message)
 
     async def _in_thread(self, message: FlightMessage, work: int, function: Callable[..., T], *args: object) -> T:
         """Call what looks at a message in a thread, when it is this client's turn.
@@ -537,15 +568,63 @@ class Exchange:
         if decoder.wide and decoder.table is not self._bound_table().info:
             await self._rebind_wide(decoder, message, number)
         options = self._check_write(decoder, message, number)
-        work = decoder.thread_work(message, options.operation)
-        if work:
-            decoded = await self._in_thread(message, work, decoder.decode, message, options.operation)
-            while self._rebind(decoder, options):
-                # Others changed the table meanwhile: these are columns that it had.
-                decoded = await self._in_thread(message, work, decoder.decode, message, options.operation)
+        while True:
+            decoded = await self._decode(decoder, message, options.operation)
+            if not self._rebind(decoder, options):
+                break
+            # Others changed the table meanwhile: these are columns that it had.
+            self._give_room_back(message)
+        try:
+            self._accept(decoded, options, message)
+        except NoRoom:
+            # It is decoded again when there is room on the disk.
+            self._give_room_back(message)
+            raise
+
+    async def _decode(self, decoder: BatchDecoder, message: FlightMessage, operation: Operation) -> DecodedBatch:
+        """Decode a batch, once there is memory for what it decodes to; ``message.charge`` holds that too then (T26).
+
+        Cancellation: nothing changes.
+        """
+        work = decoder.thread_work(message, operation)
+        room_bytes = decoder.room(message, operation)
+        if room_bytes:
+            room_bytes = min(max(room_bytes, self._decoded_bytes), self._limits.batch_bytes)
+        while True:
+            if room_bytes:
+                size = decoder.taken_bytes(message, room_bytes, operation)
+                message.charge = _Paid(message.charge, await self._decode_room.take(self._peer, size))
+            try:
+                if work:
+                    decoded = await self._in_thread(message, work, decoder.decode, message, operation, room_bytes)
+                else:
+                    decoded = decoder.decode(message, operation, room_bytes)
+            except NeedsRoom:
+                self._give_room_back(message)
+                room_bytes = self._limits.batch_bytes
+                work = max(work, room_bytes)
+                continue
+            self._settle_room(decoded, message)
+            return decoded
+
+    def _settle_room(self, decoded: DecodedBatch, message: FlightMessage) -> None:
+        """Keep the room that a batch's frame takes, and no more."""
+        paid = message.charge
+        if not isinstance(paid, _Paid):
+            return
+        if decoded.fast:
+            self._give_room_back(message)
         else:
-            decoded = decoder.decode(message, options.operation)
-        self._accept(decoded, options, message)
+            size = decoded.buffer.size
+            self._decoded_bytes = max(self._decoded_bytes, size)
+            paid.held.shrink(size)
+
+    def _give_room_back(self, message: FlightMessage) -> None:
+        """Keep a message's own charge alone."""
+        paid = message.charge
+        if isinstance(paid, _Paid):
+            message.charge = paid.wire
+            paid.held.release()
 
     def handle_at_once(self, message: FlightMessage) -> bool:
         """Take one message of the stream without waiting, if it is a batch like those before it.
@@ -569,15 +648,21 @@ class Exchange:
             options = self._check_write(decoder, message, self._key_next)
             if decoder.needs_thread(message, options.operation):
                 return False
-            decoded = decoder.decode(message, options.operation)
-        except ValueError:
+            decoded = decoder.decode(message, options.operation, SMALL_ROOM_BYTES)
+        except (ValueError, NeedsRoom):
             return False
         except ArkaError as error:
             return self._reject_at_once(message, error)
+        if not decoded.fast:
+            held = self._decode_room.try_take(decoded.buffer.size)
+            if held is None:
+                return False
+            message.charge = _Paid(message.charge, held)
         try:
             self._accept(decoded, options, message)
         except (Unavailable, NoRoom):
             # Nothing has an LSN yet.
+            self._give_room_back(message)
             return False
         except ArkaError as error:
             return self._reject_at_once(message, error)
@@ -646,15 +731,20 @@ class Exchange:
         assert self._decoder is not None
         table = self._bound_table()
         assert self._decoder.table is table.info or self._pipeline.knows(table, options.key)
+        paid = message.charge if isinstance(message.charge, _Paid) else None
+        charge = message.charge if paid is None else paid.held
         appended = self._pipeline.append(
             self._bound_table(),
             decoded.buffer,
             rows=decoded.rows,
             operation=options.operation,
             key=options.key,
-            charge=message.charge,
+            charge=charge,
             requested=options.requested,
         )
+        if paid is not None:
+            # The frame is in memory now, and what came is not.
+            paid.wire.release()
         if appended.duplicate:
             code = ErrorCode.KEY_REUSED if appended.key_reused else None
             self.acks.duplicate(appended.lsn, decoded.rows, options.requested, code)

@@ -41,6 +41,7 @@ from arka.options import Limits
 from arka.records import TableName, Tier
 from arka.storage.threads import run_compute
 from arka.tiers.ddl import load_table
+from arka.tiers.decoderoom import DecodeRoom
 from arka.tiers.effects import Effects
 from arka.tiers.pipeline import Pipeline
 from arka.tiers.reads import ReadRequest, read_table
@@ -102,19 +103,23 @@ class _Ticket(msgspec.Struct, frozen=True):
 class FlightService:
     """Arrow Flight's RPCs over a pipeline."""
 
-    def __init__(self, pipeline: Pipeline, effects: Effects, limits: Limits) -> None:
+    def __init__(
+        self, pipeline: Pipeline, effects: Effects, limits: Limits, decode_room: DecodeRoom | None = None
+    ) -> None:
         """Join the service to the engine.
 
         Args:
             pipeline: where tables are and writes go.
             effects: runs the actions that change something.
             limits: what one stream may use.
+            decode_room: for what batches decode to, which the ledger leaves free; one of the service's own if None.
         """
         self._effects = effects
         self._pipeline = pipeline
         self._limits = limits
         self._answer_buffers = AnswerBuffers(limits.read_buffer_bytes, limits.reads)
         self._unread = UnreadShare(limits.unread_bytes)
+        self._decode_room = decode_room or DecodeRoom(limits.memory_bytes)
         self._requests = Requests()
         self._schemas = PublicSchemas()
         self._draining = False
@@ -186,6 +191,7 @@ class FlightService:
             unread=Unread(self._unread, call.account),
             keep=call.keep,
             hold=call.hold,
+            room=self._decode_room,
         )
         call.attach_outbox(exchange)
         try:

@@ -9,6 +9,7 @@ What is charged, and who waits for it:
 - messages up to 64 KiB may also draw on a part of their own, one of each stream at a time, first come first served;
 - initial windows and what is kept for as long as a stream lasts (schemas, dictionaries, answers) are taken or refused
   at once, since who waits for those would wait while holding others;
+- what batches decode to has a part of its own, which is left free here (``arka.tiers.decoderoom``);
 - what clients have not read has a share beside all this, which admission never waits for (``arka.flight.unread``).
 """
 
@@ -27,7 +28,7 @@ from arka.tiers.accounts import NO_SHARE, Account, Turns
 #: Messages up to this size may draw on the part of the ledger for small ones (T25).
 SMALL_BYTES: Final = 64 * KIB
 #: Parts of a server's ledger: for small messages; what windows have for certain; the most that they may have; and the
-#: most that is kept. Half of the ledger is left for messages at least, so that the largest one always fits.
+#: most that is kept. Three eighths of the ledger are left for messages at least; one that is larger goes alone.
 _SMALL_PART: Final = 8
 _FLOOR_PART: Final = 8
 _WINDOW_PART: Final = 4
@@ -132,6 +133,7 @@ class Ledger:
         *,
         small_bytes: int = 0,
         floor_bytes: int = 0,
+        decoded_bytes: int = 0,
         shares: tuple[float, float, float] = (NO_SHARE, NO_SHARE, NO_SHARE),
     ) -> None:
         """Begin with nothing charged.
@@ -141,12 +143,13 @@ class Ledger:
             small_bytes: the part for small messages.
             floor_bytes: what is left free for initial windows. With 0 the limit alone bounds windows, and
                 nothing is left free for what is kept.
+            decoded_bytes: what is left free for decoded batches (``arka.tiers.decoderoom``).
             shares: most bytes of messages that a stream, a connection and a peer may hold while others wait.
         """
         self._limit = limit_bytes
         self._kept_limit = limit_bytes // _KEPT_PART
         # What messages, windows and what is ahead have together.
-        self._room = limit_bytes - small_bytes - (self._kept_limit if floor_bytes else 0)
+        self._room = limit_bytes - small_bytes - decoded_bytes - (self._kept_limit if floor_bytes else 0)
         self._small_limit = small_bytes
         self._floor = floor_bytes
         self._window_limit = limit_bytes // _WINDOW_PART if floor_bytes else limit_bytes
@@ -162,14 +165,15 @@ class Ledger:
         self._offered: deque[Account] = deque()
 
     @classmethod
-    def of(cls, limits: Limits) -> Ledger:
-        """Make a server's ledger."""
+    def of(cls, limits: Limits, decoded_bytes: int = 0) -> Ledger:
+        """Make a server's ledger, which leaves ``decoded_bytes`` free for decoded batches."""
         total = limits.memory_bytes
         shares = (limits.stream_share, limits.connection_share, limits.peer_share)
         return cls(
             total,
             small_bytes=total // _SMALL_PART,
             floor_bytes=total // _FLOOR_PART,
+            decoded_bytes=decoded_bytes,
             shares=(total * shares[0], total * shares[1], total * shares[2]),
         )
 

@@ -11,7 +11,7 @@ import pytest
 from arka._core import ipc
 from arka._core.buffers import FrameBuffer
 from arka.errors import ErrorCode, InvalidRequest
-from arka.flight.decode import THREAD_BYTES, BatchDecoder, DecodedBatch
+from arka.flight.decode import SMALL_ROOM_BYTES, THREAD_BYTES, BatchDecoder, DecodedBatch, NeedsRoom
 from arka.options import Limits
 from arka.records import Operation
 from arka.testing.ipcstreams import StreamMessage, make_table, write_stream
@@ -385,3 +385,34 @@ class TestSameHeader:
         for operation in (Operation.UPSERT, Operation.DELETE, Operation.UPSERT):
             decoded = decoder.decode(StreamMessage.build(message.header, message.body), operation)
             assert decoded.batch.num_columns == (1 if operation is Operation.DELETE else 2)
+
+
+def test_what_decodes_to_more_than_its_room_asks_for_more() -> None:
+    """Nothing is made before: a value of a dictionary is named a hundred times. A batch over the limit is refused."""
+    decoder = BatchDecoder(TABLE, Limits())
+    values = pa.DictionaryArray.from_arrays(pa.array([0] * 100, pa.int32()), ["x" * 1024 * 1024])
+    schema = pa.schema([pa.field("id", pa.int64(), nullable=False), ("name", values.type)])
+    batch = pa.record_batch([pa.array(range(100)), values], schema=schema)
+    begin, dictionary, message = write_stream(schema, [batch])
+    decoder.set_schema(begin.header)
+    decoder.add_dictionary(dictionary)
+    room = decoder.room(message)
+    assert room == SMALL_ROOM_BYTES
+    before = pa.total_allocated_bytes()
+    with pytest.raises(NeedsRoom):
+        decoder.decode(message, room_bytes=room)
+    assert pa.total_allocated_bytes() - before < 4 * 1024 * 1024
+    assert decoder.decode(message).batch.column(1)[99].as_py() == "x" * 1024 * 1024
+    small = BatchDecoder(TABLE, Limits(batch_bytes=1024 * 1024))
+    small.set_schema(begin.header)
+    small.add_dictionary(dictionary)
+    with pytest.raises(InvalidRequest, match="decodes to more than 1048576 bytes"):
+        small.decode(message)
+
+
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_what_is_taken_as_it_came_needs_no_room(compression: str | None) -> None:
+    """Of a compressed batch it is known how much it becomes."""
+    decoder, message = ready(), one_batch(compression=compression)
+    assert decoder.room(message) == (0 if compression is None else SMALL_ROOM_BYTES)
+    assert decoder.decode(message, room_bytes=decoder.room(message)).rows == 3
