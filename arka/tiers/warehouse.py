@@ -48,6 +48,7 @@ class WarehouseWatch:
         self._said: str | None = None
         self._ours = trio.Event()
         self._wanted = trio.Event()
+        self._joining = trio.Lock()
         self._seen: dict[UUID, float] = {}
         if warehouse is None:
             self._ours.set()
@@ -142,19 +143,32 @@ class WarehouseWatch:
         if self._known is None:
             self._known = await warehouse.known()
         found = await warehouse.read_marker()
+        if found is None or self._known is None:
+            # Invariant: one task looks and joins at a time. What a task saw before another one had made the marker says
+            # nothing of the tables that were created since.
+            async with self._joining:
+                found = await self._join(warehouse)
+        if found is None:
+            log.warning("warehouse.unmarked", warehouse=warehouse.url, hint="its top folder cannot be written to")
+            self._warehouse = None
+        elif found != self._known:
+            raise WarehouseChanged(f"{warehouse.url} is warehouse {found}, expected {self._known}")
+
+    async def _join(self, warehouse: Warehouse) -> UUID | None:
+        """Read the marker, or make it, and remember it if nothing is remembered; None where it cannot be made.
+
+        Raises:
+            CatalogUnavailable: it lacks what our tables have in it, or nobody answers.
+        """
+        found = await warehouse.read_marker()
         if found is None:
             found = await self._make(warehouse)
         elif self._known is None:
             await self._check_first_join(warehouse, found)
-        if found is None:
-            log.warning("warehouse.unmarked", warehouse=warehouse.url, hint="its top folder cannot be written to")
-            self._warehouse = None
-            return
-        if self._known is None:
+        if found is not None and self._known is None:
             await warehouse.know(found)
             self._known = found
-        elif found != self._known:
-            raise WarehouseChanged(f"{warehouse.url} is warehouse {found}, expected {self._known}")
+        return found
 
     async def _make(self, warehouse: Warehouse) -> UUID | None:
         """Make the marker of a warehouse that has none, unless it lacks what our tables have in it (R28)."""

@@ -35,6 +35,8 @@ class World:
         self.unread: set[TableName] = set()
         self.listed = tables
         self.looks = 0
+        # The first answer of the catalog comes as late as this.
+        self.first_answer: trio.Event | None = None
 
     async def read_marker(self) -> UUID | None:
         await trio.lowlevel.checkpoint()
@@ -58,7 +60,11 @@ class World:
 
     async def list_tables(self) -> CatalogListing:
         await trio.lowlevel.checkpoint()
-        return CatalogListing((CatalogTable(INFO, (), None),) if self.listed else (), frozenset(self.unread))
+        found = CatalogListing((CatalogTable(INFO, (), None),) if self.listed else (), frozenset(self.unread))
+        late, self.first_answer = self.first_answer, None
+        if late is not None:
+            await late.wait()
+        return found
 
     async def look_at(self, table: TableInfo) -> None:
         await trio.lowlevel.checkpoint()
@@ -135,6 +141,29 @@ async def test_tables_of_others_that_cannot_be_read_are_no_hindrance(
     nursery.start_soon(watch.run)
     await watch.wait_ours()
     assert len(world.made) == 1
+
+
+async def test_a_late_answer_makes_no_marker_in_a_warehouse_that_was_emptied_since(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    """Of two looks at a new warehouse the later one counts: a table was created since, and its files are gone (R28)."""
+    world = World(tables=False)
+    world.first_answer = answer = trio.Event()
+    watch = _watch(world)
+
+    async def create_table_then_empty() -> None:
+        await watch.check()
+        world.tables = world.listed = True
+        world.marker, world.whole = None, False
+
+    nursery.start_soon(watch.run)
+    await trio.sleep(1)
+    nursery.start_soon(create_table_then_empty)
+    await trio.sleep(1)
+    answer.set()
+    await trio.sleep(30)
+    assert world.tables
+    assert world.made == [world.joined]
 
 
 async def test_another_marker_is_not_ours(world: World, nursery: trio.Nursery, autojump_clock: MockClock) -> None:
