@@ -54,7 +54,7 @@ from arka.tiers.room import Room
 from arka.tiers.table import Ending, Table, TableState
 from arka.tiers.warehouse import WarehouseWatch
 from arka.tiers.watermarks import Watermark
-from arka.wal.committed import CommittedMarks
+from arka.wal.committed import CommittedMarks, Unrecorded
 
 log = structlog.get_logger(__name__)
 
@@ -523,7 +523,7 @@ class Tables:
 
         Raises:
             ArkaError: this process dropped it.
-            Unavailable: it is being dropped, or cannot be taken in now.
+            Unavailable: it is being dropped.
         """
         known = self._by_uuid.get(found.info.uuid)
         if known is not None:
@@ -564,30 +564,27 @@ class Tables:
             stop_damaged(table, self.broken[table.info.uuid])
 
     async def _take_in(self, table: Table, found: CatalogTable) -> None:
-        """Adopt a table for a client.
-
-        Raises:
-            Unavailable: the disk did not take how far the table is.
-        """
+        """Adopt a table for a client, who need not wait for the disk to record how far it is: a commit does (R31)."""
         try:
             await self._adopt(table, found)
-        except CatalogUnavailable as error:
-            raise Unavailable(f"{found.info.name} cannot be taken in: {error}") from error
+        except Unrecorded as error:
+            log.info("table.not_recorded", table=str(found.info.name), reason=str(error))
 
     async def _adopt(self, table: Table, found: CatalogTable) -> None:
         """Learn from the catalog what the log could not say.
 
         Raises:
-            CatalogUnavailable: the disk did not take how far the table is: ask again.
+            Unrecorded: the disk did not take how far the table is: ask again. Name and columns are adopted.
         """
-        mark, adoptions = found.mark_of(self._log_uuid), table.adoptions
+        old_name = table.info.name
+        # Name and columns do not wait for the disk: while it lacks something, streams would open with old ones (R27).
+        self.adoption.adopt(table, found.info)
+        self._note_name(table, old_name)
+        mark = found.mark_of(self._log_uuid)
         is_newer = mark.epoch > self._epoch()
         if not is_newer and mark.committed_lsn > table.committed.lsn and not table.objection(mark, self.lineage()):
             # What is adopted is acknowledged, and others may undo it in the catalog (R20).
             await self._marks.record(table.info.uuid, mark)
-        old_name = table.info.name
-        if table.adoptions == adoptions:
-            self.adoption.adopt(table, found.info)
         if is_newer:
             # A newer process has moved the mark. What it has set aside is not known here, so that its mark says nothing
             # of the writes that wait here (R10, R32); the next look at the store ends this process.
@@ -597,7 +594,6 @@ class Tables:
         else:
             table.adopt_mark(found, self._log_uuid, self.lineage())
         self.note_committed(table)
-        self._note_name(table, old_name)
 
     async def _adopt_seen(self, table: Table, found: CatalogTable) -> None:
         """Adopt a table that stands where the log says, or whose files were seen.
@@ -732,6 +728,9 @@ class Tables:
         if found is not None:
             # What is adopted is acknowledged: a reader has to find it (R28).
             await self.watch.confirm(found.info)
+            if table.adoptions != adoptions:
+                # Another answer came while files were looked for.
+                return
             table.gone = ""
             await self._adopt(table, found)
         elif unusable is not None and not unusable.spelled:

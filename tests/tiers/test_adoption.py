@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -18,7 +19,7 @@ from arka.errors import ArkaError, ErrorCode, Unavailable
 from arka.flight.acks import AckForm
 from arka.flight.exchange import Exchange
 from arka.options import Limits
-from arka.records import FIELD_ID_KEY, AckMessage, TableDefinition, TableName, TableType, Tier
+from arka.records import FIELD_ID_KEY, AckMessage, TableDefinition, TableInfo, TableName, TableType, Tier
 from arka.storage.ports import CatalogTable, CommitJob, CommitResult
 from arka.storage.threads import Job
 from arka.testing.simcatalog import SimCatalog
@@ -28,6 +29,7 @@ from arka.tiers.admission import Ledger
 from arka.tiers.memory import MemoryTier
 from arka.tiers.pipeline import Pipeline
 from arka.tiers.table import Table, TableState
+from arka.wal.shortage import Shortage
 
 PEOPLE = pa.schema([pa.field("id", pa.int64(), nullable=False), ("first", pa.utf8()), ("last", pa.utf8())])
 Change = Callable[[pa.Schema, Callable[[], int]], pa.Schema]
@@ -269,6 +271,78 @@ async def test_the_last_adopted_schema_serves_while_the_catalog_is_unavailable(a
             node.weather.away = False
             await new.settle()
         assert node.catalog.rows(NAME).to_pylist() == [{"id": n, "last": "L", "first": "F"} for n in (1, 2)]
+
+
+OTHER = TableName("default", "other")
+
+
+@pytest.mark.parametrize("asked", [NAME, OTHER])
+@pytest.mark.parametrize("keyed", [False, True])
+async def test_columns_do_not_wait_for_a_disk_that_lacks_something(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, keyed: bool, asked: TableName
+) -> None:
+    """A table that others renamed and changed is known as it is, while the disk cannot record how far it is (R31)."""
+    node = SimNode()
+
+    def refuse(*_: object) -> None:
+        raise Shortage(errno.ENOMEM, "planned")
+
+    async with node.run() as pipeline:
+        table = await make(pipeline, keyed=keyed)
+        with monkeypatch.context() as patched:
+            patched.setattr("arka.wal.committed.write_whole", refuse)
+            async with stream(pipeline, PEOPLE) as old:
+                await old.write((1, "F", "L"))
+                await trio.sleep(2)
+                assert node.ids() == [1]
+                assert table.committed.lsn == 0
+                change(node, SWAP)
+                node.catalog.rename(NAME, OTHER)
+                await trio.sleep(1.1)
+                if asked == OTHER:
+                    assert await pipeline.tables.find_fresh(OTHER) is table
+                else:
+                    with pytest.raises(ArkaError, match="not found"):
+                        await pipeline.tables.find_fresh(NAME)
+                assert table.info.name == OTHER
+                assert table.info.schema.names == ["id", "last", "first"]
+                # What rests on the record is not acknowledged.
+                assert table.committed.lsn == 0
+                await old.write((2, "F", "L"))
+                patched.undo()
+                acks = await old.settle()
+                assert [ack.durability_level for ack in acks] == ["iceberg_committed"] * 2
+        assert node.catalog.rows(OTHER).to_pylist() == [{"id": n, "last": "F", "first": "L"} for n in (1, 2)]
+
+
+async def test_a_list_that_was_overtaken_while_files_were_looked_for_is_not_adopted(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a table that others renamed, a list that is older than a client's answer brings no older schema back."""
+    node = SimNode()
+    look_at = SimCatalog.look_at
+
+    async def slow_look(self: SimCatalog, info: TableInfo) -> None:
+        await trio.sleep(0.5)
+        await look_at(self, info)
+
+    async with node.run() as pipeline:
+        table = await make(pipeline)
+        await trio.sleep(1.1)
+        monkeypatch.setattr(SimCatalog, "look_at", slow_look)
+        node.catalog.rename(NAME, OTHER)
+        async with trio.open_nursery() as nursery:
+
+            async def ask() -> None:
+                with pytest.raises(ArkaError, match="not found"):
+                    await pipeline.tables.find_fresh(NAME)
+
+            nursery.start_soon(ask)
+            await trio.sleep(0.1)
+            node.catalog.foreign_schema(OTHER, SWAP)
+            assert await pipeline.tables.find(OTHER) is table
+            assert table.info.schema.names == ["id", "last", "first"]
+        assert table.info.schema.names == ["id", "last", "first"]
 
 
 async def test_an_answer_that_was_overtaken_is_not_adopted(
