@@ -11,6 +11,7 @@ import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
+from uuid import UUID
 
 import msgspec
 import pyarrow as pa
@@ -55,7 +56,7 @@ _NAME_WORK: Final = 512
 _ACTIONS: Final = {
     "CreateTable": "Create a table. Body: name, schema_json, table_type, primary_key, partition_spec, properties.",
     "ListTables": "List the full names of all tables, sorted. Body: empty.",
-    "DropTable": "Drop a table. Body: name, purge.",
+    "DropTable": "Drop a table. Body: name, purge, table_uuid.",
     "DescribeTable": "Describe a table and how far each tier is. Body: name.",
     "Flush": "Wait until all that was accepted has reached a tier. Body: name, durability.",
 }
@@ -82,6 +83,8 @@ class _NameBody(msgspec.Struct, frozen=True):
 
     name: str
     purge: bool = False
+    #: DropTable: the table that is meant, where the name may be another one's.
+    table_uuid: UUID | None = None
     durability: str = Tier.ICEBERG_COMMITTED.word
     #: DescribeTable: name what the table's own marks of all logs say.
     logs: bool = False
@@ -389,7 +392,8 @@ class FlightService:
             name = TableName.parse(request.name)
 
             async def drop() -> Any:
-                return {"name": str(await tables.drop(name, purge=request.purge)), "dropped": True}
+                dropped = await tables.drop(name, purge=request.purge, uuid=request.table_uuid)
+                return {"name": str(dropped), "dropped": True}
 
             return str(name), drop
         return None

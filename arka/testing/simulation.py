@@ -629,12 +629,22 @@ class _Life:
         """Let every writer finish and everything come down."""
         with trio.move_on_after(_DRAIN_S) as scope:
             await trio.sleep(2.0)
+            await self._give_up_nameless()
             self.draining = True
             await self.world.wait_writers(self)
             self.pipeline.start_drain()
             await self.pipeline.wait_drained()
         if scope.cancelled_caught:
             self.world.promises.fail(f"a quiet engine did not drain in {_DRAIN_S:g} s")
+
+    async def _give_up_nameless(self) -> None:
+        """Drop, as a person does, tables that are gone and whose names others have now: what is parked takes room."""
+        tables = self.pipeline.tables
+        named = {table.info.name for table in tables.all() if table.state is TableState.ACTIVE}
+        for table in tables.all():
+            if table.state is TableState.STOPPED and table.info.name in named and _LOWER not in table.ending_detail:
+                self.world.trace.count("nameless table dropped")
+                await self._persist(partial(tables.drop, table.info.name, purge=False, uuid=table.info.uuid))
 
     async def _stop(self) -> None:
         """Stop as ``arka.server`` does."""

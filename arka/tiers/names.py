@@ -103,7 +103,8 @@ def stop_missing(table: Table, listing: CatalogListing) -> None:
     unusable = listing.unusable.get(table.info.uuid)
     table.stop(
         f"Table {table.info.name} ({table.info.uuid}) is not in the catalog and was not dropped here: others dropped "
-        "it. Its uncommitted writes are kept: register it again and restart the server, or drop it"
+        "it. Its uncommitted writes are kept: register it again and restart the server, or drop it (DropTable, with "
+        "its table_uuid if another table has the name)"
         if unusable is None
         else f"Others made of {table.info.name} what Arka cannot write: {unusable.reason}. Its uncommitted writes are "
         "kept: mend the table and restart the server, or drop it"

@@ -886,8 +886,13 @@ class Tables:
         """
         await self._finish_create(pending, await self.catalog.list_tables())
 
-    async def drop(self, name: TableName, *, purge: bool) -> TableName:
+    async def drop(self, name: TableName, *, purge: bool, uuid: UUID | None = None) -> TableName:
         """Drop a table; its writes in flight end with ``table_dropped``.
+
+        Args:
+            name: the table's.
+            purge: whether its files are deleted too.
+            uuid: the one that is meant; needed for one that is gone while another table has its name (R18).
 
         Raises:
             ArkaError: ``table_not_found``.
@@ -895,7 +900,7 @@ class Tables:
                 is stopping, and nothing was done.
         """
         async with self._ddl_lock:
-            table = await self.find_fresh(name, max_age_s=0)
+            table = await self._find_meant(name, uuid)
             if table.misnamed:
                 raise ArkaError(f"Table not found: {_spoken(name)}. {table.refusal}", code=ErrorCode.TABLE_NOT_FOUND)
             if table.drop_lsn is None:
@@ -907,6 +912,26 @@ class Tables:
         self._nursery.start_soon(self._drop, table, purge, done)
         await done.wait()
         return name
+
+    async def _find_meant(self, name: TableName, uuid: UUID | None) -> Table:
+        """Find the table that is to be dropped: one that is stopped keeps writes although its name is another table's.
+
+        Raises:
+            ArkaError: see ``find``; ``table_not_found``: another table has the name.
+            Unavailable: see ``find``.
+        """
+        known = None if uuid is None else self._by_uuid.get(uuid)
+        if known is not None:
+            await self.adoption.refresh(known, max_age_s=0)
+            if known.state is TableState.STOPPED and known.info.name == name:
+                return known
+        table = await self.find_fresh(name, max_age_s=0)
+        if uuid not in (None, table.info.uuid):
+            raise ArkaError(
+                f"Table not found: {_spoken(name)} with the UUID {uuid} (the name is table {table.info.uuid}'s)",
+                code=ErrorCode.TABLE_NOT_FOUND,
+            )
+        return table
 
     async def _check_named(self, table: Table, name: TableName) -> None:
         """Check that the catalog means the same table by a name that is about to be dropped (R5).

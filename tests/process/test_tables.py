@@ -514,6 +514,26 @@ def test_one_table_under_two_names(server: ServerProcess, client: flight.FlightC
     assert lake.column(server.data, second, "n") == [1]
 
 
+def test_drop_by_uuid(server: ServerProcess, client: flight.FlightClient, table: str) -> None:
+    """A table that others replaced is given up by its UUID; the one that has the name now stays (R18)."""
+    gone = create(client, table)["table_uuid"]
+    write_all(client, table, [numbers([1])])
+    with lake.open_catalog(server.data) as catalog:
+        schema = catalog.load_table(f"default.{table}").schema()
+        catalog.drop_table(f"default.{table}")
+        now = str(catalog.create_table(f"default.{table}", schema).metadata.table_uuid)
+    assert action(client, "DescribeTable", name=table)["table_uuid"] == now
+    unknown = "00000000-0000-4000-8000-000000000000"
+    assert f"the name is table {now}'s" in failure_of(action, client, "DropTable", name=table, table_uuid=unknown)
+    assert "Malformed action body" in failure_of(action, client, "DropTable", name=table, table_uuid="no UUID")
+    assert action(client, "DropTable", name=table, table_uuid=gone, purge=True)["dropped"] is True
+    assert action(client, "DescribeTable", name=table)["table_uuid"] == now
+    write_all(client, table, [numbers([2])])
+    assert lake.column(server.data, table, "n") == [2]
+    assert action(client, "DropTable", name=table, table_uuid=now)["dropped"] is True
+    assert f"default.{table}" not in action(client, "ListTables")
+
+
 def test_name_that_others_gave_and_arka_cannot_spell(
     server: ServerProcess, client: flight.FlightClient, table: str
 ) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from uuid import UUID
+import re
+from contextlib import suppress
+from uuid import UUID, uuid4
 
 import pyarrow as pa
 import pytest
 import trio
 from trio.testing import MockClock
 
-from arka.errors import ArkaError, ErrorCode
+from arka.errors import AdmissionRejected, ArkaError, ErrorCode
+from arka.options import KIB
 from arka.records import TableDefinition, TableName, TableType, Tier, owner_property
 from arka.tableproperties import OWNER
-from arka.testing.simnode import NAME, SimNode, write_all
+from arka.testing.simnode import NAME, SimNode, with_options, write, write_all
 from arka.testing.simwriters import SCHEMA
 from arka.tiers.pipeline import Pipeline
+from arka.tiers.room import NoRoom
 from arka.tiers.table import Table, TableState
 
 OTHER = TableName("default", "other")
@@ -87,6 +91,74 @@ async def test_drop_after_others_gave_the_name_away_a_moment_ago(autojump_clock:
         assert before.state is TableState.ACTIVE
         await write_all(pipeline, before, range(3, 5), Tier.ICEBERG_COMMITTED)
     assert node.ids(OTHER) == list(range(5))
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+@pytest.mark.parametrize("keyed", [False, True])
+async def test_a_table_that_others_replaced_is_given_up_by_its_uuid(
+    autojump_clock: MockClock, keyed: bool, restarted: bool
+) -> None:
+    """What is parked of a table keeps writes out, and its name is another table's: the reason says how to drop it."""
+    limit = 64 * KIB
+    node = SimNode(with_options(limits__disk_bytes=limit, limits__stall_s=3.0))
+    async with node.run() as pipeline:
+        gone = (await pipeline.tables.create(definition(keyed)))[0]
+        await write_all(pipeline, gone, range(3), Tier.ICEBERG_COMMITTED)
+        node.catalog.remove(NAME)
+        with suppress(NoRoom):
+            for number in range(3, 1000):
+                write(pipeline, gone, number)
+        uuid = await make_other(node, pipeline.log_uuid, keyed)
+        await trio.sleep(20)
+        assert gone.state is TableState.STOPPED
+        assert pipeline.tables.parked_bytes(gone) > limit
+        if not restarted:
+            await check_given_up(node, pipeline, gone, uuid)
+    if restarted:
+        async with node.run() as pipeline:
+            await trio.sleep(20)
+            gone = next(table for table in pipeline.tables.all() if table.info.uuid != uuid)
+            await check_given_up(node, pipeline, gone, uuid)
+    async with node.run() as pipeline:
+        await write_all(pipeline, await pipeline.tables.find(NAME), range(3, 5), Tier.ICEBERG_COMMITTED)
+        assert [table.info.uuid for table in pipeline.tables.all()] == [uuid]
+    assert node.ids() == list(range(5))
+
+
+async def check_given_up(node: SimNode, pipeline: Pipeline, gone: Table, uuid: UUID) -> None:
+    """Drop a table as its reason says; the one that has its name now, ``uuid``, stays and takes writes."""
+    table = await pipeline.tables.find(NAME)
+    assert table.info.uuid == uuid
+    with pytest.raises(AdmissionRejected, match="of them parked"):
+        write(pipeline, table, 0)
+    assert "DropTable, with its table_uuid if another table has the name" in gone.ending_detail
+    (meant,) = re.findall(r"\((\w+-[\w-]+)\) is not in the catalog", gone.ending_detail)
+    with pytest.raises(ArkaError, match=str(uuid)) as refused:
+        await pipeline.tables.drop(NAME, purge=True, uuid=uuid4())
+    assert refused.value.code is ErrorCode.TABLE_NOT_FOUND
+    await pipeline.tables.drop(NAME, purge=True, uuid=UUID(meant))
+    await trio.sleep(1)
+    assert node.keys_of("parked") == []
+    assert list(node.catalog._tables) == [NAME]
+    assert table.state is TableState.ACTIVE
+    await write_all(pipeline, table, range(3), Tier.ICEBERG_COMMITTED)
+
+
+async def test_drop_by_uuid_means_the_table_of_the_name_alone(autojump_clock: MockClock) -> None:
+    """With its UUID a table is dropped under the name that it has now, and not one that has its name since (R5)."""
+    node = SimNode()
+    async with node.run() as pipeline:
+        table = (await pipeline.tables.create(definition()))[0]
+        node.catalog.rename(NAME, OTHER)
+        uuid = await make_other(node, pipeline.log_uuid)
+        with pytest.raises(ArkaError, match=str(uuid)) as refused:
+            await pipeline.tables.drop(NAME, purge=True, uuid=table.info.uuid)
+        assert refused.value.code is ErrorCode.TABLE_NOT_FOUND
+        assert set(node.catalog._tables) == {NAME, OTHER}
+        await pipeline.tables.drop(OTHER, purge=True, uuid=table.info.uuid)
+        assert list(node.catalog._tables) == [NAME]
+        await pipeline.tables.drop(NAME, purge=True, uuid=uuid)
+        assert not node.catalog._tables
 
 
 SECOND = TableName("default", "a_second")
