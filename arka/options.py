@@ -89,7 +89,8 @@ class Limits:
 
     memory_bytes: int = option(
         GIB,
-        "Ledger of all bytes held for clients: messages not yet on disk, what they decode to, windows, schemas, dictionaries, answers.",
+        "Ledger of all bytes held for clients: messages not yet on disk, what they decode to, windows, schemas, "
+        "dictionaries, answers.",
         at_least=16 * MIB,
     )
     stream_share: float = option(
