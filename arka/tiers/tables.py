@@ -171,7 +171,7 @@ class Tables:
         self._owner = owner_property(node_id, log_uuid)
         self._make_committer = make_committer
         #: Whether catalog and warehouse are the ones that this log was joined to (R28, R33).
-        self.watch = WarehouseWatch(warehouse, catalog, self._known)
+        self.watch = WarehouseWatch(warehouse, catalog, self._known, lambda: self._creates.pending())
         self._by_uuid: dict[UUID, Table] = {}
         #: Frame bytes of all tables' backlogs.
         self.waiting = BacklogTotal()

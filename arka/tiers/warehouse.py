@@ -20,6 +20,7 @@ import trio
 from arka.errors import ArkaError
 from arka.records import TableInfo
 from arka.storage.ports import Catalog, CatalogUnavailable, FilesMissing, TableMissing, Warehouse, WarehouseChanged
+from arka.tiers.creates import PendingCreate
 
 log = structlog.get_logger(__name__)
 
@@ -32,17 +33,25 @@ SEEN_S: Final = 60.0
 class WarehouseWatch:
     """The last tier's look at where it writes. Used from trio's thread only."""
 
-    def __init__(self, warehouse: Warehouse | None, catalog: Catalog, known: Callable[[], Iterable[TableInfo]]) -> None:
+    def __init__(
+        self,
+        warehouse: Warehouse | None,
+        catalog: Catalog,
+        known: Callable[[], Iterable[TableInfo]],
+        asked_for: Callable[[], Iterable[PendingCreate]] = tuple,
+    ) -> None:
         """Join the warehouse to the catalog.
 
         Args:
             warehouse: None where it cannot have a marker: the check is then one of each table's own files.
             catalog: lists tables, and looks for their files.
             known: returns the tables that the log knows, as it knows them.
+            asked_for: returns the creates whose outcome the log does not tell: the catalog may have their tables.
         """
         self._warehouse = warehouse
         self._catalog = catalog
         self._known_tables = known
+        self._asked_for = asked_for
         self._known: UUID | None = None
         self._trouble: str | None = None if warehouse is None else "the warehouse's marker was not read yet"
         self._said: str | None = None
@@ -171,8 +180,12 @@ class WarehouseWatch:
         return found
 
     async def _make(self, warehouse: Warehouse) -> UUID | None:
-        """Make the marker of a warehouse that has none, unless it lacks what our tables have in it (R28)."""
-        missing, _ = await self._look_for_tables()
+        """Make the marker of a warehouse that has none, unless it lacks what our tables have in it (R28).
+
+        Where this log had a marker before, any table of the catalog is looked for: one may be ours that the log does
+        not know yet, since the answer to its create was lost.
+        """
+        missing, _ = await self._look_for_tables(every=self._known is not None)
         if missing:
             raise WarehouseChanged(
                 f"{warehouse.url} has no marker, and the metadata of {', '.join(missing)} cannot be read: it is not "
@@ -195,23 +208,30 @@ class WarehouseWatch:
                 "it is another one than the catalog's"
             )
 
-    async def _look_for_tables(self) -> tuple[list[str], int]:
+    async def _look_for_tables(self, *, every: bool = False) -> tuple[list[str], int]:
         """Look for the files of all tables of this log that the catalog names.
+
+        Args:
+            every: whether to look for those of all tables that it names.
 
         Returns:
             The names of those that lack one, or may lack one, and how many lack none.
         """
         listing = await self._catalog.list_tables()
         known = {info.uuid: info.name for info in self._known_tables()}
-        names = set(known.values())
-        missing = sorted(map(str, listing.unread & names))
+        asked_for = tuple(self._asked_for())
+        names = {*known.values(), *(create.definition.name for create in asked_for)}
+        suffixes = tuple(f"-{create.suffix}" for create in asked_for)
+        missing = sorted(map(str, listing.unread if every else listing.unread & names))
         listed = {table.info.uuid for table in listing.tables} | listing.unusable.keys()
-        if any(uuid not in listed and name not in listing.unread for uuid, name in known.items()):
+        if not every and any(uuid not in listed and name not in listing.unread for uuid, name in known.items()):
             # Of what cannot be read the catalog tells the name alone: it may be a table of ours that others renamed.
             missing += sorted(map(str, listing.unread - names))
         readable = 0
         for table in listing.tables:
-            if table.info.uuid not in known and table.info.name not in names:
+            info = table.info
+            ours = info.uuid in known or info.name in names or info.location.endswith(suffixes)
+            if not ours and not every:
                 continue
             # What was read once may be remembered: look for the file.
             try:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 from uuid import UUID, uuid4
 
 import pyarrow as pa
@@ -12,6 +13,8 @@ from trio.testing import MockClock
 
 from arka.records import TableInfo, TableName, TableType
 from arka.storage.ports import CatalogListing, CatalogTable, CatalogUnavailable, FilesMissing, WarehouseChanged
+from arka.testing.simwriters import definition_of
+from arka.tiers.creates import PendingCreate
 from arka.tiers.warehouse import SEEN_S, WarehouseWatch
 
 INFO = TableInfo(
@@ -243,3 +246,36 @@ async def test_warehouse_that_cannot_be_marked(world: World, nursery: trio.Nurse
     await watch.wait_ours()
     assert world.joined is None
     assert await watch.is_ours()
+
+
+@pytest.mark.parametrize("moved", ["", "name", "place"])
+async def test_no_marker_without_the_table_of_a_create_whose_answer_was_lost(
+    moved: str, world: World, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    """The catalog has the table, the log only that it was asked for; it is found by its name or by its place."""
+    name = TableName("default", "another") if moved == "name" else INFO.name
+    suffix = "another1" if moved == "place" else INFO.location[-8:]
+    create = PendingCreate(3, suffix, replace(definition_of(INFO.name, keyed=False), name=name))
+    world.whole, catalog = False, cast(Any, world)
+    watch = WarehouseWatch(cast(Any, world), catalog, tuple, lambda: [create])
+    nursery.start_soon(watch.run)
+    await trio.sleep(5)
+    assert world.made == []
+    assert "no marker" in (watch.trouble or "")
+    world.whole = True
+    await watch.wait_ours()
+    assert world.made == [world.joined]
+
+
+async def test_no_second_marker_while_a_table_cannot_be_read(
+    world: World, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    """A warehouse that this log knew before and that lost its marker: a table that the log does not know may be ours."""
+    world.joined, world.whole = uuid4(), False
+    watch = WarehouseWatch(cast(Any, world), cast(Any, world), tuple)
+    nursery.start_soon(watch.run)
+    await trio.sleep(5)
+    assert world.made == []
+    world.whole = True
+    await watch.wait_ours()
+    assert world.made == [world.joined]
