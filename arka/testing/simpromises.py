@@ -189,8 +189,9 @@ class Promises:
         if stream.next_tier[ack.sequence] > write.requested:
             self.fail(f"write {write.number} got an error after its last ack: {ack}")
         stream.next_tier[ack.sequence] = len(Tier)
-        if ack.code == "overloaded" and not (stream.ordered and 0 <= stream.refused_from < ack.sequence):
-            # What comes behind a refusal of an ordered stream is refused with it, room or not (R36).
+        # What is behind a refusal of an ordered stream is refused with it, whatever room there is since (R36).
+        follows = stream.ordered and 0 <= stream.refused_from < ack.sequence
+        if ack.code == "overloaded" and not follows:
             self._check_refusal(node, write)
         if ack.code in ("overloaded", "unavailable") and stream.ordered and stream.refused_from < 0:
             stream.refused_from = ack.sequence

@@ -81,8 +81,9 @@ class SimWarehouse:
     def make_marker(self, uuid: UUID) -> UUID:
         """Make a marker in the warehouse that is at the place, if it has none; returns the one that it has."""
         if not self.is_own:
-            self.on_marker()
-            self._other_marker = self._other_marker or uuid
+            if self._other_marker is None:
+                self.on_marker()
+                self._other_marker = uuid
             return self._other_marker
         self.marker = self.marker or uuid
         return self.marker

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import count
+from types import SimpleNamespace
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -19,6 +20,7 @@ import trio
 from trio.testing import MockClock
 
 from arka.iceberg import timestamps
+from arka.records import AckMessage, Tier
 from arka.storage.ports import (
     CatalogUnavailable,
     CommitJob,
@@ -31,7 +33,10 @@ from arka.storage.ports import (
 )
 from arka.testing import simcatalog, simworld
 from arka.testing.simcatalog import SimCatalog
+from arka.testing.simpromises import PromiseBroken, Promises, StreamAcks, Write
 from arka.testing.simulation import Outcome, simulate
+from arka.testing.simwarehouse import SimWarehouse
+from arka.testing.simworld import Trace
 from arka.testing.steplimit import StepLimit
 from arka.tiers.adoption import Adoption
 from arka.tiers.aside import Aside
@@ -251,6 +256,38 @@ def test_catches_refusal_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Room, "close", refuse)
     assert "after there was room" in catch()
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+async def test_what_follows_a_refusal_of_an_ordered_stream_is_refused(autojump_clock: MockClock, ordered: bool) -> None:
+    """The checker asks of no write behind a refusal whether there is room for it again, if its stream keeps order."""
+    promises, table = Promises(Trace(), {}), uuid4()
+    promises.stall_s = 3.0
+    node: Any = SimpleNamespace(name="life", superseded=False)
+    stream = StreamAcks(coalesced=False, ordered=ordered)
+    for number in range(2):
+        stream.add(Write(number, 1, table, f"w{number}", Tier.DISK, sends=1, sent_s=trio.current_time()))
+        await trio.sleep(1)
+        promises.note_room(node.name, table)
+        await trio.sleep(0.1)
+    refused = nullcontext() if ordered else pytest.raises(PromiseBroken, match="after there was room")
+    with refused:
+        for number in range(2):
+            ack = AckMessage(0, Tier.MEMORY.word, 0, error="no room", sequence=number, code="overloaded")
+            promises.take_ack(node, stream, ack)
+
+
+def test_no_marker_is_made_where_another_one_is() -> None:
+    """The checker hears of markers that are made in another warehouse, and not of one that was there."""
+    made: list[None] = []
+    warehouse, other = SimWarehouse(), uuid4()
+    warehouse.on_marker = lambda: made.append(None)
+    warehouse.exchange(other)
+    assert warehouse.make_marker(uuid4()) == other
+    assert not made
+    warehouse.exchange(None)
+    assert warehouse.make_marker(other) == other
+    assert len(made) == 1
 
 
 def test_catches_streams_bound_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

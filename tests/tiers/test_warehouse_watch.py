@@ -270,7 +270,7 @@ async def test_no_marker_without_the_table_of_a_create_whose_answer_was_lost(
 async def test_no_second_marker_while_a_table_cannot_be_read(
     world: World, nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
-    """A warehouse that this log knew before and that lost its marker: a table that the log does not know may be ours."""
+    """A warehouse that lost the marker which this log knew: a table that the log does not know may be ours."""
     world.joined, world.whole = uuid4(), False
     watch = WarehouseWatch(cast(Any, world), cast(Any, world), tuple)
     nursery.start_soon(watch.run)
