@@ -34,6 +34,7 @@ from arka.errors import ArkaError, ErrorCode, Fenced, Unavailable
 from arka.iceberg.frames import FrameRows
 from arka.options import (
     KIB,
+    MIB,
     IcebergOptions,
     IdempotencyOptions,
     Limits,
@@ -64,6 +65,7 @@ from arka.testing.simwriters import Writer
 from arka.testing.steplimit import StepLimit
 from arka.tiers.admission import Ledger
 from arka.tiers.assembly import OpenLog, Surroundings
+from arka.tiers.decoderoom import DecodeRoom
 from arka.tiers.effects import Effects
 from arka.tiers.pipeline import Pipeline
 from arka.tiers.reads import ReadRequest, read_table
@@ -180,6 +182,8 @@ class _Life:
         self.draining = False
         self.limits = world.settings.limits
         self.ledger = Ledger(world.rng.choice((6 * KIB, 64 * KIB)))
+        # So little that batches which are rewritten go one by one.
+        self.decode_room = DecodeRoom(MIB)
         self.opened = trio.Event()
         self.left = trio.Event()
         self.broken: BaseException | None = None
@@ -604,7 +608,7 @@ class _Life:
         """Hold the ledger against what it counts."""
         while True:
             await trio.sleep(0.25)
-            charged = self.ledger.statistics().charged_bytes
+            charged = self.ledger.statistics().charged_bytes + self.decode_room.used_bytes
             # Control frames and TABLE frames are nobody's message.
             if self.pipeline.memory.queued_bytes > charged + 16 * KIB:
                 self.world.promises.fail(
@@ -649,9 +653,9 @@ class _Life:
     async def _stop(self) -> None:
         """Stop as ``arka.server`` does."""
         await self.pipeline.close()
-        statistics = self.ledger.statistics()
-        if statistics.charged_bytes and self.process.alive and not self.process.frozen:
-            self.world.promises.fail(f"{statistics.charged_bytes} bytes are charged and all streams have ended")
+        charged = self.ledger.statistics().charged_bytes + self.decode_room.used_bytes
+        if charged and self.process.alive and not self.process.frozen:
+            self.world.promises.fail(f"{charged} bytes are charged and all streams have ended")
 
 
 class _World:

@@ -25,6 +25,7 @@ from arka.testing.simpromises import Node, Promises, StreamAcks, Write
 from arka.testing.simschemas import SCHEMA, WIDE, definition_of, fields_of, stream_schema, values_for
 from arka.testing.simworld import Process
 from arka.tiers.admission import Ledger
+from arka.tiers.decoderoom import DecodeRoom
 from arka.tiers.pipeline import Pipeline
 
 #: What a message is charged beside its buffer: its frame's key and padding, and its header fields.
@@ -36,6 +37,7 @@ class Server(Node, Protocol):
 
     process: Process
     ledger: Ledger
+    decode_room: DecodeRoom
     limits: Limits
     draining: bool
 
@@ -165,7 +167,12 @@ class _Session:
         self._rng = writer._rng
         self._promises = writer._promises
         self._exchange = Exchange(
-            server.pipeline, server.limits, self, find=server.pipeline.tables.find_fresh, form=AckForm.METADATA
+            server.pipeline,
+            server.limits,
+            self,
+            find=server.pipeline.tables.find_fresh,
+            form=AckForm.METADATA,
+            room=server.decode_room,
         )
         self._acks = StreamAcks(writer._coalesced)
         # Mostly what its table's default is.
