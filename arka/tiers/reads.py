@@ -260,10 +260,12 @@ async def _scan(
 def _check_not_dropped(table: Table) -> None:
     """Say of a read that failed that its table was dropped meanwhile, which takes its files away.
 
+    A drop is in the log before the files go, and is carried out whatever happens.
+
     Raises:
         ArkaError: ``table_not_found``.
     """
-    if table.state is TableState.DROPPED:
+    if table.state is TableState.DROPPED or table.drop_lsn is not None:
         what = f"Table not found: {table.info.name}: it was dropped while it was read"
         raise ArkaError(what, code=ErrorCode.TABLE_NOT_FOUND)
 

@@ -83,7 +83,9 @@ class Stream:
         if request:
             self.request(**request)
         if schema is not None:
-            self.writer.begin(schema)
+            # The server may have ended the stream already: whoever reads it gets the error.
+            with contextlib.suppress(flight.FlightError, pa.ArrowException):
+                self.writer.begin(schema)
 
     def request(self, **request: Any) -> None:
         """Send a WriteRequest alone."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -11,6 +12,7 @@ from trio.testing import MockClock
 
 from arka.errors import ArkaError, ErrorCode, Unavailable
 from arka.records import Operation, TableDefinition, TableName, TableType, Tier
+from arka.storage.ports import CatalogUnavailable
 from arka.testing.answers import CollectedAnswer
 from arka.testing.simcatalog import SimCatalog
 from arka.testing.simnode import NAME, SimNode, create_table, with_options, write, write_all
@@ -441,3 +443,30 @@ async def test_a_mark_that_others_undid_names_no_lsn(
                 await ids(pipeline, table, at_lsn=lsn)
         await trio.sleep(20)
         assert await ids(pipeline, table) == held
+
+
+async def test_a_read_while_its_table_is_dropped(autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files go before the catalog's answer comes: the reader hears of the drop already then."""
+    node = SimNode()
+    async with node.run() as pipeline:
+        table = await create_table(pipeline)
+        await write_all(pipeline, table, range(3), Tier.ICEBERG_COMMITTED)
+        purged, goes_on, drop_table = trio.Event(), trio.Event(), pipeline.tables.catalog.drop_table
+
+        async def drop_late(*args, **options):
+            purged.set()
+            await goes_on.wait()
+            return await drop_table(*args, **options)
+
+        async def scan(*args):
+            raise CatalogUnavailable("a file of the snapshot is gone")
+
+        monkeypatch.setattr(pipeline.tables.catalog, "drop_table", drop_late)
+        monkeypatch.setattr(pipeline.tables.catalog, "scan", scan)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(pipeline.tables.drop, NAME, purge=True))
+            await purged.wait()
+            with pytest.raises(ArkaError, match="dropped while it was read") as caught:
+                await read_table(pipeline, table, ReadRequest(("id",)), CollectedAnswer())
+            assert caught.value.code is ErrorCode.TABLE_NOT_FOUND
+            goes_on.set()
