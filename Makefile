@@ -56,14 +56,15 @@ demo: $(VENV)/.installed-demo ## stream 336,776 real flights to Iceberg and read
 	$(PYTHON) examples/demo.py
 
 # Three runs: the foreign toolchains alone, since they build with all cores; the simulation, test by test on the
-# cores; then all else, file by file. Tests of processes wait half of their time: three files run on two cores.
+# cores; then all else, file by file. Tests of processes wait half of their time: four files run on two cores, and
+# tests/conftest.py mixes files that wait with files that compute.
 .PHONY: test
 test: lint ## everything that CI runs: all checks of `make lint`, then pytest
 	@status=0; \
 	$(PYTHON) -m pytest -m "foreign" $(PYTEST_ARGS) || status=$$?; \
 	[ $$status -ne 5 ] || status=0; \
 	$(PYTHON) -m pytest -m "simulation and not long" -n 2 --dist worksteal $(PYTEST_ARGS) || { ran=$$?; [ $$ran -eq 5 ] || status=$$ran; }; \
-	$(PYTHON) -m pytest -m "$(QUICK)" -n 3 --dist loadfile $(PYTEST_ARGS) \
+	$(PYTHON) -m pytest -m "$(QUICK)" -n 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS) \
 		|| status=$$?; \
 	if [ -n "$(PYTEST_STATUS)" ]; then echo $$status > "$(PYTEST_STATUS)"; else exit $$status; fi
 

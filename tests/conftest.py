@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import structlog
@@ -14,6 +15,24 @@ from arka.settings import SETTINGS
 # A deadline is a timed assertion; a shared machine breaks those.
 settings.register_profile("arka", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("arka")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where several files run at a time, mix those that wait for servers with those that compute, to the end."""
+    if not hasattr(config, "workerinput"):
+        return
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    order: list[tuple[float, Path]] = []
+    for waits in (False, True):
+        kind = [path for path, found in files.items() if waits == (found[0].get_closest_marker("process") is not None)]
+        total, before = sum(len(files[path]) for path in kind), 0
+        for path in sorted(kind, key=lambda path: (-len(files[path]), path)):
+            order.append((before / total, path))
+            before += len(files[path])
+    items[:] = [item for _, path in sorted(order) for item in files[path]]
 
 
 @pytest.fixture(autouse=True)
