@@ -442,7 +442,8 @@ class Promises:
             table: what was read.
             through_lsn: the last LSN that its table's writes had been given when the read began.
             keys: each row's ``id`` and ``part``.
-            refused: the writes that were refused when the read began; a write may be set aside while it goes on.
+            refused: the writes that were refused when the read began. While it goes on one may be sent again, and
+                others may be set aside.
         """
         self._trace.note(f"read: {node.name} {table} through {through_lsn}: {len(keys)} rows")
         found = Counter(number for number, _ in keys)
@@ -455,7 +456,7 @@ class Promises:
                 self.fail(f"a read of table {table} found rows of write {number}, which is not its own")
             elif rows > write.rows or (rows < write.rows and not any((number, n) in doomed for n in range(write.rows))):
                 self.fail(f"a read of table {table} found {rows} of {write.rows} rows of write {number}")
-            elif number in refused:
+            elif number in refused and write.refused:
                 self.fail(f"a read of table {table} found write {number}, which was refused")
         told = {n: lsn for n, lsn in self._told.get(node.name, {}).items() if lsn <= through_lsn}
         for number, lsn in told.items():
