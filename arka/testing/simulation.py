@@ -930,7 +930,7 @@ class _World:
 
     def _mark_again(self) -> None:
         """Put the marks that others removed where they were."""
-        for found in self.weather.tables._tables.values():
+        for found in (*self.weather.tables._tables.values(), *(table for _, table in self.weather._vanished)):
             if found.info.uuid in self._unmarked and not found.marks:
                 found.marks.update(self._unmarked[found.info.uuid])
 

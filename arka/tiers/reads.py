@@ -14,7 +14,7 @@ import trio
 
 from arka.errors import ArkaError, DataCorruption, ErrorCode, Unavailable
 from arka.records import MAX_LSN
-from arka.storage.ports import Answer, CatalogUnavailable, ReadJob, TableFrames, TableMissing
+from arka.storage.ports import Answer, CatalogUnavailable, ReadJob, StoreUnavailable, TableFrames, TableMissing
 from arka.tiers.backlog import Backlog, Cut
 from arka.tiers.pipeline import Pipeline
 from arka.tiers.table import Table, TableState
@@ -149,6 +149,7 @@ async def _cut(pipeline: Pipeline, table: Table, through_lsn: int, held: AsyncEx
     Raises:
         ArkaError: ``too_large``; ``table_not_found``: it was dropped meanwhile.
         AdmissionRejected: the disk has no room.
+        Fenced: another process has taken the log over.
         DataCorruption: something that holds frames of it is damaged or gone.
     """
     committed_lsn = table.committed.lsn
@@ -159,6 +160,11 @@ async def _cut(pipeline: Pipeline, table: Table, through_lsn: int, held: AsyncEx
         behind = await held.enter_async_context(pipeline.tables.apart.copied(table, pipeline.copy_room))
     except DataCorruption:
         _check_not_dropped(table)
+        try:
+            # Who takes the log over deletes what it has committed.
+            await pipeline.uplink.verify()
+        except StoreUnavailable as error:
+            raise Unavailable(f"{table.info.name} cannot be read now: {error}") from error
         raise
     # No wait between looking and pinning: what the table still needs is in the log now.
     tail = _frames_of(pipeline, table, through_lsn, behind)

@@ -64,6 +64,8 @@ _CATALOG_RETRY_S: Final = 1.0
 _DROP_RETRY_S: Final = 10.0
 #: Pause between two looks for a table to which others gave a name that Arka cannot spell, in seconds.
 _MISNAMED_RETRY_S: Final = 3.0
+#: Pause between two questions who has the log, while the object store is away, in seconds.
+_VERIFY_AGAIN_S: Final = 1.0
 #: How long a start removes what is left of tables that are gone, in seconds.
 _FORGET_S: Final = 10.0
 
@@ -653,12 +655,20 @@ class Tables:
     async def _tend(self, table: Table) -> None:
         """Commit a table for as long as that goes, then park what it has.
 
-        A file or an object that is damaged or gone is the trouble of the table whose frames it holds (R33).
+        A file or an object that is damaged or gone is the trouble of the table whose frames it holds (R33), while this
+        process has the newest epoch: one that took the log over deletes what it has committed (R10).
+
+        Raises:
+            Fenced: another process has it.
         """
+        damage: DataCorruption | None = None
         try:
             await self._commit(table)
         except* DataCorruption as group:
-            stop_damaged(table, first_damage(group))
+            damage = first_damage(group)
+        if damage is not None:
+            await self._wait_verified()
+            stop_damaged(table, damage)
         if table.state is TableState.STOPPED:
             try:
                 await self._parking.park(table)
@@ -666,6 +676,20 @@ class Tables:
                 log.warning(
                     "table.not_parked", table=str(table.info.name), reason=error.detail, hint="the log keeps it"
                 )
+
+    async def _wait_verified(self) -> None:
+        """Wait until the object store says that this process has the newest epoch.
+
+        Raises:
+            Fenced: another process has it.
+        """
+        while True:
+            try:
+                await self._verify()
+            except StoreUnavailable:
+                await trio.sleep(_VERIFY_AGAIN_S)
+            else:
+                return
 
     async def _commit(self, table: Table) -> None:
         """Commit a table for as long as that goes.

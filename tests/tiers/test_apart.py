@@ -10,12 +10,13 @@ import trio
 from structlog.testing import capture_logs
 from trio.testing import MockClock
 
-from arka.errors import AdmissionRejected, ArkaError, ErrorCode
+from arka.errors import AdmissionRejected, ArkaError, ErrorCode, Fenced
 from arka.options import KIB
 from arka.records import TableName, Tier
 from arka.testing.answers import CollectedAnswer
 from arka.testing.simnode import SimNode, create_table, with_options, write, write_some
 from arka.testing.simwriters import definition_of
+from arka.tiers.epochrecords import epoch_key
 from arka.tiers.parking import Parking
 from arka.tiers.pipeline import Pipeline
 from arka.tiers.reads import ReadRequest, read_table
@@ -324,3 +325,41 @@ async def test_a_read_of_what_is_dropped_meanwhile(autojump_clock: MockClock, mo
             await pipeline.tables.drop(SLOW, purge=False)
             await wait_until(lambda: not node.keys_of("behind"))
             dropped.set()
+
+
+def take_over(node: SimNode) -> None:
+    """Another process takes the log over, commits what is set apart and deletes it; this one does not know yet."""
+    node.store.objects[epoch_key("n", 1_000)] = b""
+    for key in node.keys_of("behind"):
+        del node.store.objects[key]
+
+
+async def test_a_reader_of_a_log_that_was_taken_over_hears_of_that(autojump_clock: MockClock) -> None:
+    """What is gone was committed by its new owner (R10): that is no damage."""
+    node = SimNode(SETTINGS)
+    async with node.run() as pipeline:
+        slow, _ = await set_apart(node, pipeline)
+        node.catalog.unreadable.discard(SLOW)
+        await pipeline.tables._tenders[slow.info.uuid].end()
+        take_over(node)
+        with pytest.raises(Fenced):
+            await read_table(pipeline, slow, ReadRequest(("id",)), CollectedAnswer())
+
+
+async def test_a_table_of_a_log_that_was_taken_over_is_not_called_damaged(autojump_clock: MockClock) -> None:
+    """The process ends; its streams hear that the log has another owner, not that their table is stopped."""
+    node = SimNode(SETTINGS)
+    found: list[Table] = []
+
+    async def be_superseded() -> None:
+        async with node.run() as pipeline:
+            found.append((await set_apart(node, pipeline))[0])
+            take_over(node)
+            node.catalog.unreadable.discard(SLOW)
+            await trio.sleep(60)
+
+    with capture_logs() as logs, pytest.raises(ExceptionGroup) as caught:
+        await be_superseded()
+    assert caught.group_contains(Fenced)
+    assert found[0].state is TableState.ACTIVE
+    assert not [entry for entry in logs if entry["event"] == "table.stopped"]
