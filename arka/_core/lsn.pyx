@@ -60,13 +60,16 @@ cdef class LsnAllocator:
         """How many LSNs may be given before the ceiling has to rise."""
         return self._ceiling - self._next
 
-    def allocate(self):
+    def allocate(self, uint64_t leave=0):
         """Give the next LSN.
 
+        Args:
+            leave: how many have to be left below the ceiling after it.
+
         Raises:
-            LsnExhausted: the ceiling is reached.
+            LsnExhausted: the ceiling is reached, or fewer would be left.
         """
-        if self._next >= self._ceiling:
+        if self._next >= self._ceiling or self._ceiling - self._next <= leave:
             raise LsnExhausted(
                 f"All LSNs below the reserved ceiling {self._ceiling} are given: wait until it is raised"
             )

@@ -72,10 +72,14 @@ class OpenCreates:
         return [create.lsn for create in self._open.values()]
 
     def begin(self, definition: TableDefinition, suffix: str) -> int:
-        """Put an intent into the log; returns its LSN."""
+        """Put an intent into the log; returns its LSN.
+
+        Raises:
+            LsnExhausted: no LSN can be given now.
+        """
         name = definition.name
         record = CreateRecord(name.namespace, name.name, suffix, definition=_encode(definition))
-        lsn = self._memory.append_control(KIND_CREATE, msgspec.msgpack.encode(record))
+        lsn = self._memory.append_control(KIND_CREATE, msgspec.msgpack.encode(record), begins=True)
         self._open[suffix] = PendingCreate(lsn, suffix, definition)
         return lsn
 

@@ -109,9 +109,13 @@ def log_created(memory: MemoryTier, info: TableInfo, location_suffix: str) -> in
 
 
 def log_drop(memory: MemoryTier, info: TableInfo, *, purge: bool) -> int:
-    """Put the record of a drop that is to be done into the log; returns its LSN."""
+    """Put the record of a drop that is to be done into the log; returns its LSN.
+
+    Raises:
+        LsnExhausted: no LSN can be given now.
+    """
     record = DropRecord(info.name.namespace, info.name.name, str(info.uuid), purge)
-    return memory.append_control(KIND_DROP, msgspec.msgpack.encode(record))
+    return memory.append_control(KIND_DROP, msgspec.msgpack.encode(record), begins=True)
 
 
 def log_drop_done(memory: MemoryTier, table: UUID) -> int:

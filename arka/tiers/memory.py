@@ -9,6 +9,7 @@ the message before it invited it).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import trio
 
@@ -18,6 +19,10 @@ from arka._core.lsn import LsnAllocator
 from arka.records import Operation, Releasable, TableInfo
 from arka.tiers.keys import KeyIndex
 from arka.tiers.watermarks import now_us
+
+#: LSNs that neither writes nor what clients ask for may take. While no higher ceiling can be reserved (R31), the
+#: outcome of what is under way is recorded with them: as many as actions run at a time, and some.
+_LEFT_FOR_OUTCOMES: Final = 128
 
 
 @dataclass(slots=True)
@@ -109,7 +114,7 @@ class MemoryTier:
                 if charge is not None:
                     charge.release()
                 return Appended(first.lsn, duplicate=True, key_reused=first.digest != digest)
-        lsn = self._allocator.allocate()
+        lsn = self._allocator.allocate(_LEFT_FOR_OUTCOMES)
         if key:
             self._keys.insert(table.uuid, key, lsn, digest)
         frame = Frame(
@@ -126,9 +131,22 @@ class MemoryTier:
         self._push(frame, charge, urgent=urgent)
         return Appended(lsn)
 
-    def append_control(self, kind: int, payload: bytes, table: TableInfo | None = None) -> int:
-        """Put a control record (create, drop, lost range) into the log's order; returns its LSN."""
-        lsn = self._allocator.allocate()
+    def append_control(self, kind: int, payload: bytes, table: TableInfo | None = None, *, begins: bool = False) -> int:
+        """Put a control record (create, drop, lost range) into the log's order.
+
+        Args:
+            kind: of the record.
+            payload: what it says.
+            table: whose it is; None for none of them.
+            begins: whether it begins something that a client has asked for. What is begun can record its outcome.
+
+        Returns:
+            Its LSN.
+
+        Raises:
+            LsnExhausted: see ``append``; of a record that begins something, earlier.
+        """
+        lsn = self._allocator.allocate(_LEFT_FOR_OUTCOMES if begins else 0)
         self._push(Frame(kind, lsn, table=table, payload=payload, accepted_us=now_us()), None, urgent=True)
         return lsn
 

@@ -992,7 +992,12 @@ class Tables:
                 return
             if table.drop_lsn is None:
                 # The record stays in the log until the catalog has done it: a restart finishes it.
-                table.drop_lsn = ddl.log_drop(self._memory, info, purge=purge)
+                try:
+                    table.drop_lsn = ddl.log_drop(self._memory, info, purge=purge)
+                except Unavailable as error:
+                    # No LSN can be given now (R31): nothing was done.
+                    done.set(error)
+                    return
                 table.coming = ddl.dropped(info)
             await self._disk.wait_reached(table.drop_lsn)
             await failpoints.reach("drop.recorded")

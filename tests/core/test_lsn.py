@@ -80,3 +80,14 @@ def test_ceiling_only_rises(moves: list[int | None]) -> None:
             assert allocator.ceiling == ceiling + move
         assert allocator.last < allocator.ceiling
     assert given_lsns == list(range(1, len(given_lsns) + 1))
+
+
+def test_leaves_some_for_others() -> None:
+    """Who asks for a new thing leaves LSNs for the outcome of others; they can all be given."""
+    allocator = LsnAllocator(1, 11)
+    assert [allocator.allocate(4) for _ in range(6)] == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(LsnExhausted):
+        allocator.allocate(4)
+    assert [allocator.allocate() for _ in range(4)] == [7, 8, 9, 10]
+    with pytest.raises(LsnExhausted):
+        allocator.allocate()
