@@ -235,10 +235,10 @@ class Adoption:
             try:
                 from_lsn = ddl.log_created(self._memory, info, info.location[-8:])
             except Unavailable as error:
-                # No LSN can be given now, so that no write is accepted as the table was: the next answer counts (R31).
-                log.warning("table.not_adopted", table=str(info.name), reason=str(error))
-                table.adopted_at = NEVER
-                return
+                # No LSN can be given now (R31). A stream that opens meanwhile may write once there are some again: it
+                # is bound to the table as it is now (R27).
+                log.info("table.not_recorded", table=str(info.name), reason=str(error))
+                ddl.owe_created(self._memory, info, info.location[-8:])
         table.bind(info, from_lsn)
 
 

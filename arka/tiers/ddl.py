@@ -104,8 +104,17 @@ def parse_drop(payload: bytes) -> DropRecord:
 
 def log_created(memory: MemoryTier, info: TableInfo, location_suffix: str) -> int:
     """Put a CREATE record with the table that was made into the log; returns its LSN."""
+    return memory.append_control(KIND_CREATE, _created(info, location_suffix))
+
+
+def owe_created(memory: MemoryTier, info: TableInfo, location_suffix: str) -> None:
+    """Let a CREATE record as ``log_created`` makes it precede the next write, for which there is no LSN now."""
+    memory.owe(info.uuid, KIND_CREATE, _created(info, location_suffix))
+
+
+def _created(info: TableInfo, location_suffix: str) -> bytes:
     record = CreateRecord(info.name.namespace, info.name.name, location_suffix, info.to_bytes())
-    return memory.append_control(KIND_CREATE, msgspec.msgpack.encode(record))
+    return msgspec.msgpack.encode(record)
 
 
 def log_drop(memory: MemoryTier, info: TableInfo, *, purge: bool) -> int:
@@ -292,6 +301,7 @@ __all__ = [
     "log_drop",
     "log_drop_done",
     "new_location_suffix",
+    "owe_created",
     "parse_create",
     "parse_created",
     "parse_drop",

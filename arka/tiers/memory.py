@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Final
+from uuid import UUID
 
 import trio
 
@@ -67,6 +68,8 @@ class MemoryTier:
         self._enough_bytes = 0
         self._hurry = trio.Event()
         self._closed = False
+        # Control records that had no LSN when they came, by table: kind and payload.
+        self._owed: dict[UUID, tuple[int, bytes]] = {}
 
     @property
     def last_lsn(self) -> int:
@@ -114,7 +117,7 @@ class MemoryTier:
                 if charge is not None:
                     charge.release()
                 return Appended(first.lsn, duplicate=True, key_reused=first.digest != digest)
-        lsn = self._allocator.allocate(_LEFT_FOR_OUTCOMES)
+        lsn = self._next_lsn(_LEFT_FOR_OUTCOMES)
         if key:
             self._keys.insert(table.uuid, key, lsn, digest)
         frame = Frame(
@@ -146,9 +149,19 @@ class MemoryTier:
         Raises:
             LsnExhausted: see ``append``; of a record that begins something, earlier.
         """
-        lsn = self._allocator.allocate(_LEFT_FOR_OUTCOMES if begins else 0)
+        lsn = self._next_lsn(_LEFT_FOR_OUTCOMES if begins else 0)
         self._push(Frame(kind, lsn, table=table, payload=payload, accepted_us=now_us()), None, urgent=True)
         return lsn
+
+    def owe(self, table: UUID, kind: int, payload: bytes) -> None:
+        """Put a control record into the log once LSNs are given again, in front of all else.
+
+        Args:
+            table: what it is about; of two records for one table the later one stands.
+            kind: its kind.
+            payload: its payload.
+        """
+        self._owed[table] = kind, payload
 
     def take_group(self, group_bytes: int) -> Group:
         """Take what waits, in order: at least one frame if any waits, about ``group_bytes`` at most."""
@@ -202,6 +215,14 @@ class MemoryTier:
         self._closed = True
         self._arrived.set()
         self._hurry.set()
+
+    def _next_lsn(self, leave: int) -> int:
+        """Give the next LSN behind those of the records that are owed, if so many are left after it."""
+        while self._owed:
+            lsn = self._allocator.allocate()
+            kind, payload = self._owed.pop(next(iter(self._owed)))
+            self._push(Frame(kind, lsn, payload=payload, accepted_us=now_us()), None, urgent=True)
+        return self._allocator.allocate(leave)
 
     def _push(self, frame: Frame, charge: Releasable | None, *, urgent: bool) -> None:
         self._frames.append(frame)

@@ -210,7 +210,12 @@ class Table:
             self._bindings[-1] = replace(self._bindings[-1], info=info)
         else:
             ends = [binding.from_lsn - 1 for binding in self._bindings[1:]] + [from_lsn - 1]
-            waiting = [binding for binding, end in zip(self._bindings, ends, strict=True) if end > self.committed.lsn]
+            # Nothing was accepted under one that begins where the new one does.
+            waiting = [
+                binding
+                for binding, end in zip(self._bindings, ends, strict=True)
+                if end > self.committed.lsn and binding.from_lsn <= end
+            ]
             self._bindings = [*waiting, Binding(from_lsn, info)]
         self.info = info
         self.learn_schema(info.schema_id, info.schema)

@@ -14,6 +14,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from arka._core.lsn import LsnAllocator
 from arka._core.wire import FlightMessage
 from arka.errors import ArkaError, ErrorCode, Unavailable
 from arka.flight.acks import AckForm
@@ -23,8 +24,8 @@ from arka.records import FIELD_ID_KEY, AckMessage, TableDefinition, TableInfo, T
 from arka.storage.ports import CatalogTable, CommitJob, CommitResult
 from arka.storage.threads import Job
 from arka.testing.simcatalog import SimCatalog
-from arka.testing.simnode import NAME, SimNode, create_table, with_options, write
-from arka.testing.simwriters import flight_messages, frame_buffer, parse_acks
+from arka.testing.simnode import NAME, SimNode, create_table, with_options
+from arka.testing.simwriters import SCHEMA, flight_messages, frame_buffer, parse_acks
 from arka.tiers.admission import Ledger
 from arka.tiers.memory import MemoryTier
 from arka.tiers.pipeline import Pipeline
@@ -638,7 +639,7 @@ async def test_a_table_type_that_others_set_has_no_effect(autojump_clock: MockCl
 
 
 async def test_no_lsn_for_what_was_adopted(autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While no LSN can be given, others' changes wait: commits go on, and no table is stopped for it (R31)."""
+    """While no LSN can be given, commits go on with what others changed, and no table is stopped for it (R31)."""
 
     def refuse(*_: object) -> int:
         raise Unavailable("All LSNs are given")
@@ -650,13 +651,44 @@ async def test_no_lsn_for_what_was_adopted(autojump_clock: MockClock, monkeypatc
         with monkeypatch.context() as patch:
             patch.setattr(MemoryTier, "append_control", refuse)
             for number in range(6):
-                write(pipeline, table, number)
+                async with stream(pipeline, SCHEMA) as opened:
+                    await opened.write((number, 0, "x"))
                 change(node, with_new(f"n{number}", pa.int64()))
                 await pipeline.flush(table, Tier.ICEBERG_COMMITTED)
                 await trio.sleep(3)
                 await pipeline.tables.find_fresh(NAME, max_age_s=0)
-                assert table.info.schema_id == known
+                assert table.info.schema_id == known + number + 1
                 assert table.state is TableState.ACTIVE
         found = await pipeline.tables.find_fresh(NAME)
         assert found.info.schema_id == known + 6
         assert node.ids() == list(range(6))
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+async def test_a_stream_that_opens_while_no_lsn_can_be_given(autojump_clock: MockClock, turns: int) -> None:
+    """It means the columns that the table has, and so do its writes once there are LSNs again (R27, R31)."""
+    node = SimNode(with_options(iceberg__commit_interval_s=3600.0))
+    async with node.run() as pipeline:
+        table = await make(pipeline)
+        async with stream(pipeline, PEOPLE) as old:
+            await old.write((1, "F", "L"))
+            memory = pipeline.memory
+            allocator = memory._allocator = LsnAllocator(memory.last_lsn + 1, memory.last_lsn + 1)
+            for _ in range(turns):
+                change(node, SWAP)
+                await trio.sleep(1.1)
+                await pipeline.tables.find_fresh(NAME)
+            names = table.info.schema.names
+            assert names == node.catalog.rows(NAME).column_names
+            async with stream(pipeline, PEOPLE) as new:
+                with pytest.raises(Unavailable, match="LSNs"):
+                    await new.write((2, "F", "L"))
+            async with stream(pipeline, PEOPLE) as new:
+                allocator.raise_ceiling(allocator.ceiling + 100)
+                await new.write((3, "F", "L"))
+            await pipeline.flush(table, Tier.ICEBERG_COMMITTED)
+        first = dict(zip(names, (1, "F", "L"), strict=True))
+        assert node.catalog.rows(NAME).to_pylist() == [first, {"id": 3, "first": "F", "last": "L"}]
+    node.weather.away = True
+    async with node.run() as pipeline:
+        assert (await pipeline.tables.find(NAME)).info.schema.names == names

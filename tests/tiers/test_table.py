@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from uuid import UUID, uuid4
 
@@ -11,7 +12,8 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from arka._core.lsn import LsnAllocator
+from arka._core.framing import KIND_CREATE, KIND_DROP
+from arka._core.lsn import LsnAllocator, LsnExhausted
 from arka.errors import ErrorCode, Fenced, InternalError
 from arka.lineage import NO_STARTS
 from arka.options import IcebergOptions
@@ -287,3 +289,31 @@ async def test_an_outage_slows_nothing_down(autojump_clock: MockClock, bench: Be
     waited = trio.current_time()
     await bench.table.committed.wait_reached(6)
     assert trio.current_time() - waited < 1
+
+
+def test_nothing_was_accepted_between_two_changes_without_a_write() -> None:
+    """Of schemas that came one after another without a write, the last one alone is what writes are bound to (R24)."""
+    table = Bench().table
+    first = table.info
+    for schema_id in (1, 2, 3):
+        table.bind(replace(first, schema_id=schema_id), 5)
+    found = [(info.schema_id, last_lsn) for info, last_lsn in table.bindings(0, 9)]
+    assert found == [(0, 4), (3, 9)]
+
+
+def test_what_is_owed_comes_first() -> None:
+    """Records that had no LSN precede what comes once there are some, drops too; one for each table (R5, R31)."""
+    allocator = LsnAllocator(1, 1)
+    memory = MemoryTier(allocator, KeyIndex(60.0, limit=1000))
+    one, other = uuid4(), uuid4()
+    for table, payload in ((one, b"old"), (other, b"other"), (one, b"new")):
+        memory.owe(table, KIND_CREATE, payload)
+    for ceiling in (1, 2, 3):
+        allocator.raise_ceiling(ceiling)
+        with pytest.raises(LsnExhausted):
+            memory.append_control(KIND_DROP, b"drop")
+    allocator.raise_ceiling(4)
+    assert memory.append_control(KIND_DROP, b"drop") == 3
+    frames = memory.take_group(1 << 20).frames
+    assert [(frame.lsn, frame.kind) for frame in frames] == [(1, KIND_CREATE), (2, KIND_CREATE), (3, KIND_DROP)]
+    assert [frame.payload for frame in frames] == [b"new", b"other", b"drop"]
