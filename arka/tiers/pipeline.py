@@ -201,8 +201,17 @@ class Pipeline:
         await self.uplink.wait_connected()
         tables = self.tables
         await self._release.run(
-            self.needed_from, tables.remembered, self._quiet_tables, tables.elsewhere, tables.set_aside
+            self.needed_from,
+            tables.remembered,
+            self._quiet_tables,
+            tables.elsewhere,
+            tables.set_aside,
+            self._wait_stored,
         )
+
+    async def _wait_stored(self) -> None:
+        """Wait until the store has what is on the disk now. What is not there yet may need room that is let go of."""
+        await self._marks.objects.wait_reached(self._marks.disk.lsn)
 
     def _quiet_tables(self) -> tuple[int, list[UUID]]:
         quiet = [table.info.uuid for table in self.tables.all() if table.quiet]

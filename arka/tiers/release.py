@@ -198,6 +198,7 @@ class LogRelease:
         self._quiet: Callable[[], tuple[int, Iterable[UUID]]] = lambda: (0, ())
         self._elsewhere: Callable[[], Elsewhere | None] = lambda: None
         self._asides: Callable[[], Mapping[UUID, Iterable[int]]] = dict
+        self._wait_stored: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
         self._retention_us = int(retention_s * 1e6)
         self._grace_s = grace_s
         # Oldest first; the last one may be active.
@@ -251,6 +252,7 @@ class LogRelease:
         quiet: Callable[[], tuple[int, Iterable[UUID]]] = lambda: (0, ()),
         elsewhere: Callable[[], Elsewhere | None] = lambda: None,
         asides: Callable[[], Mapping[UUID, Iterable[int]]] = dict,
+        wait_stored: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint,
     ) -> None:
         """Look for what may go, until cancelled. Outages are waited for.
 
@@ -261,6 +263,7 @@ class LogRelease:
             elsewhere: returns the objects with frames that may be in the object store only, by table (R33, R38); None
                 if nobody can say.
             asides: returns the LSNs that are set aside, by table (R32).
+            wait_stored: waits until the object store has all of the log that is on the disk now.
 
         Raises:
             Fenced: another process owns the log.
@@ -271,6 +274,7 @@ class LogRelease:
         self._quiet = quiet
         self._elsewhere = elsewhere
         self._asides = asides
+        self._wait_stored = wait_stored
         while True:
             await trio.sleep(_POLL_S)
             # Also of tables that nobody commits to any more.
@@ -353,6 +357,9 @@ class LogRelease:
             if fields >= _STEP_FIELDS:
                 fields = 0
                 await trio.lowlevel.checkpoint()
+        # A drop counts here once the catalog has done it, and its record is on the disk by then. If this disk were lost
+        # with the record, the log would bring the table back, and its keys and frames would be gone.
+        await self._wait_stored()
         body = msgspec.msgpack.encode(record)
         key = f"{self._node_id}/checkpoint/{self._epoch():010d}/{through_lsn:016d}"
         await failpoints.reach("release.begin")

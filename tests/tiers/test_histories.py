@@ -534,6 +534,42 @@ async def test_node_loss_before_a_drop_is_in_the_store(
     assert node.ids() == list(range(60))
 
 
+async def test_node_loss_after_a_drop_that_is_not_in_the_store(autojump_clock: MockClock) -> None:
+    """A dropped table that the loss of the disk brings back has its keys (R12, R21)."""
+    node = SimNode(with_options(iceberg__commit_interval_s=3600.0))
+    async with node.run() as pipeline:
+        table = await create_table(pipeline)
+        await write_all(pipeline, table, range(60), Tier.OBJECT_STORAGE)
+        first = write(pipeline, table, 0, b"k0")
+        assert first.duplicate
+        node.store.plan("put_new", *[Fault(Outcome.REFUSED)] * 10_000, key="/wal/")
+        await pipeline.tables.drop(NAME, purge=False)
+        # Time for a checkpoint, and for what it lets go of.
+        await trio.sleep(120)
+    node.store.calm()
+    node.lose_disk()
+    node.weather.away = True
+    async with node.run() as pipeline:
+        table = await pipeline.tables.find(NAME)
+        again = write(pipeline, table, 0, b"k0")
+        assert (again.lsn, again.duplicate) == (first.lsn, True)
+
+
+async def test_a_drop_that_reaches_the_store_late_lets_go_of_the_log(autojump_clock: MockClock) -> None:
+    """What a dropped table had in the log goes once its drop is in the store (R12)."""
+    node = SimNode(with_options(iceberg__commit_interval_s=3600.0))
+    async with node.run() as pipeline:
+        table = await create_table(pipeline)
+        await write_all(pipeline, table, range(60), Tier.OBJECT_STORAGE)
+        node.store.plan("put_new", *[Fault(Outcome.REFUSED)] * 10_000, key="/wal/")
+        await pipeline.tables.drop(NAME, purge=False)
+        await trio.sleep(120)
+        assert node.keys_of("checkpoint") == []
+        node.store.calm()
+        await trio.sleep(120)
+        assert node.keys_of("checkpoint")
+
+
 async def test_drop_of_a_name_that_a_table_no_longer_has(autojump_clock: MockClock) -> None:
     """DropTable gives up no writes of a table that others renamed meanwhile: it is still there (R5)."""
     node = SimNode()
