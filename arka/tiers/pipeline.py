@@ -210,8 +210,8 @@ class Pipeline:
         )
 
     async def _wait_stored(self) -> None:
-        """Wait until the store has what is on the disk now. What is not there yet may need room that is let go of."""
-        await self._marks.objects.wait_reached(self._marks.disk.lsn)
+        """Wait until the store has the record of each drop that is done; nothing else holds a release back."""
+        await self._marks.objects.wait_reached(self.tables.dropped_lsn)
 
     def _quiet_tables(self) -> tuple[int, list[UUID]]:
         quiet = [table.info.uuid for table in self.tables.all() if table.quiet]

@@ -263,7 +263,7 @@ class LogRelease:
             elsewhere: returns the objects with frames that may be in the object store only, by table (R33, R38); None
                 if nobody can say.
             asides: returns the LSNs that are set aside, by table (R32).
-            wait_stored: waits until the object store has all of the log that is on the disk now.
+            wait_stored: waits until the object store has the record of each drop that is done.
 
         Raises:
             Fenced: another process owns the log.

@@ -180,6 +180,8 @@ class Tables:
         self._by_name: dict[TableName, Table] = {}
         # Creates whose outcome is not in the log: those of an earlier process are finished here (R41).
         self._creates = OpenCreates(memory)
+        #: No record that says of a drop that it is done has a higher LSN than this.
+        self.dropped_lsn = 0
         # Tables that this process dropped: whoever loaded one meanwhile must not bring it back.
         self._dropped: set[UUID] = set()
         # Drops that an earlier process wrote into the log, and the catalog may not have done.
@@ -457,6 +459,9 @@ class Tables:
                 self._add(table)
                 self._by_name[info.name] = self._by_uuid[info.uuid]
         self._orphans = {uuid for uuid in dropped if uuid not in self._by_uuid}
+        if self._orphans:
+            # Where their records stand in the log is not known: no further than it was recovered.
+            self.dropped_lsn = self._disk.lsn
         self._marks.keep(self._by_uuid)
 
     async def reconcile(self) -> None:
@@ -1013,7 +1018,7 @@ class Tables:
             await failpoints.reach("drop.done")
             # Only now is it true whatever happens: until the catalog has done it, the loss of this disk undoes it.
             table.end(ddl.dropped(info))
-            noted_lsn = ddl.log_drop_done(self._memory, info.uuid)
+            noted_lsn = self.dropped_lsn = ddl.log_drop_done(self._memory, info.uuid)
             await self._disk.wait_reached(noted_lsn)
             await failpoints.reach("drop.noted")
             self._dropped.add(info.uuid)
@@ -1069,7 +1074,7 @@ class Tables:
             await ddl.drop_table(self.catalog, name, uuid, purge=self._pending_drops[uuid].purge)
             log.info("table.drop_finished", table=str(name))
         # Also of one that was gone: whoever registers it again does not mean it to be dropped again.
-        ddl.log_drop_done(self._memory, uuid)
+        self.dropped_lsn = ddl.log_drop_done(self._memory, uuid)
         self._dropped.add(uuid)
         del self._pending_drops[uuid]
 

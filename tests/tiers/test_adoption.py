@@ -684,7 +684,7 @@ async def test_a_stream_that_opens_while_no_lsn_can_be_given(autojump_clock: Moc
                 with pytest.raises(Unavailable, match="LSNs"):
                     await new.write((2, "F", "L"))
             async with stream(pipeline, PEOPLE) as new:
-                allocator.raise_ceiling(allocator.ceiling + 100)
+                allocator.raise_ceiling(allocator.ceiling + 1_000)
                 await new.write((3, "F", "L"))
             await pipeline.flush(table, Tier.ICEBERG_COMMITTED)
         first = dict(zip(names, (1, "F", "L"), strict=True))
