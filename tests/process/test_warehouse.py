@@ -197,6 +197,7 @@ def test_start_without_the_warehouse(make_server: Callable[..., ServerProcess], 
 def test_another_warehouse_in_its_place(make_server: Callable[..., ServerProcess], tmp_path: Path) -> None:
     """A warehouse with another marker is not taken for the own one, though it is whole."""
     others = make_server(data="others").start()
+    wait_for((others.data / "warehouse" / "arka-warehouse.json").exists, "it is marked")
     others.stop()
     server = make_server(iceberg__commit_interval_s=0.05).start()
     with connect(server.location) as client:
