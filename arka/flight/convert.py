@@ -75,8 +75,9 @@ class DictionaryValues:
         """
         self.raw = values
         self._known: dict[pa.DataType, tuple[pa.Array, pa.Array | None, int]] = {}
-        # Why all of them cannot be converted, by target and path: found out once, like the values.
-        self._refused: dict[tuple[pa.DataType, str], InvalidRequest] = {}
+        # Why all of them cannot be converted, by target, and the path that it names: found out once, like the values.
+        # Thousands of columns may share a dictionary.
+        self._refused: dict[pa.DataType, tuple[str, InvalidRequest]] = {}
 
     def as_type(self, target: pa.DataType, path: str, cast: Callable[[pa.Array], pa.Array]) -> tuple[pa.Array, int]:
         """Return the values in a table's type, and the longest one's bytes where they vary (else 0).
@@ -91,12 +92,15 @@ class DictionaryValues:
         """
         known = self._known.get(target)
         if known is None:
-            if (refusal := self._refused.get((target, path))) is not None:
-                raise refusal.with_traceback(None)
+            if (refusal := self._refused.get(target)) is not None:
+                named, error = refusal
+                if named == path:
+                    raise error.with_traceback(None)
+                raise InvalidRequest(error.detail.replace(quote(named), quote(path), 1), code=error.code)
             try:
                 values = self.raw if self.raw.type == target else cast(self.raw)
             except InvalidRequest as error:
-                self._refused[target, path] = error
+                self._refused[target] = path, error
                 raise
             varies = pa.types.is_string(target) or pa.types.is_binary(target)
             lengths = pc.binary_length(values).cast(pa.int64()) if varies else None
@@ -276,12 +280,14 @@ class Converter:
     def _decode(self, array: pa.Array, step: Step) -> pa.Array:
         """Replace indices by their values, once it is known how long those are together."""
         held: DictionaryValues | None
-        if isinstance(array, pa.DictionaryArray):
-            indices, held = array.indices, DictionaryValues(plain_array(array.dictionary))
-        else:
-            indices, held = array, self._dictionaries(step.slot)
+        indices = array.indices if isinstance(array, pa.DictionaryArray) else array
         if indices.null_count == len(indices):
+            # Nothing is done with values that no row names.
             return self.nulls(len(indices), step)
+        if isinstance(array, pa.DictionaryArray):
+            held = DictionaryValues(plain_array(array.dictionary))
+        else:
+            held = self._dictionaries(step.slot)
         if held is None:
             raise invalid_batch(step.path, "its dictionary has not been sent")
         try:

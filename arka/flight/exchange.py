@@ -138,7 +138,7 @@ class Exchange:
             room: for what batches decode to; one of the stream's own if None.
         """
         self._decode_room = room or DecodeRoom(limits.memory_bytes)
-        # The most that a batch of the stream has decoded to.
+        # What the stream's last batches have decoded to.
         self._decoded_bytes = 0
         self._unread = unread or Unread(UnreadShare(limits.unread_bytes), None)
         self._keep = keep
@@ -616,7 +616,7 @@ class Exchange:
             self._give_room_back(message)
         else:
             size = decoded.buffer.size
-            self._decoded_bytes = max(self._decoded_bytes, size)
+            self._decoded_bytes = max(self._decoded_bytes // 2, size)
             paid.held.shrink(size)
 
     def _give_room_back(self, message: FlightMessage) -> None:

@@ -28,7 +28,7 @@ from arka.tiers.accounts import NO_SHARE, Account, Turns
 #: Messages up to this size may draw on the part of the ledger for small ones (T25).
 SMALL_BYTES: Final = 64 * KIB
 #: Parts of a server's ledger: for small messages; what windows have for certain; the most that they may have; and the
-#: most that is kept. Three eighths of the ledger are left for messages at least; one that is larger goes alone.
+#: most that is kept. A quarter of the ledger is left for messages at least; one that is larger goes alone.
 _SMALL_PART: Final = 8
 _FLOOR_PART: Final = 8
 _WINDOW_PART: Final = 4

@@ -104,7 +104,7 @@ def parse_drop(payload: bytes) -> DropRecord:
 
 def log_created(memory: MemoryTier, info: TableInfo, location_suffix: str) -> int:
     """Put a CREATE record with the table that was made into the log; returns its LSN."""
-    return memory.append_control(KIND_CREATE, _created(info, location_suffix))
+    return memory.append_control(KIND_CREATE, _created(info, location_suffix), begins=True)
 
 
 def owe_created(memory: MemoryTier, info: TableInfo, location_suffix: str) -> None:
@@ -129,6 +129,8 @@ def log_drop(memory: MemoryTier, info: TableInfo, *, purge: bool) -> int:
 
 def log_drop_done(memory: MemoryTier, table: UUID) -> int:
     """Put the record of a done drop into the log; returns its LSN."""
+    # Behind this record one that is owed would bring the table back.
+    memory.owe_nothing(table)
     record = DropRecord("", "", str(table), purge=False, done=True)
     return memory.append_control(KIND_DROP, msgspec.msgpack.encode(record))
 

@@ -16,7 +16,7 @@ import trio
 
 from arka._core.buffers import FrameBuffer
 from arka._core.framing import KIND_BATCH, Frame
-from arka._core.lsn import LsnAllocator
+from arka._core.lsn import LsnAllocator, LsnExhausted
 from arka.records import Operation, Releasable, TableInfo
 from arka.tiers.keys import KeyIndex
 from arka.tiers.watermarks import now_us
@@ -163,6 +163,10 @@ class MemoryTier:
         """
         self._owed[table] = kind, payload
 
+    def owe_nothing(self, table: UUID) -> None:
+        """Forget what is owed for a table that is dropped."""
+        self._owed.pop(table, None)
+
     def take_group(self, group_bytes: int) -> Group:
         """Take what waits, in order: at least one frame if any waits, about ``group_bytes`` at most."""
         if self._queued_bytes <= group_bytes:
@@ -219,7 +223,13 @@ class MemoryTier:
     def _next_lsn(self, leave: int) -> int:
         """Give the next LSN behind those of the records that are owed, if so many are left after it."""
         while self._owed:
-            lsn = self._allocator.allocate()
+            try:
+                lsn = self._allocator.allocate(_LEFT_FOR_OUTCOMES)
+            except LsnExhausted:
+                if leave:
+                    raise
+                # An outcome does not wait for what is owed of other tables.
+                break
             kind, payload = self._owed.pop(next(iter(self._owed)))
             self._push(Frame(kind, lsn, payload=payload, accepted_us=now_us()), None, urgent=True)
         return self._allocator.allocate(leave)

@@ -245,17 +245,19 @@ class Parking:
         Durability: each frame is in the store before the backlog lets go of it.
         """
         parked = self._parked.setdefault(table.info.uuid, _Parked())
-        if parked.damage is None and not self._held.missing(
-            table.info.uuid, self._folder, self._intact_keys(table.info.uuid)
-        ):
+        missing = self._held.missing(table.info.uuid, self._folder, self._intact_keys(table.info.uuid))
+        if parked.damage is None and not missing and not self.has_gap(table):
             table.backlog.discard_through(parked.last_lsn)
-        # Else what the log still has of a damaged object is moved once more; who reads it passes over what came twice.
+        # Else what the log still has of an object that is damaged or gone is moved once more; who reads it passes over
+        # what came twice.
         frames = 0
         while (cut := table.backlog.cut(through_lsn, _OBJECT_BYTES)) is not None:
             objects = [await self._park_slice(table, piece) for piece in cut.slices]
             # In one step: a read finds each frame in one of the two places.
-            parked.objects += objects
-            self._note_held(sum(each.size for each in objects))
+            here = {each.key for each in parked.objects}
+            added = [each for each in objects if each.key not in here]
+            parked.objects = sorted([*parked.objects, *added], key=lambda each: each.first_lsn)
+            self._note_held(sum(each.size for each in added))
             table.backlog.discard_through(cut.through_lsn)
             frames += cut.frames
         return frames
@@ -364,6 +366,13 @@ class Parking:
         table.backlog.put_before(earlier)
         return parked.last_lsn
 
+    def has_gap(self, table: Table) -> bool:
+        """Whether the log has frames of a table below the first one that is here: see ``take_over``."""
+        parked, waiting_lsn = self._parked.get(table.info.uuid), table.backlog.first_lsn
+        if parked is None or not parked.objects or waiting_lsn is None:
+            return False
+        return waiting_lsn < min(each.first_lsn for each in parked.objects)
+
     def take_over(self, table: Table) -> bool:
         """Forget what the log still has of the frames that are here: a crash while they are moved leaves both.
 
@@ -377,8 +386,8 @@ class Parking:
         parked = self._parked.get(table.info.uuid)
         if parked is None or not parked.objects:
             return True
-        first_lsn, waiting_lsn = min(each.first_lsn for each in parked.objects), table.backlog.first_lsn
-        if waiting_lsn is not None and waiting_lsn < first_lsn:
+        if self.has_gap(table):
+            first_lsn, waiting_lsn = min(each.first_lsn for each in parked.objects), table.backlog.first_lsn
             table.stop(
                 f"Table {table.info.name} stands at LSN {table.committed.lsn}, but LSN {waiting_lsn} was committed: "
                 f"its writes were moved to {self._store.url}/{self._node_id}/{self._folder}, where the first one is "

@@ -150,7 +150,10 @@ class WarehouseWatch:
         if warehouse is None:
             return
         if self._known is None:
-            self._known = await warehouse.known()
+            known = await warehouse.known()
+            if self._known is None:
+                # Else another task has joined the warehouse meanwhile.
+                self._known = known
         found = await warehouse.read_marker()
         if found is None or self._known is None:
             # Invariant: one task looks and joins at a time. What a task saw before another one had made the marker says

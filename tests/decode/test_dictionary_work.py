@@ -8,9 +8,9 @@ import pyarrow as pa
 import pytest
 
 from arka._core import ipc
-from arka.errors import ErrorCode, InvalidRequest
+from arka.errors import ErrorCode, InvalidRequest, quote
 from arka.flight import dictionaries
-from arka.flight.convert import Converter
+from arka.flight.convert import Converter, DictionaryValues, invalid_batch
 from arka.flight.decode import BatchDecoder, DecodedBatch
 from arka.options import Limits
 from arka.testing.ipcstreams import StreamMessage, make_table, write_stream
@@ -137,3 +137,32 @@ def test_thousands_of_dictionaries_are_counted_without_a_walk(feed: Feed) -> Non
         assert kept is not None
         assert kept.held_bytes == sum(held.size for held in kept._held.values())
         assert kept.unjoined_bytes == sum(held.unjoined_bytes for held in kept._held.values())
+
+
+def test_a_batch_of_nulls_looks_at_no_dictionary() -> None:
+    """What no row names is still to be looked at, and counts as the work of the batch that does."""
+    words = [f"{number:0100}" for number in range(20_000)]
+    indices = pa.DictionaryArray.from_arrays(pa.array([None], pa.int32()), pa.array(words))
+    nulls = pa.record_batch([indices], schema=ENCODED)
+    stream = write_stream(ENCODED, [nulls, batch(words, [1])])
+    decoder = BatchDecoder(make_table(WORDS), Limits())
+    decoder.set_schema(stream[0].header)
+    decoder.add_dictionary(stream[1])
+    decoder.decode(stream[2])
+    assert decoder.needs_thread(stream[3])
+
+
+def test_columns_that_share_a_dictionary_are_refused_by_one_look() -> None:
+    """Each names itself."""
+    held = DictionaryValues(pa.array([b"\xff"], pa.binary()))
+    looks = 0
+
+    def cast(_: pa.Array) -> pa.Array:
+        nonlocal looks
+        looks += 1
+        raise invalid_batch("a", "is not UTF-8")
+
+    for path in ("a", "b", "a"):
+        with pytest.raises(InvalidRequest, match=f"column {quote(path)}"):
+            held.as_type(pa.string(), path, cast)
+    assert looks == 1

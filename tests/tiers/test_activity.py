@@ -57,7 +57,7 @@ async def test_no_lsn_for_a_record(autojump_clock: MockClock, monkeypatch: pytes
     """While no LSN can be given, a table keeps its state and the server goes on (R31)."""
     node = SimNode()
 
-    def refuse(*_: object) -> int:
+    def refuse(*_: object, **__: object) -> int:
         raise Unavailable("All LSNs are given")
 
     async with node.run() as pipeline:

@@ -641,7 +641,7 @@ async def test_a_table_type_that_others_set_has_no_effect(autojump_clock: MockCl
 async def test_no_lsn_for_what_was_adopted(autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch) -> None:
     """While no LSN can be given, commits go on with what others changed, and no table is stopped for it (R31)."""
 
-    def refuse(*_: object) -> int:
+    def refuse(*_: object, **__: object) -> int:
         raise Unavailable("All LSNs are given")
 
     node = SimNode()

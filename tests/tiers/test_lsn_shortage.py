@@ -86,3 +86,36 @@ async def test_what_is_under_way_ends(autojump_clock: MockClock, monkeypatch: py
         assert node.ids(kept.info.name) == numbers
     async with node.run() as pipeline:
         assert [table.info.name for table in pipeline.tables.all()] == [kept.info.name]
+
+
+async def test_writers_of_quiet_tables_take_nothing_of_what_is_left(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of their writes would record first that its table is not quiet: a drop that has begun ends all the same."""
+    monkeypatch.setattr("arka.tiers.startup.DISK_BLOCK", 1024)
+    node = SimNode()
+    async with node.run() as pipeline:
+        table = await create_table(pipeline)
+        others = [await create_table(pipeline, TableName("default", f"o{number}")) for number in range(140)]
+        await trio.sleep(10)
+        assert all(other.quiet for other in others)
+        catalog, begun, goes_on = pipeline.tables.catalog, trio.Event(), trio.Event()
+        drop_table = catalog.drop_table
+
+        async def drop_late(*args, **options):
+            begun.set()
+            await goes_on.wait()
+            return await drop_table(*args, **options)
+
+        monkeypatch.setattr(catalog, "drop_table", drop_late)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lambda: pipeline.tables.drop(NAME, purge=False))
+            await begun.wait()
+            with suppress(LsnExhausted):
+                while True:
+                    write(pipeline, others[0], 1, filler=1)
+            for other in others:
+                with pytest.raises(LsnExhausted):
+                    write(pipeline, other, 0, filler=1)
+            goes_on.set()
+        assert table.state is TableState.DROPPED
