@@ -1033,7 +1033,7 @@ def simulate(seed: int, faults: Collection[str] = ()) -> Outcome:
         mock.patch("arka.tiers.startup.DISK_BLOCK", disk_block),
         mock.patch("arka.tiers.reservation.DISK_BLOCK", disk_block),
         mock.patch("arka.tiers.epochs.STORE_BLOCK", store_block),
-        mock.patch("arka.tiers.memory._LEFT_FOR_OUTCOMES", min(128, disk_block // 8)),
+        mock.patch("arka.tiers.memory.LEFT_FOR_OUTCOMES", min(128, disk_block // 8)),
         # Each commit looks: how old a look may be is a bound, and no promise of a moment.
         mock.patch("arka.tiers.warehouse.SEEN_S", 0.0),
     ):

@@ -23,7 +23,7 @@ from arka.tiers.watermarks import now_us
 
 #: LSNs that neither writes nor what clients ask for may take. While no higher ceiling can be reserved (R31), the
 #: outcome of what is under way is recorded with them: as many as actions run at a time, and some.
-_LEFT_FOR_OUTCOMES: Final = 128
+LEFT_FOR_OUTCOMES: Final = 128
 
 
 @dataclass(slots=True)
@@ -117,7 +117,7 @@ class MemoryTier:
                 if charge is not None:
                     charge.release()
                 return Appended(first.lsn, duplicate=True, key_reused=first.digest != digest)
-        lsn = self._next_lsn(_LEFT_FOR_OUTCOMES)
+        lsn = self._next_lsn(LEFT_FOR_OUTCOMES)
         if key:
             self._keys.insert(table.uuid, key, lsn, digest)
         frame = Frame(
@@ -149,7 +149,7 @@ class MemoryTier:
         Raises:
             LsnExhausted: see ``append``; of a record that begins something, earlier.
         """
-        lsn = self._next_lsn(_LEFT_FOR_OUTCOMES if begins else 0)
+        lsn = self._next_lsn(LEFT_FOR_OUTCOMES if begins else 0)
         self._push(Frame(kind, lsn, table=table, payload=payload, accepted_us=now_us()), None, urgent=True)
         return lsn
 
@@ -224,7 +224,7 @@ class MemoryTier:
         """Give the next LSN behind those of the records that are owed, if so many are left after it."""
         while self._owed:
             try:
-                lsn = self._allocator.allocate(_LEFT_FOR_OUTCOMES)
+                lsn = self._allocator.allocate(LEFT_FOR_OUTCOMES)
             except LsnExhausted:
                 if leave:
                     raise
@@ -244,4 +244,4 @@ class MemoryTier:
             self._hurry.set()
 
 
-__all__ = ["Appended", "Group", "MemoryTier"]
+__all__ = ["LEFT_FOR_OUTCOMES", "Appended", "Group", "MemoryTier"]

@@ -598,7 +598,7 @@ async def test_lsn_that_two_disks_give(autojump_clock: MockClock, monkeypatch: p
     """
     monkeypatch.setattr("arka.tiers.lease.STORE_BLOCK", 64)
     monkeypatch.setattr("arka.tiers.startup.DISK_BLOCK", 32)
-    monkeypatch.setattr("arka.tiers.memory._LEFT_FOR_OUTCOMES", 0)
+    monkeypatch.setattr("arka.tiers.memory.LEFT_FOR_OUTCOMES", 0)
     node = SimNode()
     async with node.run() as pipeline:
         await write_all(pipeline, await create_table(pipeline), range(2), Tier.ICEBERG_COMMITTED)

@@ -31,7 +31,7 @@ from arka.tiers.adoption import Adoption
 from arka.tiers.backlog import Cut
 from arka.tiers.committer import TableCommitter
 from arka.tiers.keys import KeyIndex
-from arka.tiers.memory import MemoryTier
+from arka.tiers.memory import LEFT_FOR_OUTCOMES, MemoryTier
 from arka.tiers.table import Table, TableState
 from arka.tiers.warehouse import WarehouseWatch
 from arka.tiers.watermarks import Watermark
@@ -309,11 +309,11 @@ def test_what_is_owed_comes_first() -> None:
     for table, payload in ((one, b"old"), (other, b"other"), (one, b"new")):
         memory.owe(table, KIND_CREATE, payload)
     for ceiling in (1, 2, 3):
-        allocator.raise_ceiling(ceiling)
+        allocator.raise_ceiling(LEFT_FOR_OUTCOMES + ceiling)
         with pytest.raises(LsnExhausted):
-            memory.append_control(KIND_DROP, b"drop")
-    allocator.raise_ceiling(4)
-    assert memory.append_control(KIND_DROP, b"drop") == 3
+            memory.append_control(KIND_DROP, b"drop", begins=True)
+    allocator.raise_ceiling(LEFT_FOR_OUTCOMES + 4)
+    assert memory.append_control(KIND_DROP, b"drop", begins=True) == 3
     frames = memory.take_group(1 << 20).frames
     assert [(frame.lsn, frame.kind) for frame in frames] == [(1, KIND_CREATE), (2, KIND_CREATE), (3, KIND_DROP)]
     assert [frame.payload for frame in frames] == [b"new", b"other", b"drop"]
