@@ -10,8 +10,10 @@ import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+from unittest import mock
 from uuid import UUID
 
 import pyarrow as pa
@@ -167,6 +169,24 @@ async def write_some(pipeline: Pipeline, table: Table, numbers: range, *, filler
         await trio.sleep(0.02)
 
 
+@asynccontextmanager
+async def drop_under_way(pipeline: Pipeline, *, purge: bool = False) -> AsyncIterator[None]:
+    """Drop the table ``NAME``; the catalog is asked before the block runs, and answers once it has ended."""
+    begun, goes_on, drop_table = trio.Event(), trio.Event(), pipeline.tables.catalog.drop_table
+
+    async def drop_late(*args: Any, **options: Any) -> None:
+        begun.set()
+        await goes_on.wait()
+        await drop_table(*args, **options)
+
+    with mock.patch.object(pipeline.tables.catalog, "drop_table", drop_late):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(pipeline.tables.drop, NAME, purge=purge))
+            await begun.wait()
+            yield
+            goes_on.set()
+
+
 def with_options(**options: object) -> Settings:
     """The settings of a node with other options, ``table__name=value``."""
     settings = SETTINGS
@@ -176,4 +196,14 @@ def with_options(**options: object) -> Settings:
     return settings
 
 
-__all__ = ["NAME", "SETTINGS", "SimNode", "create_table", "with_options", "write", "write_all", "write_some"]
+__all__ = [
+    "NAME",
+    "SETTINGS",
+    "SimNode",
+    "create_table",
+    "drop_under_way",
+    "with_options",
+    "write",
+    "write_all",
+    "write_some",
+]

@@ -83,7 +83,7 @@ class Stream:
         if request:
             self.request(**request)
         if schema is not None:
-            # The server may have ended the stream already: whoever reads it gets the error.
+            # The server may have ended the stream already. The next read raises its error.
             with contextlib.suppress(flight.FlightError, pa.ArrowException):
                 self.writer.begin(schema)
 

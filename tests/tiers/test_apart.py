@@ -40,6 +40,16 @@ async def set_apart(node: SimNode, pipeline: Pipeline, *, keyed: bool = False) -
     return slow, well
 
 
+async def commit_a_part(node: SimNode) -> None:
+    """Let the slow table commit until an object of what is set apart is deleted, and no further."""
+    there = node.keys_of("behind")
+    node.catalog.unreadable.discard(SLOW)
+    with trio.fail_after(600):
+        while node.keys_of("behind") == there:
+            await trio.sleep(0.001)
+    node.catalog.unreadable.add(SLOW)
+
+
 async def wait_until(condition: Callable[[], bool]) -> None:
     with trio.fail_after(600):
         while not condition():
@@ -118,12 +128,8 @@ async def test_a_table_that_others_set_back_while_it_is_set_apart(
     node = SimNode(SETTINGS)
     async with node.run() as pipeline:
         slow, _ = await set_apart(node, pipeline, keyed=keyed)
-        before, there = node.weather.back_up(), node.keys_of("behind")
-        node.catalog.unreadable.discard(SLOW)
-        with trio.fail_after(600):
-            while node.keys_of("behind") == there:
-                await trio.sleep(0.001)
-        node.catalog.unreadable.add(SLOW)
+        before = node.weather.back_up()
+        await commit_a_part(node)
         assert node.keys_of("behind")
     node.catalog.unreadable.discard(SLOW)
     after = node.weather.back_up()

@@ -11,7 +11,7 @@ from trio.testing import MockClock
 from arka._core.lsn import LsnExhausted
 from arka.errors import Unavailable
 from arka.records import TableName, Tier
-from arka.testing.simnode import NAME, SimNode, create_table, write
+from arka.testing.simnode import NAME, SimNode, create_table, drop_under_way, write
 from arka.testing.simwriters import definition_of
 from arka.tiers.pipeline import Pipeline
 from arka.tiers.table import Table, TableState
@@ -61,25 +61,13 @@ async def test_nothing_new_begins(autojump_clock: MockClock) -> None:
         assert table.state is TableState.DROPPED
 
 
-async def test_what_is_under_way_ends(autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A drop and a create that have begun record what came of them, although no write is taken."""
+async def test_what_is_under_way_ends(autojump_clock: MockClock) -> None:
+    """A drop that has begun records what came of it, although no write is taken."""
     node = SimNode()
     async with node.run() as pipeline:
         table, kept = await create_table(pipeline), await create_table(pipeline, TableName("default", "kept"))
-        catalog, begun, goes_on = pipeline.tables.catalog, trio.Event(), trio.Event()
-        drop_table = catalog.drop_table
-
-        async def drop_late(*args, **options):
-            begun.set()
-            await goes_on.wait()
-            return await drop_table(*args, **options)
-
-        monkeypatch.setattr(catalog, "drop_table", drop_late)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(lambda: pipeline.tables.drop(NAME, purge=False))
-            await begun.wait()
+        async with drop_under_way(pipeline):
             numbers = exhaust(pipeline, kept)
-            goes_on.set()
         assert table.state is TableState.DROPPED
         ease(pipeline)
         await pipeline.flush(kept, Tier.ICEBERG_COMMITTED)
@@ -99,23 +87,11 @@ async def test_writers_of_quiet_tables_take_nothing_of_what_is_left(
         others = [await create_table(pipeline, TableName("default", f"o{number}")) for number in range(140)]
         await trio.sleep(10)
         assert all(other.quiet for other in others)
-        catalog, begun, goes_on = pipeline.tables.catalog, trio.Event(), trio.Event()
-        drop_table = catalog.drop_table
-
-        async def drop_late(*args, **options):
-            begun.set()
-            await goes_on.wait()
-            return await drop_table(*args, **options)
-
-        monkeypatch.setattr(catalog, "drop_table", drop_late)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(lambda: pipeline.tables.drop(NAME, purge=False))
-            await begun.wait()
+        async with drop_under_way(pipeline):
             with suppress(LsnExhausted):
                 while True:
                     write(pipeline, others[0], 1, filler=1)
             for other in others:
                 with pytest.raises(LsnExhausted):
                     write(pipeline, other, 0, filler=1)
-            goes_on.set()
         assert table.state is TableState.DROPPED

@@ -10,7 +10,7 @@ from arka.records import Tier
 from arka.testing.simnode import NAME, SimNode, create_table, with_options, write_some
 from arka.tiers.table import TableState
 
-from .test_apart import SETTINGS, SLOW, WELL, set_apart
+from .test_apart import SETTINGS, SLOW, WELL, commit_a_part, set_apart
 
 
 @pytest.mark.parametrize("loses_disk", [False, True], ids=["restart", "node loss"])
@@ -19,12 +19,8 @@ async def test_set_back_and_set_apart_again_before_it_is_read(loses_disk: bool, 
     node = SimNode(SETTINGS)
     async with node.run() as pipeline:
         slow, _ = await set_apart(node, pipeline)
-        before, there = node.weather.back_up(), node.keys_of("behind")
-        node.catalog.unreadable.discard(SLOW)
-        with trio.fail_after(600):
-            while node.keys_of("behind") == there:
-                await trio.sleep(0.001)
-        node.catalog.unreadable.add(SLOW)
+        before = node.weather.back_up()
+        await commit_a_part(node)
     node.weather.restore({slow.info.uuid: before[slow.info.uuid]})
     if loses_disk:
         node.lose_disk()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -15,7 +14,7 @@ from arka.records import Operation, TableDefinition, TableName, TableType, Tier
 from arka.storage.ports import CatalogUnavailable
 from arka.testing.answers import CollectedAnswer
 from arka.testing.simcatalog import SimCatalog
-from arka.testing.simnode import NAME, SimNode, create_table, with_options, write, write_all
+from arka.testing.simnode import NAME, SimNode, create_table, drop_under_way, with_options, write, write_all
 from arka.testing.simworld import WAL
 from arka.testing.simwriters import SCHEMA, definition_of, frame_buffer
 from arka.tiers.pipeline import Pipeline
@@ -451,22 +450,12 @@ async def test_a_read_while_its_table_is_dropped(autojump_clock: MockClock, monk
     async with node.run() as pipeline:
         table = await create_table(pipeline)
         await write_all(pipeline, table, range(3), Tier.ICEBERG_COMMITTED)
-        purged, goes_on, drop_table = trio.Event(), trio.Event(), pipeline.tables.catalog.drop_table
-
-        async def drop_late(*args, **options):
-            purged.set()
-            await goes_on.wait()
-            return await drop_table(*args, **options)
 
         async def scan(*args):
             raise CatalogUnavailable("a file of the snapshot is gone")
 
-        monkeypatch.setattr(pipeline.tables.catalog, "drop_table", drop_late)
         monkeypatch.setattr(pipeline.tables.catalog, "scan", scan)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(partial(pipeline.tables.drop, NAME, purge=True))
-            await purged.wait()
+        async with drop_under_way(pipeline, purge=True):
             with pytest.raises(ArkaError, match="dropped while it was read") as caught:
                 await read_table(pipeline, table, ReadRequest(("id",)), CollectedAnswer())
             assert caught.value.code is ErrorCode.TABLE_NOT_FOUND
-            goes_on.set()
