@@ -96,7 +96,7 @@ class DictionaryValues:
                 named, error = refusal
                 if named == path:
                     raise error.with_traceback(None)
-                raise InvalidRequest(error.detail.replace(quote(named), quote(path), 1), code=error.code)
+                raise type(error)(error.detail.replace(quote(named), quote(path), 1), code=error.code)
             try:
                 values = self.raw if self.raw.type == target else cast(self.raw)
             except InvalidRequest as error:

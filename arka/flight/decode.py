@@ -524,16 +524,16 @@ class BatchDecoder:
                 code=ErrorCode.INVALID_BATCH,
             )
         most_rows = self._limits.batch_rows
-        batch = _read(frame, target.wire, (limit, most_rows) if target.rewrites_rows else None)
         dictionaries = self._dictionaries.values if self._dictionaries is not None else None
-        made = [
+        # Without names: each is let go of before the next is made, see `taken_bytes`.
+        rewritten = write_frame(
             target.conformance.apply(
-                batch, limit_bytes=limit, dictionaries=dictionaries, values_bytes=self._limits.batch_bytes
+                _read(frame, target.wire, (limit, most_rows) if target.rewrites_rows else None),
+                limit_bytes=limit,
+                dictionaries=dictionaries,
+                values_bytes=self._limits.batch_bytes,
             )
-        ]
-        # Each is let go of before the next is made: see `taken_bytes`.
-        del batch
-        rewritten = write_frame(made.pop())
+        )
         if not self._accept(target, ipc.BatchLayout(rewritten.header), rewritten.frame):
             raise InternalError("A rewritten batch still has nulls in a required field")
         return DecodedBatch(rewritten.frame, layout.rows, False, target.conformance.schema)

@@ -106,23 +106,21 @@ class _Ticket(msgspec.Struct, frozen=True):
 class FlightService:
     """Arrow Flight's RPCs over a pipeline."""
 
-    def __init__(
-        self, pipeline: Pipeline, effects: Effects, limits: Limits, decode_room: DecodeRoom | None = None
-    ) -> None:
+    def __init__(self, pipeline: Pipeline, effects: Effects, limits: Limits, decode_room: DecodeRoom) -> None:
         """Join the service to the engine.
 
         Args:
             pipeline: where tables are and writes go.
             effects: runs the actions that change something.
             limits: what one stream may use.
-            decode_room: for what batches decode to, which the ledger leaves free; one of the service's own if None.
+            decode_room: for what batches decode to, which the ledger leaves free.
         """
         self._effects = effects
         self._pipeline = pipeline
         self._limits = limits
         self._answer_buffers = AnswerBuffers(limits.read_buffer_bytes, limits.reads)
         self._unread = UnreadShare(limits.unread_bytes)
-        self._decode_room = decode_room or DecodeRoom(limits.memory_bytes)
+        self._decode_room = decode_room
         self._requests = Requests()
         self._schemas = PublicSchemas()
         self._draining = False

@@ -119,7 +119,7 @@ class TableActivity:
 
     def _record(self, tables: Sequence[Table], *, quiet: bool) -> int:
         record = Activity(self._birth(), quiet, tuple(table.info.uuid for table in tables))
-        return self._memory.append_control(KIND_ACTIVITY, record.to_bytes(), begins=True)
+        return self._memory.append_control(KIND_ACTIVITY, record.to_bytes())
 
 
 __all__ = ["TableActivity"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 from uuid import UUID
@@ -26,6 +27,7 @@ from arka.tiers.aside import Aside, FoundAsides
 from arka.tiers.committer import TableCommitter
 from arka.tiers.held import HeldObjects
 from arka.tiers.keys import KeyIndex
+from arka.tiers.lease import wait_verified
 from arka.tiers.logclock import LogClock
 from arka.tiers.memory import MemoryTier
 from arka.tiers.mirror import CheckpointStore
@@ -223,6 +225,8 @@ async def assemble(
         rng=world.rng,
     )
 
+    verified = partial(wait_verified, uplink.verify, retry_s=settings.iceberg.retry_s, rng=world.rng)
+
     def make_committer(table: Table) -> TableCommitter:
         return TableCommitter(
             table,
@@ -231,7 +235,7 @@ async def assemble(
             log_uuid=log_uuid,
             epoch=lambda: uplink.epoch,
             lineage=lambda: found.state.state.lineage,
-            verify=uplink.verify,
+            wait_verified=verified,
             options=settings.iceberg,
             rng=world.rng,
             watch=tables.watch,
@@ -258,6 +262,7 @@ async def assemble(
         epoch=lambda: found.state.state.epoch,
         lineage=lambda: found.state.state.lineage,
         verify=uplink.verify,
+        wait_verified=verified,
         marks=found.marks,
     )
     release = LogRelease(
@@ -331,7 +336,7 @@ def _note_lost(memory: MemoryTier, found: Found) -> list[tuple[LsnRange, frozens
         return []
     lost = LsnRange(last_lsn, found.first_lsn - 1)
     hurt = found.replay.writing(found.replay.known(found.checkpoints.tables), found.checkpoints)
-    memory.append_control(KIND_LOST, encode_lost(lost, hurt))
+    memory.append_control(KIND_LOST, encode_lost(lost, hurt), outcome=True)
     return [(lost, hurt)]
 
 

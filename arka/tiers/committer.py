@@ -34,7 +34,6 @@ from arka.storage.ports import (
     SchemaMisfit,
     StagedFiles,
     StagedFilesMissing,
-    StoreUnavailable,
     UnwritableRows,
     WarehouseChanged,
 )
@@ -45,6 +44,7 @@ from arka.tiers.foreign import dropped_columns
 from arka.tiers.retry import MAX_RETRY_S, persist
 from arka.tiers.table import Table, TableState
 from arka.tiers.warehouse import WarehouseWatch
+from arka.tiers.watch import Effort
 from arka.tiers.watermarks import Watermark
 from arka.wal.committed import CommittedMarks
 
@@ -76,7 +76,7 @@ class TableCommitter:
         log_uuid: UUID,
         epoch: Callable[[], int],
         lineage: Callable[[], Lineage],
-        verify: Callable[[], Awaitable[None]],
+        wait_verified: Callable[[Effort], Awaitable[None]],
         options: IcebergOptions,
         rng: random.Random,
         watch: WarehouseWatch,
@@ -95,7 +95,7 @@ class TableCommitter:
             epoch: returns this process's epoch of it; asked when there is something to commit, since nothing is in
                 the object store before there is an epoch.
             lineage: returns the log's starts, this process's last (R15).
-            verify: asks the object store whether this process still has the newest epoch (R10).
+            wait_verified: waits until the object store says that this process has the newest epoch (R10).
             options: cadence and sizes.
             rng: for the jitter of retries.
             watch: knows whether catalog and warehouse are ours (R28).
@@ -110,7 +110,7 @@ class TableCommitter:
         self._log_uuid = log_uuid
         self._epoch = epoch
         self._lineage = lineage
-        self._verify = verify
+        self._wait_verified = wait_verified
         self._options = options
         self._rng = rng
         self._watch = watch
@@ -413,9 +413,7 @@ class TableCommitter:
         Cancellation: nothing changes.
         """
         table = self._table
-        table.effort.begin("the object store to say who has the newest epoch")
-        note = partial(_note_away, table)
-        await persist(self._verify, StoreUnavailable, note, retry_s=self._options.retry_s, rng=self._rng)
+        await self._wait_verified(table.effort)
         problem = f"it was committed to in a newer epoch than {self._epoch()}, which is the newest of this log's store"
         table.stop(other_copy_detail(table.info.name, problem))
 
@@ -503,10 +501,6 @@ class TableCommitter:
                 "table and restart the server, or drop it"
             )
         return min(self._options.retry_s * float(2**self._failures), MAX_RETRY_S)
-
-
-def _note_away(table: Table, error: Exception) -> None:
-    table.effort.fail(str(error))
 
 
 __all__ = ["TableCommitter"]

@@ -79,20 +79,20 @@ class OpenCreates:
         """
         name = definition.name
         record = CreateRecord(name.namespace, name.name, suffix, definition=_encode(definition))
-        lsn = self._memory.append_control(KIND_CREATE, msgspec.msgpack.encode(record), begins=True)
+        lsn = self._memory.append_control(KIND_CREATE, msgspec.msgpack.encode(record))
         self._open[suffix] = PendingCreate(lsn, suffix, definition)
         return lsn
 
     def made(self, info: TableInfo, suffix: str) -> None:
         """Put into the log what was made: a start that finds the catalog unavailable knows the table from it."""
         record = CreateRecord(info.name.namespace, info.name.name, suffix, info.to_bytes())
-        self._memory.append_control(KIND_CREATE, msgspec.msgpack.encode(record))
+        self._memory.append_control(KIND_CREATE, msgspec.msgpack.encode(record), outcome=True)
         self._open.pop(suffix, None)
 
     def failed(self, name: TableName, suffix: str) -> None:
         """Put into the log that an intent came to nothing, as its client is told."""
         record = CreateRecord(name.namespace, name.name, suffix, failed=True)
-        self._memory.append_control(KIND_CREATE, msgspec.msgpack.encode(record))
+        self._memory.append_control(KIND_CREATE, msgspec.msgpack.encode(record), outcome=True)
         self._open.pop(suffix, None)
 
 

@@ -104,7 +104,7 @@ def parse_drop(payload: bytes) -> DropRecord:
 
 def log_created(memory: MemoryTier, info: TableInfo, location_suffix: str) -> int:
     """Put a CREATE record with the table that was made into the log; returns its LSN."""
-    return memory.append_control(KIND_CREATE, _created(info, location_suffix), begins=True)
+    return memory.append_control(KIND_CREATE, _created(info, location_suffix))
 
 
 def owe_created(memory: MemoryTier, info: TableInfo, location_suffix: str) -> None:
@@ -124,7 +124,7 @@ def log_drop(memory: MemoryTier, info: TableInfo, *, purge: bool) -> int:
         LsnExhausted: no LSN can be given now.
     """
     record = DropRecord(info.name.namespace, info.name.name, str(info.uuid), purge)
-    return memory.append_control(KIND_DROP, msgspec.msgpack.encode(record), begins=True)
+    return memory.append_control(KIND_DROP, msgspec.msgpack.encode(record))
 
 
 def log_drop_done(memory: MemoryTier, table: UUID) -> int:
@@ -132,7 +132,7 @@ def log_drop_done(memory: MemoryTier, table: UUID) -> int:
     # Behind this record one that is owed would bring the table back.
     memory.owe_nothing(table)
     record = DropRecord("", "", str(table), purge=False, done=True)
-    return memory.append_control(KIND_DROP, msgspec.msgpack.encode(record))
+    return memory.append_control(KIND_DROP, msgspec.msgpack.encode(record), outcome=True)
 
 
 def new_location_suffix() -> str:

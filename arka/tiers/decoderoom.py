@@ -21,8 +21,8 @@ from arka.options import MIB
 from arka.roundrobin import RoundRobin
 
 #: The parts of ``limits.memory_bytes`` for large and for small batches.
-LARGE_PART: Final = 3 / 16
-SMALL_PART: Final = 1 / 16
+_LARGE_PART: Final = 3 / 16
+_SMALL_PART: Final = 1 / 16
 #: Most bytes that decoding a small batch takes.
 SMALL_BYTES: Final = MIB
 
@@ -89,8 +89,8 @@ class DecodeRoom:
         Args:
             memory_bytes: ``limits.memory_bytes``, of which this is a part.
         """
-        self._large = _Part(int(memory_bytes * LARGE_PART))
-        self._small = _Part(int(memory_bytes * SMALL_PART))
+        self._large = _Part(int(memory_bytes * _LARGE_PART))
+        self._small = _Part(int(memory_bytes * _SMALL_PART))
 
     @property
     def limit_bytes(self) -> int:
@@ -145,4 +145,4 @@ class DecodeRoom:
         return self._small if size <= SMALL_BYTES else self._large
 
 
-__all__ = ["LARGE_PART", "SMALL_BYTES", "SMALL_PART", "DecodeRoom", "Held"]
+__all__ = ["SMALL_BYTES", "DecodeRoom", "Held"]

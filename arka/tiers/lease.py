@@ -6,6 +6,8 @@ Owns: the LSN blocks, the heartbeat and the start record of one epoch. Does not 
 
 from __future__ import annotations
 
+import random
+from collections.abc import Awaitable, Callable
 from typing import Final
 from uuid import UUID
 
@@ -27,6 +29,8 @@ from arka.tiers.epochrecords import (
     start_key,
 )
 from arka.tiers.listing import list_own
+from arka.tiers.retry import persist
+from arka.tiers.watch import Effort
 from arka.tiers.watermarks import now_us
 from arka.wal.objectfile import ObjectRef
 
@@ -206,4 +210,24 @@ class EpochLease:
         await self._store.delete([beat.key for beat in beats])
 
 
-__all__ = ["STORE_BLOCK", "EpochLease"]
+async def wait_verified(
+    verify: Callable[[], Awaitable[None]], effort: Effort, *, retry_s: float, rng: random.Random
+) -> None:
+    """Wait until the object store says that this process has the newest epoch.
+
+    Args:
+        verify: asks it; see ``EpochLease.verify``.
+        effort: of whoever waits: it says what for (R35).
+        retry_s: the first pause while the store is unavailable.
+        rng: for the jitter of pauses.
+
+    Raises:
+        Fenced: another process has it.
+
+    Cancellation: nothing changes.
+    """
+    effort.begin("the object store to say who has the newest epoch")
+    await persist(verify, StoreUnavailable, lambda error: effort.fail(str(error)), retry_s=retry_s, rng=rng)
+
+
+__all__ = ["STORE_BLOCK", "EpochLease", "wait_verified"]

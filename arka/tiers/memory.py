@@ -21,8 +21,8 @@ from arka.records import Operation, Releasable, TableInfo
 from arka.tiers.keys import KeyIndex
 from arka.tiers.watermarks import now_us
 
-#: LSNs that neither writes nor what clients ask for may take. While no higher ceiling can be reserved (R31), the
-#: outcome of what is under way is recorded with them: as many as actions run at a time, and some.
+#: LSNs that nothing but outcomes of what is under way may take, for as long as no higher ceiling can be reserved (R31):
+#: twice as many as actions run at a time.
 LEFT_FOR_OUTCOMES: Final = 128
 
 
@@ -134,22 +134,24 @@ class MemoryTier:
         self._push(frame, charge, urgent=urgent)
         return Appended(lsn)
 
-    def append_control(self, kind: int, payload: bytes, table: TableInfo | None = None, *, begins: bool = False) -> int:
+    def append_control(
+        self, kind: int, payload: bytes, table: TableInfo | None = None, *, outcome: bool = False
+    ) -> int:
         """Put a control record (create, drop, lost range) into the log's order.
 
         Args:
             kind: of the record.
             payload: what it says.
             table: whose it is; None for none of them.
-            begins: whether it begins something that a client has asked for. What is begun can record its outcome.
+            outcome: whether it says what came of something that is under way: LSNs are left for such records.
 
         Returns:
             Its LSN.
 
         Raises:
-            LsnExhausted: see ``append``; of a record that begins something, earlier.
+            LsnExhausted: see ``append``.
         """
-        lsn = self._next_lsn(LEFT_FOR_OUTCOMES if begins else 0)
+        lsn = self._next_lsn(0 if outcome else LEFT_FOR_OUTCOMES)
         self._push(Frame(kind, lsn, table=table, payload=payload, accepted_us=now_us()), None, urgent=True)
         return lsn
 

@@ -80,6 +80,10 @@ class _Parked:
         return sum(each.size for each in self.objects) + sum(self.unreadable.values())
 
     @property
+    def first_lsn(self) -> int:
+        return self.objects[0].first_lsn
+
+    @property
     def last_lsn(self) -> int:
         return max((each.last_lsn for each in self.objects), default=0)
 
@@ -371,7 +375,7 @@ class Parking:
         parked, waiting_lsn = self._parked.get(table.info.uuid), table.backlog.first_lsn
         if parked is None or not parked.objects or waiting_lsn is None:
             return False
-        return waiting_lsn < min(each.first_lsn for each in parked.objects)
+        return waiting_lsn < parked.first_lsn
 
     def take_over(self, table: Table) -> bool:
         """Forget what the log still has of the frames that are here: a crash while they are moved leaves both.
@@ -387,11 +391,11 @@ class Parking:
         if parked is None or not parked.objects:
             return True
         if self.has_gap(table):
-            first_lsn, waiting_lsn = min(each.first_lsn for each in parked.objects), table.backlog.first_lsn
             table.stop(
-                f"Table {table.info.name} stands at LSN {table.committed.lsn}, but LSN {waiting_lsn} was committed: "
+                f"Table {table.info.name} stands at LSN {table.committed.lsn}, but LSN {table.backlog.first_lsn} was "
+                "committed: "
                 f"its writes were moved to {self._store.url}/{self._node_id}/{self._folder}, where the first one is "
-                f"{first_lsn} now. Nothing is replayed (R20); drop it, or move it back and restart"
+                f"{parked.first_lsn} now. Nothing is replayed (R20); drop it, or move it back and restart"
             )
             return False
         table.backlog.discard_through(parked.last_lsn)

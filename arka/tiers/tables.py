@@ -53,6 +53,7 @@ from arka.tiers.release import Elsewhere
 from arka.tiers.room import Room
 from arka.tiers.table import Ending, Table, TableState
 from arka.tiers.warehouse import WarehouseWatch
+from arka.tiers.watch import Effort
 from arka.tiers.watermarks import Watermark
 from arka.wal.committed import CommittedMarks, Unrecorded
 
@@ -64,8 +65,6 @@ _CATALOG_RETRY_S: Final = 1.0
 _DROP_RETRY_S: Final = 10.0
 #: Pause between two looks for a table to which others gave a name that Arka cannot spell, in seconds.
 _MISNAMED_RETRY_S: Final = 3.0
-#: Pause between two questions who has the log, while the object store is away, in seconds.
-_VERIFY_AGAIN_S: Final = 1.0
 #: How long a start removes what is left of tables that are gone, in seconds.
 _FORGET_S: Final = 10.0
 
@@ -128,6 +127,7 @@ class Tables:
         epoch: Callable[[], int],
         lineage: Callable[[], Lineage],
         verify: Callable[[], Awaitable[None]],
+        wait_verified: Callable[[Effort], Awaitable[None]],
         marks: CommittedMarks,
     ) -> None:
         """Join the list to what it is about.
@@ -149,12 +149,14 @@ class Tables:
             epoch: returns the last epoch of the log that the disk knows.
             lineage: returns the log's starts that the disk knows of (R15).
             verify: asks the object store whether this process has the newest epoch (R10).
+            wait_verified: waits until the object store says so.
             marks: what the disk knows of how far tables are (R20).
         """
         self._marks = marks
         self._epoch = epoch
         self.lineage = lineage
         self._verify = verify
+        self._wait_verified = wait_verified
         #: Tables that are set apart.
         self.apart = apart
         self._room = room
@@ -672,7 +674,7 @@ class Tables:
         except* DataCorruption as group:
             damage = first_damage(group)
         if damage is not None:
-            await self._wait_verified()
+            await self._wait_verified(table.effort)
             stop_damaged(table, damage)
         if table.state is TableState.STOPPED:
             try:
@@ -681,20 +683,6 @@ class Tables:
                 log.warning(
                     "table.not_parked", table=str(table.info.name), reason=error.detail, hint="the log keeps it"
                 )
-
-    async def _wait_verified(self) -> None:
-        """Wait until the object store says that this process has the newest epoch.
-
-        Raises:
-            Fenced: another process has it.
-        """
-        while True:
-            try:
-                await self._verify()
-            except StoreUnavailable:
-                await trio.sleep(_VERIFY_AGAIN_S)
-            else:
-                return
 
     async def _commit(self, table: Table) -> None:
         """Commit a table for as long as that goes.

@@ -34,6 +34,7 @@ from arka.tiers.keys import KeyIndex
 from arka.tiers.memory import LEFT_FOR_OUTCOMES, MemoryTier
 from arka.tiers.table import Table, TableState
 from arka.tiers.warehouse import WarehouseWatch
+from arka.tiers.watch import Effort
 from arka.tiers.watermarks import Watermark
 from arka.wal.committed import CommittedMarks
 
@@ -89,7 +90,7 @@ class Bench:
             log_uuid=LOG,
             epoch=lambda: 3,
             lineage=lambda: NO_STARTS,
-            verify=self.verify,
+            wait_verified=self.wait_verified,
             options=options or IcebergOptions(),
             rng=random.Random(1),
             watch=WarehouseWatch(None, self.catalog, lambda: ()),
@@ -99,7 +100,7 @@ class Bench:
             marks=CommittedMarks(Path("/wal"), self.disk, LOG, {}),
         )
 
-    async def verify(self) -> None:
+    async def wait_verified(self, effort: Effort) -> None:
         if self.superseded:
             raise Fenced("epoch 4 was taken")
 
@@ -311,9 +312,9 @@ def test_what_is_owed_comes_first() -> None:
     for ceiling in (1, 2, 3):
         allocator.raise_ceiling(LEFT_FOR_OUTCOMES + ceiling)
         with pytest.raises(LsnExhausted):
-            memory.append_control(KIND_DROP, b"drop", begins=True)
+            memory.append_control(KIND_DROP, b"drop")
     allocator.raise_ceiling(LEFT_FOR_OUTCOMES + 4)
-    assert memory.append_control(KIND_DROP, b"drop", begins=True) == 3
+    assert memory.append_control(KIND_DROP, b"drop") == 3
     frames = memory.take_group(1 << 20).frames
     assert [(frame.lsn, frame.kind) for frame in frames] == [(1, KIND_CREATE), (2, KIND_CREATE), (3, KIND_DROP)]
     assert [frame.payload for frame in frames] == [b"new", b"other", b"drop"]
